@@ -1,0 +1,117 @@
+"""The reference models with random weights, at the sizes of our configurations, and how far we are from them.
+
+Every one-dimensional parameter is moved off its start (norms begin at 1 and 0), so that a norm in the wrong place shows.
+"""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPConfig as ReferenceCLIPConfig
+from transformers import CLIPModel
+
+from clip import CLIPConfig, TowerConfig
+from unet import UNetConfig
+from vae import VAEConfig
+
+BAR = 1e-5  # relative RMS error in float32 that two orders of the same sums may show, and a wrong detail may not
+SMALL_UNET = UNetConfig(channels=(32, 64, 96, 96), heads=4, context_width=48, groups=8)
+SMALL_VAE = VAEConfig(channels=(16, 32, 64, 64), groups=8)
+SMALL_CLIP = CLIPConfig(
+    text=TowerConfig(width=64, layers=3, heads=4),
+    image=TowerConfig(width=96, layers=3, heads=6),
+    vocabulary=600,
+    image_size=56,
+    patch=14,
+    projection=48,
+)
+
+
+def error(ours: Tensor, reference: Tensor) -> float:
+    """Relative RMS error, in float64."""
+    assert ours.shape == reference.shape, f"{tuple(ours.shape)} is not {tuple(reference.shape)}"
+    ours, reference = ours.detach().double(), reference.detach().double()
+    return ((ours - reference).norm() / reference.norm()).item()
+
+
+def reference_unet(config: UNetConfig) -> UNet2DConditionModel:
+    model = UNet2DConditionModel(
+        sample_size=64,
+        block_out_channels=config.channels,
+        layers_per_block=config.layers,
+        attention_head_dim=config.heads,
+        cross_attention_dim=config.context_width,
+        in_channels=config.latent_channels,
+        out_channels=config.latent_channels,
+        norm_num_groups=config.groups,
+    )
+    return shake(model)
+
+
+def reference_vae(config: VAEConfig) -> AutoencoderKL:
+    levels = len(config.channels)
+    model = AutoencoderKL(
+        block_out_channels=config.channels,
+        layers_per_block=config.layers,
+        latent_channels=config.latent_channels,
+        norm_num_groups=config.groups,
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+    )
+    return shake(model)
+
+
+def reference_clip(config: CLIPConfig) -> CLIPModel:
+    def tower(x: TowerConfig) -> dict:
+        return {
+            "hidden_size": x.width,
+            "intermediate_size": 4 * x.width,
+            "num_hidden_layers": x.layers,
+            "num_attention_heads": x.heads,
+            "projection_dim": config.projection,
+        }
+
+    last = config.vocabulary - 1
+    text = tower(config.text) | {
+        "vocab_size": config.vocabulary,
+        "bos_token_id": last - 1,
+        "eos_token_id": last,
+    }
+    image = tower(config.image) | {"image_size": config.image_size, "patch_size": config.patch}
+    reference = ReferenceCLIPConfig(projection_dim=config.projection, text_config=text, vision_config=image)
+    return shake(CLIPModel(reference))
+
+
+def shake(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def official_folder(model: nn.Module, folder: Path, **options) -> Path:
+    """The folder that the reference library itself writes."""
+    model.save_pretrained(folder, **options)
+    return folder
+
+
+def feature_maps(
+    unet: UNet2DConditionModel, latent: Tensor, t: Tensor, context: Tensor
+) -> tuple[Tensor, list]:
+    """The reference's noise, and its inner maps at our taps, finest first, caught by hooks."""
+    caught = {}
+
+    def catch(name):
+        return lambda module, inputs, output: caught.update(
+            {name: output[0] if isinstance(output, tuple) else output}
+        )
+
+    up = unet.up_blocks
+    taps = (up[0].resnets[1], up[1].attentions[1], up[2].attentions[1], up[3])
+    handles = [module.register_forward_hook(catch(i)) for i, module in enumerate(taps)]
+    noise = unet(latent, t, context).sample
+    for handle in handles:
+        handle.remove()
+    return noise, [caught[i] for i in (3, 2, 1, 0)]

@@ -1,0 +1,215 @@
+"""clip.py equals transformers' CLIPModel and OpenAI's tokenizer: ids, hidden states, pooled and projected outputs."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from oracle import BAR, SMALL_CLIP, error, official_folder, reference_clip
+from PIL import Image
+from transformers import CLIPImageProcessorPil, CLIPTokenizer
+
+from clip import CLIP, CLIPConfig, Tokenizer, pixels
+from weights.load import load
+
+END = SMALL_CLIP.vocabulary - 1
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """The reference and ours with the same weights, by way of the official file."""
+    reference = reference_clip(SMALL_CLIP)
+    ours = load(CLIP(SMALL_CLIP), official_folder(reference, tmp_path_factory.mktemp("clip")))
+    return reference, ours.eval()
+
+
+def prompts() -> torch.Tensor:
+    """Three texts of different lengths: start, tokens, end and more ends; the last one fills all positions."""
+    ids = torch.randint(0, END - 1, (3, SMALL_CLIP.positions))
+    ids[:, 0] = END - 1
+    for row, length in zip(ids, (2, 30, 77), strict=True):
+        row[length - 1 :] = END
+    return ids
+
+
+def test_text_equals_the_reference(pair):
+    """Hidden states after the final norm, the vector at the first end, and its projection."""
+    reference, ours = pair
+    ids = prompts()
+    with torch.no_grad():
+        expected = reference.text_model(ids)
+        hidden, pooled = ours.text(ids)
+        assert error(hidden, expected.last_hidden_state) <= BAR
+        assert error(pooled, expected.pooler_output) <= BAR
+        projected = reference.text_projection(expected.pooler_output)
+        assert error(ours.text_projection(pooled), projected) <= BAR
+
+
+def test_ids_may_be_cut_behind_the_longest_text(pair):
+    """The tower is causal: the pooled vector does not change."""
+    _, ours = pair
+    ids = prompts()[:2]
+    with torch.no_grad():
+        assert error(ours.text(ids[:, :30])[1], ours.text(ids)[1]) <= BAR
+
+
+def test_image_equals_the_reference(pair):
+    """The last hidden state before the post-norm, and the projection of the normed class token."""
+    reference, ours = pair
+    image = torch.rand(2, 3, 56, 56) * 2 - 1
+    with torch.no_grad():
+        expected = reference.vision_model(pixels(image, 56))
+        tokens, embedding = ours.image(image)
+        assert error(tokens, expected.last_hidden_state) <= BAR
+        assert error(embedding, reference.visual_projection(expected.pooler_output)) <= BAR
+
+
+@pytest.mark.parametrize("size", [(56, 56), (300, 300), (90, 200), (31, 17)])
+def test_pixels_equal_the_official_preprocessing(size):
+    """Ours, in float and differentiable, against Pillow's bicubic on 8-bit pictures: half a grey level apart on average."""
+    H, W = size
+    grain = torch.rand(1, 3, H // 8 + 1, W // 8 + 1)
+    smooth = torch.nn.functional.interpolate(grain, (H, W), mode="bilinear")
+    levels = (smooth[0] * 255).round().to(torch.uint8)
+    picture = Image.fromarray(levels.permute(1, 2, 0).numpy()).resize((56, 56), Image.Resampling.BICUBIC)
+    processor = CLIPImageProcessorPil(do_resize=False, do_center_crop=False)  # rescales and normalises
+    expected = processor(picture, return_tensors="pt")["pixel_values"]
+    found = pixels(levels[None].float() / 127.5 - 1, 56)
+    grey_level = 1 / 255 / 0.26
+    assert (found - expected).abs().mean() < 0.5 * grey_level
+    assert (found - expected).abs().max() < 2 * grey_level
+
+
+def test_image_is_differentiable(pair):
+    """With respect to the picture, through the resize; two rows do not mix."""
+    _, ours = pair
+    image = (torch.rand(2, 3, 70, 90) - 0.5).requires_grad_()
+    ours.image(image)[1][0].sum().backward()
+    assert image.grad[0].abs().sum() > 0
+    assert (image.grad[1] == 0).all()
+
+
+def test_bfloat16_is_as_exact_as_the_reference(pair):
+    """Both towers within twice the error that the reference itself makes in bfloat16."""
+    reference, ours = pair
+    ids, image = prompts(), torch.rand(2, 3, 56, 56) * 2 - 1
+    theirs, mine = reference_clip(SMALL_CLIP), CLIP(SMALL_CLIP)
+    theirs.load_state_dict(reference.state_dict())
+    mine.load_state_dict(ours.state_dict())
+    theirs.bfloat16(), mine.bfloat16()
+    with torch.no_grad():
+        for exact, low, found in (
+            (reference.text_model(ids), theirs.text_model(ids), mine.text(ids)[0]),
+            (
+                reference.vision_model(pixels(image, 56)),
+                theirs.vision_model(pixels(image, 56)),
+                mine.image(image)[0],
+            ),
+        ):
+            bound = error(low.last_hidden_state, exact.last_hidden_state)
+            assert 1e-4 < bound < 0.1  # bfloat16 really was used
+            assert error(found, exact.last_hidden_state) <= 2 * bound
+
+
+def test_too_many_tokens_are_refused(pair):
+    with pytest.raises(AssertionError, match="78 tokens.*77 positions"):
+        pair[1].text(torch.zeros(1, 78, dtype=torch.int64))
+
+
+def test_tiny_sees_128_pixels():
+    clip = CLIP(CLIPConfig.tiny())
+    tokens, embedding = clip.image(torch.zeros(2, 3, 96, 160))
+    assert tokens.shape == (2, 65, 128)
+    assert embedding.shape == (2, 128)
+
+
+@pytest.mark.slow
+def test_full_width_equals_the_reference(tmp_path):
+    """CLIP ViT-L/14's own size: both towers."""
+    config = CLIPConfig()
+    reference = reference_clip(config)
+    with torch.device("meta"):
+        ours = CLIP(config)
+    load(ours, official_folder(reference, tmp_path))
+    ids = torch.randint(0, 49_000, (2, 77))
+    ids[0, 9:], ids[1, 50:] = 49_407, 49_407
+    image = torch.rand(2, 3, 224, 224) * 2 - 1
+    with torch.no_grad():
+        expected = reference.text_model(ids)
+        hidden, pooled = ours.text(ids)
+        assert error(hidden, expected.last_hidden_state) <= BAR
+        assert error(pooled, expected.pooler_output) <= BAR
+        expected = reference.vision_model(pixels(image, 224))
+        tokens, embedding = ours.image(image)
+        assert tokens.shape == (2, 257, 1024)
+        assert error(tokens, expected.last_hidden_state) <= BAR
+        assert error(embedding, reference.visual_projection(expected.pooler_output)) <= BAR
+
+
+# The tokenizer, on OpenAI's own vocabulary.
+
+
+@pytest.fixture(scope="module")
+def tokenizer(data):
+    return Tokenizer(data / "clip_bpe")
+
+
+def golden(data, group: str) -> list[dict]:
+    return json.loads((data / "clip_bpe" / "golden_tokens_openai.json").read_text())[group]
+
+
+def padded(ids: list[int]) -> list[int]:
+    """The golden ids as Stable Diffusion wants them: 77, keeping the end, padded with ends."""
+    ids = ids if len(ids) <= 77 else [*ids[:76], 49_407]
+    return ids + [49_407] * (77 - len(ids))
+
+
+@pytest.mark.parametrize("group", ["ade20k", "cityscapes", "coco_panoptic", "coco_stuff", "ram"])
+def test_ids_of_every_class_name_and_tag(tokenizer, data, group):
+    entries = golden(data, group)
+    ids = tokenizer([x["text"] for x in entries])
+    assert ids.dtype == torch.int64
+    assert ids.tolist() == [padded(x["ids"]) for x in entries]
+
+
+def test_ids_of_hard_texts(tokenizer, data):
+    """Accents, scripts, emoji, digits, blanks, contractions; six texts differ, for two stated reasons."""
+    needs_ftfy = {"&amp;lt; html &eacute;", "ﬁne ﬂuid", "ＡＢＣ", "…—“quotes”"}  # OpenAI repairs them first
+    markup = {"<|endoftext|> inside", "<|startoftext|>hello"}  # OpenAI obeys it, we spell it out
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        different = {
+            x["text"] for x in golden(data, "extra") if tokenizer([x["text"]])[0].tolist() != padded(x["ids"])
+        }
+    assert different == needs_ftfy | markup
+
+
+def test_ids_equal_transformers(tokenizer, data):
+    """The same files read by the library that Stable Diffusion is used with."""
+    folder = data / "clip_bpe"
+    reference = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    texts = [
+        "a photograph of a horse",
+        "",
+        "A Photo, of \t\n SNOW; it's 12345!",
+        "naïve café – 日本語 🚗",
+        "x" * 60,
+    ]
+    expected = reference(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+    assert torch.equal(tokenizer(texts), expected["input_ids"])
+
+
+def test_truncation_is_stated(tokenizer):
+    """75 tokens fit, the 76th is lost with a warning, and the end stays."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fits = tokenizer(["wall " * 75, "wall"])
+    with pytest.warns(UserWarning, match="1 of 2 texts have more than 75 tokens.*'wall wall"):
+        cut = tokenizer(["wall " * 76, "wall"])
+    assert torch.equal(fits, cut)
+    assert cut[0, 76] == 49_407 and cut[0, 75] == 2569
+
+
+def test_missing_vocabulary_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="vocab.json is missing.*weights.fetch"):
+        Tokenizer(tmp_path)

@@ -1,0 +1,184 @@
+"""unet.py equals diffusers' UNet2DConditionModel: noise, the four maps, gradients; and it refuses wrong inputs."""
+
+import pytest
+import torch
+from oracle import BAR, SMALL_UNET, error, feature_maps, official_folder, reference_unet
+
+from unet import UNet, UNetConfig
+from weights.load import load
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """The reference and ours with the same weights, by way of the official folder."""
+    reference = reference_unet(SMALL_UNET)
+    ours = load(UNet(SMALL_UNET), official_folder(reference, tmp_path_factory.mktemp("unet")))
+    return reference, ours.eval()
+
+
+def inputs(config: UNetConfig, h: int = 16, w: int = 24, L: int = 77):
+    """Two different rows: latents, time steps at both ends, contexts."""
+    width = config.context_width
+    return torch.randn(2, config.latent_channels, h, w), torch.tensor([0, 731]), torch.randn(2, L, width)
+
+
+WIDE = pytest.param(
+    64, 128, 77, marks=pytest.mark.slow
+)  # 512x1024 pictures: 8192 tokens attend to each other
+
+
+@pytest.mark.parametrize(("h", "w", "L"), [(8, 8, 1), (16, 24, 32), (24, 16, 150), (72, 56, 77), WIDE])
+def test_noise_and_maps_equal_the_reference(pair, h, w, L):
+    """Every size that is a multiple of 8, every length of context."""
+    reference, ours = pair
+    latent, t, context = inputs(SMALL_UNET, h, w, L)
+    with torch.no_grad():
+        noise, maps = feature_maps(reference, latent, t, context)
+        assert error(ours(latent, t, context), noise) <= BAR
+        features = ours.features(latent, t, context)
+    for i, (feature, expected) in enumerate(zip(features, maps, strict=True)):
+        assert feature.shape == (2, SMALL_UNET.channels[i], h >> i, w >> i)  # finest first
+        assert error(feature, expected) <= BAR, f"map {i}"
+
+
+def test_lengths_equal_each_image_alone(pair):
+    """Padding behind an image's own tokens changes nothing, whatever stands there."""
+    _, ours = pair
+    latent, t, context = inputs(SMALL_UNET, L=40)
+    lengths = torch.tensor([3, 40])
+    context[0, 3:] = 1e4
+    with torch.no_grad():
+        both = ours.features(latent, t, context, lengths)
+        for row, length in enumerate(lengths.tolist()):
+            alone = ours.features(latent[[row]], t[[row]], context[[row], :length])
+            for together, one in zip(both, alone, strict=True):
+                assert error(together[[row]], one) <= BAR
+
+
+def test_gradients_equal_the_reference(pair):
+    """With respect to every parameter, the latent and the context; also when activations are recomputed."""
+    reference, ours = pair
+    latent, t, context = inputs(SMALL_UNET)
+    weight = torch.randn(2, 4, 16, 24)
+
+    def gradients(model, noise):
+        leaves = [latent.clone().requires_grad_(), context.clone().requires_grad_()]
+        parameters = dict(model.named_parameters())
+        loss = (noise(leaves[0], t, leaves[1]) * weight).sum()
+        grads = torch.autograd.grad(loss, [*leaves, *parameters.values()])
+        return dict(zip(["latent", "context", *parameters], grads, strict=True))
+
+    expected = gradients(reference, lambda *x: reference(*x).sample)
+    for checkpointed in (False, True):
+        ours.checkpoint_activations = checkpointed
+        found = gradients(ours, ours)
+        assert found.keys() == expected.keys()
+        for name in ("latent", "context"):
+            assert error(found[name], expected[name]) <= BAR, name
+        assert error(flat(found), flat(expected)) <= BAR
+        for name, value in expected.items():  # each by itself too; small ones are sums that nearly cancel
+            assert error(found[name], value) <= 10 * BAR, name
+    ours.checkpoint_activations = False
+
+
+def flat(tensors: dict) -> torch.Tensor:
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
+def test_checkpointing_recomputes(pair):
+    """Asked to, the blocks run a second time in the backward pass, and only then."""
+    _, ours = pair
+    runs = []
+    handle = ours.mid_block.resnets[0].register_forward_hook(lambda *_: runs.append(1))
+    for checkpointed in (False, True):
+        ours.checkpoint_activations = checkpointed
+        ours(*inputs(SMALL_UNET)).sum().backward()
+    ours.checkpoint_activations = False
+    handle.remove()
+    assert len(runs) == 1 + 2
+
+
+def test_bfloat16_is_as_exact_as_the_reference(pair):
+    """Within twice the error that the reference itself makes in bfloat16."""
+    reference, ours = pair
+    latent, t, context = inputs(SMALL_UNET)
+    with torch.no_grad():
+        exact = reference(latent, t, context).sample
+        low = [x.bfloat16() if x.is_floating_point() else x for x in (latent, t, context)]
+        theirs = reference_unet(SMALL_UNET)
+        theirs.load_state_dict(reference.state_dict())
+        mine = UNet(SMALL_UNET)
+        mine.load_state_dict(ours.state_dict())
+        bound = error(theirs.bfloat16()(*low).sample, exact)
+        assert 1e-4 < bound < 0.1  # bfloat16 really was used
+        assert error(mine.bfloat16()(*low), exact) <= 2 * bound
+
+
+def test_context_of_any_length(pair):
+    """1 to 1024 tokens; more or none are refused."""
+    _, ours = pair
+    latent, t, context = inputs(SMALL_UNET, 8, 8, L=1025)
+    with torch.no_grad():
+        assert ours(latent, t, context[:, :1024]).isfinite().all()
+        for L in (0, 1025):
+            with pytest.raises(AssertionError, match=rf"\(2, {L}, 48\)"):
+                ours(latent, t, context[:, :L])
+
+
+def test_wrong_inputs_are_refused(pair):
+    """The message has the offending value."""
+    _, ours = pair
+    latent, t, context = inputs(SMALL_UNET)
+    with pytest.raises(AssertionError, match="16x20.*multiples of 8"):
+        ours(latent[..., :20], t, context)
+    with pytest.raises(AssertionError, match="3 channels, not 4"):
+        ours(latent[:, :3], t, context)
+    with pytest.raises(AssertionError, match="float32"):
+        ours(latent, t.float(), context)
+    with pytest.raises(AssertionError, match=r"t is torch.int64 \(1,\)"):
+        ours(latent, t[:1], context)
+    with pytest.raises(AssertionError, match=r"\(2, 77, 40\)"):
+        ours(latent, t, context[..., :40])
+    with pytest.raises(AssertionError, match=r"lengths is \(1,\)"):
+        ours(latent, t, context, torch.tensor([5]))
+
+
+def test_tiny_fits_its_pictures():
+    """128x128 pictures have 16x16 latents; the miniature has about 5.7 million parameters."""
+    unet = UNet(UNetConfig.tiny())
+    features = unet.features(*inputs(UNetConfig.tiny(), 16, 16))
+    assert [tuple(x.shape) for x in features] == [
+        (2, 32, 16, 16),
+        (2, 64, 8, 8),
+        (2, 96, 4, 4),
+        (2, 96, 2, 2),
+    ]
+    assert 5.5e6 < sum(p.numel() for p in unet.parameters()) < 6e6
+
+
+@pytest.mark.slow
+def test_full_width_equals_the_reference(tmp_path):
+    """Stable Diffusion v1.5's own size: noise, maps and all gradients. One model after the other: each is 7 GB."""
+    config = UNetConfig()
+    latent, t, context = inputs(config, 16, 24, 77)
+    reference = reference_unet(config)
+    noise, maps = feature_maps(reference, latent, t, context)
+    maps = [x.detach() for x in maps]
+    noise.square().mean().backward()
+    expected = {name: p.grad for name, p in reference.named_parameters()}
+    folder = official_folder(reference, tmp_path / "unet", max_shard_size="100GB")
+    del reference
+
+    with torch.device("meta"):
+        ours = UNet(config)
+    load(ours, folder)
+    features = ours.features(latent, t, context)
+    assert [x.shape[1] for x in features] == [320, 640, 1280, 1280]
+    for feature, wanted in zip(features, maps, strict=True):
+        assert error(feature, wanted) <= BAR
+    found = ours(latent, t, context)
+    assert error(found, noise) <= BAR
+    found.square().mean().backward()
+    square = sum((p.grad - expected[name]).double().square().sum() for name, p in ours.named_parameters())
+    whole = sum(x.double().square().sum() for x in expected.values())
+    assert (square / whole).sqrt() <= BAR

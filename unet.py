@@ -1,0 +1,321 @@
+"""The denoising UNet of Stable Diffusion v1.5: its noise prediction, and the four feature maps the paper reads from it.
+
+Attribute names are those of the official diffusers folder `unet/`, so its weights load strictly. Equal to diffusers'
+`UNet2DConditionModel` (tests/test_unet.py), which is CompVis `ldm/modules/diffusionmodules/openaimodel.py`.
+
+Top to bottom: the UNet, one level of it, then its two kinds of block (residual and transformer) and their parts.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kernels import attention
+
+TAP = 1  # a feature map is taken after the second block of an up level (VPD vpd/models.py, output_blocks 1, 4, 7)
+MAX_CONTEXT = 1024
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Sizes of the UNet; the default is Stable Diffusion v1.5."""
+
+    channels: tuple[int, ...] = (
+        320,
+        640,
+        1280,
+        1280,
+    )  # per level, finest first; all levels but the last attend
+    layers: int = 2  # blocks per level on the way down; one more on the way up
+    heads: int = 8  # of every attention (diffusers' config calls this number `attention_head_dim`)
+    context_width: int = 768
+    latent_channels: int = 4
+    groups: int = 32
+
+    @classmethod
+    def tiny(cls) -> "UNetConfig":
+        """The miniature for 16x16 latents."""
+        return cls(channels=(32, 64, 96, 96), heads=4, context_width=128, groups=8)
+
+
+class UNet(nn.Module):
+    """epsilon_theta(z_t, t, T(c)) of the paper's Eq. 2, and its internal features f_i of Eq. 3.
+
+    `checkpoint_activations` (default False, may be set at any time) recomputes each block in the backward pass: about
+    one forward more time for a fraction of the memory.
+    """
+
+    def __init__(self, config: UNetConfig = UNetConfig()):
+        super().__init__()
+        self.config = config
+        self.checkpoint_activations = False
+        channels, last = config.channels, len(config.channels) - 1
+        time_width = 4 * channels[0]
+
+        self.time_embedding = TimestepEmbedding(channels[0], time_width)
+        self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
+
+        self.down_blocks = nn.ModuleList()
+        skips = [channels[0]]  # the widths of the maps that the way up takes over, in the order they are made
+        for i, width in enumerate(channels):
+            widths_in = [skips[-1]] + [width] * (config.layers - 1)
+            self.down_blocks.append(Level(config, widths_in, width, attends=i < last, downsample=i < last))
+            skips += [width] * (config.layers + (i < last))
+
+        self.mid_block = Level(config, [channels[-1]] * 2, channels[-1], attends=True)
+        del self.mid_block.attentions[1]  # block, attention, block
+
+        self.up_blocks = nn.ModuleList()
+        below = channels[-1]
+        for i, width in reversed(list(enumerate(channels))):
+            widths_in = [x + skips.pop() for x in [below] + [width] * config.layers]
+            self.up_blocks.append(Level(config, widths_in, width, attends=i < last, upsample=i > 0))
+            below = width
+
+        self.conv_norm_out = nn.GroupNorm(config.groups, channels[0])
+        self.conv_out = nn.Conv2d(channels[0], config.latent_channels, 3, padding=1)
+
+    def forward(self, latent: Tensor, t: Tensor, context: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """The predicted noise `(B, 4, h, w)`; arguments as `features` takes them."""
+        finest = self.features(latent, t, context, lengths)[0]
+        return self.conv_out(F.silu(self.conv_norm_out(finest)))
+
+    def features(
+        self, latent: Tensor, t: Tensor, context: Tensor, lengths: Tensor | None = None
+    ) -> list[Tensor]:
+        """The four maps of the way up, finest first: 320, 640, 1280, 1280 channels at strides 8, 16, 32, 64 of the image.
+
+        latent `(B, 4, h, w)`, h and w multiples of 8; t `(B,)` int64 in 0..999; context `(B, L, 768)`, 1 <= L <= 1024;
+        lengths `(B,)`: how many context tokens of each image are real (1..L), None = all of them.
+        """
+        self.check(latent, t, context, lengths)
+        time = F.silu(self.time_embedding(t))  # (B, 1280); every block starts from its SiLU
+        condition = (time, context, lengths)
+
+        x = self.conv_in(latent.contiguous(memory_format=torch.channels_last))  # (B, 320, h, w)
+        skips = [x]
+        for level in self.down_blocks:
+            for i in range(len(level.resnets)):
+                x = self.run(level, i, x, *condition)
+                skips.append(x)
+            if level.downsamplers:
+                x = level.downsamplers(x)
+                skips.append(x)
+
+        for i in range(len(self.mid_block.resnets)):
+            x = self.run(self.mid_block, i, x, *condition)  # (B, 1280, h/8, w/8)
+
+        maps = []
+        for level in self.up_blocks:
+            for i in range(len(level.resnets)):
+                x = self.run(level, i, torch.cat([x, skips.pop()], dim=1), *condition)
+                if i == TAP:
+                    maps.append(x)
+            x = level.upsamplers(x)
+        maps[-1] = x  # the finest level has no upsampling after it: its map is the last one
+        return maps[::-1]
+
+    def run(self, level: "Level", i: int, x: Tensor, *condition: Tensor | None) -> Tensor:
+        """Block i of a level, recomputed in the backward pass if asked."""
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(level.block, i, x, *condition, use_reentrant=False)
+        return level.block(i, x, *condition)
+
+    def check(self, latent: Tensor, t: Tensor, context: Tensor, lengths: Tensor | None) -> None:
+        """The border: shapes and types only, so that no device is waited for."""
+        B, C, h, w = latent.shape
+        step = 2 ** (len(self.config.channels) - 1)
+        assert C == self.config.latent_channels, (
+            f"the latent has {C} channels, not {self.config.latent_channels}"
+        )
+        assert h % step == 0 and w % step == 0, (
+            f"the latent is {h}x{w}: pad the picture so that both are multiples of {step} ({8 * step} pixels)"
+        )
+        assert t.shape == (B,) and t.dtype == torch.int64, (
+            f"t is {t.dtype} {tuple(t.shape)}: give one int64 time step per image, ({B},)"
+        )
+        L, width = context.shape[-2:]
+        assert context.shape[0] == B and width == self.config.context_width and 1 <= L <= MAX_CONTEXT, (
+            f"the context is {tuple(context.shape)}: give ({B}, 1..{MAX_CONTEXT}, {self.config.context_width})"
+        )
+        assert lengths is None or lengths.shape == (B,), (
+            f"lengths is {tuple(lengths.shape)}: give one number of context tokens per image, ({B},)"
+        )
+
+
+class Level(nn.Module):
+    """The blocks of one resolution: residual blocks, each followed by a transformer where the level attends.
+
+    `widths_in` are the channels that each block receives (on the way up: with the skip connection's).
+    """
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        widths_in: list[int],
+        width: int,
+        attends: bool,
+        downsample: bool = False,
+        upsample: bool = False,
+    ):
+        super().__init__()
+        time_width = 4 * config.channels[0]
+        self.resnets = nn.ModuleList(ResnetBlock(x, width, time_width, config.groups) for x in widths_in)
+        self.attentions = nn.ModuleList(SpatialTransformer(config, width) for _ in widths_in if attends)
+        self.downsamplers = nn.Sequential(*[Downsample(width)] if downsample else [])
+        self.upsamplers = nn.Sequential(*[Upsample(width)] if upsample else [])
+
+    def block(self, i: int, x: Tensor, time: Tensor, context: Tensor, lengths: Tensor | None) -> Tensor:
+        x = self.resnets[i](x, time)
+        return self.attentions[i](x, context, lengths) if i < len(self.attentions) else x
+
+
+class ResnetBlock(nn.Module):
+    """Two times (norm, SiLU, 3x3 convolution) with the time step added in between; added to the input."""
+
+    def __init__(self, in_channels: int, channels: int, time_width: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels)  # torch's eps, 1e-5, is right here, unlike in the VAE
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_width, channels)
+        self.norm2 = nn.GroupNorm(groups, channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, channels, 1) if in_channels != channels else nn.Identity()
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time_emb_proj(time)[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.conv_shortcut(x) + h
+
+
+class SpatialTransformer(nn.Module):
+    """One transformer block over the h*w pixels of a map, added to it."""
+
+    def __init__(self, config: UNetConfig, channels: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(
+            config.groups, channels, eps=1e-6
+        )  # CompVis attention.py `Normalize`; not 1e-5
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(config, channels)])
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, context: Tensor, lengths: Tensor | None) -> Tensor:
+        tokens = rearrange(
+            self.proj_in(self.norm(x)), "B C h w -> B (h w) C"
+        )  # a view: the map is channels-last
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context, lengths)
+        return x + self.proj_out(rearrange(tokens, "B (h w) C -> B C h w", h=x.shape[2]))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the context, feed-forward; each pre-norm and added to its input."""
+
+    def __init__(self, config: UNetConfig, width: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn1 = Attention(width, width, config.heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.attn2 = Attention(width, config.context_width, config.heads)
+        self.norm3 = nn.LayerNorm(width)
+        self.ff = FeedForward(width)
+
+    def forward(self, x: Tensor, context: Tensor, lengths: Tensor | None) -> Tensor:
+        x_norm = self.norm1(x)
+        x = x + self.attn1(x_norm, x_norm)
+        x = x + self.attn2(self.norm2(x), context, lengths)
+        return x + self.ff(self.norm3(x))
+
+
+class Attention(nn.Module):
+    """Multi-head attention of the pixels `(B, N, C)` to the tokens `(B, M, C')`: themselves or the context."""
+
+    def __init__(self, width: int, context_width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(context_width, width, bias=False)
+        self.to_v = nn.Linear(context_width, width, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(width, width))
+
+    def forward(self, x: Tensor, context: Tensor, lengths: Tensor | None = None) -> Tensor:
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        q, k, v = (rearrange(y, "B N (n d) -> B N n d", n=self.heads) for y in (q, k, v))
+        return self.to_out(rearrange(attention(q, k, v, lengths), "B N n d -> B N (n d)"))
+
+
+class FeedForward(nn.Module):
+    """Width C -> 4 C -> C with a gated GELU in the middle."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        # The empty slot is the official dropout of 0: it keeps the names `net.0` and `net.2`.
+        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class GEGLU(nn.Module):
+    """value * gelu(gate): value is the first half of the projection, gate the second; gelu is exact, not tanh's."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class Downsample(nn.Module):
+    """Half the size; the padding is symmetric, unlike the VAE's."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Twice the size: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class TimestepEmbedding(nn.Module):
+    """t `(B,)` -> `(B, 1280)`: sinusoids through a two-layer MLP."""
+
+    def __init__(self, width: int, time_width: int):
+        super().__init__()
+        self.width = width
+        self.linear_1 = nn.Linear(width, time_width)
+        self.linear_2 = nn.Linear(time_width, time_width)
+
+    def forward(self, t: Tensor) -> Tensor:
+        waves = timestep_embedding(t, self.width).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(waves)))
+
+
+def timestep_embedding(t: Tensor, width: int, longest: float = 10_000.0) -> Tensor:
+    """`(B,)` -> `(B, width)` float32: cosines first, then sines (CompVis diffusionmodules/util.py; not the usual order)."""
+    half = width // 2
+    frequency = torch.exp(
+        -math.log(longest) * torch.arange(half, device=t.device, dtype=torch.float32) / half
+    )
+    angle = t[:, None].float() * frequency  # (B, width/2)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)

@@ -1,0 +1,1 @@
+"""The official weights: getting them, loading them, drawing a picture with them."""

@@ -1,0 +1,214 @@
+"""Official weights into our modules: strictly, by name, without running anything that a file may hold.
+
+Our attribute names are the official ones, so most names pass unchanged. The tables below translate the single-file
+(CompVis) layout and the older spellings of the autoencoder's attention (diffusers renames them in the same way, in
+`scripts/convert_diffusers_to_original_stable_diffusion.py` and `models/modeling_utils.py`).
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from clip import CLIP, TextTower
+from unet import UNet
+from vae import VAE
+
+Module = TypeVar("Module", bound=nn.Module)
+Rename = tuple[str, str | Callable[[re.Match], str]]  # a pattern and what re.sub puts in its place
+
+FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # what a component's folder may hold
+FILES += tuple(name.replace(".safetensors", ".fp16.safetensors") for name in FILES)
+IGNORED = r"(^|\.)position_ids$"  # a buffer 0, 1, 2, ... that older CLIP files carry
+KIND = ("resnets", "attentions")  # the two parts of a CompVis block: .0 and .1
+
+
+class WeightsError(ValueError):
+    """A file that cannot be loaded; the message is one sentence that names the file, the fault and the cure."""
+
+
+# CompVis numbers the blocks of all levels through, three to a level: two blocks and the change of size on the way down
+# (after conv_in, number 0), three blocks on the way up, the third with the change of size at its end.
+UNET_NAMES: list[Rename] = [
+    (r"^time_embed\.0\.", "time_embedding.linear_1."),
+    (r"^time_embed\.2\.", "time_embedding.linear_2."),
+    (r"^input_blocks\.0\.0\.", "conv_in."),
+    (r"^input_blocks\.(\d+)\.0\.op\.", lambda m: f"down_blocks.{int(m[1]) // 3 - 1}.downsamplers.0.conv."),
+    (
+        r"^input_blocks\.(\d+)\.([01])\.",
+        lambda m: f"down_blocks.{(int(m[1]) - 1) // 3}.{KIND[int(m[2])]}.{(int(m[1]) - 1) % 3}.",
+    ),
+    (r"^middle_block\.([02])\.", lambda m: f"mid_block.resnets.{int(m[1]) // 2}."),
+    (r"^middle_block\.1\.", "mid_block.attentions.0."),
+    (r"^output_blocks\.(\d+)\.[12]\.conv\.", lambda m: f"up_blocks.{int(m[1]) // 3}.upsamplers.0.conv."),
+    (
+        r"^output_blocks\.(\d+)\.([01])\.",
+        lambda m: f"up_blocks.{int(m[1]) // 3}.{KIND[int(m[2])]}.{int(m[1]) % 3}.",
+    ),
+    (r"^out\.0\.", "conv_norm_out."),
+    (r"^out\.2\.", "conv_out."),
+    (r"\.in_layers\.0\.", ".norm1."),
+    (r"\.in_layers\.2\.", ".conv1."),
+    (r"\.emb_layers\.1\.", ".time_emb_proj."),
+    (r"\.out_layers\.0\.", ".norm2."),
+    (r"\.out_layers\.3\.", ".conv2."),
+    (r"\.skip_connection\.", ".conv_shortcut."),
+]
+
+# The decoder's levels are numbered from the finest in CompVis, from the coarsest in diffusers. The attention has three
+# spellings: CompVis (q), the official diffusers file (query), today's diffusers (to_q, which is ours).
+VAE_NAMES: list[Rename] = [
+    (r"^encoder\.down\.(\d)\.block\.", r"encoder.down_blocks.\1.resnets."),
+    (r"^encoder\.down\.(\d)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
+    (r"^decoder\.up\.(\d)\.block\.", lambda m: f"decoder.up_blocks.{3 - int(m[1])}.resnets."),
+    (r"^decoder\.up\.(\d)\.upsample\.", lambda m: f"decoder.up_blocks.{3 - int(m[1])}.upsamplers.0."),
+    (r"\.mid\.block_([12])\.", lambda m: f".mid_block.resnets.{int(m[1]) - 1}."),
+    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
+    (r"\.norm_out\.", ".conv_norm_out."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"\.attentions\.0\.norm\.", ".attentions.0.group_norm."),
+    (r"\.attentions\.0\.q(uery)?\.", ".attentions.0.to_q."),
+    (r"\.attentions\.0\.k(ey)?\.", ".attentions.0.to_k."),
+    (r"\.attentions\.0\.v(alue)?\.", ".attentions.0.to_v."),
+    (r"\.attentions\.0\.proj_(out|attn)\.", ".attentions.0.to_out.0."),
+]
+
+
+@dataclass(frozen=True)
+class Official:
+    """Where a module's weights are, and what its names look like there."""
+
+    file: str  # the official file, for messages
+    prefixes: tuple[str, ...]  # before its names in files that hold more than this module
+    names: tuple[Rename, ...] = ()
+
+    @property
+    def cure(self) -> str:
+        return f"get {self.file}: `python -m weights.fetch`"
+
+
+SD, OPENAI = "stable-diffusion-v1-5/stable-diffusion-v1-5", "openai/clip-vit-large-patch14"
+OFFICIAL: dict[type[nn.Module], Official] = {
+    UNet: Official(
+        f"unet/diffusion_pytorch_model.safetensors of {SD}", ("model.diffusion_model.",), tuple(UNET_NAMES)
+    ),
+    VAE: Official(
+        f"vae/diffusion_pytorch_model.safetensors of {SD}", ("first_stage_model.",), tuple(VAE_NAMES)
+    ),
+    CLIP: Official(f"model.safetensors of {OPENAI}", ()),
+    TextTower: Official(
+        f"text_encoder/model.safetensors of {SD}", ("cond_stage_model.transformer.text_model.", "text_model.")
+    ),
+}
+
+
+def load(module: Module, path: str | Path) -> Module:
+    """Fill a UNet, VAE, CLIP or its `text_model` from an official file or the folder that holds it; return it.
+
+    The module may be built normally or on `meta` (faster: nothing is initialised). It keeps its dtype, and its device
+    unless that was `meta`. Every name and shape must fit: a WeightsError lists what does not.
+    """
+    official = OFFICIAL[type(module)]
+    file = find(Path(path), official)
+    refuse_foreign(file, official)
+    ours = module.state_dict()
+    try:
+        weights = safe_open(file, "pt")
+    except SafetensorError as error:
+        raise WeightsError(f"{file} is damaged ({error}); {official.cure}") from None
+    with weights:
+        names = weights.keys()
+        shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in names}
+        theirs = match({name: tuple(x.shape) for name, x in ours.items()}, shapes, file, official)
+        state = {}
+        for name, x in ours.items():
+            device = "cpu" if x.is_meta else x.device
+            state[name] = weights.get_tensor(theirs[name]).reshape(x.shape).to(device, x.dtype)
+    module.load_state_dict(state, strict=True, assign=True)
+    return module
+
+
+def find(path: Path, official: Official) -> Path:
+    """The file that `path` names, or the first official file name in the folder `path`."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise WeightsError(f"{path} does not exist; {official.cure}")
+    for name in FILES:
+        if (path / name).is_file():
+            return path / name
+    held = sorted(x.name for x in path.iterdir())[:10]
+    raise WeightsError(
+        f"{path} holds none of {', '.join(FILES)} but {', '.join(held) or 'nothing'}; {official.cure}"
+    )
+
+
+def refuse_foreign(file: Path, official: Official) -> None:
+    """Say what a file is that is not a whole safetensors file: an 8-byte length, a JSON header, the bytes it promises."""
+    size = file.stat().st_size
+    with file.open("rb") as f:
+        start = f.read(512)
+        length = int.from_bytes(start[:8], "little")
+        if start[8:9] != b"{":
+            raise WeightsError(f"{file} is {kind(start)}, not a safetensors file; {official.cure}")
+        f.seek(8)
+        header = f.read(length) if 8 + length <= size else b""
+    try:
+        tensors = json.loads(header)
+        promised = 8 + length + max(x["data_offsets"][1] for k, x in tensors.items() if k != "__metadata__")
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        raise WeightsError(
+            f"{file} is truncated or damaged: its header cannot be read; {official.cure}"
+        ) from None
+    if size != promised:
+        fault = "truncated" if size < promised else "damaged"
+        raise WeightsError(
+            f"{file} is {fault}: it has {size:,} bytes and its header promises {promised:,}; {official.cure}"
+        )
+
+
+def kind(start: bytes) -> str:
+    """What a file that begins like this is."""
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer (the repository was cloned without `git lfs pull`)"
+    if start.lstrip()[:1] == b"<":
+        return "an HTML page (an error or login page saved under this name)"
+    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+        return "a pickle, which could run code and is never opened"
+    return "a file of an unknown kind" if start else "an empty file"
+
+
+def match(
+    ours: dict[str, tuple[int, ...]], theirs: dict[str, tuple[int, ...]], file: Path, official: Official
+) -> dict[str, str]:
+    """Our names -> the file's names, from the shapes of both; a WeightsError if they do not fit one to one."""
+    prefix = next((p for p in official.prefixes if any(name.startswith(p) for name in theirs)), "")
+    found, twice = {}, []
+    for name in theirs:
+        if name.startswith(prefix) and not re.search(IGNORED, name):
+            short = name.removeprefix(prefix)
+            for pattern, replacement in official.names:
+                short = re.sub(pattern, replacement, short)
+            if found.setdefault(short, name) != name:
+                twice.append(name)
+
+    missing = [name for name in ours if name not in found]
+    unexpected = [name for short, name in found.items() if short not in ours] + twice
+    # The VAE's attention is a 1x1 convolution in CompVis: (512, 512, 1, 1) is our (512, 512).
+    misshapen = [
+        f"{found[name]} {theirs[found[name]]} instead of {shape}"
+        for name, shape in ours.items()
+        if name in found and theirs[found[name]] not in (shape, (*shape, 1, 1))
+    ]
+    faults = (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", misshapen))
+    faults = [
+        f"{len(x)} {what}: {', '.join(x[:10])}{', ...' if len(x) > 10 else ''}" for what, x in faults if x
+    ]
+    if faults:
+        raise WeightsError(f"{file} does not fit ({'; '.join(faults)}); {official.cure}")
+    return found
