@@ -5,7 +5,11 @@ BIN := .venv/bin
 .PHONY: demo test lint clean
 
 demo: .venv/.run
-	$(BIN)/python -m weights.draw --weights random --model tiny --steps 10 --out runs/demo.png "sheep, grass, sky"
+	$(BIN)/python -m weights.draw "a photograph of a horse" --out runs/demo.png $(if $(wildcard weights/sd15/unet),,$(RANDOM_TINY))
+	@echo "Look at runs/demo.png. Next: \`make test\`; or get the official weights with \`$(BIN)/python -m weights.fetch\` (5.5 GB) and run this again."
+
+# Without the official weights: the same path at miniature size, whose right answer is noise.
+RANDOM_TINY := --weights random --model tiny --steps 10
 
 test: .venv/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -16,6 +20,7 @@ lint: .venv/.dev
 
 # The stamps are touched only after success, so an interrupted installation is taken up again.
 .venv/.run: requirements.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11')"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	touch $@

@@ -4,13 +4,14 @@
     python bench.py --suite cpu --only unet --dtype float32          # one of them
 
 Both models hold the same weights and see the same input. Their results are compared first: a row whose error is too large
-says FAIL and has no time. Then they run in turns, ours and the peer's; the table has the median and the smallest time of
-each, and the ratio of the medians, ours / peer (below 1: we are faster). Peak memory is taken in a process of its own, one
-side at a time. If other processes take more than 8 % of the CPUs during a row it says BUSY and has no time. FAIL and BUSY
-make the exit code 1.
+says FAIL and has no time. Then they run in turns (ours, peer, peer, ours, ...); the table has each median, the median of the
+ratios ours / peer of every turn (below 1: we are faster), and the ratio of the fastest runs. Peak memory is taken in a
+process of its own, one side at a time. A row during which other processes take more than 8 % of the CPUs is run again, and
+says BUSY and has no time after the third try. FAIL and BUSY make the exit code 1.
 """
 
 import argparse
+import ctypes
 import json
 import multiprocessing
 import os
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +52,7 @@ class Case:
     """The same work done by two libraries, both with Stable Diffusion v1.5's sizes and random weights."""
 
     title: str
-    inputs: Callable[[], list[Tensor]]
+    inputs: Callable[[int], list[Tensor]]  # of the picture's side in pixels
     ours: Side
     peer: Side
 
@@ -86,20 +88,20 @@ def peer_clip() -> nn.Module:
 
 CASES = {
     "unet": Case(
-        "UNet, 64x64 latents, 77 tokens",
-        lambda: [torch.randn(1, 4, 64, 64), torch.tensor([1]), torch.randn(1, 77, 768)],
+        "UNet, 77 tokens",
+        lambda size: [torch.randn(1, 4, size // 8, size // 8), torch.tensor([1]), torch.randn(1, 77, 768)],
         Side(UNet, lambda model, x: model(*x)),
         Side(peer_unet, lambda model, x: model(*x).sample),
     ),
     "vae": Case(
-        "VAE encoder, 512x512",
-        lambda: [torch.rand(1, 3, 512, 512) * 2 - 1],
+        "VAE encoder",
+        lambda size: [torch.rand(1, 3, size, size) * 2 - 1],
         Side(VAE, lambda model, x: model.moments(*x)[0]),
         Side(peer_vae, lambda model, x: model.encode(*x).latent_dist.mean),
     ),
     "clip": Case(
-        "CLIP image tower, 224x224",
-        lambda: [torch.rand(1, 3, 224, 224) * 2 - 1],
+        "CLIP image tower",
+        lambda size: [torch.rand(1, 3, 224, 224) * 2 - 1],
         Side(CLIP, lambda model, x: model.image(*x)[0]),
         Side(
             peer_clip, lambda model, x: model.vision_model(pixels(*x, 224).to(x[0].dtype)).last_hidden_state
@@ -108,49 +110,65 @@ CASES = {
 }
 
 
-def compare(case: Case, dtype: str, rounds: int) -> dict:
+def compare(name: str, dtype: str, size: int, rounds: int) -> dict:
     """One row: error, times in turns, ratio; peak memory of each side."""
     torch.manual_seed(0)
-    low = getattr(torch, dtype)
+    case = CASES[name]
     ours, peer = case.ours.build(), case.peer.build()
-    ours.load_state_dict(peer.state_dict(), assign=True)  # one copy of the weights for both
-    sides = [(case.ours.run, ours.to(low).eval()), (case.peer.run, peer.to(low).eval())]
-    inputs = [x.to(low) if x.is_floating_point() else x for x in case.inputs()]
-    row = {"case": case.title, "dtype": dtype}
+    ours.load_state_dict(peer.state_dict())
+    sides = [(case.ours.run, ours), (case.peer.run, peer)]
+    for _, model in sides:
+        model.to(getattr(torch, dtype)).eval()
+    inputs = cast(case.inputs(size), dtype)
+    row = {"case": case.title, "picture": size, "dtype": dtype}
     with torch.inference_mode():
         mine, theirs = (run(model, inputs).float() for run, model in sides)  # also the warm-up
         row["error"] = ((mine - theirs).norm() / theirs.norm()).item()
         if not row["error"] <= BOUND[dtype]:
             return row | {"verdict": "FAIL"}
-        times, others = ([], []), cpu_of_others()
-        for _ in range(rounds):
-            for (run, model), taken in zip(sides, times, strict=True):
-                start = time.perf_counter()
-                run(model, inputs)
-                taken.append(time.perf_counter() - start)
-        if others() > BUSY:
-            return row | {"verdict": f"BUSY: others took {others():.0%} of the CPUs"}
-    del ours, peer, sides
-    medians, best = [statistics.median(x) for x in times], [min(x) for x in times]
-    row |= {"ours s": medians[0], "peer s": medians[1], "ratio": medians[0] / medians[1]}
-    row |= {"ours min s": best[0], "peer min s": best[1], "min ratio": best[0] / best[1]}
-    for side in ("ours", "peer"):
-        row[f"{side} MiB"] = alone(peak_of_run, case.title, side, dtype)
+        times = in_turns([lambda run=run, model=model: run(model, inputs) for run, model in sides], rounds)
+    if times is None:
+        return row | {"verdict": "BUSY"}
+    del ours, peer, model, sides
+    row["ours s"], row["peer s"] = (statistics.median(x) for x in times)
+    row["ratio"] = statistics.median(mine / theirs for mine, theirs in zip(*times, strict=True))
+    row["min ratio"] = min(times[0]) / min(times[1])
+    for who in ("ours", "peer"):
+        row[f"{who} MiB"] = alone(peak_of_run, name, who, dtype, size)
     return row
 
 
-def peak_of_run(title: str, side: str, dtype: str) -> float:
-    """Peak resident MiB of building one side and running it once, weights included, imports not."""
-    case = next(case for case in CASES.values() if case.title == title)
-    build, run = getattr(case, side).build, getattr(case, side).run
+def in_turns(sides: list[Callable], rounds: int) -> list[list[float]] | None:
+    """Seconds of every run, A B, B A, A B, ...; None if other processes kept the machine busy three times over."""
+    for _ in range(3):
+        times, others = ([], []), cpu_of_others()
+        for i in range(rounds):
+            for who in (0, 1) if i % 2 == 0 else (1, 0):
+                start = time.perf_counter()
+                sides[who]()
+                times[who].append(time.perf_counter() - start)
+        if others() <= BUSY:
+            return times
+    return None
+
+
+def cast(inputs: list[Tensor], dtype: str) -> list[Tensor]:
+    return [x.to(getattr(torch, dtype)) if x.is_floating_point() else x for x in inputs]
+
+
+def peak_of_run(name: str, who: str, dtype: str, size: int) -> float:
+    """Peak resident MiB of one run, weights included, imports and building not."""
+    case = CASES[name]
+    side = getattr(case, who)
     with torch.device("meta"):
-        build()  # imports the peer
+        side.build()  # imports the peer
     before = resident()
-    model = build().to(getattr(torch, dtype)).eval()
-    inputs = [x.to(getattr(torch, dtype)) if x.is_floating_point() else x for x in case.inputs()]
+    model = side.build().to(getattr(torch, dtype)).eval()
+    inputs = cast(case.inputs(size), dtype)
+    ctypes.CDLL(None).malloc_trim(0)  # what building left in the heap is not the run's
     start_peak()
     with torch.inference_mode():
-        run(model, inputs)
+        side.run(model, inputs)
     return peak() - before
 
 
@@ -181,8 +199,8 @@ def load_once(side: str, folder: str) -> tuple[float, float]:
 
 def alone(function: Callable, *arguments):
     """The result of a function in a fresh process."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def resident() -> float:
@@ -225,8 +243,7 @@ def header() -> str:
     names = [
         x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x
     ]
-    flags = Path("/proc/cpuinfo").read_text()
-    bf16 = "bfloat16 in hardware" if "avx512_bf16" in flags or "amx_bf16" in flags else "bfloat16 emulated"
+    bf16 = "bfloat16 by oneDNN" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "bfloat16 emulated"
     simd = torch.backends.cpu.get_cpu_capability()
     versions = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
     versions += [f"{x} {__import__(x).__version__}" for x in ("diffusers", "transformers")]
@@ -237,7 +254,18 @@ def header() -> str:
 
 def table(rows: list[dict]) -> str:
     """Markdown."""
-    columns = ["case", "dtype", "ours s", "peer s", "ratio", "min ratio", "ours MiB", "peer MiB", "error"]
+    columns = [
+        "case",
+        "picture",
+        "dtype",
+        "ours s",
+        "peer s",
+        "ratio",
+        "min ratio",
+        "ours MiB",
+        "peer MiB",
+        "error",
+    ]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     forms = {"ours s": ".2f", "peer s": ".2f", "ratio": ".2f", "min ratio": ".2f", "error": ".1e"}
     forms |= {"ours MiB": ",.0f", "peer MiB": ",.0f"}
@@ -254,16 +282,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--suite", choices=["cpu"], default="cpu", help="what to measure")
     parser.add_argument("--only", choices=[*CASES, "load"], nargs="+", default=[*CASES, "load"], help="rows")
     parser.add_argument("--dtype", choices=list(BOUND), nargs="+", default=list(BOUND), help="precisions")
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each side per row, at least 3")
+    parser.add_argument(
+        "--size", type=int, default=512, help="side of the picture in pixels, a multiple of 64"
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="runs of each side per row, at least 3")
     parser.add_argument("--out", metavar="FILE.json", help="also write every number here")
     options = parser.parse_args(argv)
     if options.rounds < 3:
         parser.error(f"--rounds {options.rounds}: a median wants at least 3")
+    if options.size < 64 or options.size % 64:
+        parser.error(f"--size {options.size}: give a multiple of 64")
     print(header(), flush=True)
     rows = []
     for name in options.only:
         for dtype in options.dtype if name != "load" else ["float32"]:
-            rows.append(compare_loading() if name == "load" else compare(CASES[name], dtype, options.rounds))
+            rows.append(
+                compare_loading() if name == "load" else compare(name, dtype, options.size, options.rounds)
+            )
             print(json.dumps(rows[-1]), flush=True)
     print(table(rows))
     if options.out:

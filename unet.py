@@ -68,7 +68,7 @@ class UNet(nn.Module):
             skips += [width] * (config.layers + (i < last))
 
         self.mid_block = Level(config, [channels[-1]] * 2, channels[-1], attends=True)
-        del self.mid_block.attentions[1]  # block, attention, block
+        del self.mid_block.attentions[1]  # residual block, transformer, residual block
 
         self.up_blocks = nn.ModuleList()
         below = channels[-1]
@@ -83,7 +83,7 @@ class UNet(nn.Module):
     def forward(self, latent: Tensor, t: Tensor, context: Tensor, lengths: Tensor | None = None) -> Tensor:
         """The predicted noise `(B, 4, h, w)`; arguments as `features` takes them."""
         finest = self.features(latent, t, context, lengths)[0]
-        return self.conv_out(F.silu(self.conv_norm_out(finest)))
+        return self.conv_out(F.silu(self.conv_norm_out(finest), inplace=True))
 
     def features(
         self, latent: Tensor, t: Tensor, context: Tensor, lengths: Tensor | None = None
@@ -95,36 +95,41 @@ class UNet(nn.Module):
         """
         self.check(latent, t, context, lengths)
         time = F.silu(self.time_embedding(t))  # (B, 1280); every block starts from its SiLU
-        condition = (time, context, lengths)
 
-        x = self.conv_in(latent.contiguous(memory_format=torch.channels_last))  # (B, 320, h, w)
+        x = self.conv_in(latent)  # (B, 320, h, w)
         skips = [x]
         for level in self.down_blocks:
-            for i in range(len(level.resnets)):
-                x = self.run(level, i, x, *condition)
+            for i, resnet in enumerate(level.resnets):
+                x = self.run(resnet, x, time)
+                if level.attentions:
+                    x = self.run(level.attentions[i], x, context, lengths)
                 skips.append(x)
             if level.downsamplers:
                 x = level.downsamplers(x)
                 skips.append(x)
 
-        for i in range(len(self.mid_block.resnets)):
-            x = self.run(self.mid_block, i, x, *condition)  # (B, 1280, h/8, w/8)
+        x = self.run(self.mid_block.resnets[0], x, time)  # (B, 1280, h/8, w/8)
+        x = self.run(self.mid_block.attentions[0], x, context, lengths)
+        x = self.run(self.mid_block.resnets[1], x, time)
 
         maps = []
         for level in self.up_blocks:
-            for i in range(len(level.resnets)):
-                x = self.run(level, i, torch.cat([x, skips.pop()], dim=1), *condition)
+            for i, resnet in enumerate(level.resnets):
+                x = torch.cat([x, skips.pop()], dim=1)
+                x = self.run(resnet, x, time)
+                if level.attentions:
+                    x = self.run(level.attentions[i], x, context, lengths)
                 if i == TAP:
                     maps.append(x)
             x = level.upsamplers(x)
         maps[-1] = x  # the finest level has no upsampling after it: its map is the last one
         return maps[::-1]
 
-    def run(self, level: "Level", i: int, x: Tensor, *condition: Tensor | None) -> Tensor:
-        """Block i of a level, recomputed in the backward pass if asked."""
+    def run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+        """The block's output; its activations are recomputed in the backward pass if asked."""
         if self.checkpoint_activations and torch.is_grad_enabled():
-            return checkpoint(level.block, i, x, *condition, use_reentrant=False)
-        return level.block(i, x, *condition)
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     def check(self, latent: Tensor, t: Tensor, context: Tensor, lengths: Tensor | None) -> None:
         """The border: shapes and types only, so that no device is waited for."""
@@ -170,10 +175,6 @@ class Level(nn.Module):
         self.downsamplers = nn.Sequential(*[Downsample(width)] if downsample else [])
         self.upsamplers = nn.Sequential(*[Upsample(width)] if upsample else [])
 
-    def block(self, i: int, x: Tensor, time: Tensor, context: Tensor, lengths: Tensor | None) -> Tensor:
-        x = self.resnets[i](x, time)
-        return self.attentions[i](x, context, lengths) if i < len(self.attentions) else x
-
 
 class ResnetBlock(nn.Module):
     """Two times (norm, SiLU, 3x3 convolution) with the time step added in between; added to the input."""
@@ -188,10 +189,11 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, channels, 1) if in_channels != channels else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time_emb_proj(time)[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.conv_shortcut(x) + h
+        h = self.norm1(x)  # h is bound anew at each step: what is no longer needed is freed at once
+        h = self.conv1(F.silu(h, inplace=True))
+        h = self.norm2(h.add_(self.time_emb_proj(time)[:, :, None, None]))
+        h = self.conv2(F.silu(h, inplace=True))
+        return h.add_(self.conv_shortcut(x))
 
 
 class SpatialTransformer(nn.Module):
@@ -207,9 +209,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor, lengths: Tensor | None) -> Tensor:
-        tokens = rearrange(
-            self.proj_in(self.norm(x)), "B C h w -> B (h w) C"
-        )  # a view: the map is channels-last
+        tokens = rearrange(self.proj_in(self.norm(x)), "B C h w -> B (h w) C")
         for block in self.transformer_blocks:
             tokens = block(tokens, context, lengths)
         return x + self.proj_out(rearrange(tokens, "B (h w) C -> B C h w", h=x.shape[2]))
@@ -272,7 +272,7 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        return F.gelu(gate).mul_(value)
 
 
 class Downsample(nn.Module):

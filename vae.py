@@ -9,7 +9,6 @@ This file does not sample the posterior: `encode` is deterministic, as dense pre
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -89,11 +88,11 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:
-        x = self.conv_in(image.contiguous(memory_format=torch.channels_last))  # convolutions are faster so
+        x = self.conv_in(image)
         for block in self.down_blocks:
             x = block(x)
         x = self.mid_block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(F.silu(self.conv_norm_out(x), inplace=True))
 
 
 class Decoder(nn.Module):
@@ -113,11 +112,11 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, latent: Tensor) -> Tensor:
-        x = self.conv_in(latent.contiguous(memory_format=torch.channels_last))
+        x = self.conv_in(latent)
         x = self.mid_block(x)
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(F.silu(self.conv_norm_out(x), inplace=True))
 
 
 class Down(nn.Module):
@@ -175,9 +174,11 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, channels, 1) if in_channels != channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.conv_shortcut(x) + h
+        h = self.norm1(x)  # h is bound anew at each step: what is no longer needed is freed at once
+        h = self.conv1(F.silu(h, inplace=True))
+        h = self.norm2(h)
+        h = self.conv2(F.silu(h, inplace=True))
+        return h.add_(self.conv_shortcut(x))
 
 
 class Attention(nn.Module):

@@ -89,7 +89,7 @@ def test_checkpointing_recomputes(pair):
     """Asked to, the blocks run a second time in the backward pass, and only then."""
     _, ours = pair
     runs = []
-    handle = ours.mid_block.resnets[0].register_forward_hook(lambda *_: runs.append(1))
+    handle = ours.mid_block.resnets[0].register_forward_pre_hook(lambda *_: runs.append(1))
     for checkpointed in (False, True):
         ours.checkpoint_activations = checkpointed
         ours(*inputs(SMALL_UNET)).sum().backward()
