@@ -1,11 +1,12 @@
-"""What the UNet is told about a picture: every condition of the paper's Table 5 and Figure 1, and the tagging adapter.
+"""What the UNet is told about a picture: every condition of the paper's Table 5 and Figure 1, and the tagging
+adapter.
 
-Sections 3.3 and 3.4. Each condition is a module with the same call, `adapter(image_tokens, image_embedding, text)`,
-which returns the context T(c) that the UNet attends to. Image tokens, image embedding and text vectors come from the
-frozen CLIP (clip.py); those that a condition does not read may be None.
+Sections 3.3 and 3.4. Each condition is a module with the same call, `adapter(image_tokens, image_embedding,
+text)`, which returns the context T(c) that the UNet attends to. Image tokens, image embedding and text
+vectors come from the frozen CLIP (clip.py); those that a condition does not read may be None.
 
-Top to bottom: what goes in and out, the five simple conditions, the tagging adapter (Eq. 6), its multi-label objective
-(Eq. 7, the asymmetric loss and its targets), and the parts of the adapter.
+Top to bottom: what goes in and out, the five simple conditions, the tagging adapter (Eq. 6), its multi-label
+objective (Eq. 7, the asymmetric loss and its targets), and the parts of the adapter.
 """
 
 import math
@@ -26,8 +27,8 @@ class AdapterError(ValueError):
 class Text(NamedTuple):
     """What the words of each picture became.
 
-    vectors `(B, T, C)`: one pooled vector per tag, padded to the longest list, or the 77 hidden states of a prompt;
-    lengths `(B,)`: how many are real (1..T), None = all of them.
+    vectors `(B, T, C)`: one pooled vector per tag, padded to the longest list, or the 77 hidden states of a
+    prompt; lengths `(B,)`: how many are real (1..T), None = all of them.
     """
 
     vectors: Tensor
@@ -35,7 +36,9 @@ class Text(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """What the UNet attends to: context `(B, L, C)`, lengths `(B,)` as in `Text`; and Eq. 7's tag logits `(B, K)`."""
+    """What the UNet attends to: context `(B, L, C)`, lengths `(B,)` as in `Text`; and Eq. 7's tag logits `(B,
+    K)`.
+    """
 
     context: Tensor
     lengths: Tensor | None = None
@@ -45,7 +48,8 @@ class Condition(NamedTuple):
 class Unconditional(nn.Module):
     """`none`: the empty prompt for every picture (section 3.3, 1).
 
-    empty `(77, C)`: the hidden states of "". With no argument to read B from, the context has one row for all pictures.
+    empty `(77, C)`: the hidden states of "". With no argument to read B from, the context has one row for all
+    pictures.
     """
 
     def __init__(self, empty: Tensor):
@@ -72,8 +76,8 @@ class Caption(nn.Module):
 class Oracle(nn.Module):
     """`oracle`: the vectors of the classes that are truly in the picture, straight to the UNet (Figure 1).
 
-    It reads the labels, so what it gives is a bound and no result. A picture without classes is the caller's business:
-    it passes the empty prompt's vector.
+    It reads the labels, so what it gives is a bound and no result. A picture without classes is the caller's
+    business: it passes the empty prompt's vector.
     """
 
     def forward(
@@ -86,8 +90,8 @@ class Oracle(nn.Module):
 class Classes(nn.Module):
     """`classes`: T(c) = E + gamma MLP(E) over the vectors E of all K class names (Eq. 4).
 
-    VPD's text adapter (vpd/models.py, `TextAdapter`): K tokens, the same for every picture. classes `(K, C)`. With no
-    argument to read B from, the context has one row for all pictures.
+    VPD's text adapter (vpd/models.py, `TextAdapter`): K tokens, the same for every picture. classes `(K, C)`.
+    With no argument to read B from, the context has one row for all pictures.
     """
 
     def __init__(self, classes: Tensor):
@@ -108,11 +112,13 @@ class Classes(nn.Module):
 class Implicit(nn.Module):
     """`implicit`: a caption made from the image embedding (Eq. 5), behind a gate that starts shut.
 
-    The context of ODISE's implicit captioner (odise/modeling/meta_arch/ldm.py): Eq. 5's MLP is one Linear, whose output
-    is repeated at 77 positions, plus a learned position embedding, times tanh(alpha), added to the empty prompt. Its
-    other branch, which moves the time embedding, is left out: Eq. 5 is a text condition. empty `(77, C)`.
+    The context of ODISE's implicit captioner (odise/modeling/meta_arch/ldm.py): Eq. 5's MLP is one Linear,
+    whose output is repeated at 77 positions, plus a learned position embedding, times tanh(alpha), added to
+    the empty prompt. Its other branch, which moves the time embedding, is left out: Eq. 5 is a text
+    condition. empty `(77, C)`.
 
-    At the start the context is exactly the empty prompt and alpha alone has a gradient; one step later all have one.
+    At the start the context is exactly the empty prompt and alpha alone has a gradient; one step later all
+    have one.
     """
 
     def __init__(self, empty: Tensor, embedding_width: int = 768):
@@ -134,13 +140,15 @@ class Implicit(nn.Module):
 class Tagging(nn.Module):
     """`tagging`: learned queries read the tags and the picture, and become the context (Eq. 6; Figure 2 b).
 
-    empty `(77, C)`: the hidden states of ""; classes `(K, C)`: the vectors of the class names, which are Eq. 7's frozen
-    classifier, and the text of every picture where none is given (`text=None`). 25,612,802 trainable parameters at the
-    default sizes, whatever K is. A picture without tags is the caller's business: it passes the empty prompt's vector.
+    empty `(77, C)`: the hidden states of ""; classes `(K, C)`: the vectors of the class names, which are Eq.
+    7's frozen classifier, and the text of every picture where none is given (`text=None`). 25,612,802
+    trainable parameters at the default sizes, whatever K is. A picture without tags is the caller's business:
+    it passes the empty prompt's vector.
 
-    With start "empty" the context is E("")[:Q] + g m, g from 0: at first exactly the empty prompt's first Q tokens. The
-    UNet's gradient then reaches g alone; all else has Eq. 7's, or, where that has no weight, the UNet's one step later.
-    With start "random" the context is m. Whatever the start, log_scale and bias learn from Eq. 7 alone.
+    With start "empty" the context is E("")[:Q] + g m, g from 0: at first exactly the empty prompt's first Q
+    tokens. The UNet's gradient then reaches g alone; all else has Eq. 7's, or, where that has no weight, the
+    UNet's one step later. With start "random" the context is m. Whatever the start, log_scale and bias learn
+    from Eq. 7 alone.
     """
 
     def __init__(
@@ -163,7 +171,8 @@ class Tagging(nn.Module):
             )
         if start == "empty" and queries > P:
             raise AdapterError(
-                f"{queries} queries start from the {P} tokens of the empty prompt: give at most {P}, or start 'random'"
+                f"{queries} queries start from the {P} tokens of the empty prompt: give at most {P}, "
+                "or start 'random'"
             )
 
         self.register_buffer("classes", frozen(classes))
@@ -209,10 +218,11 @@ class Tagging(nn.Module):
         )
 
     def logits(self, m: Tensor) -> Tensor:
-        """Eq. 7 before its sigmoid, `(B, Q, C)` -> `(B, K)` float32: s cos(Pool(m), h_k - mean h) + b, h frozen.
+        """Eq. 7 before its sigmoid, `(B, Q, C)` -> `(B, K)` float32: s cos(Pool(m), h_k - mean h) + b, h
+        frozen.
 
-        The paper prints the product (Pool(m), h_k), which saturates: that of two of CLIP's class vectors is about 365,
-        of one with itself 799. Centred they no longer share a direction; s and b are learned.
+        The paper prints the product (Pool(m), h_k), which saturates: that of two of CLIP's class vectors is
+        about 365, of one with itself 799. Centred they no longer share a direction; s and b are learned.
         """
         h = self.classes.float()
         pooled = m.float().mean(dim=1)  # (B, C)
@@ -229,12 +239,14 @@ def asymmetric_loss(
     clip: float = 0.05,
     eps: float = 1e-8,
 ) -> tuple[Tensor, Tensor]:
-    """Sum over classes and images, and the number of images: `(B, K)` logits, `(B, K)` targets in {0, 1} -> scalars.
+    """Sum over classes and images, and the number of images: `(B, K)` logits, `(B, K)` targets in {0, 1} ->
+    scalars.
 
-    A class that is there costs -(1 - p) ** gamma_positive * log p; one that is not, -(1 - q) ** gamma_negative * log q
-    with q = min(1 - p + clip, 1), which forgives a p below clip. The focusing weights are constants: they carry no
-    gradient. In float32, whatever comes in: eps is 0 in float16. Values, gradients and defaults are those of Ridnik et
-    al. (Alibaba-MIIL/ASL src/loss_functions/losses.py, `AsymmetricLoss`).
+    A class that is there costs -(1 - p) ** gamma_positive * log p; one that is not, -(1 - q) **
+    gamma_negative * log q with q = min(1 - p + clip, 1), which forgives a p below clip. The focusing weights
+    are constants: they carry no gradient. In float32, whatever comes in: eps is 0 in float16. Values,
+    gradients and defaults are those of Ridnik et al. (Alibaba-MIIL/ASL src/loss_functions/losses.py,
+    `AsymmetricLoss`).
     """
     assert logits.shape == targets.shape, f"{tuple(logits.shape)} logits for {tuple(targets.shape)} targets"
     logits, there = logits.float(), targets > 0.5
@@ -246,14 +258,18 @@ def asymmetric_loss(
 
 
 def present(labels: Tensor, K: int) -> Tensor:
-    """The multi-label target: labels of crops `(B, H, W)` int64, 0..K-1 or 255 = ignore -> `(B, K)` float32, 0 or 1."""
+    """The multi-label target: labels of crops `(B, H, W)` int64, 0..K-1 or 255 = ignore -> `(B, K)` float32,
+    0 or 1.
+    """
     assert 1 <= K <= IGNORE, f"{K} classes: labels have room for 1 to {IGNORE}"
     seen = torch.zeros(len(labels), IGNORE + 1, device=labels.device)
     return seen.scatter_(1, labels.flatten(1), 1.0)[:, :K]
 
 
 class Block(nn.Module):
-    """Queries attend to themselves, the text and the picture, then an MLP; each pre-norm and added to its input."""
+    """Queries attend to themselves, the text and the picture, then an MLP; each pre-norm and added to its
+    input.
+    """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -275,9 +291,11 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of the queries `(B, Q, C)` to the tokens `(B, M, C)`, of which `lengths (B,)` are real.
+    """Multi-head attention of the queries `(B, Q, C)` to the tokens `(B, M, C)`, of which `lengths (B,)` are
+    real.
 
-    Keys have no bias, since it would add the same to every score of a query; nor have the others, as in the UNet.
+    Keys have no bias, since it would add the same to every score of a query; nor have the others, as in the
+    UNet.
     """
 
     def __init__(self, width: int, heads: int):

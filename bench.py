@@ -1,13 +1,15 @@
-"""Speed and memory against the libraries a user would take instead, in one run; a table goes out, BENCH.md keeps it.
+"""Speed and memory against the libraries a user would take instead, in one run; a table goes out, BENCH.md
+keeps it.
 
     python bench.py --suite cpu                                      # every row, float32 and bfloat16
     python bench.py --suite cpu --only unet --dtype float32          # one of them
 
-Both models hold the same weights and see the same input. Their results are compared first: a row whose error is too large
-says FAIL and has no time. Then they run in turns (ours, peer, peer, ours, ...); the table has each median, the median of the
-ratios ours / peer of every turn (below 1: we are faster), and the ratio of the fastest runs. Peak memory is taken in a
-process of its own, one side at a time. A row during which other processes take more than 8 % of the CPUs is run again, and
-says BUSY and has no time after the third try. FAIL and BUSY make the exit code 1.
+Both models hold the same weights and see the same input. Their results are compared first: a row whose error
+is too large says FAIL and has no time. Then they run in turns (ours, peer, peer, ours, ...); the table has
+each median, the median of the ratios ours / peer of every turn (below 1: we are faster), and the ratio of the
+fastest runs. Peak memory is taken in a process of its own, one side at a time. A row during which other
+processes take more than 8 % of the CPUs is run again, and says BUSY and has no time after the third try. FAIL
+and BUSY make the exit code 1.
 """
 
 import argparse
@@ -139,7 +141,9 @@ def compare(name: str, dtype: str, size: int, rounds: int) -> dict:
 
 
 def in_turns(sides: list[Callable], rounds: int) -> list[list[float]] | None:
-    """Seconds of every run, A B, B A, A B, ...; None if other processes kept the machine busy three times over."""
+    """Seconds of every run, A B, B A, A B, ...; None if other processes kept the machine busy three times
+    over.
+    """
     for _ in range(3):
         times, others = ([], []), cpu_of_others()
         for i in range(rounds):

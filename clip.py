@@ -1,7 +1,9 @@
-"""CLIP ViT-L/14: the tokenizer, the text tower (which is Stable Diffusion v1.5's text encoder) and the image tower.
+"""CLIP ViT-L/14: the tokenizer, the text tower (which is Stable Diffusion v1.5's text encoder) and the image
+tower.
 
-Attribute names are those of the Hugging Face file of openai/clip-vit-large-patch14, its spelling `pre_layrnorm` included,
-so its weights load strictly. Equal to transformers' `CLIPModel` and `CLIPTokenizer` (tests/test_clip.py).
+Attribute names are those of the Hugging Face file of openai/clip-vit-large-patch14, its spelling
+`pre_layrnorm` included, so its weights load strictly. Equal to transformers' `CLIPModel` and `CLIPTokenizer`
+(tests/test_clip.py).
 
 Top to bottom: texts to ids, the model, its two towers, the transformer they share.
 """
@@ -54,8 +56,8 @@ class CLIPConfig:
 class Tokenizer:
     """Texts to ids `(T, 77)` int64: start, byte-pair tokens, end, then more ends, as Stable Diffusion pads.
 
-    `folder` holds `vocab.json` and `merges.txt`. No markup is read: "<|endoftext|>" inside a text is spelled out, so that
-    a file of tags cannot move the end.
+    `folder` holds `vocab.json` and `merges.txt`. No markup is read: "<|endoftext|>" inside a text is spelled
+    out, so that a file of tags cannot move the end.
     """
 
     def __init__(self, folder: str | Path, positions: int = 77):
@@ -84,7 +86,7 @@ class Tokenizer:
         self.start, self.end = self.bpe.token_to_id(START), self.bpe.token_to_id(END)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Never raises: a text of more than 75 tokens loses its tail, keeps its end, and a warning says so."""
+        """Never raises: a text of more than 75 tokens loses its tail, not its end, and a warning says so."""
         rows = [encoding.ids for encoding in self.bpe.encode_batch(list(texts), add_special_tokens=False)]
         room = self.positions - 2
         long = [text for text, row in zip(texts, rows, strict=True) if len(row) > room]
@@ -114,10 +116,11 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # ln(1 / 0.07), where CLIP's training starts
 
     def text(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """ids `(T, L)` int64, L <= 77 -> hidden `(T, L, 768)` after the final norm, pooled `(T, 768)`: hidden at the end.
+        """ids `(T, L)` int64, L <= 77 -> hidden `(T, L, 768)` after the final norm, pooled `(T, 768)`: hidden
+        at the end.
 
-        Stable Diffusion's context is `hidden`; `text_projection(pooled)` is the text's place in the shared space. The
-        tower is causal, so ids may be cut behind their longest text: exact for `pooled`.
+        Stable Diffusion's context is `hidden`; `text_projection(pooled)` is the text's place in the shared
+        space. The tower is causal, so ids may be cut behind their longest text: exact for `pooled`.
         """
         T, L = ids.shape
         assert L <= self.config.positions, (
@@ -132,8 +135,8 @@ class CLIP(nn.Module):
     def image(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Image `(B, 3, H, W)` in [-1, 1], any size -> tokens `(B, 257, 1024)`, embedding `(B, 768)`.
 
-        The tokens are the last hidden state, the class token first, before `post_layernorm`; the embedding is the
-        projection of the normed class token. Differentiable with respect to the image.
+        The tokens are the last hidden state, the class token first, before `post_layernorm`; the embedding is
+        the projection of the normed class token. Differentiable with respect to the image.
         """
         tokens = self.vision_model(pixels(image, self.config.image_size))
         embedding = self.visual_projection(self.vision_model.post_layernorm(tokens[:, 0]))
@@ -143,8 +146,8 @@ class CLIP(nn.Module):
 def pixels(image: Tensor, size: int) -> Tensor:
     """Image `(B, 3, H, W)` in [-1, 1] -> `(B, 3, size, size)` float32 as CLIP was trained on them.
 
-    Bicubic with antialiasing, clamped as an 8-bit picture is. The whole picture is squashed into the square, where CLIP
-    crops the middle: dense prediction needs the margins too.
+    Bicubic with antialiasing, clamped as an 8-bit picture is. The whole picture is squashed into the square,
+    where CLIP crops the middle: dense prediction needs the margins too.
     """
     image = image.float()
     if image.shape[-2:] != (size, size):

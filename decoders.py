@@ -1,9 +1,11 @@
-"""The decoders of semantic segmentation: the UNet's four feature maps to one class per pixel, with their loss.
+"""The decoders of semantic segmentation: the UNet's four feature maps to one class per pixel, with their
+loss.
 
-Semantic FPN (Kirillov et al. 2019, arXiv:1901.02446) and UperNet (Xiao et al. 2018, arXiv:1807.10221), built as
-mmsegmentation builds them for the paper's peers: `FPN` + `FPNHead`, and `UPerHead` + `FCNHead`, with GroupNorm in the place of
-its SyncBN, so that no number depends on the batch or on how many processes share it. UperNet equals transformers'
-`UperNetHead` and `UperNetFCNHead` with that one change (tests/test_decoders.py).
+Semantic FPN (Kirillov et al. 2019, arXiv:1901.02446) and UperNet (Xiao et al. 2018, arXiv:1807.10221), built
+as mmsegmentation builds them for the paper's peers: `FPN` + `FPNHead`, and `UPerHead` + `FCNHead`, with
+GroupNorm in the place of its SyncBN, so that no number depends on the batch or on how many processes share
+it. UperNet equals transformers' `UperNetHead` and `UperNetFCNHead` with that one change
+(tests/test_decoders.py).
 
 Top to bottom: what the two share, Semantic FPN, UperNet, their parts, the loss of one map of logits.
 """
@@ -32,8 +34,9 @@ class Logits(NamedTuple):
 class SemanticDecoder(nn.Module):
     """The loss and the reading of a prediction, which do not depend on how the logits were made.
 
-    A decoder maps features, four maps `(B, C_i, h_i, w_i)`, finest first, at strides 8, 16, 32, 64, each half the size of
-    the one before, to `Logits`. All sizes below are those of the picture that the features saw, its padding included.
+    A decoder maps features, four maps `(B, C_i, h_i, w_i)`, finest first, at strides 8, 16, 32, 64, each half
+    the size of the one before, to `Logits`. All sizes below are those of the picture that the features saw,
+    its padding included.
     """
 
     def __init__(self, channels: Sequence[int]):
@@ -41,12 +44,13 @@ class SemanticDecoder(nn.Module):
         self.channels = tuple(channels)
 
     def loss(self, prediction: Logits, labels: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Per part, `seg` and UperNet's `aux`: (float32 sum of its weighted cross-entropies, number of pixels summed).
+        """Per part, `seg` and UperNet's `aux`: (float32 sum of its weighted cross-entropies, number of pixels
+        summed).
 
-        labels `(B, H, W)` int64 in 0..K-1, 255 = ignore. Divide by max(count, 1), the count summed over all processes and
-        accumulation steps: then each labelled pixel of the global batch weighs the same. mmsegmentation divides by all
-        pixels of each GPU, ignored ones too (losses/cross_entropy_loss.py, `avg_non_ignore=False`): on one GPU its loss is
-        ours times the share of labelled pixels.
+        labels `(B, H, W)` int64 in 0..K-1, 255 = ignore. Divide by max(count, 1), the count summed over all
+        processes and accumulation steps: then each labelled pixel of the global batch weighs the same.
+        mmsegmentation divides by all pixels of each GPU, ignored ones too (losses/cross_entropy_loss.py,
+        `avg_non_ignore=False`): on one GPU its loss is ours times the share of labelled pixels.
         """
         total, count = upsample_cross_entropy(prediction.main, labels)
         losses = {"seg": (total, count)}
@@ -64,7 +68,7 @@ class SemanticDecoder(nn.Module):
         return self.logits(prediction, size).argmax(dim=1)
 
     def check(self, features: Sequence[Tensor]) -> None:
-        """The border: widths and sizes, so that maps in a wrong order or of an unpadded picture are refused."""
+        """The border: widths and sizes; maps in a wrong order or of an unpadded picture are refused."""
         widths = tuple(x.shape[1] for x in features)
         assert widths == self.channels, (
             f"the feature maps have {widths} channels, not {self.channels}: give all of them, finest first"
@@ -73,14 +77,17 @@ class SemanticDecoder(nn.Module):
         h, w = sizes[-1]
         expected = [(h << i, w << i) for i in reversed(range(len(sizes)))]
         assert sizes == expected, (
-            f"the feature maps are {sizes}, not each half the one before: pad the picture to multiples of 64 pixels"
+            f"the feature maps are {sizes}, not each half the one before: "
+            "pad the picture to multiples of 64 pixels"
         )
 
 
 class SemanticFPN(SemanticDecoder):
-    """A feature pyramid whose levels are brought to the finest size and summed; 7.4 M parameters at its defaults.
+    """A feature pyramid whose levels are brought to the finest size and summed; 7.4 M parameters at its
+    defaults.
 
-    `width` is VPD's 256; mmsegmentation's own default is 128. `dropout` drops whole channels before the classifier.
+    `width` is VPD's 256; mmsegmentation's own default is 128. `dropout` drops whole channels before the
+    classifier.
     """
 
     def __init__(
@@ -109,7 +116,8 @@ class SemanticFPN(SemanticDecoder):
 
 
 class UperNet(SemanticDecoder):
-    """Pyramid pooling on the coarsest map, a feature pyramid under it, all levels side by side; 38.7 M parameters.
+    """Pyramid pooling on the coarsest map, a feature pyramid under it, all levels side by side; 38.7 M
+    parameters.
 
     An auxiliary head on the third map helps training. `dropout` drops whole channels before both classifiers.
     """
@@ -124,7 +132,7 @@ class UperNet(SemanticDecoder):
         dropout: float = 0.1,
     ):
         super().__init__(channels)
-        # Over PPM's 1x1 map, GroupNorm has width/groups values per group; BatchNorm has one at batch 1 and fails.
+        # Over PPM's 1x1 map GroupNorm has width/groups values a group; BatchNorm has one at batch 1.
         assert width > groups, (
             f"UperNet has width {width}, but needs at least two channels in each of {groups} groups"
         )
@@ -168,7 +176,9 @@ def pyramid_conv(in_channels: int, channels: int, kernel: int) -> nn.Conv2d:
 
 
 def scale_head(level: int, width: int, groups: int) -> nn.Sequential:
-    """One level of the pyramid to the finest size: `level` times (convolution, twice the size); level 0: one convolution."""
+    """One level of the pyramid to the finest size: `level` times (convolution, twice the size); level 0: one
+    convolution.
+    """
     steps = []
     for _ in range(max(level, 1)):
         steps.append(conv_norm_relu(width, width, 3, groups))
@@ -193,19 +203,23 @@ def classifier(width: int, classes: int, dropout: float) -> nn.Sequential:
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """`(B, C, h, w)` -> `(B, C, H, W)` at `size` = (H, W), bilinearly, pixel centres aligned (not the corners)."""
+    """`(B, C, h, w)` -> `(B, C, H, W)` at `size` = (H, W), bilinearly, pixel centres aligned (not the
+    corners).
+    """
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
 def upsample_cross_entropy(logits: Tensor, labels: Tensor, ignore: int = IGNORE) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of logits `(B, K, h, w)`, upsampled to labels `(B, H, W)`: its float32 sum, the int64 pixel count.
+    """Cross-entropy of logits `(B, K, h, w)`, upsampled to labels `(B, H, W)`: its float32 sum, the int64
+    pixel count.
 
-    Pixels labelled `ignore` count in neither; if all are, the sum is 0 and its gradients are zeros. The upsampled logits
-    are the largest tensor of training, 157 MB per 512x512 picture of 150 classes: their log-softmax is kept until the
-    backward pass, which holds three of that size at its peak.
+    Pixels labelled `ignore` count in neither; if all are, the sum is 0 and its gradients are zeros. The
+    upsampled logits are the largest tensor of training, 157 MB per 512x512 picture of 150 classes: their
+    log-softmax is kept until the backward pass, which holds three of that size at its peak.
     """
     assert labels.dtype == torch.int64 and labels.ndim == 3 and len(labels) == len(logits), (
-        f"the labels are {labels.dtype} {tuple(labels.shape)}: give one int64 map per picture, ({len(logits)}, H, W)"
+        f"the labels are {labels.dtype} {tuple(labels.shape)}: "
+        f"give one int64 map per picture, ({len(logits)}, H, W)"
     )
     upsampled = resize(logits.float(), labels.shape[1:])  # (B, K, H, W)
     total = F.cross_entropy(upsampled, labels, ignore_index=ignore, reduction="sum")

@@ -1,9 +1,12 @@
-"""The denoising UNet of Stable Diffusion v1.5: its noise prediction, and the four feature maps the paper reads from it.
+"""The denoising UNet of Stable Diffusion v1.5: its noise prediction, and the four feature maps the paper
+reads from it.
 
-Attribute names are those of the official diffusers folder `unet/`, so its weights load strictly. Equal to diffusers'
-`UNet2DConditionModel` (tests/test_unet.py), which is CompVis `ldm/modules/diffusionmodules/openaimodel.py`.
+Attribute names are those of the official diffusers folder `unet/`, so its weights load strictly. Equal to
+diffusers' `UNet2DConditionModel` (tests/test_unet.py), which is CompVis
+`ldm/modules/diffusionmodules/openaimodel.py`.
 
-Top to bottom: the UNet, one level of it, then its two kinds of block (residual and transformer) and their parts.
+Top to bottom: the UNet, one level of it, then its two kinds of block (residual and transformer) and their
+parts.
 """
 
 import math
@@ -17,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import attention
 
-TAP = 1  # a feature map is taken after the second block of an up level (VPD vpd/models.py, output_blocks 1, 4, 7)
+TAP = 1  # maps are taken after the second block of an up level (VPD vpd/models.py, output_blocks 1, 4, 7)
 MAX_CONTEXT = 1024
 
 
@@ -46,8 +49,8 @@ class UNetConfig:
 class UNet(nn.Module):
     """epsilon_theta(z_t, t, T(c)) of the paper's Eq. 2, and its internal features f_i of Eq. 3.
 
-    `checkpoint_activations` (default False, may be set at any time) recomputes each block in the backward pass: about
-    one forward more time for a fraction of the memory.
+    `checkpoint_activations` (default False, may be set at any time) recomputes each block in the backward
+    pass: about one forward more time for a fraction of the memory.
     """
 
     def __init__(self, config: UNetConfig = UNetConfig()):
@@ -88,10 +91,10 @@ class UNet(nn.Module):
     def features(
         self, latent: Tensor, t: Tensor, context: Tensor, lengths: Tensor | None = None
     ) -> list[Tensor]:
-        """The four maps of the way up, finest first: 320, 640, 1280, 1280 channels at strides 8, 16, 32, 64 of the image.
+        """The four maps of the way up, finest first: 320, 640, 1280, 1280 channels, strides 8, 16, 32, 64.
 
-        latent `(B, 4, h, w)`, h and w multiples of 8; t `(B,)` int64 in 0..999; context `(B, L, 768)`, 1 <= L <= 1024;
-        lengths `(B,)`: how many context tokens of each image are real (1..L), None = all of them.
+        latent `(B, 4, h, w)`, h and w multiples of 8; t `(B,)` int64 in 0..999; context `(B, L, 768)`, 1 <= L
+        <= 1024; lengths `(B,)`: how many context tokens of each image are real (1..L), None = all of them.
         """
         self.check(latent, t, context, lengths)
         time = F.silu(self.time_embedding(t))  # (B, 1280); every block starts from its SiLU
@@ -146,7 +149,8 @@ class UNet(nn.Module):
         )
         L, width = context.shape[-2:]
         assert context.shape[0] == B and width == self.config.context_width and 1 <= L <= MAX_CONTEXT, (
-            f"the context is {tuple(context.shape)}: give ({B}, 1..{MAX_CONTEXT}, {self.config.context_width})"
+            f"the context is {tuple(context.shape)}: "
+            f"give ({B}, 1..{MAX_CONTEXT}, {self.config.context_width})"
         )
         assert lengths is None or lengths.shape == (B,), (
             f"lengths is {tuple(lengths.shape)}: give one number of context tokens per image, ({B},)"
@@ -235,7 +239,7 @@ class TransformerBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of the pixels `(B, N, C)` to the tokens `(B, M, C')`: themselves or the context."""
+    """Multi-head attention of pixels `(B, N, C)` to tokens `(B, M, C')`: themselves or the context."""
 
     def __init__(self, width: int, context_width: int, heads: int):
         super().__init__()
@@ -264,7 +268,9 @@ class FeedForward(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """value * gelu(gate): value is the first half of the projection, gate the second; gelu is exact, not tanh's."""
+    """value * gelu(gate): value is the first half of the projection, gate the second; gelu is exact, not
+    tanh's.
+    """
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -312,7 +318,9 @@ class TimestepEmbedding(nn.Module):
 
 
 def timestep_embedding(t: Tensor, width: int, longest: float = 10_000.0) -> Tensor:
-    """`(B,)` -> `(B, width)` float32: cosines first, then sines (CompVis diffusionmodules/util.py; not the usual order)."""
+    """`(B,)` -> `(B, width)` float32: cosines first, then sines (CompVis diffusionmodules/util.py; not the
+    usual order).
+    """
     half = width // 2
     frequency = torch.exp(
         -math.log(longest) * torch.arange(half, device=t.device, dtype=torch.float32) / half

@@ -1,8 +1,9 @@
 """The KL autoencoder of Stable Diffusion v1.5: pictures to latents (for the task) and back (for drawing).
 
-The paper calls it VQGAN (section 3.2); the file that Stable Diffusion v1.5 ships is a KL autoencoder without a codebook.
-Attribute names are those of the official diffusers folder `vae/`, so its weights load strictly. Equal to diffusers'
-`AutoencoderKL` (tests/test_vae.py), whose encoder and decoder come from CompVis `ldm/modules/diffusionmodules/model.py`.
+The paper calls it VQGAN (section 3.2); the file that Stable Diffusion v1.5 ships is a KL autoencoder without
+a codebook. Attribute names are those of the official diffusers folder `vae/`, so its weights load strictly.
+Equal to diffusers' `AutoencoderKL` (tests/test_vae.py), whose encoder and decoder come from CompVis
+`ldm/modules/diffusionmodules/model.py`.
 
 This file does not sample the posterior: `encode` is deterministic, as dense prediction needs.
 """
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from kernels import attention
 
-EPS = 1e-6  # every GroupNorm of the official autoencoder (CompVis model.py, `Normalize`); torch's 1e-5 is wrong here
+EPS = 1e-6  # of every official GroupNorm here (CompVis model.py, `Normalize`); torch's 1e-5 is wrong
 LOGVAR_RANGE = (-30.0, 20.0)  # the clamp of CompVis ldm/modules/distributions/distributions.py
 
 
@@ -38,7 +39,9 @@ class VAEConfig:
 
 
 class VAE(nn.Module):
-    """Pictures `(B, 3, H, W)` in [-1, 1] <-> latents `(B, 4, h, w)` with h, w = H/8, W/8 and about unit variance."""
+    """Pictures `(B, 3, H, W)` in [-1, 1] <-> latents `(B, 4, h, w)` with h, w = H/8, W/8 and about unit
+    variance.
+    """
 
     def __init__(self, config: VAEConfig = VAEConfig()):
         super().__init__()
@@ -50,7 +53,9 @@ class VAE(nn.Module):
         self.decoder = Decoder(config)
 
     def encode(self, image: Tensor) -> Tensor:
-        """The posterior mean, scaled: `(B, 3, H, W)` in [-1, 1] -> `(B, 4, h, w)`. H and W must be multiples of 8."""
+        """The posterior mean, scaled: `(B, 3, H, W)` in [-1, 1] -> `(B, 4, h, w)`. H and W must be multiples
+        of 8.
+        """
         mean, _ = self.moments(image)
         return mean * self.config.scale
 
@@ -59,7 +64,9 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(latent / self.config.scale))
 
     def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance of the unscaled posterior, each `(B, 4, h, w)`; what training an autoencoder needs."""
+        """Mean and log variance of the unscaled posterior, each `(B, 4, h, w)`; what training an autoencoder
+        needs.
+        """
         H, W = image.shape[-2:]
         assert H % self.stride == 0 and W % self.stride == 0, (
             f"the picture is {H}x{W}, but the autoencoder halves it {self.stride.bit_length() - 1} times: "
@@ -96,7 +103,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Unscaled latent `(B, 4, h, w)` -> image `(B, 3, H, W)`: the encoder's mirror, with one more block per level."""
+    """Unscaled latent `(B, 4, h, w)` -> image `(B, 3, H, W)`: the encoder's mirror, with one more block per
+    level.
+    """
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -199,7 +208,9 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the size. The padding is on the right and below only, as CompVis pads; a symmetric one shifts the latent."""
+    """Half the size. The padding is on the right and below only, as CompVis pads; a symmetric one shifts the
+    latent.
+    """
 
     def __init__(self, channels: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The one place that chooses how attention is computed. Today: the plain-torch reference, on every device."""
+"""The one place that chooses how attention is computed: the plain-torch reference, on every device."""
 
 from torch import Tensor
 

@@ -8,8 +8,8 @@ from torch import Tensor
 def reference(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v for every head: `(B, N, n, d), (B, M, n, d), (B, M, n, d) -> (B, N, n, d)`.
 
-    `lengths (B,)` says how many of the M keys of each image are real (1..M); the rest are masked. None builds no mask,
-    which leaves torch free to take its fastest path.
+    `lengths (B,)` says how many of the M keys of each image are real (1..M); the rest are masked. None builds
+    no mask, which leaves torch free to take its fastest path.
     """
     mask = None
     if lengths is not None:

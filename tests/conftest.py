@@ -1,4 +1,6 @@
-"""What every test shares: the interpreter for kernels, the thread count, the reference data, the error measure."""
+"""What every test shares: the interpreter for kernels, the thread count, the reference data, the error
+measure.
+"""
 
 import importlib.metadata
 import os
@@ -19,7 +21,7 @@ def pytest_configure(config: pytest.Config) -> None:
     installed = {distribution.name for distribution in importlib.metadata.distributions()}
     if "kernels" in installed:
         pytest.exit(
-            "The package `kernels` is installed and the oracles would take our kernels/ for it: uninstall it.",
+            "The package `kernels` is installed; the oracles would take our kernels/ for it: uninstall it",
             2,
         )
 

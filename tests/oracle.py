@@ -1,6 +1,7 @@
 """The reference models with random weights, at the sizes of our configurations, and how far we are from them.
 
-Every one-dimensional parameter is moved off its start (norms begin at 1 and 0), so that a norm in the wrong place shows.
+Every one-dimensional parameter is moved off its start (norms begin at 1 and 0), so that a norm in the wrong
+place shows.
 """
 
 from pathlib import Path
@@ -15,7 +16,7 @@ from clip import CLIPConfig, TowerConfig
 from unet import UNetConfig
 from vae import VAEConfig
 
-BAR = 1e-5  # relative RMS error in float32 that two orders of the same sums may show, and a wrong detail may not
+BAR = 1e-5  # relative RMS error in float32: two orders of the same sums stay below, a wrong detail does not
 SMALL_UNET = UNetConfig(channels=(32, 64, 96, 96), heads=4, context_width=48, groups=8)
 SMALL_VAE = VAEConfig(channels=(16, 32, 64, 64), groups=8)
 SMALL_CLIP = CLIPConfig(

@@ -1,4 +1,6 @@
-"""adapter.py: every condition equals its equation written out, starts safely, and learns from where it should."""
+"""adapter.py: every condition equals its equation written out, starts safely, and learns from where it
+should.
+"""
 
 import math
 
@@ -285,7 +287,9 @@ def test_tagging_starts_from_random_queries_if_asked(empty, classes, image_token
 
 
 def test_what_learns_and_when(empty, classes, image_tokens, text):
-    """From "": the UNet reaches g alone at first, then all but Eq. 7's scalars; Eq. 7 reaches all but g, always."""
+    """From "": the UNet reaches g alone at first, then all but Eq. 7's scalars; Eq. 7 reaches all but g,
+    always.
+    """
     targets = torch.eye(K)[:2]
     whole = {name for name, _ in Tagging(empty, classes, IMAGE, HEADS, Q).named_parameters()}
     scalars = {"log_scale", "bias"}
@@ -388,7 +392,9 @@ def nine() -> Tensor:
 @pytest.mark.parametrize("image_scale", [1, 10])
 @pytest.mark.parametrize("tags", ["classes", "true"])
 def test_the_start_is_sane(ade20k, nine, image_scale, tags):
-    """At full width, |logit| < 6 for every class and the loss of a picture within 5..25, whatever the input's scale."""
+    """At full width, |logit| < 6 for every class and the loss of a picture within 5..25, whatever the input's
+    scale.
+    """
     adapter = Tagging(torch.randn(77, 768), ade20k)
     image_tokens = image_scale * torch.randn(2, 257, 1024)
     text = Text(torch.stack([ade20k[row.bool()] for row in nine])) if tags == "true" else None
@@ -508,7 +514,9 @@ def test_without_focus_it_is_cross_entropy(pairs):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_costs_nothing(dtype):
-    """eps is 0 in float16, where certain mistakes would be infinite; the loss is float32, its gradient finite."""
+    """eps is 0 in float16, where certain mistakes would be infinite; the loss is float32, its gradient
+    finite.
+    """
     logits = torch.tensor([[-40.0, -3, 0.5, 40], [40, 3, -0.5, -40]]).to(dtype).requires_grad_()
     targets = torch.tensor([[1.0, 1, 0, 0]] * 2).to(dtype)
     loss, _ = asymmetric_loss(logits, targets)
@@ -535,7 +543,7 @@ def test_present_lists_the_classes_of_each_crop():
 
 
 def test_present_in_ignored_crops():
-    """A crop of ignored pixels has no class, and a finite loss; 255 classes still leave room for the ignored."""
+    """A crop of ignored pixels has no class and a finite loss; 255 classes leave room for the ignored."""
     nothing = torch.full((2, 3, 5), 255)
     assert torch.equal(present(nothing, K), torch.zeros(2, K))
     assert torch.equal(present(nothing, 255), torch.zeros(2, 255))

@@ -1,4 +1,6 @@
-"""clip.py equals transformers' CLIPModel and OpenAI's tokenizer: ids, hidden states, pooled and projected outputs."""
+"""clip.py equals transformers' CLIPModel and OpenAI's tokenizer: ids, hidden states, pooled and projected
+outputs.
+"""
 
 import json
 import warnings
@@ -24,7 +26,7 @@ def pair(tmp_path_factory):
 
 
 def prompts() -> torch.Tensor:
-    """Three texts of different lengths: start, tokens, end and more ends; the last one fills all positions."""
+    """Three texts of different lengths: start, tokens, end and more ends; the last fills all positions."""
     ids = torch.randint(0, END - 1, (3, SMALL_CLIP.positions))
     ids[:, 0] = END - 1
     for row, length in zip(ids, (2, 30, 77), strict=True):
@@ -66,7 +68,9 @@ def test_image_equals_the_reference(pair):
 
 @pytest.mark.parametrize("size", [(56, 56), (300, 300), (90, 200), (31, 17)])
 def test_pixels_equal_the_official_preprocessing(size):
-    """Ours, in float and differentiable, against Pillow's bicubic on 8-bit pictures: half a grey level apart on average."""
+    """Ours, in float and differentiable, against Pillow's bicubic on 8-bit pictures: half a grey level apart
+    on average.
+    """
     H, W = size
     grain = torch.rand(1, 3, H // 8 + 1, W // 8 + 1)
     smooth = torch.nn.functional.interpolate(grain, (H, W), mode="bilinear")

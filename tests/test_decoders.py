@@ -1,7 +1,7 @@
 """decoders.py equals plain references: predictions, losses, gradients; and it refuses wrong inputs.
 
-Semantic FPN against a functional version written here from mmsegmentation's `FPN` and `FPNHead`; UperNet against transformers'
-heads, their BatchNorms replaced by GroupNorm.
+Semantic FPN against a functional version written here from mmsegmentation's `FPN` and `FPNHead`; UperNet
+against transformers' heads, their BatchNorms replaced by GroupNorm.
 """
 
 import math
@@ -155,7 +155,9 @@ def test_semantic_fpn_learns_as_the_plain_one():
 
 
 def test_upernet_learns_as_transformers():
-    """Both losses, the auxiliary one times 0.4, and the gradient of their sum for every weight and feature map."""
+    """Both losses, the auxiliary one times 0.4, and the gradient of their sum for every weight and feature
+    map.
+    """
     decoder, features, labels = upernet(), pyramid(), picture_labels()
     heads = reference_heads(decoder, CHANNELS, GROUPS)
     theirs = [x.clone().requires_grad_() for x in features]
@@ -198,7 +200,9 @@ def test_another_label_can_be_ignored():
 
 
 def test_reading_by_hand():
-    """Two pixels widened to four: weights 1, 3/4, 1/4, 0 of the left one; the classes cross between 3/4 and 1/4."""
+    """Two pixels widened to four: weights 1, 3/4, 1/4, 0 of the left one; the classes cross between 3/4 and
+    1/4.
+    """
     main = torch.tensor([[[[4.0, 0.0]], [[1.0, 2.0]]], [[[0.0, 4.0]], [[3.0, 3.0]]]])  # (2, 2, 1, 2)
     decoder, prediction = fpn(), Logits(main, None)
     logits = decoder.logits(prediction, (1, 4))
@@ -246,7 +250,9 @@ def test_a_batch_is_the_sum_of_its_pictures(build):
 
 @pytest.mark.parametrize("build", [fpn, upernet])
 def test_losses_and_readings_are_float32_under_autocast(build):
-    """bfloat16 logits are upsampled and summed in float32; one labelled pixel, since over many the roundings average out."""
+    """bfloat16 logits are upsampled and summed in float32; one labelled pixel, since over many the roundings
+    average out.
+    """
     decoder, features, labels = build(), pyramid(), torch.full((2, H, W), 255)
     labels[1, 50, 60] = 3
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -304,7 +310,9 @@ def test_sizes_at_full_width():
 
 
 def test_weights_start_as_in_mmsegmentation():
-    """Xavier-uniform pyramid of FPN, He-normal (fan out) before norms, N(0, 0.01) classifiers, biases 0, norms 1 and 0."""
+    """Xavier-uniform pyramid of FPN, He-normal (fan out) before norms, N(0, 0.01) classifiers, biases 0,
+    norms 1 and 0.
+    """
     fpn, upernet = SemanticFPN(width=64), UperNet(width=64, auxiliary_width=64)
     for conv in [*fpn.lateral_convs, *fpn.fpn_convs]:
         _, fan_in, k, _ = conv.weight.shape

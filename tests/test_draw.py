@@ -1,4 +1,4 @@
-"""weights/draw.py equals diffusers: the noise schedule, the sampler, and the picture of the whole pipeline."""
+"""weights/draw.py equals diffusers: noise schedule, sampler, and the picture of the whole pipeline."""
 
 import json
 import string
@@ -56,7 +56,7 @@ def test_ten_steps_equal_the_reference():
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A folder of `tiny` weights in the official layout, with a vocabulary of single letters; and its models."""
+    """A folder of `tiny` weights in the official layout, with a vocabulary of letters; and its models."""
     folder = tmp_path_factory.mktemp("tiny")
     unet, vae = reference_unet(UNetConfig.tiny()), reference_vae(VAEConfig.tiny())
     clip = reference_clip(CLIPConfig.tiny())
@@ -71,7 +71,7 @@ def tiny(tmp_path_factory):
 
 
 def test_the_picture_is_the_pipelines(tiny, tmp_path, capsys):
-    """The command's PNG against diffusers' StableDiffusionPipeline on the same noise: one grey level at most."""
+    """The command's PNG against diffusers' StableDiffusionPipeline, same noise: one grey level at most."""
     folder, unet, vae, clip = tiny
     out = tmp_path / "new" / "picture.png"
     prompt = "sheep on grass"

@@ -134,7 +134,9 @@ def equal(module: torch.nn.Module, state: dict) -> bool:
 
 @pytest.fixture(scope="module")
 def single_file(tmp_path_factory):
-    """One file with all parts, as v1-5-pruned-emaonly.safetensors: UNet, autoencoder, text encoder, schedule, EMA."""
+    """One file with all parts, as v1-5-pruned-emaonly.safetensors: UNet, autoencoder, text encoder, schedule,
+    EMA.
+    """
     unet, vae, clip = reference_unet(SMALL_UNET), reference_vae(SMALL_VAE), reference_clip(SMALL_CLIP)
     text = {
         f"cond_stage_model.transformer.text_model.{k}": v for k, v in clip.text_model.state_dict().items()
@@ -177,7 +179,7 @@ def test_single_file_names_of_the_official_size():
 
 
 def test_old_spelling_of_the_autoencoders_attention(tmp_path):
-    """The official diffusers file says query, key, value, proj_attn; diffusers still reads it, and so do we."""
+    """The official diffusers file says query, key, value, proj_attn; diffusers reads it, and so do we."""
     reference = reference_vae(SMALL_VAE)
     folder = official_folder(reference, tmp_path)
     file = folder / "diffusion_pytorch_model.safetensors"

@@ -1,4 +1,6 @@
-"""PAPER.md and README.md point at lines that hold what they say. `python tests/test_paper.py` renews the line numbers."""
+"""PAPER.md and README.md point at lines that hold what they say. `python tests/test_paper.py` renews the line
+numbers.
+"""
 
 import re
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""unet.py equals diffusers' UNet2DConditionModel: noise, the four maps, gradients; and it refuses wrong inputs."""
+"""unet.py equals diffusers' UNet2DConditionModel: noise, the four maps, gradients; and it refuses wrong
+inputs.
+"""
 
 import pytest
 import torch
@@ -158,7 +160,9 @@ def test_tiny_fits_its_pictures():
 
 @pytest.mark.slow
 def test_full_width_equals_the_reference(tmp_path):
-    """Stable Diffusion v1.5's own size: noise, maps and all gradients. One model after the other: each is 7 GB."""
+    """Stable Diffusion v1.5's own size: noise, maps and all gradients. One model after the other: each is 7
+    GB.
+    """
     config = UNetConfig()
     latent, t, context = inputs(config, 16, 24, 77)
     reference = reference_unet(config)

@@ -1,10 +1,12 @@
-"""A picture from a prompt, by the same three files that segmentation uses: it tells at a glance that port and weights are right.
+"""A picture from a prompt, by the same three files that segmentation uses: it tells at a glance that port and
+weights are right.
 
     python -m weights.draw "a photograph of a horse"                       # weights/sd15, 512x512, 50 steps
     python -m weights.draw "a harbour at night" --size 512 768 --seed 7
 
-The sampler is DDIM without added noise (Song et al. 2021, Eq. 12) with classifier-free guidance (Ho & Salimans 2022),
-equal to diffusers' `DDIMScheduler` with the settings of Stable Diffusion v1.5 (tests/test_draw.py).
+The sampler is DDIM without added noise (Song et al. 2021, Eq. 12) with classifier-free guidance (Ho &
+Salimans 2022), equal to diffusers' `DDIMScheduler` with the settings of Stable Diffusion v1.5
+(tests/test_draw.py).
 """
 
 import argparse
@@ -28,7 +30,9 @@ FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def alphas_cumprod() -> Tensor:
-    """alpha-bar_t of Eq. 1 for t = 0..999, `(1000,)` float32: betas whose roots grow linearly (CompVis `make_beta_schedule`)."""
+    """alpha-bar_t of Eq. 1 for t = 0..999, `(1000,)` float32: betas whose roots grow linearly (CompVis
+    `make_beta_schedule`).
+    """
     betas = (
         torch.linspace(0.00085**0.5, 0.012**0.5, TIMES) ** 2
     )  # v1-inference.yaml, linear_start and linear_end
@@ -36,7 +40,7 @@ def alphas_cumprod() -> Tensor:
 
 
 def ddim_times(steps: int) -> list[int]:
-    """The time steps of a drawing, noisiest first; the last one is t = 1 (diffusers' `steps_offset` of v1.5)."""
+    """The time steps of a drawing, noisiest first; the last is t = 1 (v1.5's `steps_offset` in diffusers)."""
     assert 1 <= steps < TIMES, f"{steps} steps: give 1 to {TIMES - 1}"
     return [1 + i * (TIMES // steps) for i in reversed(range(steps))]
 
@@ -47,8 +51,8 @@ def sample(
 ) -> Tensor:
     """Noise `(B, 4, h, w)` -> latent `(B, 4, h, w)`.
 
-    context `(B, L, 768)` says what to draw, empty `(B, L, 768)` is the prompt ""; guidance 1 follows the context as it
-    is, more exaggerates it. `times` are equally spaced, falling (`ddim_times`).
+    context `(B, L, 768)` says what to draw, empty `(B, L, 768)` is the prompt ""; guidance 1 follows the
+    context as it is, more exaggerates it. `times` are equally spaced, falling (`ddim_times`).
     """
     alphas = alphas_cumprod().to(noise.device)
     stride = TIMES // len(times)

@@ -1,8 +1,8 @@
 """Official weights into our modules: strictly, by name, without running anything that a file may hold.
 
-Our attribute names are the official ones, so most names pass unchanged. The tables below translate the single-file
-(CompVis) layout and the older spellings of the autoencoder's attention (diffusers renames them in the same way, in
-`scripts/convert_diffusers_to_original_stable_diffusion.py` and `models/modeling_utils.py`).
+Our attribute names are the official ones, so most names pass unchanged. The tables below translate the
+single-file (CompVis) layout and the older spellings of the autoencoder's attention (diffusers renames them in
+the same way, in `scripts/convert_diffusers_to_original_stable_diffusion.py` and `models/modeling_utils.py`).
 """
 
 import json
@@ -29,11 +29,11 @@ KIND = ("resnets", "attentions")  # the two parts of a CompVis block: .0 and .1
 
 
 class WeightsError(ValueError):
-    """A file that cannot be loaded; the message is one sentence that names the file, the fault and the cure."""
+    """A file that cannot be loaded; the message is one sentence with the file, the fault and the cure."""
 
 
-# CompVis numbers the blocks of all levels through, three to a level: two blocks and the change of size on the way down
-# (after conv_in, number 0), three blocks on the way up, the third with the change of size at its end.
+# CompVis numbers the blocks of all levels through, three to a level: two blocks and the change of size on
+# the way down (after conv_in, number 0), three blocks on the way up, the third with the change of size.
 UNET_NAMES: list[Rename] = [
     (r"^time_embed\.0\.", "time_embedding.linear_1."),
     (r"^time_embed\.2\.", "time_embedding.linear_2."),
@@ -60,8 +60,8 @@ UNET_NAMES: list[Rename] = [
     (r"\.skip_connection\.", ".conv_shortcut."),
 ]
 
-# The decoder's levels are numbered from the finest in CompVis, from the coarsest in diffusers. The attention has three
-# spellings: CompVis (q), the official diffusers file (query), today's diffusers (to_q, which is ours).
+# The decoder's levels are numbered from the finest in CompVis, from the coarsest in diffusers. The attention
+# has three spellings: CompVis (q), the official diffusers file (query), today's diffusers (to_q, as ours).
 VAE_NAMES: list[Rename] = [
     (r"^encoder\.down\.(\d)\.block\.", r"encoder.down_blocks.\1.resnets."),
     (r"^encoder\.down\.(\d)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
@@ -108,11 +108,15 @@ OFFICIAL: dict[type[nn.Module], Official] = {
 
 
 def load(module: Module, path: str | Path) -> Module:
-    """Fill a UNet, VAE, CLIP or its `text_model` from an official file or the folder that holds it; return it.
+    """Fill a UNet, VAE, CLIP or its `text_model` from an official file or the folder that holds it; return
+    it.
 
-    The module may be built normally or on `meta` (faster: nothing is initialised). It keeps its dtype, and its device
-    unless that was `meta`. Every name and shape must fit: a WeightsError lists what does not.
+    The module may be built normally or on `meta` (faster: nothing is initialised). It keeps its dtype, and
+    its device unless that was `meta`. Every name and shape must fit: a WeightsError lists what does not.
     """
+    assert type(module) in OFFICIAL, (
+        f"{type(module).__name__} has no official file: load a UNet, VAE, CLIP or its text_model"
+    )
     official = OFFICIAL[type(module)]
     file = find(Path(path), official)
     refuse_foreign(file, official)
@@ -149,7 +153,9 @@ def find(path: Path, official: Official) -> Path:
 
 
 def refuse_foreign(file: Path, official: Official) -> None:
-    """Say what a file is that is not a whole safetensors file: an 8-byte length, a JSON header, the bytes it promises."""
+    """Say what a file is that is not a whole safetensors file: an 8-byte length, a JSON header, the bytes it
+    promises.
+    """
     size = file.stat().st_size
     with file.open("rb") as f:
         start = f.read(512)
@@ -186,7 +192,7 @@ def kind(start: bytes) -> str:
 def match(
     ours: dict[str, tuple[int, ...]], theirs: dict[str, tuple[int, ...]], file: Path, official: Official
 ) -> dict[str, str]:
-    """Our names -> the file's names, from the shapes of both; a WeightsError if they do not fit one to one."""
+    """Our names -> the file's, from the shapes of both; a WeightsError if they do not fit one to one."""
     prefix = next((p for p in official.prefixes if any(name.startswith(p) for name in theirs)), "")
     found, twice = {}, []
     for name in theirs:
