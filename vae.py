@@ -204,7 +204,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = rearrange(self.group_norm(x), "B C h w -> B (h w) 1 C")  # one head as wide as the map
         y = self.to_out(attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)))
-        return x + rearrange(y, "B (h w) 1 C -> B C h w", h=x.shape[2])
+        return rearrange(y, "B (h w) 1 C -> B C h w", h=x.shape[2]) + x
 
 
 class Downsample(nn.Module):

@@ -88,7 +88,7 @@ def shake(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
-                parameter.add_(0.2 * torch.randn_like(parameter))
+                parameter.add_(0.4 * torch.randn_like(parameter))
     return model.eval()
 
 
