@@ -1,0 +1,1228 @@
+"""data.py: official tables and layouts, every refusal, joint transforms, the order of samples."""
+
+import colorsys
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import data as module
+from data import (
+    CheckError,
+    DataError,
+    DataWarning,
+    EvaluationStream,
+    Order,
+    TrainStream,
+    Unreadable,
+    augment,
+    check,
+    evaluation,
+    fit,
+    nearest,
+    normalise,
+    open_dataset,
+    photometric,
+    randomness,
+    read_labels,
+    read_picture,
+    read_tags,
+    recolour,
+    resize,
+    shard,
+    values,
+)
+
+ANY = values(range(255), ())  # a table that refuses nothing
+
+# ---- material --------------------------------------------------------------------------------------------
+
+
+def save(content, path: Path, **options) -> Path:
+    """An array or a picture as a file; folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = content if isinstance(content, Image.Image) else Image.fromarray(np.asarray(content))
+    picture.save(path, **options)
+    return path
+
+
+def noise(H: int, W: int, seed: int = 0) -> np.ndarray:
+    """A smooth coloured picture (H, W, 3) uint8 that survives JPEG."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (max(H // 8, 2), max(W // 8, 2), 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((W, H), Image.Resampling.BICUBIC))
+
+
+def folder(root: Path, pictures: int = 4, size: tuple[int, int] = (24, 36), classes=("a", "b")) -> Path:
+    """A `folder` data set: picture i is noise with seed i, its labels are 0 above and 1 below."""
+    labels = np.zeros(size, np.uint8)
+    labels[size[0] // 2 :] = 1
+    for split in ("train", "val"):
+        for i in range(pictures):
+            save(noise(*size, seed=i), root / f"images/{split}/{i:03}.png")
+            save(labels, root / f"labels/{split}/{i:03}.png")
+    (root / "classes.txt").write_text("\n".join(classes) + "\n")
+    return root
+
+
+def names(dataset) -> list[str]:
+    return [dataset.path(i) for i in range(len(dataset))]
+
+
+# ---- tables ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def official(tmp_path):
+    """An opened data set of each kind, with one picture, for its tables."""
+
+    def make(name: str):
+        picture, label = {
+            "ade20k": ("images/validation/x.jpg", "annotations/validation/x.png"),
+            "cocostuff": ("images/val2017/x.jpg", "annotations/val2017/x.png"),
+            "cityscapes": ("leftImg8bit/val/c/x_leftImg8bit.png", "gtFine/val/c/x_gtFine_labelIds.png"),
+        }[name]
+        save(noise(20, 30), tmp_path / picture)
+        save(np.full((20, 30), 255, np.uint8), tmp_path / label)
+        return open_dataset(name, tmp_path, "val"), tmp_path / label
+
+    return make
+
+
+def test_ade20k_names_and_palette_are_the_official_ones(data, official):
+    """First synonyms of objectInfo150.txt ("bed " without its blank), colours of color150."""
+    dataset, _ = official("ade20k")
+    rows = (data / "ade20k_samples/objectInfo150.txt").read_text().splitlines()[1:]
+    assert dataset.classes == [row.split("\t")[-1].split(",")[0].strip() for row in rows]
+    assert len(dataset.classes) == 150
+    assert dataset.classes[7] == "bed"
+    assert dataset.prompts == dataset.classes
+    assert dataset.palette.tolist() == json.loads((data / "ade20k_samples/color150.json").read_text())
+    assert dataset.raw_ids[:152].tolist() == [255, *range(150), -1]
+
+
+def test_cocostuff_names_and_values_are_the_official_ones(data, official):
+    """Value = label id - 1, without the 11 unused ones; train ids are ranks."""
+    dataset, _ = official("cocostuff")
+    unused = {11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90}
+    rows = [row.split(": ") for row in (data / "coco_stuff/labels.txt").read_text().splitlines()[1:]]
+    used = [(int(number) - 1, name.strip()) for number, name in rows if int(number) - 1 not in unused]
+    assert len(used) == 171
+    assert dataset.classes == [name for _, name in used]
+    expected = {value: rank for rank, (value, _) in enumerate(used)} | {255: 255}
+    assert dataset.raw_ids.tolist() == [expected.get(value, -1) for value in range(256)]
+    assert len({tuple(colour) for colour in dataset.palette.tolist()}) == 171
+
+
+def test_cityscapes_names_palette_and_ids_are_the_official_ones(data, official):
+    """labels.json of cityscapesScripts; ids without a class are ignored."""
+    dataset, _ = official("cityscapes")
+    rows = json.loads((data / "cityscapes/labels.json").read_text())
+    rows = [row for row in rows if row["id"] >= 0]
+    train = sorted((row for row in rows if row["trainId"] < 255), key=lambda row: row["trainId"])
+    assert len(rows) == 34
+    assert dataset.classes == [row["name"] for row in train]
+    assert dataset.palette.tolist() == [row["color"] for row in train]
+    assert dataset.raw_ids[:35].tolist() == [row["trainId"] for row in rows] + [-1]
+
+
+def test_prompts_of_cocostuff_are_english(official):
+    """ "thing-kind" is turned round, what says nothing is dropped, and no two classes become one."""
+    dataset, _ = official("cocostuff")
+    of = dict(zip(dataset.classes, dataset.prompts, strict=True))
+    assert [
+        of[x] for x in ("floor-wood", "sky-other", "desk-stuff", "wall-brick", "window-blind", "tree")
+    ] == [
+        "wood floor",
+        "sky",
+        "desk",
+        "brick wall",
+        "window blind",
+        "tree",
+    ]
+    assert len(set(dataset.prompts)) == 171
+    assert all(re.fullmatch("[a-z]+( [a-z]+)*", prompt) for prompt in dataset.prompts)
+
+
+def test_classes_of_a_folder(tmp_path):
+    """Names, with a colour if the user gives one; BOM and CRLF do no harm; other colours still differ."""
+    root = folder(tmp_path, classes=["traffic_light, 250 170 30", "road", "a b"])
+    text = (root / "classes.txt").read_text()
+    (root / "classes.txt").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    dataset = open_dataset("folder", root, "train")
+    assert dataset.classes == ["traffic_light", "road", "a b"]
+    assert dataset.prompts == ["traffic light", "road", "a b"]
+    assert dataset.palette.tolist() == [[250, 170, 30], [0, 128, 0], [128, 128, 0]]
+    assert len({tuple(module.distinct_colour(n)) for n in range(256)}) == 256
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "lists no class"),
+        (b"a\n\nb\n", "line 2: expected a class"),
+        (b"a\nb, route\n", "line 2: expected a class"),
+        (b"a, 1 2 256\n", "line 1: expected a class"),
+        (b"a\na\n", "line 2: 'a' repeats"),
+        (b"a, 1 2 3, 7\nb, 1 2 3, 7\n", "line 2: .* repeats"),
+        (b"\xff\xfe", "cannot be read as UTF-8"),
+        (b"\n".join(b"%d" % i for i in range(256)), "line 256: expected"),
+    ],
+)
+def test_a_wrong_list_of_classes_is_refused(tmp_path, content, message):
+    root = folder(tmp_path)
+    (root / "classes.txt").write_bytes(content)
+    with pytest.raises(DataError, match=rf"classes\.txt.*{message}"):
+        open_dataset("folder", root, "train")
+
+
+# ---- layouts ---------------------------------------------------------------------------------------------
+
+
+def test_ade20k_samples_read_as_published(data, tmp_path):
+    """Three pictures, 15 classes present (the samples' README); 0 -> ignore, 1..150 -> 0..149."""
+    samples = data / "ade20k_samples/sampleData"
+    shutil.copytree(samples / "images", tmp_path / "images/validation")
+    shutil.copytree(samples / "annotations", tmp_path / "annotations/validation")
+    dataset = open_dataset("ade20k", tmp_path, "val")
+    assert names(dataset) == [f"images/validation/ADE_val_0000000{i}.jpg" for i in (1, 2, 3)]
+    present = set()
+    for i, (W, H) in enumerate([(683, 512), (500, 364), (400, 300)]):
+        image, labels = dataset.load(i)
+        raw = np.asarray(Image.open(samples / f"annotations/ADE_val_0000000{i + 1}.png")).astype(int)
+        assert (image.size, image.mode, labels.dtype) == ((W, H), "RGB", np.uint8)
+        assert (labels == np.where(raw == 0, 255, raw - 1)).all()
+        present |= set(np.unique(labels).tolist()) - {255}
+    assert len(present) == 15
+    report = check(dataset)
+    assert report.sizes == [(512, 683), (364, 500), (300, 400)]
+    assert report.pixels.sum() == 512 * 683 + 364 * 500 + 300 * 400
+    assert "height 300 to 512, median 364" in str(report)
+    assert "not seen (135): " in str(report)
+
+
+def test_the_full_ade20k_format_is_refused(data, tmp_path):
+    """Its RGB label pictures would be misread; the same picture's challenge label is accepted."""
+    raw = data / "ade20k_samples/convertFromADE/ADE_train_00000970_raw.png"
+    with pytest.raises(DataError, match=r"x\.png has mode RGB.*full ADE20K"):
+        label = tmp_path / "annotations/training/x.png"
+        save(noise(768, 1024), tmp_path / "images/training/x.jpg")
+        label.parent.mkdir(parents=True)
+        shutil.copy(raw, label)
+        open_dataset("ade20k", tmp_path, "train").load(0)
+    shutil.copy(raw.with_name("ADE_train_00000970_challenge.png"), label)
+    save(noise(512, 683), tmp_path / "images/training/x.jpg")
+    assert set(np.unique(open_dataset("ade20k", tmp_path, "train").load(0)[1])) == {1, 4, 9, 13, 17, 60, 255}
+
+
+def test_cocostuff_reads_every_value(official):
+    """All 171 raw values and 255, in a grey PNG; train ids where a converted file lies alone."""
+    dataset, label = official("cocostuff")
+    raw = np.flatnonzero(dataset.raw_ids >= 0)
+    save(np.resize(raw, (20, 30)).astype(np.uint8), label)
+    assert (dataset.load(0)[1] == np.resize([*range(171), 255], (20, 30))).all()
+    converted = np.resize(np.arange(171), (20, 30)).astype(np.uint8)
+    save(converted, label.with_name("x_labelTrainIds.png"))
+    again = open_dataset("cocostuff", dataset.root, "val")
+    assert again.pairs == dataset.pairs  # the raw file stays preferred
+    label.unlink()
+    assert (open_dataset("cocostuff", dataset.root, "val").load(0)[1] == converted).all()
+
+
+def test_cocostuff_palette_pictures(data, official):
+    """The examples' ids (92..183) are refused with a hint; as raw values (id - 1) they are read intact."""
+    dataset, label = official("cocostuff")
+    example = data / "coco_stuff/results/segmentations/examples/000000000934.png"  # 640x480, mode P
+    shutil.copy(example, label)
+    with pytest.raises(
+        DataError, match=r"x\.png holds the value 182, 183: labels here are 0\.\.10, .*10k version"
+    ):
+        dataset.load(0)
+    ids = np.asarray(Image.open(example))
+    picture = Image.fromarray(np.where(ids == 183, 255, ids - 1).astype(np.uint8), "P")
+    picture.putpalette(Image.open(example).getpalette())
+    save(picture, label)
+    save(noise(480, 640), dataset.root / dataset.path(0))
+    assert Image.open(label).mode == "P"
+    labels = dataset.load(0)[1]
+    shown = {dataset.classes[k] for k in np.unique(labels) if k != 255}
+    rows = dict(row.split(": ") for row in (data / "coco_stuff/labels.txt").read_text().splitlines())
+    assert shown == {rows[str(i)].strip() for i in np.unique(ids) if i != 183}
+    assert ((labels == dataset.classes.index("clouds")) == (ids == 106)).all()
+
+
+def test_cityscapes_maps_label_ids_itself(data, official):
+    """Every id by the official table; converted files are preferred; colour pictures are left alone."""
+    dataset, label = official("cityscapes")
+    rows = [row for row in json.loads((data / "cityscapes/labels.json").read_text()) if row["id"] >= 0]
+    ids = np.resize(np.arange(34), (20, 30)).astype(np.uint8)
+    save(ids, label)
+    save(noise(20, 30), label.with_name("x_gtFine_color.png"))
+    dataset = open_dataset("cityscapes", dataset.root, "val")
+    assert dataset.missing == []
+    assert names(dataset) == ["leftImg8bit/val/c/x_leftImg8bit.png"]
+    expected = np.array([row["trainId"] for row in rows])[ids]
+    assert (dataset.load(0)[1] == expected).all()
+    save(expected.astype(np.uint8), label.with_name("x_gtFine_labelTrainIds.png"))
+    label.write_bytes(b"")
+    assert (open_dataset("cityscapes", dataset.root, "val").load(0)[1] == expected).all()
+
+
+def test_camvid_is_a_folder(data):
+    """367 / 101 frames of 480x360 with 11 classes (its README)."""
+    train, val = (open_dataset("folder", data / "camvid", split) for split in ("train", "val"))
+    assert (len(train), len(val)) == (367, 101)
+    assert train.classes == (data / "camvid/classes.txt").read_text().split()
+    image, labels = val.load(100)
+    assert image.size == (480, 360)
+    raw = np.asarray(
+        Image.open(data / "camvid" / val.path(100).replace("images", "labels").replace("jpg", "png"))
+    )
+    assert (labels == raw).all()
+    report = check(val, samples=5)
+    expected = sum(np.bincount(val.load(i)[1].ravel(), minlength=256) for i in (0, 25, 50, 75, 100))
+    assert (report.pixels == expected).all()
+    assert str(report).startswith(
+        "folder val: 101 pictures, 5 of them read\n  height 360 to 360, median 360\n"
+    )
+    assert f"{expected[1] / expected[:255].sum():.2%} building" in str(report)
+
+
+def test_folders_may_have_folders_and_any_name(tmp_path):
+    """Matched by relative path without extension: blanks, umlauts, long names, links, upper case, dots."""
+    root, long = folder(tmp_path / "a set ü", pictures=1), "n" * 200
+    for path in ("b c/ä.JPG", f"b c/deep/{long}.jpeg", "b.c/1.5.png"):
+        save(noise(24, 36), root / "images/train" / path, **({"format": "JPEG"} if "png" not in path else {}))
+        save(np.zeros((24, 36), np.uint8), (root / "labels/train" / path).with_suffix(".png"))
+    (root / "images/train/.hidden.jpg").write_bytes(b"")
+    (root / "images/train/notes.md").write_bytes(b"")
+    (tmp_path / "linked").symlink_to(root)
+    dataset = open_dataset("folder", tmp_path / "linked", "train")
+    expected = ["000.png", "b c/deep/" + long + ".jpeg", "b c/ä.JPG", "b.c/1.5.png"]
+    assert names(dataset) == [f"images/train/{path}" for path in expected]
+    assert check(dataset).faults == []
+
+
+def test_two_pictures_of_one_name_are_refused(tmp_path):
+    root = folder(tmp_path)
+    save(noise(24, 36), root / "images/train/000.jpg")
+    with pytest.raises(DataError, match=r"000\.jpg and .*000\.png differ only in their extension"):
+        open_dataset("folder", root, "train")
+
+
+def test_the_wrong_root_is_refused(tmp_path):
+    """In one sentence that names what is absent and the folder to give."""
+    root = folder(tmp_path / "mine")
+    with pytest.raises(
+        DataError, match=r"mine is not ade20k: images/training and annotations/training not found"
+    ):
+        open_dataset("ade20k", root, "train")
+    with pytest.raises(DataError, match=r"give --data .*/ADEChallengeData2016"):
+        (tmp_path / "ADEChallengeData2016").mkdir()
+        open_dataset("ade20k", tmp_path, "train")
+    with pytest.raises(DataError, match="no data set 'voc': choose ade20k, .*scenes"):
+        open_dataset("voc", root, "train")
+    with pytest.raises(DataError, match="no labelled split 'test': choose train or val"):
+        open_dataset("folder", root, "test")
+    shutil.rmtree(root / "images/val")
+    (root / "images/val").mkdir()
+    with pytest.raises(DataError, match="images/val holds no picture"):
+        open_dataset("folder", root, "val")
+    (root / "classes.txt").unlink()
+    with pytest.raises(DataError, match=r"classes\.txt not found"):
+        open_dataset("folder", root, "train")
+
+
+# ---- files -----------------------------------------------------------------------------------------------
+
+
+def png(size: tuple[int, int], depth: int, colour: int, rows: list[bytes]) -> bytes:
+    """A PNG written out by hand: what Pillow cannot write."""
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", size[0], size[1], depth, colour, 0, 0, 0)),
+        (b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows))),
+        (b"IEND", b""),
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
+    )
+
+
+def test_every_kind_of_picture_becomes_rgb(tmp_path):
+    """Grey, 16 bits (grey and RGB: the high bytes), palette, RGBA, CMYK."""
+    colours = noise(6, 9)
+    grey = colours[..., 0]
+    for mode in ("L", "LA", "1", "P", "RGBA", "RGB"):
+        path = save(Image.fromarray(colours).convert(mode), tmp_path / f"{mode}.png")
+        image, size = read_picture(path)
+        assert (image.mode, image.size, size) == ("RGB", (9, 6), (6, 9))
+    assert (np.asarray(read_picture(tmp_path / "RGBA.png")[0]) == colours).all()
+    assert (
+        np.asarray(read_picture(tmp_path / "L.png")[0])[..., 2]
+        == np.asarray(Image.fromarray(colours).convert("L"))
+    ).all()
+
+    wide = (grey.astype(np.uint16) << 8) + 77
+    save(Image.fromarray(wide), tmp_path / "16.png")
+    save(Image.fromarray(wide), tmp_path / "16.tif")
+    for name in ("16.png", "16.tif"):
+        assert (np.asarray(read_picture(tmp_path / name)[0]) == grey[..., None]).all()
+    rows = [((colours[y].astype(">u2") << 8) + 200).astype(">u2").tobytes() for y in range(6)]
+    (tmp_path / "48.png").write_bytes(png((9, 6), 16, 2, rows))
+    assert (np.asarray(read_picture(tmp_path / "48.png")[0]) == colours).all()
+
+    ink = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    red = np.asarray(read_picture(save(ink, tmp_path / "cmyk.jpg", quality=95))[0])[8, 8]
+    assert red[0] > 240 and red[1] < 16 and red[2] < 16
+    with pytest.raises(Unreadable, match=r"float\.tif holds floating-point"):
+        read_picture(save(Image.new("F", (4, 4)), tmp_path / "float.tif"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_picture(save(Image.fromarray(grey, "P"), tmp_path / "t.png", transparency=b"\x80\x40"))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_stand_upright(tmp_path, orientation):
+    """Stored as a camera does for each EXIF orientation; decoded whole and reduced."""
+    upright = noise(160, 96)
+    stored = {  # the transformation that the tag's reader undoes
+        1: lambda x: x,
+        2: lambda x: x[:, ::-1],
+        3: lambda x: x[::-1, ::-1],
+        4: lambda x: x[::-1],
+        5: lambda x: x.transpose(1, 0, 2),
+        6: lambda x: np.rot90(x, 1),
+        7: lambda x: np.rot90(x.transpose(1, 0, 2), 2),
+        8: lambda x: np.rot90(x, -1),
+    }[orientation](upright)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(np.ascontiguousarray(stored), tmp_path / "x.jpg", exif=exif, quality=98, subsampling=0)
+    image, size = read_picture(path)
+    assert size == (160, 96)
+    assert np.abs(np.asarray(image).astype(int) - upright).mean() < 2
+    small, size = read_picture(path, 15, 160)  # 96 is 6.4 times 15: half is enough
+    assert (small.size, size) == ((48, 80), (160, 96))
+    half = np.asarray(Image.fromarray(upright).reduce(2)).astype(int)
+    assert np.abs(np.asarray(small).astype(int) - half).mean() < 4
+
+
+def test_labels_belong_to_the_upright_picture(tmp_path):
+    """A label of the stored size is refused with both sizes."""
+    root = folder(tmp_path, pictures=1)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(noise(24, 36), root / "images/train/000.png", exif=exif)
+    with pytest.raises(DataError, match=r"labels/train/000\.png is 36x24 and its picture.* 24x36"):
+        open_dataset("folder", root, "train").load(0)
+    save(np.zeros((36, 24), np.uint8), root / "labels/train/000.png")
+    assert open_dataset("folder", root, "train").load(0)[1].shape == (36, 24)
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    path.write_bytes(
+        {
+            "empty": b"",
+            "cut": content[: len(content) // 2],
+            "page": b"<!DOCTYPE html><title>404</title>",
+            "bits": content[:40] + bytes(x ^ 0xFF for x in content[40:90]) + content[90:],
+        }[how]
+    )
+
+
+@pytest.mark.parametrize("how", ["empty", "cut", "page", "bits"])
+@pytest.mark.parametrize("part", ["images", "labels"])
+def test_a_damaged_file_is_named(tmp_path, part, how):
+    root = folder(tmp_path, pictures=2)
+    damage(root / part / "train/001.png", how)
+    with pytest.raises(Unreadable, match=rf"{part}/train/001\.png (is not a picture|cannot be read)"):
+        open_dataset("folder", root, "train").load(1)
+
+
+def test_huge_pictures_are_refused_unread(tmp_path):
+    """13400x13400 in 22 kB and 9460x9460: in a moment, without the memory; the limit is an argument."""
+    for side in (13_400, 9_460):
+        (tmp_path / "huge.png").write_bytes(png((side, side), 1, 0, [bytes(-(-side // 8))] * side))
+        start = time.perf_counter()
+        with (
+            warnings.catch_warnings(),
+            pytest.raises(Unreadable, match=r"huge\.png is too large .*at most 64,000,000"),
+        ):
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            read_picture(tmp_path / "huge.png")
+        assert time.perf_counter() - start < 1
+    path = save(noise(20, 30), tmp_path / "small.png")
+    with pytest.raises(Unreadable, match=r"too large \(30x20\): at most 599 pixels"):
+        read_picture(path, limit=599)
+    assert read_picture(path, limit=600)[1] == (20, 30)
+
+
+def test_label_modes(tmp_path):
+    """L, P and I;16 hold class numbers; pictures of numbers are refused with path and mode."""
+    ids = np.arange(200, dtype=np.uint8).reshape(10, 20)
+    palette = Image.fromarray(ids, "P")
+    palette.putpalette(list(np.random.default_rng(0).integers(0, 256, 768)))
+    for name, picture in {
+        "L.png": Image.fromarray(ids),
+        "P.png": palette,
+        "16.png": Image.fromarray(ids.astype(np.uint16)),
+        "16.tif": Image.fromarray(ids.astype(np.uint16)),
+        "big.tif": Image.frombytes("I;16B", (20, 10), ids.astype(">u2").tobytes()),
+        "32.tif": Image.fromarray(ids.astype(np.int32)),
+    }.items():
+        found = read_labels(save(picture, tmp_path / name), ANY)
+        assert found.dtype == np.uint8
+        assert (found == ids).all(), name
+    for mode in ("1", "LA", "RGB", "RGBA"):
+        path = save(Image.fromarray(ids).convert(mode), tmp_path / f"{mode}.png")
+        with pytest.raises(
+            DataError, match=rf"{mode}\.png has mode {mode}: labels are class numbers"
+        ) as caught:
+            read_labels(path, ANY)
+        assert not isinstance(caught.value, Unreadable)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [(2, np.uint8), (200, np.uint8), (254, np.uint8), (256, np.uint16), (65535, np.uint16)]
+)
+def test_label_values_out_of_range(tmp_path, value, kind):
+    """Named with value, path and range; 255 is always accepted."""
+    root = folder(tmp_path, pictures=1)
+    labels = np.full((24, 36), 255, kind)
+    labels[0, 0], labels[1, 1] = 1, value
+    save(labels, root / "labels/train/000.png")
+    dataset = open_dataset("folder", root, "train")
+    with pytest.raises(
+        DataError, match=rf"000\.png holds the value {value}: labels here are 0\.\.1, 255$"
+    ) as caught:
+        dataset.load(0)
+    assert not isinstance(caught.value, Unreadable)
+    labels[1, 1] = 255
+    save(labels, root / "labels/train/000.png")
+    assert np.bincount(dataset.load(0)[1].ravel())[[1, 255]].tolist() == [1, 24 * 36 - 1]
+
+
+# ---- the check -------------------------------------------------------------------------------------------
+
+
+def test_check_names_every_kind_of_fault(tmp_path):
+    root = folder(tmp_path, pictures=8)
+    (root / "labels/train/000.png").unlink()
+    (root / "images/train/001.png").unlink()
+    (root / "labels/train/002.png").write_bytes(b"")
+    damage(root / "images/train/003.png", "cut")
+    save(noise(24, 36), root / "labels/train/004.png")
+    save(np.full((24, 36), 19, np.uint8), root / "labels/train/005.png")
+    save(np.zeros((36, 24), np.uint8), root / "labels/train/006.png")
+    with pytest.raises(CheckError) as caught:
+        check(open_dataset("folder", root, "train"))
+    message, faults = str(caught.value), caught.value.report.faults
+    assert message.startswith("folder train has 7 faults")
+    assert message.count("\n") == 7
+    for expected in (
+        r"images/train/000\.png has no label file",
+        r"labels/train/001\.png has no picture",
+        r"labels/train/002\.png is empty or gone",
+        r"images/train/003\.png cannot be read \(.*truncated.*\)",
+        r"labels/train/004\.png has mode RGB",
+        r"labels/train/005\.png holds the value 19: labels here are 0\.\.1, 255",
+        r"labels/train/006\.png is 24x36 and its picture.*36x24",
+    ):
+        assert len([fault for fault in faults if re.search(expected, fault)]) == 1, expected
+    assert str(caught.value.report).startswith("folder train: 7 pictures, 1 of them read")
+
+
+def test_check_lists_at_most_ten(tmp_path):
+    root = folder(tmp_path, pictures=14)
+    for i in range(13):
+        (root / f"labels/train/{i:03}.png").unlink()
+    with pytest.raises(CheckError) as caught:
+        check(open_dataset("folder", root, "train"))
+    assert len(str(caught.value).splitlines()) == 12
+    assert str(caught.value).endswith("and 3 more")
+
+
+def test_check_refuses_labels_that_say_nothing(tmp_path):
+    root = folder(tmp_path, pictures=2)
+    for i in range(2):
+        save(np.full((24, 36), 255, np.uint8), root / f"labels/train/{i:03}.png")
+    with pytest.raises(CheckError, match="all 2 label files that were read hold nothing but ignored pixels"):
+        check(open_dataset("folder", root, "train"))
+
+
+def test_check_decodes_a_sample_and_looks_at_everything(tmp_path, monkeypatch):
+    """Of 2,000 pictures 50 are read, always the same; the one empty file among the others is found."""
+    root = folder(tmp_path, pictures=1)
+    for part in ("images", "labels"):
+        for i in range(1, 2000):
+            os.link(root / part / "train/000.png", root / part / f"train/{i:04}.png")
+    dataset, read = open_dataset("folder", root, "train"), []
+    load = dataset.load
+    monkeypatch.setattr(dataset, "load", lambda i: (read.append(i), load(i))[1])
+    start = time.perf_counter()
+    check(dataset, samples=50)
+    check(dataset, samples=50)
+    assert time.perf_counter() - start < 3
+    assert read[:50] == read[50:]
+    assert (read[0], read[49], len(set(read[:50]))) == (0, 1999, 50)
+    spoilt = root / "labels/train/0777.png"
+    spoilt.unlink()
+    spoilt.write_bytes(b"")
+    assert 777 not in read
+    with pytest.raises(CheckError, match=r"0777\.png is empty"):
+        check(dataset, samples=50)
+
+
+# ---- transforms ------------------------------------------------------------------------------------------
+
+
+def test_normalise():
+    image = torch.tensor([0, 51, 255], dtype=torch.uint8).reshape(1, 3, 1, 1).expand(2, 3, 4, 5)
+    assert normalise(image)[1, :, 3, 4].tolist() == pytest.approx([-1, -0.6, 1], abs=1e-6)
+    assert normalise(image).dtype == torch.float32
+    assert image[0, 1, 0, 0] == 51  # the input stays
+
+
+@pytest.mark.parametrize(
+    ("size", "short", "long", "expected"),
+    [
+        ((512, 683), 512, 2048, (512, 683)),
+        ((300, 400), 512, 2048, (512, 683)),  # 400 x 512 / 300 = 682.67
+        ((683, 512), 256, 1024, (342, 256)),  # 341.5 is rounded up
+        ((100, 1000), 512, 2048, (205, 2048)),  # the long side decides
+        ((1024, 2048), 512, 1024, (512, 1024)),
+        ((1, 4000), 256, 1024, (1, 1024)),
+        ((4000, 1), 256, 1024, (1024, 1)),
+        ((1, 1), 512, 2048, (512, 512)),
+    ],
+)
+def test_fit_rounds_as_mmcv(size, short, long, expected):
+    assert fit(size, short, long) == expected
+
+
+sizes = st.tuples(st.integers(1, 70), st.integers(1, 70))
+
+
+@given(sizes, sizes, st.data())
+@settings(max_examples=100, deadline=None)
+def test_a_window_is_that_part_of_the_whole(original, size, draw):
+    """Labels: equal to the definition, pixel by pixel. Picture: Pillow's whole resize, to rounding."""
+    ends = [sorted(draw.draw(st.lists(st.integers(0, n), min_size=2, max_size=2, unique=True))) for n in size]
+    (top, bottom), (left, right) = ends
+    window = (top, left, bottom, right)
+    labels = np.random.default_rng(0).integers(0, 256, original, dtype=np.uint8)
+    found = nearest(labels, size, window)
+    rows = [int((y + 0.5) * original[0] / size[0] + 1e-9) for y in range(top, bottom)]
+    columns = [int((x + 0.5) * original[1] / size[1] + 1e-9) for x in range(left, right)]
+    assert found.tolist() == [[labels[y, x] for x in columns] for y in rows]
+
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (*original, 3), dtype=np.uint8))
+    whole = np.asarray(picture.resize(size[::-1], Image.Resampling.BILINEAR)).astype(int)
+    part = np.asarray(resize(picture, original, size, window)).astype(int)
+    assert part.shape == (bottom - top, right - left, 3)
+    difference = np.abs(part - whole[top:bottom, left:right])
+    assert difference.max() <= 2  # noise, rounded twice; at most 1 in all but a millionth of the pixels
+
+
+def ramps(H: int, W: int) -> tuple[Image.Image, np.ndarray]:
+    """Red grows with x, green with y; the labels are painted from the colour: 8 x 8 tiles."""
+    red, green = np.meshgrid((np.arange(W) + 0.5) * 256 / W, (np.arange(H) + 0.5) * 256 / H)
+    image = np.stack([red, green, 0 * red], axis=2).astype(np.uint8)
+    return Image.fromarray(image), (image[..., 0] // 32 + 8 * (image[..., 1] // 32)).astype(np.uint8)
+
+
+@given(
+    st.integers(20, 90), st.integers(20, 90), st.integers(8, 70), st.integers(8, 70), st.integers(0, 10_000)
+)
+@settings(max_examples=60, deadline=None)
+def test_labels_stay_under_their_colours(H, W, height, width, seed):
+    """Through scale, crop, flip and padding a label is the tile its colour names, to half a source pixel."""
+    image, labels = ramps(H, W)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "photometric", lambda image, rng: image)
+        pixels, target = augment(image, labels, (height, width), 40, 160, np.random.default_rng(seed))
+    assert (pixels.shape, target.shape) == ((3, height, width), (height, width))
+    inside = target != 255
+    rows, columns = inside.any(1).sum(), inside.any(0).sum()
+    assert inside[:rows, :columns].all()  # padding is on the right and below
+    assert (pixels[:, ~inside] == 128).all()
+    pixels, target = pixels[:, inside].int(), target[inside].int()
+    for colour, tile, step in ((pixels[0], target % 8, 256 / W), (pixels[1], target // 8, 256 / H)):
+        slack = step / 2 + 2  # of nearest against bilinear, and rounding
+        assert (colour >= 32 * tile - slack).all()
+        assert (colour < 32 * (tile + 1) + slack).all()
+
+
+@pytest.mark.parametrize("size", [(40, 60), (60, 40), (20, 400)])
+def test_augment_resizes_into_the_drawn_box(size):
+    """The first number drawn is the ratio; both sides of the box are scaled; then padding fills the crop."""
+    image, labels = Image.new("RGB", size[::-1]), np.zeros(size, np.uint8)
+    for seed in range(8):
+        _, target = augment(image, labels, (200, 300), 64, 96, np.random.default_rng(seed))
+        ratio = np.random.default_rng(seed).uniform(0.5, 2)
+        h, w = fit(size, int(64 * ratio), int(96 * ratio))
+        expected = torch.full((200, 300), 255)
+        expected[:h, :w] = 0
+        assert torch.equal(target.long(), expected)
+
+
+def test_augment_mirrors_every_second_picture_and_scales_evenly():
+    """Half of 200 are flipped; ratios 0.5 to 2 are uniform; the crop lies anywhere."""
+    image, labels = ramps(64, 64)
+    flips, starts, scales = 0, [], []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "photometric", lambda image, rng: image)
+        for seed in range(200):
+            pixels, _ = augment(image, labels, (16, 24), 64, 256, np.random.default_rng(seed))
+            red, green = pixels[0, 8].int(), pixels[1, :, 12].int()
+            flips += int(red[0] > red[-1])
+            scales.append(15 * 4 / max(int(green[-1] - green[0]), 1))
+            starts.append(int(green[0]))
+    assert 80 <= flips <= 120
+    assert 0.45 < min(scales) < 0.6
+    assert 1.8 < max(scales) < 2.2
+    assert np.mean(scales) == pytest.approx(1.25, abs=0.1)
+    assert min(starts) < 10
+    assert max(starts) > 170
+
+
+def test_crops_that_show_one_class_are_drawn_again():
+    """Of two classes most crops hold at least 25 % of the rarer; of one class alone the 11th crop stays."""
+    labels = np.zeros((100, 100), np.uint8)
+    labels[:, 50:] = 1
+    labels[:10] = 255
+    share = []
+    for seed in range(100):
+        window = module.choose_window(labels, (100, 100), (30, 30), np.random.default_rng(seed))
+        count = np.bincount(nearest(labels, (100, 100), window).ravel(), minlength=256)[:255]
+        share.append(count.max() / count.sum())
+    # A fifth of all windows would do: ten tries miss with 0.79 ** 10 = 9 %.
+    assert np.mean(np.array(share) < 0.75) > 0.8
+
+    class Counting:
+        drawn = 0
+
+        def integers(self, stop):
+            self.drawn += 1
+            return 0
+
+    for only in (labels * 0, labels * 0 + 255):
+        rng = Counting()
+        assert module.choose_window(only, (100, 100), (30, 30), rng) == (0, 0, 30, 30)
+        assert rng.drawn == 22
+    rng = Counting()
+    assert module.choose_window(labels * 0, (20, 30), (30, 30), rng) == (0, 0, 20, 30)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 4000), (4000, 1), (37, 53), (7, 300)])
+def test_any_size_gives_a_crop_and_an_evaluation_picture(size):
+    image, labels = Image.new("RGB", size[::-1], (10, 20, 30)), np.ones(size, np.uint8)
+    for seed in range(4):
+        pixels, target = augment(image, labels, (64, 128), 64, 256, np.random.default_rng(seed))
+        assert (pixels.shape, target.shape) == ((3, 64, 128), (64, 128))
+        assert (pixels.dtype, target.dtype) == (torch.uint8, torch.uint8)
+        assert target[0, 0] == 1
+    pixels, target = evaluation(image, labels, 64, 256)
+    assert tuple(target.shape) == size
+    assert tuple(pixels.shape[1:]) == fit(size, 64, 256)
+    assert pixels[:, 0, 0].tolist() == [10, 20, 30]
+
+
+def test_evaluation_resizes_the_picture_alone():
+    image, labels = ramps(60, 90)
+    pixels, target = evaluation(image, labels, 40, 160)
+    assert pixels.shape == (3, 40, 60)
+    assert (target.numpy() == labels).all()
+    expected = np.asarray(image.resize((60, 40), Image.Resampling.BILINEAR))
+    assert (pixels.permute(1, 2, 0).numpy() == expected).all()
+    pixels, _ = evaluation(image, labels, None, None)
+    assert (pixels.permute(1, 2, 0).numpy() == np.asarray(image)).all()
+
+
+def test_reduced_decoding_is_exact_enough(data, tmp_path):
+    """3216x4288, decoded at 1/2 to 1/8: once resized, within a level of whole decoding on average."""
+    path = data / "ram/images/demo3.jpg"
+    full, size = read_picture(path)
+    assert size == (4288, 3216)
+    for short, reduced in ((700, 1), (500, 2), (260, 4), (130, 8)):
+        image, same = read_picture(path, short, 4 * short)
+        assert same == size
+        assert image.size == (3216 // reduced, 4288 // reduced)
+        target = fit(size, short, 4 * short)
+        window = (10, 20, target[0] // 2, target[1] - 7)
+        difference = np.abs(
+            np.asarray(resize(image, size, target, window)).astype(int)
+            - np.asarray(resize(full, size, target, window))
+        )
+        assert difference.mean() < 0.9
+        assert np.quantile(difference, 0.99) <= 4
+
+
+def test_odd_sizes_stay_in_place_when_reduced(tmp_path):
+    """A quarter of 1001x635 is 250.25x158.75, stored as 251x159: borders must not move by 3/4 of a pixel."""
+    picture = np.zeros((635, 1001, 3), np.uint8)
+    picture[-80:, :, 0] = picture[:, -80:, 2] = 255
+    image, size = read_picture(save(picture, tmp_path / "x.png"), 50, 100)
+    assert image.size == (1001, 635)  # a PNG cannot be reduced
+    image, size = read_picture(save(picture, tmp_path / "x.jpg", quality=98, subsampling=0), 50, 100)
+    assert (image.size, size) == ((251, 159), (635, 1001))
+    pixels = evaluation(image, np.zeros(size, np.uint8), 50, 100)[0].double() / 255
+    h, w = fit(size, 50, 100)
+    assert pixels[0, :, 0].sum().item() == pytest.approx(80 * h / 635, abs=0.05)
+    assert pixels[2, 0].sum().item() == pytest.approx(80 * w / 1001, abs=0.05)
+
+
+class Script:
+    """A generator that gives what the test wrote down, and records the ranges that it was asked for."""
+
+    def __init__(self, *numbers: float):
+        self.numbers, self.asked = list(numbers), []
+
+    def random(self):
+        return self.numbers.pop(0)
+
+    def uniform(self, low, high):
+        self.asked.append((low, high))
+        return self.numbers.pop(0)
+
+    def integers(self, low, high):
+        self.asked.append((low, high))
+        return self.numbers.pop(0)
+
+
+YES, NO = 0.4, 0.6  # of a coin
+
+
+@pytest.mark.parametrize(
+    ("script", "asked", "expected"),
+    [
+        ((NO, NO, NO, NO, NO), [], (100, 50, 200)),
+        ((YES, -32, NO, NO, NO, NO), [(-32, 32)], (68, 18, 168)),
+        ((YES, 32, NO, NO, NO, NO), [(-32, 32)], (132, 82, 232)),
+        ((NO, YES, YES, 1.5, NO, NO), [(0.5, 1.5)], (150, 75, 255)),  # contrast early
+        ((NO, NO, NO, NO, YES, 0.5), [(0.5, 1.5)], (50, 25, 100)),  # contrast late
+        ((NO, NO, YES, 0.5, NO, NO), [(0.5, 1.5)], (150, 125, 200)),  # saturation: towards the value 200
+        ((NO, NO, YES, 1.5, NO, NO), [(0.5, 1.5)], (50, 0, 200)),  # saturation 0.75 -> 1 at most: see below
+        (
+            (YES, 32, YES, YES, 1.5, NO, NO),
+            [(-32, 32), (0.5, 1.5)],
+            (198, 123, 255),
+        ),  # clipped between the steps
+    ],
+)
+def test_photometric_steps_by_hand(script, asked, expected):
+    rng = Script(*script)
+    image = torch.tensor([100, 50, 200], dtype=torch.uint8).reshape(3, 1, 1).expand(3, 2, 3)
+    if script == (
+        NO,
+        NO,
+        YES,
+        1.5,
+        NO,
+        NO,
+    ):  # saturation 150/200 x 1.5 is cut off at 1: chroma 200 instead of 150
+        expected = (round(200 - 200 * 100 / 150), 0, 200)
+    found = photometric(image, rng)
+    assert found[:, 1, 2].tolist() == list(expected)
+    assert (rng.asked, rng.numbers) == (asked, [])
+
+
+def test_hue_turns_by_two_degrees_up_to_36():
+    """OpenCV's half degrees -18..17 (the upper bound exclusive), between saturation and the late contrast."""
+    rng = Script(NO, NO, YES, 0.5, YES, -18, YES, 0.5)
+    found = photometric(torch.tensor([255, 0, 0], dtype=torch.uint8).reshape(3, 1, 1), rng)
+    r, g, b = colorsys.hsv_to_rgb((-36 % 360) / 360, 0.5, 1)
+    assert found.flatten().tolist() == [round(127.5 * x) for x in (r, g, b)]
+    assert rng.asked == [(0.5, 1.5), (-18, 18), (0.5, 1.5)]
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0.5, 1.5), st.integers(-18, 17))
+@settings(max_examples=40, deadline=None)
+def test_recolour_is_hsv(seed, saturation, hue):
+    """Against colorsys, with greys, black, white and pure colours among the pixels."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (3, 4, 5)).astype(np.float32)
+    pixels[:, 0] = np.array([[0, 255, 77, 255, 0], [0, 255, 77, 0, 255], [0, 255, 77, 0, 255]])
+    found = recolour(torch.from_numpy(pixels), saturation, 2 * hue).numpy()
+    for y in range(4):
+        for x in range(5):
+            h, s, v = colorsys.rgb_to_hsv(*(pixels[:, y, x] / 255))
+            expected = colorsys.hsv_to_rgb((h + 2 * hue / 360) % 1, min(s * saturation, 1), v)
+            assert found[:, y, x] == pytest.approx(255 * np.array(expected), abs=0.02)
+
+
+# ---- the order -------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 60), st.integers(0, 2**40), st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_each_epoch_is_a_permutation(length, seed, epoch):
+    order = Order(length, seed)
+    seen = [order(position) for position in range(epoch * length, (epoch + 1) * length)]
+    assert {e for e, _ in seen} == {epoch}
+    assert sorted(i for _, i in seen) == [*range(length)]
+
+
+def test_epochs_and_seeds_differ():
+    orders = [[Order(50, seed)(50 * epoch + i)[1] for i in range(50)] for seed in (0, 1) for epoch in (0, 1)]
+    assert len({tuple(order) for order in orders}) == 4
+    first = [randomness(*key).random() for key in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0, 0))]
+    assert len(set(first)) == 4
+    assert first[0] == first[4]
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.integers(1, 40), st.integers(0, 500))
+@settings(max_examples=60, deadline=None)
+def test_all_ranks_together_load_each_global_batch_once(world, accumulate, size, length, start):
+    """For any ranks, micro-batches, step and length, also one below the batch; so each epoch is complete."""
+    batch = world * accumulate * size
+    parts = [shard(start, batch, rank, world, accumulate) for rank in range(world)]
+    assert all(len(part) == accumulate and {len(x) for x in part} == {size} for part in parts)
+    assert sorted(p for part in parts for x in part for p in x) == [*range(start, start + batch)]
+
+    order, steps = Order(length, seed=3), -(-length // batch)
+    loaded = [
+        order(p)
+        for step in range(steps)
+        for rank in range(world)
+        for x in shard(step * batch, batch, rank, world, accumulate)
+        for p in x
+    ]
+    assert sorted(i for epoch, i in loaded if epoch == 0) == [*range(length)]
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path):
+    with pytest.raises(
+        DataError, match="a batch of 16 cannot be divided into 3 ranks x 2 .* a multiple of 6"
+    ):
+        shard(0, 16, 0, 3, 2)
+    with pytest.raises(DataError, match="a batch of 2 cannot be divided"):
+        TrainStream(
+            open_dataset("folder", folder(tmp_path), "train"), (8, 8), 8, 32, batch=2, seed=0, world=4
+        )
+
+
+# ---- batches ---------------------------------------------------------------------------------------------
+
+
+def stream(dataset, **options) -> TrainStream:
+    return TrainStream(
+        dataset, **{"crop": (16, 24), "short": 24, "long": 96, "batch": 4, "seed": 5} | options
+    )
+
+
+def take(batches, n: int) -> dict[int, tuple]:
+    """The samples of the next n batches by position."""
+    found = {}
+    for _ in range(n):
+        batch = next(batches)
+        for i, position in enumerate(batch.positions):
+            found[position] = (
+                batch.image[i].numpy().tobytes(),
+                batch.labels[i].numpy().tobytes(),
+                batch.paths[i],
+            )
+    return found
+
+
+def test_ranks_micro_batches_workers_and_resumption_change_no_sample(tmp_path):
+    """7 pictures, batches of 4, 6 steps: more than three epochs."""
+    dataset = open_dataset("folder", folder(tmp_path, pictures=7), "train")
+    expected = take(stream(dataset).batches(), 6)
+    assert sorted(expected) == [*range(24)]
+    assert {expected[p][2] for p in range(7)} == set(names(dataset))
+    assert len({image for image, _, _ in expected.values()}) == 24  # another augmentation in each epoch
+    for world, accumulate, workers in ((2, 1, 0), (1, 2, 2), (2, 2, 1), (4, 1, 0)):
+        found = {}
+        for rank in range(world):
+            options = {"world": world, "accumulate": accumulate, "workers": workers}
+            found |= take(stream(dataset, rank=rank, **options).batches(), 6 * accumulate)
+        assert found == expected
+    for position in (4, 8, 20):
+        resumed = take(stream(dataset).batches(position), (24 - position) // 4)
+        assert resumed == {p: sample for p, sample in expected.items() if p >= position}
+
+
+def test_one_picture_fills_a_batch(tmp_path):
+    dataset = open_dataset("folder", folder(tmp_path, pictures=1), "train")
+    batch = next(stream(dataset, batch=8).batches())
+    assert (batch.image.shape, batch.labels.shape) == ((8, 3, 16, 24), (8, 16, 24))
+    assert (batch.image.dtype, batch.labels.dtype) == (torch.uint8, torch.uint8)
+    assert batch.paths == ["images/train/000.png"] * 8
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_no_global_random_state_is_read_or_moved(tmp_path, workers):
+    """torch, numpy and random stay where they were; other states there give the same samples."""
+    dataset = open_dataset("folder", folder(tmp_path), "train")
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        before = torch.get_rng_state().tolist(), pickle.dumps(np.random.get_state()), random.getstate()
+        found.append(take(stream(dataset, workers=workers).batches(), 2))
+        items = [*EvaluationStream(dataset, 24, 96, workers=workers).items(range(3))]
+        assert [item.position for item in items] == [0, 1, 2]
+        after = torch.get_rng_state().tolist(), pickle.dumps(np.random.get_state()), random.getstate()
+        assert before == after
+    assert found[0] == found[1]
+
+
+class Handlers:
+    """A data set that tells how its process treats signals."""
+
+    def __len__(self):
+        return 4
+
+    def path(self, i):
+        return str([signal.getsignal(number) == signal.SIG_IGN for number in (signal.SIGINT, signal.SIGTERM)])
+
+    def load(self, i, short=None, long=None):
+        return Image.new("RGB", (30, 20)), np.zeros((20, 30), np.uint8)
+
+
+def test_workers_ignore_the_signals_that_stop_the_main_process():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert next(stream(Handlers(), workers=1).batches()).paths == ["[True, True]"] * 4
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_memory_is_pinned_for_cuda_alone(monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "DataLoader", lambda *a, pin_memory, **k: asked.append(pin_memory) or [])
+    for device in ("cpu", "cuda", "cuda:1"):
+        list(stream(Handlers(), device=device).batches())
+    assert asked == [False, True, True]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_picture_is_replaced_by_the_next(tmp_path, workers):
+    """Named in a warning and counted; the sample in its place is what its own index gives in this epoch."""
+    root = folder(tmp_path, pictures=12)
+    good = open_dataset("folder", root, "train")
+    clean = stream(good)
+    damage(root / "images/train/003.png", "cut")
+    (root / "labels/train/004.png").write_bytes(b"")
+    broken = stream(open_dataset("folder", root, "train"), workers=workers, tolerated=1.0)
+    batches = broken.batches()
+    with pytest.warns(DataWarning) as caught:
+        found = take(batches, 3)
+    sentences = [str(warning.message) for warning in caught]
+    assert sorted(re.search(r"\w+/train/\d+\.png", sentence)[0] for sentence in sentences) == [
+        "images/train/003.png",
+        "labels/train/004.png",
+        "labels/train/004.png",  # once in its place, once as the stand-in for 003
+    ]
+    assert (broken.seen, broken.replaced) == (12, 3)
+    order = Order(12, 5)
+    for position, (image, _, path) in found.items():
+        epoch, index = order(position)
+        index = 5 if index in (3, 4) else index
+        assert path == good.path(index)
+        assert image == clean.sample(position, epoch, index, []).image.numpy().tobytes()
+
+
+def test_more_than_one_percent_unreadable_stops_training(tmp_path):
+    """4 of 12: at the second one; 1 of 300 is tolerated; none readable ends at once."""
+    root = folder(tmp_path / "a", pictures=12)
+    for i, how in zip((1, 4, 7, 10), ("empty", "cut", "page", "bits"), strict=True):
+        damage(root / f"images/train/{i:03}.png", how)
+    batches = stream(open_dataset("folder", root, "train"), workers=1, batch=1).batches()
+    with pytest.warns(DataWarning), pytest.raises(DataError, match=r"2 of the first \d+ samples.*1%.*\.png"):
+        take(batches, 12)
+
+    root = folder(tmp_path / "b", pictures=300, size=(4, 6))
+    damage(root / "images/train/007.png", "cut")
+    tolerant = stream(open_dataset("folder", root, "train"), batch=30, crop=(4, 4), short=4, long=8)
+    with pytest.warns(DataWarning, match=r"007\.png"):
+        take(tolerant.batches(), 10)
+    assert (tolerant.seen, tolerant.replaced) == (300, 1)
+
+    root = folder(tmp_path / "c", pictures=3)
+    for i in range(3):
+        damage(root / f"images/train/{i:03}.png", "empty")
+    with pytest.raises(DataError, match="3 pictures in a row cannot be read"):
+        next(stream(open_dataset("folder", root, "train")).batches())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_wrong_labels_and_evaluation_files_are_named_in_one_sentence(tmp_path, workers):
+    """Also from a worker: no traceback in the message. Evaluation does not skip an unreadable picture."""
+    root = folder(tmp_path, pictures=3)
+    dataset = open_dataset("folder", root, "train")
+    save(np.full((24, 36), 7, np.uint8), root / "labels/train/001.png")
+    with pytest.raises(DataError, match=r"^\S*001\.png holds the value 7: labels here are 0\.\.1, 255$"):
+        take(stream(dataset, workers=workers).batches(), 3)
+    damage(root / "images/train/002.png", "cut")
+    items = EvaluationStream(dataset, None, None, workers=workers).items([0, 2])
+    item = next(items)
+    assert (item.path, item.image.shape, item.labels.shape) == ("images/train/000.png", (3, 24, 36), (24, 36))
+    with pytest.raises(DataError, match=r"^\S*images/train/002\.png cannot be read \(.*$") as caught:
+        next(items)
+    assert "\n" not in str(caught.value)
+
+
+def test_large_pictures_are_decoded_reduced_in_training(tmp_path, monkeypatch):
+    """The stream asks for the very box that augment draws; the samples hardly differ from whole decoding."""
+    root = folder(tmp_path, pictures=1, size=(480, 720))
+    save(noise(480, 720), root / "images/train/000.jpg", quality=95)
+    (root / "images/train/000.png").unlink()
+    dataset = open_dataset("folder", root, "train")
+    load, decoded = dataset.load, []
+
+    def spy(i, short=None, long=None):
+        image, labels = load(i, short, long)
+        decoded.append(((short, long), image.size))
+        return image, labels
+
+    monkeypatch.setattr(dataset, "load", spy)
+    reduced = next(stream(dataset, crop=(32, 48), short=48, long=192, batch=8).batches())
+    boxes = [randomness(5, p, 0).uniform(0.5, 2) for p in range(8)]
+    assert [box for box, _ in decoded] == [(int(48 * r), int(192 * r)) for r in boxes]
+    assert {size for _, size in decoded} >= {(360, 240), (180, 120)}
+    monkeypatch.setattr(dataset, "load", lambda i, short, long: load(i))
+    whole = next(stream(dataset, crop=(32, 48), short=48, long=192, batch=8).batches())
+    assert torch.equal(reduced.labels, whole.labels)
+    assert (reduced.image.int() - whole.image.int()).abs().float().mean() < 1.5
+
+
+def test_the_locale_does_not_matter(tmp_path):
+    """Names with umlauts under LANG=C, in a fresh process."""
+    folder(tmp_path / "größe", pictures=1)
+    program = (
+        "import sys, data; d = data.open_dataset('folder', sys.argv[1], 'val'); data.check(d); print(len(d))"
+    )
+    environment = {**os.environ, "LANG": "C", "LC_ALL": "C", "PYTHONPATH": str(Path(module.__file__).parent)}
+    command = [sys.executable, "-c", program, tmp_path / "größe"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "1"), done.stderr
+
+
+# ---- the drawn data set ----------------------------------------------------------------------------------
+
+
+def test_scenes_are_a_data_set(tmp_path):
+    """Paths hold the index that `scenes.draw` takes; pictures, labels, names and colours are its own."""
+    import scenes
+
+    for split in ("train", "val", "test"):
+        dataset = open_dataset("scenes", tmp_path, split)
+        assert len(dataset) == len(scenes.SPLITS[split])
+        last = len(dataset) - 1
+        assert dataset.path(last) == f"scenes/{scenes.SPLITS[split][-1]:06d}"
+        image, labels = dataset.load(last)
+        drawn = scenes.draw(scenes.SPLITS[split][-1])
+        assert (np.asarray(image) == drawn.image).all()
+        assert (labels == drawn.labels).all()
+    assert (len(dataset.classes), len(dataset.palette)) == (24, 24)
+    assert dataset.classes == list(scenes.CLASSES)
+    report = check(dataset, samples=8)
+    assert report.sizes == [(128, 128)] * 8
+    batch = next(stream(dataset, crop=(128, 128), short=128, long=512).batches())
+    assert set(batch.labels.unique().tolist()) <= {*range(24), 255}
+    with pytest.raises(DataError, match="scenes has no split 'all'"):
+        open_dataset("scenes", tmp_path, "all")
+
+
+# ---- tag files -------------------------------------------------------------------------------------------
+
+KNOWN = ["images/a.jpg", "images/b c/ä.jpg", "images/d.jpg"]
+
+
+@pytest.fixture
+def tag_file(tmp_path):
+    def write(*lines: str | bytes, end: bytes = b"\n", start: bytes = b"") -> Path:
+        encoded = [line if isinstance(line, bytes) else line.encode() for line in lines]
+        (tmp_path / "tags.jsonl").write_bytes(start + b"".join(line + end for line in encoded))
+        return tmp_path / "tags.jsonl"
+
+    return write
+
+
+def test_tags_and_captions_are_read(tag_file, tmp_path):
+    """BOM, CRLF, blank lines, escapes, markup, roundabout paths, absolute ones inside the root."""
+    lines = (
+        '{"image": "images/a.jpg", "tags": [["car", 0.93], ["traffic  light", 1], ["<|endoftext|>", 0.0]]}',
+        "",
+        '{"image": "./images/x/../b c/\\u00e4.jpg", "tags": [], "caption": " two\\ncars "}',
+        json.dumps({"image": str(tmp_path / "images/d.jpg"), "tags": [["naïve café", 0.5]], "caption": None}),
+    )
+    for end, start in ((b"\n", b""), (b"\r\n", b"\xef\xbb\xbf")):
+        found = read_tags(tag_file(*lines, end=end, start=start), tmp_path, KNOWN)
+        assert found.tags == {
+            "images/a.jpg": [("car", 0.93), ("traffic light", 1.0), ("<|endoftext|>", 0.0)],
+            "images/b c/ä.jpg": [],
+            "images/d.jpg": [("naïve café", 0.5)],
+        }
+        assert found.captions == {"images/b c/ä.jpg": "two cars"}
+        assert found.unknown == []
+
+
+GOOD = '{"image": "images/a.jpg", "tags": [["car", 0.93]]}'
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"image": "../../x.jpg", "tags": []}', r"image '\.\./\.\./x\.jpg' is outside of"),
+        ('{"image": "/etc/passwd", "tags": []}', "image '/etc/passwd' is outside of"),
+        ('{"image": "images/../../x.jpg", "tags": []}', "is outside of"),
+        ('{"tags": []}', 'an object with "image"'),
+        ('["images/a.jpg"]', 'an object with "image"'),
+        ('{"image": 3}', 'an object with "image"'),
+        ('{"image": "images/d.jpg", "tags": [["car", 0.93]]', "one whole JSON object"),
+        ("[" * 100_000, "one whole JSON object"),
+        (b'{"image": "images/d.jpg", "caption": "\xff"}', "not UTF-8"),
+        ('{"image": "images/d.jpg", "tags": {"car": 1}}', "a list of at most 1000 pairs"),
+        (
+            json.dumps({"image": "images/d.jpg", "tags": [["car", 1]] * 10_000}),
+            "a list of at most 1000 pairs",
+        ),
+        ('{"image": "images/d.jpg", "tags": ["car"]}', r'a pair like \["car", 0\.93\] .* not car'),
+        ('{"image": "images/d.jpg", "tags": [["car", 1.5]]}', r"score in 0\.\.1"),
+        ('{"image": "images/d.jpg", "tags": [["car", NaN]]}', r"score in 0\.\.1"),
+        ('{"image": "images/d.jpg", "tags": [["car", "0.9"]]}', r"score in 0\.\.1"),
+        ('{"image": "images/d.jpg", "tags": [["", 0.9]]}', "1 to 200 printable characters, not ''"),
+        ('{"image": "images/d.jpg", "tags": [["c\\u0000r", 0.9]]}', "1 to 200 printable characters"),
+        (json.dumps({"image": "images/d.jpg", "tags": [["x" * 2**20, 1]]}), "1 to 200 printable characters"),
+        ('{"image": "images/d.jpg", "caption": ["a"]}', "1 to 10000 printable characters"),
+        (GOOD, r"images/a\.jpg has tags in line 1 already"),
+    ],
+)
+def test_a_wrong_line_is_refused_with_its_number(tag_file, tmp_path, line, message):
+    with pytest.raises(DataError, match=rf"tags\.jsonl, line 3: .*{message}") as caught:
+        read_tags(tag_file(GOOD, "", line), tmp_path, KNOWN)
+    assert len(str(caught.value)) < 500
+
+
+def test_unknown_pictures_are_counted_and_named(tag_file, tmp_path):
+    """At most ten of them; a file that is about none of ours, or is absent, is refused."""
+    others = [f'{{"image": "other/{i}.jpg", "tags": []}}' for i in range(12)]
+    with pytest.warns(
+        DataWarning, match=r"12 pictures are not in the data set: other/0\.jpg, .*9\.jpg, \.\.\.$"
+    ):
+        found = read_tags(tag_file(GOOD, *others), tmp_path, KNOWN)
+    assert [*found.tags] == ["images/a.jpg"]
+    assert found.unknown == [f"other/{i}.jpg" for i in range(12)]
+    with pytest.raises(DataError, match="has none of the 3 pictures"):
+        read_tags(tag_file(*others), tmp_path, KNOWN)
+    with pytest.raises(DataError, match=r"absent\.jsonl cannot be read \(No such file"):
+        read_tags(tmp_path / "absent.jsonl", tmp_path, KNOWN)
