@@ -12,6 +12,7 @@ mmsegmentation's, as in VPD (mmseg/datasets/pipelines/transforms.py of its 0.x);
 the function says so.
 """
 
+import atexit
 import codecs
 import json
 import os
@@ -812,10 +813,18 @@ def load_in_order(
         pin_memory=torch.device(device).type == "cuda",
         generator=torch.Generator(),  # without one, opening the iterator draws from the global generator
     )
-    for merged in loader:
-        if isinstance(merged, DataError):
-            raise merged
-        yield merged
+    batches = iter(loader)
+    # Workers that ignore SIGTERM must be told to end, or Python would wait for them for ever at its exit.
+    end = batches._shutdown_workers if workers else lambda: None
+    atexit.register(end)
+    try:
+        for merged in batches:
+            if isinstance(merged, DataError):
+                raise merged
+            yield merged
+    finally:
+        atexit.unregister(end)
+        end()
 
 
 def ignore_signals(worker: int) -> None:

@@ -1104,16 +1104,21 @@ def test_large_pictures_are_decoded_reduced_in_training(tmp_path, monkeypatch):
     assert (reduced.image.int() - whole.image.int()).abs().float().mean() < 1.5
 
 
-def test_the_locale_does_not_matter(tmp_path):
-    """Names with umlauts under LANG=C, in a fresh process."""
-    folder(tmp_path / "größe", pictures=1)
-    program = (
-        "import sys, data; d = data.open_dataset('folder', sys.argv[1], 'val'); data.check(d); print(len(d))"
-    )
+def test_a_process_in_any_locale_ends_with_its_workers(tmp_path):
+    """LANG=C and a folder with umlauts; an error while the loop is open, and the workers deaf to SIGTERM."""
+    root = folder(tmp_path / "größe", pictures=2)
+    program = """if True:
+        import sys, data
+        dataset = data.open_dataset("folder", sys.argv[1], "train")
+        print(len(data.check(dataset).sizes))
+        batches = data.TrainStream(dataset, (8, 8), 8, 32, batch=2, seed=0, workers=2).batches()
+        next(batches)
+        raise SystemExit("the loop is open")
+    """
     environment = {**os.environ, "LANG": "C", "LC_ALL": "C", "PYTHONPATH": str(Path(module.__file__).parent)}
-    command = [sys.executable, "-c", program, tmp_path / "größe"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout.strip()) == (0, "1"), done.stderr
+    command = [sys.executable, "-c", program, root]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "2\n", "the loop is open\n")
 
 
 # ---- the drawn data set ----------------------------------------------------------------------------------
