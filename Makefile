@@ -5,11 +5,15 @@ BIN := .venv/bin
 .PHONY: demo test lint clean
 
 demo: .venv/.run
-	$(BIN)/python -m weights.draw "a photograph of a horse" --out runs/demo.png $(if $(wildcard weights/sd15/unet),,$(RANDOM_TINY))
-	@echo "Look at runs/demo.png. Next: \`make test\`; or get the official weights with \`$(BIN)/python -m weights.fetch\` (5.5 GB) and run this again."
-
-# Without the official weights: the same path at miniature size, whose right answer is noise.
-RANDOM_TINY := --weights random --model tiny --steps 10
+	$(BIN)/python train.py --run runs/demo
+	$(BIN)/python eval.py runs/demo
+	$(BIN)/python scenes.py --count 6 --out runs/demo/pictures
+	$(BIN)/python predict.py runs/demo runs/demo/pictures --attention --out runs/demo/predicted
+	$(BIN)/python predict.py runs/demo runs/demo/pictures --tags "sea, boat" --out runs/demo/steered
+	@echo "Look at runs/demo: inputs.jpg, val/, eval-val/result.md and confusion.png, predicted/ with each tag's attention,"
+	@echo "and steered/, the same pictures told that they show sea and a boat."
+	@echo "Next: $(BIN)/python train.py --help; --condition oracle tells the model the truth (the paper's Figure 1);"
+	@echo "--dataset folder --data DIR trains on your own pictures; README.md says how to get the official weights."
 
 test: .venv/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -192,20 +192,30 @@ class Tagging(nn.Module):
     def forward(
         self, image_tokens: Tensor | None, image_embedding: Tensor | None, text: Text | None
     ) -> Condition:
-        assert image_tokens is not None, "image_tokens is None: give CLIP's, (B, 257, 1024)"
-        B = len(image_tokens)
-        if text is None:
-            text = Text(self.classes.expand(B, -1, -1))
-        self.check(text, B)
-        image = self.image(image_tokens)  # (B, N, C)
-
-        q = self.queries.expand(B, -1, -1)  # (B, Q, C)
+        q, text, image = self.begin(image_tokens, text)
         for block in self.blocks:
             q = block(q, text, image)
         m = self.norm(self.mlp(q))  # its norm is that of SD's own tokens
 
         context = m if self.g is None else self.empty + self.g * m
         return Condition(context, None, self.logits(m))
+
+    def attention(self, image_tokens: Tensor, text: Text | None) -> Tensor:
+        """How much each query attends to each tag in the last block, `(B, Q, T)`, sum 1 over the tags."""
+        q, text, image = self.begin(image_tokens, text)
+        *first, last = self.blocks
+        for block in first:
+            q = block(q, text, image)
+        return last.look(q, text)
+
+    def begin(self, image_tokens: Tensor | None, text: Text | None) -> tuple[Tensor, Text, Tensor]:
+        """What the blocks take: queries `(B, Q, C)`, text, image `(B, N, C)`."""
+        assert image_tokens is not None, "image_tokens is None: give CLIP's, (B, 257, 1024)"
+        B = len(image_tokens)
+        if text is None:
+            text = Text(self.classes.expand(B, -1, -1))
+        self.check(text, B)
+        return self.queries.expand(B, -1, -1), text, self.image(image_tokens)
 
     def check(self, text: Text, B: int) -> None:
         """The border: shapes alone, so that no device is waited for."""
@@ -283,11 +293,19 @@ class Block(nn.Module):
         self.mlp = mlp(width, 4 * width)
 
     def forward(self, q: Tensor, text: Text, image: Tensor) -> Tensor:
-        q_norm = self.norm1(q)
-        q = q + self.attend_self(q_norm, q_norm)
+        q = self.confer(q)
         q = q + self.attend_text(self.norm2(q), *text)
         q = q + self.attend_image(self.norm3(q), image)
         return q + self.mlp(self.norm4(q))
+
+    def confer(self, q: Tensor) -> Tensor:
+        """The queries, each having attended to all."""
+        q_norm = self.norm1(q)
+        return q + self.attend_self(q_norm, q_norm)
+
+    def look(self, q: Tensor, text: Text) -> Tensor:
+        """How much each query attends to each tag here, the mean of the heads `(B, Q, T)`."""
+        return self.attend_text.look(self.norm2(self.confer(q)), *text)
 
 
 class Attention(nn.Module):
@@ -309,14 +327,26 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
-        mask = None
-        if lengths is not None:
-            mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # (B, M)
-            mask = mask[:, None, None]  # (B, 1, 1, M): the same for every head and query
         q, k, v = self.to_q(x), self.to_k(tokens), self.to_v(tokens)
         q, k, v = (rearrange(y, "B M (n d) -> B n M d", n=self.heads) for y in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=real(tokens, lengths))
         return self.to_out(rearrange(y, "B n Q d -> B Q (n d)"))
+
+    def look(self, x: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """The softmax inside `forward`, the mean of the heads `(B, Q, M)` float32."""
+        q, k = (rearrange(y, "B M (n d) -> B n M d", n=self.heads) for y in (self.to_q(x), self.to_k(tokens)))
+        scores = (q @ k.mT).float() * q.shape[-1] ** -0.5  # (B, n, Q, M)
+        if lengths is not None:
+            scores = scores.masked_fill(~real(tokens, lengths), -torch.inf)
+        return scores.softmax(dim=-1).mean(dim=1)
+
+
+def real(tokens: Tensor, lengths: Tensor | None) -> Tensor | None:
+    """Which of the tokens `(B, M, C)` are real, `(B, 1, 1, M)`: for every head and query; None = all."""
+    if lengths is None:
+        return None
+    mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # (B, M)
+    return mask[:, None, None]
 
 
 def mlp(width: int, hidden: int) -> nn.Sequential:

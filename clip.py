@@ -24,6 +24,25 @@ WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # openai/C
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1]; openai/CLIP clip/clip.py, `_transform`
 STD = (0.26862954, 0.26130258, 0.27577711)
 
+PROMPT = "a photo of a {}"  # VPD's for ADE20K (wl-zhao/VPD#22)
+# The 80 prompts of zero-shot ImageNet (openai/CLIP notebooks/Prompt_Engineering_for_ImageNet.ipynb), by form.
+VIEWS = "bad|low resolution|cropped|bright|dark|close-up|black and white|pixelated|jpeg corrupted|blurry|good"
+WORKS = "a photo|a sculpture|a rendering|a rendition|a tattoo|a drawing|a painting|a doodle|a sketch"
+WORKS += "|graffiti|art|itap"
+QUALITIES = "hard to see|clean|dirty|cool|large|nice|weird|small"
+MATERIALS = "embroidered|plastic|origami|toy|cartoon|plushie"
+FORMS = (
+    *(f"a {view} photo of <the> {{}}." for view in VIEWS.split("|")),
+    *(f"{work} of <the> {{}}." for work in WORKS.split("|")),
+    *(f"a photo of <the> {quality} {{}}." for quality in QUALITIES.split("|")),
+    *(f"<the> {material} {{}}." for material in MATERIALS.split("|")),
+    "<the> {} in a video game.",
+)
+TEMPLATES = (
+    *(form.replace("<the>", article) for form in FORMS for article in ("a", "the")),
+    *("a photo of many {}.", "a photo of my {}.", "a photo of one {}.", "itap of my {}."),
+)
+
 
 @dataclass(frozen=True)
 class TowerConfig:
@@ -50,7 +69,7 @@ class CLIPConfig:
     def tiny(cls) -> "CLIPConfig":
         """The miniature for 128x128 pictures and its own small vocabulary."""
         tower = TowerConfig(width=128, layers=4, heads=4)
-        return cls(text=tower, image=tower, vocabulary=512, image_size=128, patch=16, projection=128)
+        return cls(text=tower, image=tower, vocabulary=1024, image_size=128, patch=16, projection=128)
 
 
 class Tokenizer:
@@ -67,8 +86,25 @@ class Tokenizer:
                 raise FileNotFoundError(
                     f"{file} is missing; `python -m weights.fetch` gets the tokenizer's files"
                 )
+        self.prepare(tokenizers.models.BPE.read_file(*map(str, files)), positions)
+
+    @classmethod
+    def spelling(cls, vocabulary: int, positions: int = 77) -> "Tokenizer":
+        """One that needs no files and spells every word byte by byte, for random weights.
+
+        Start and end are the last two of the `vocabulary` ids, where CLIP has them too.
+        """
+        letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())  # 256
+        ids = [*letters, *(f"{letter}</w>" for letter in letters)]
+        assert vocabulary >= len(ids) + 2, f"a vocabulary of {vocabulary}: bytes alone need {len(ids) + 2}"
+        table = {token: i for i, token in enumerate(ids)} | {START: vocabulary - 2, END: vocabulary - 1}
+        tokenizer = cls.__new__(cls)
+        tokenizer.prepare((table, []), positions)
+        return tokenizer
+
+    def prepare(self, vocabulary_and_merges: tuple[dict, list], positions: int) -> None:
         self.positions = positions
-        bpe = tokenizers.models.BPE.from_file(*map(str, files), unk_token=END, end_of_word_suffix="</w>")
+        bpe = tokenizers.models.BPE(*vocabulary_and_merges, unk_token=END, end_of_word_suffix="</w>")
         self.bpe = tokenizers.Tokenizer(bpe)
         self.bpe.normalizer = tokenizers.normalizers.Sequence(
             [
@@ -141,6 +177,36 @@ class CLIP(nn.Module):
         tokens = self.vision_model(pixels(image, self.config.image_size))
         embedding = self.visual_projection(self.vision_model.post_layernorm(tokens[:, 0]))
         return tokens, embedding
+
+
+@torch.no_grad()
+def name_vectors(
+    clip: CLIP, tokenizer: Tokenizer, names: Sequence[str], templates: Sequence[str], shared: bool = False
+) -> Tensor:
+    """The mean, over templates like "a photo of a {}", of each name's pooled vector: `(T, C)`.
+
+    `shared`: the mean of the unit vectors in the space of pictures, at unit length `(T, P)`, as zero-shot
+    classification takes it. Name by name, and never rounded by autocast: a vector must not depend on which
+    others were made beside it, or a run could not go on exactly.
+    """
+    device = clip.logit_scale.device
+    vectors = []
+    for name in names:
+        ids = tokenizer([template.format(name) for template in templates])
+        longest = int((ids != tokenizer.end).sum(dim=1).max()) + 1  # behind it there are ends only
+        with torch.autocast(device.type, enabled=False):
+            pooled = clip.text(ids[:, :longest].to(device))[1]
+            if shared:
+                pooled = F.normalize(clip.text_projection(pooled), dim=-1)
+        vectors.append(pooled.mean(dim=0))
+    return F.normalize(torch.stack(vectors), dim=-1) if shared else torch.stack(vectors)
+
+
+def zero_shot(clip: CLIP, embedding: Tensor, names: Tensor) -> Tensor:
+    """The probability `(B, K)` of each name, picture embeddings `(B, P)`, names `(K, P)` at unit length."""
+    with torch.autocast(embedding.device.type, enabled=False):  # bfloat16 has steps of 0.125 at a logit of 25
+        cosine = F.normalize(embedding.float(), dim=-1) @ names.float().T
+    return (clip.logit_scale.exp() * cosine).softmax(dim=-1)
 
 
 def pixels(image: Tensor, size: int) -> Tensor:

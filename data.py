@@ -1,38 +1,28 @@
-"""Pictures with dense labels: official layouts as they are, checks, joint transforms, resumable order, tags.
+"""Pictures with dense labels: data sets as their authors publish them, the check before training, tag files.
 
     dataset = open_dataset("ade20k", "data/ADEChallengeData2016", "train")
     print(check(dataset))
-    stream = TrainStream(dataset, crop=(512, 512), short=512, long=2048, batch=16, seed=0, rank=0, world=1)
-    for batch in stream.batches(position): ...  # `position`: global samples done, for resuming
+    picture, labels = dataset.load(0)
 
-Pictures leave this file as uint8 `(3, H, W)`, RGB; `normalise` makes them the model's floats in [-1, 1].
-Labels are uint8 `(H, W)` with classes 0..K-1 and 255 = ignore. Nothing here reads or moves a global random
-state: a sample is a function of (seed, epoch, index), the order one of (seed, position). The recipe is
-mmsegmentation's, as in VPD (mmseg/datasets/pipelines/transforms.py of its 0.x); where we differ on purpose,
-the function says so.
+Pictures are 8-bit RGB; labels are uint8 `(H, W)` with classes 0..K-1 and 255 = ignore.
+
+Top to bottom: the layouts and what opens them, tables of classes, one picture or label file, the check, tags
+and captions from a file. What is done to a picture and its labels is in augment.py, the batches in stream.py.
 """
 
-import atexit
 import codecs
 import json
 import os
 import re
-import signal
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
-from torch.utils.data import DataLoader
 
 IGNORE = 255  # the label of pixels that belong to no class
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -131,9 +121,7 @@ class Dataset:
     def __init__(self, name: str, split: str, classes: list[str], palette: np.ndarray):
         self.name, self.split, self.classes, self.palette = name, split, classes, palette
         self.prompts = [prompt(c, name) for c in classes]
-        self.missing: list[
-            str
-        ] = []  # a sentence for each picture without labels, and for labels without a picture
+        self.missing: list[str] = []  # a sentence for each picture or label file without its counterpart
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -269,8 +257,7 @@ def prompt(name: str, dataset: str) -> str:
 def read_classes(file: Path) -> tuple[list[str], np.ndarray, list[int]]:
     """Names, palette `(K, 3)` uint8 and raw label values of a table: one class a line, in train-id order.
 
-    A line is "name", "name, r g b" or "name, r g b, raw value"; without a colour the class gets one of its
-    own.
+    A line is "name", "name, r g b" or "name, r g b, raw value"; a class without a colour gets its own.
     """
     try:
         lines = file.read_text(encoding="utf-8-sig").rstrip().splitlines()
@@ -314,8 +301,7 @@ def values(raw: Iterable[int], ignored: Iterable[int]) -> np.ndarray:
 def scan(root: Path, folder: str, suffixes: tuple[str, ...], endings: tuple[str, ...]) -> dict[str, str]:
     """Files below root/folder: relative path without ending and suffix -> path relative to `root`, with "/".
 
-    Of several files with one key the one whose ending is listed first is taken; two with the same ending are
-    refused.
+    Of several files with one key, the one whose ending comes first is taken; two of one ending are refused.
     """
     found: dict[str, tuple[int, str]] = {}
     for where, _, names in os.walk(root / folder, followlinks=True):
@@ -389,6 +375,15 @@ def read_picture(
             image = Image.fromarray((np.asarray(image).astype(np.int32) >> 8).clip(0, 255).astype(np.uint8))
         image.info.pop("transparency", None)  # convert() warns about a palette's
         return image if image.mode == "RGB" else image.convert("RGB"), (H, W)
+
+
+def fit(size: Size, short: int, long: int) -> Size:
+    """The largest size of this aspect with a short side <= `short` and a long side <= `long`.
+
+    Rounded as mmcv rounds (mmcv/image/geometric.py, `rescale_size`), and never below 1.
+    """
+    scale = min(long / max(size), short / min(size))
+    return max(int(size[0] * scale + 0.5), 1), max(int(size[1] * scale + 0.5), 1)
 
 
 def read_labels(path: str | Path, table: np.ndarray, hint: str = "", limit: int = MAX_PIXELS) -> np.ndarray:
@@ -497,354 +492,6 @@ def has_content(file: Path) -> bool:
         return False
 
 
-# ---- transforms, of picture and labels together ----------------------------------------------------------
-
-RATIOS = (0.5, 2.0)  # of the base box; mmsegmentation's `ratio_range`
-LARGEST_SHARE = 0.75  # of one class in a crop; mmsegmentation's `cat_max_ratio`
-TRIES = 10
-PAD = 128  # grey; see `augment`
-
-Window = tuple[int, int, int, int]  # top, left, bottom, right in pixels of the resized picture
-
-
-def normalise(image: Tensor) -> Tensor:
-    """uint8 `(B, 3, H, W)` -> float32 in [-1, 1], the range of every image in this repository."""
-    return image.float().div_(127.5).sub_(1)
-
-
-def fit(size: Size, short: int, long: int) -> Size:
-    """The largest size of this aspect with a short side <= `short` and a long side <= `long`.
-
-    Rounded as mmcv rounds (mmcv/image/geometric.py, `rescale_size`), and never below 1.
-    """
-    scale = min(long / max(size), short / min(size))
-    return max(int(size[0] * scale + 0.5), 1), max(int(size[1] * scale + 0.5), 1)
-
-
-def augment(
-    image: Image.Image, labels: np.ndarray, crop: Size, short: int, long: int, rng: np.random.Generator
-) -> tuple[Tensor, Tensor]:
-    """Random scale, crop, flip and colours: image `(3, H, W)` uint8, labels `(H, W)` uint8, (H, W) = crop.
-
-    mmsegmentation's order: resize into 0.5-2 times the box (short, long), crop, mirror every second picture,
-    distort its colours, pad on the right and below. Padding is 255 = ignore in the labels and 128 in the
-    picture: 0.004 in [-1, 1], where mmsegmentation has the 0 that no uint8 gives. Resizing is antialiased and
-    centred, where mmcv's is neither (see `resize` and `nearest`). `rng` should depend on the sample alone
-    (see `randomness`).
-    """
-    ratio = rng.uniform(*RATIOS)  # the first number drawn: `TrainStream` looks at it ahead
-    size = fit(labels.shape, int(short * ratio), int(long * ratio))
-    window = choose_window(labels, size, crop, rng)
-    pixels = to_tensor(resize(image, labels.shape, size, window))
-    target = torch.from_numpy(nearest(labels, size, window))
-    if coin(rng):
-        pixels, target = pixels.flip(2), target.flip(1)
-    pixels = photometric(pixels, rng)
-    right, below = crop[1] - target.shape[1], crop[0] - target.shape[0]
-    return F.pad(pixels, (0, right, 0, below), value=PAD), F.pad(target, (0, right, 0, below), value=IGNORE)
-
-
-def evaluation(
-    image: Image.Image, labels: np.ndarray, short: int | None, long: int | None
-) -> tuple[Tensor, Tensor]:
-    """Image `(3, h, w)` uint8 resized into the box (not if `short` is None); labels `(H, W)` as they are."""
-    size = fit(labels.shape, short, long) if short else labels.shape
-    return to_tensor(resize(image, labels.shape, size, (0, 0, *size))), torch.from_numpy(labels)
-
-
-def choose_window(labels: np.ndarray, size: Size, crop: Size, rng: np.random.Generator) -> Window:
-    """A window in which no class has 75 % of the labelled pixels; the 11th one in any case."""
-    for _ in range(TRIES):
-        window = draw_window(size, crop, rng)
-        count = np.bincount(nearest(labels, size, window).ravel(), minlength=256)[:IGNORE]
-        if count.max() < LARGEST_SHARE * count.sum():
-            return window
-        if window == (0, 0, *size):  # all of the picture: there is no other
-            return window
-    return draw_window(size, crop, rng)
-
-
-def draw_window(size: Size, crop: Size, rng: np.random.Generator) -> Window:
-    """A window of `crop`, anywhere in a picture of `size`; where the picture is smaller, all of it."""
-    top, left = (int(rng.integers(max(whole - part, 0) + 1)) for whole, part in zip(size, crop, strict=True))
-    return top, left, min(top + crop[0], size[0]), min(left + crop[1], size[1])
-
-
-def nearest(labels: np.ndarray, size: Size, window: Window) -> np.ndarray:
-    """The window of the labels resized to `size`: each pixel takes the label below its centre.
-
-    Computed in whole numbers, so a window equals that part of the whole. mmcv takes the label below the
-    pixel's corner, which shifts the labels against the picture by up to half a pixel.
-    """
-    top, left, bottom, right = window
-    rows = (2 * np.arange(top, bottom) + 1) * labels.shape[0] // (2 * size[0])
-    columns = (2 * np.arange(left, right) + 1) * labels.shape[1] // (2 * size[1])
-    return labels[rows][:, columns]
-
-
-def resize(image: Image.Image, original: Size, size: Size, window: Window) -> Image.Image:
-    """The window of the picture resized to `size`, bilinear and antialiased (mmcv's aliases when it shrinks).
-
-    Only the window is computed; Pillow's filter reads beyond its box, so this is that part of the whole, to
-    rounding. `original` (H, W) is the picture's own size, of which `image` may be a half, a quarter or an
-    eighth, rounded up.
-    """
-    reductions = [f for f in (1, 2, 4, 8) if image.size == (-(-original[1] // f), -(-original[0] // f))]
-    assert reductions, f"the picture is {image.size}, but (W, H) of its labels is {original[::-1]}"
-    y, x = (whole / (shown * reductions[0]) for whole, shown in zip(original, size, strict=True))
-    top, left, bottom, right = window
-    box = left * x, top * y, min(right * x, image.width), min(bottom * y, image.height)
-    return image.resize((right - left, bottom - top), Image.Resampling.BILINEAR, box=box)
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """RGB -> uint8 `(3, H, W)`."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
-
-def photometric(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """uint8 `(3, H, W)` RGB -> the same, each step with probability 1/2 and cut off at 0 and 255.
-
-    Brightness +-32, contrast 0.5-1.5, saturation 0.5-1.5, hue -36..34 degrees in steps of 2 (-18..17 in
-    OpenCV's halves), and in every second picture the contrast last. mmsegmentation truncates after every
-    step; we round once.
-    """
-    x = image.float()
-    if coin(rng):
-        x = x.add_(rng.uniform(-32, 32)).clamp_(0, 255)
-    early = coin(rng)
-    if early and coin(rng):
-        x = x.mul_(rng.uniform(0.5, 1.5)).clamp_(0, 255)
-    saturation = rng.uniform(0.5, 1.5) if coin(rng) else 1.0
-    hue = int(rng.integers(-18, 18)) if coin(rng) else 0
-    if saturation != 1 or hue != 0:
-        x = recolour(x, saturation, 2 * hue)
-    if not early and coin(rng):
-        x = x.mul_(rng.uniform(0.5, 1.5)).clamp_(0, 255)
-    return x.round_().to(torch.uint8)
-
-
-def coin(rng: np.random.Generator) -> bool:
-    return rng.random() < 0.5
-
-
-def recolour(x: Tensor, saturation: float, degrees: float) -> Tensor:
-    """Scale the saturation and turn the hue of `(3, H, W)` >= 0 in the HSV hexagon; the value stays."""
-    r, g, b = x
-    value = x.amax(0)
-    chroma = value - x.amin(0)
-    unit = chroma.clamp(min=1e-6)
-    hue = torch.where(value == g, 2 + (b - r) / unit, 4 + (r - g) / unit)
-    hue = torch.where(value == r, (g - b) / unit, hue) + degrees / 60  # in sides of the hexagon
-    chroma = torch.minimum(chroma * saturation, value)  # a saturation of at most 1
-    away = [(hue + n).remainder_(6) for n in (5, 3, 1)]  # R, G, B are lowest at 1..3 in the middle of 0..4
-    return torch.stack([value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1) for k in away])
-
-
-# ---- the order of samples, and batches in that order -----------------------------------------------------
-
-ORDER, SAMPLE = 1, 2  # keep the two uses of a seed apart
-
-
-def randomness(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The generator of one sample: on any rank, in any worker, after any resumption the same."""
-    return np.random.default_rng((SAMPLE, seed, epoch, index))
-
-
-@lru_cache(maxsize=4)
-def permutation(length: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((ORDER, seed, epoch)).permutation(length)
-
-
-@dataclass(frozen=True)
-class Order:
-    """Position in global samples -> (epoch, index): one permutation of 0..length-1 after the other."""
-
-    length: int
-    seed: int
-
-    def __call__(self, position: int) -> tuple[int, int]:
-        epoch, place = divmod(position, self.length)
-        return epoch, int(permutation(self.length, self.seed, epoch)[place])
-
-
-def shard(start: int, count: int, rank: int, world: int, accumulate: int = 1) -> list[range]:
-    """The positions that `rank` loads for the step of `count` samples from `start`, one range a micro-batch.
-
-    The ranges of all ranks and micro-batches are disjoint, equally long, and together start..start+count-1:
-    however a batch is divided, the step sees the same samples.
-    """
-    size, rest = divmod(count, world * accumulate)
-    if rest or not size:
-        raise DataError(
-            f"a batch of {count} cannot be divided into {world} ranks x {accumulate} micro-batches: "
-            f"use a multiple of {world * accumulate}"
-        )
-    firsts = [start + (a * world + rank) * size for a in range(accumulate)]
-    return [range(first, first + size) for first in firsts]
-
-
-class Item(NamedTuple):
-    """One sample. `skipped` has a sentence for every unreadable file that this sample stands in for."""
-
-    image: Tensor  # (3, H, W) uint8
-    labels: Tensor  # (H, W) uint8
-    position: int  # in global samples; in evaluation the index
-    path: str
-    skipped: list[str]
-
-
-class Batch(NamedTuple):
-    """One micro-batch of one rank, b items; bytes travel to the device, then `normalise` and `.long()`."""
-
-    image: Tensor  # (b, 3, H, W) uint8
-    labels: Tensor  # (b, H, W) uint8
-    positions: list[int]
-    paths: list[str]
-    skipped: list[str]
-
-
-class TrainStream:
-    """The training samples of one rank in their global order, from any position on, for ever.
-
-    A file that cannot be decoded is named in a DataWarning and the next index takes its place; `seen` and
-    `replaced` count. More than 1 % of the samples that this rank has seen (and more than one) is a DataError;
-    so is a label file with wrong content.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        crop: Size,
-        short: int,
-        long: int,
-        batch: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        accumulate: int = 1,
-        workers: int = 0,
-        device: str = "cpu",
-        tolerated: float = 0.01,
-    ):
-        shard(0, batch, rank, world, accumulate)  # refuses a batch that cannot be divided
-        self.dataset, self.crop, self.short, self.long = dataset, crop, short, long
-        self.batch, self.seed, self.order = batch, seed, Order(len(dataset), seed)
-        self.rank, self.world, self.accumulate = rank, world, accumulate
-        self.workers, self.device, self.tolerated = workers, device, tolerated
-        self.seen = self.replaced = 0
-
-    def batches(self, position: int = 0) -> Iterator[Batch]:
-        """Micro-batches, `accumulate` to a step, from the step that starts at global sample `position`."""
-        for batch in load_in_order(self, self.micro_batches(position), collate, self.workers, self.device):
-            self.seen += len(batch.paths)
-            for sentence in batch.skipped:
-                self.replaced += 1
-                warnings.warn(f"{sentence}; another picture takes its place", DataWarning, stacklevel=2)
-                if self.replaced > max(1, self.tolerated * self.seen):
-                    raise DataError(
-                        f"{self.replaced} of the first {self.seen} samples could not be read, more than "
-                        f"{self.tolerated:.0%}: mend the data set; the last one: {sentence}"
-                    )
-            yield batch
-
-    def micro_batches(self, position: int) -> Iterator[range]:
-        while True:
-            yield from shard(position, self.batch, self.rank, self.world, self.accumulate)
-            position += self.batch
-
-    def __getitem__(self, position: int) -> Item | DataError:
-        epoch, index = self.order(position)
-        skipped: list[str] = []
-        for i in range(index, index + min(len(self.dataset), 100)):
-            try:
-                return self.sample(position, epoch, i % len(self.dataset), skipped)
-            except Unreadable as error:
-                skipped.append(str(error))
-            except DataError as error:
-                return error  # raised in the main process: a worker would wrap it into a traceback
-        return DataError(f"{len(skipped)} pictures in a row cannot be read, such as: {skipped[-1]}")
-
-    def sample(self, position: int, epoch: int, index: int, skipped: list[str]) -> Item:
-        ratio = randomness(self.seed, epoch, index).uniform(*RATIOS)  # what `augment` will draw first
-        box = int(self.short * ratio), int(self.long * ratio)
-        image, labels = self.dataset.load(index, *box)
-        rng = randomness(self.seed, epoch, index)
-        image, labels = augment(image, labels, self.crop, self.short, self.long, rng)
-        return Item(image, labels, position, self.dataset.path(index), skipped)
-
-
-@dataclass
-class EvaluationStream:
-    """Pictures resized into a box (not if `short` is None) with their labels at the original size."""
-
-    dataset: Dataset
-    short: int | None
-    long: int | None
-    workers: int = 0
-    device: str = "cpu"
-
-    def items(self, indices: Iterable[int]) -> Iterator[Item]:
-        """One Item per index, in this order; a file that cannot be read is a DataError with its path."""
-        yield from load_in_order(self, ([i] for i in indices), only, self.workers, self.device)
-
-    def __getitem__(self, i: int) -> Item | DataError:
-        try:
-            image, labels = evaluation(*self.dataset.load(i, self.short, self.long), self.short, self.long)
-        except DataError as error:
-            return error
-        return Item(image, labels, i, self.dataset.path(i), [])
-
-
-def load_in_order(
-    items: "TrainStream | EvaluationStream",
-    groups: Iterable[Iterable[int]],
-    merge: Callable[[list], Any],
-    workers: int,
-    device: str,
-) -> Iterator:
-    """merge([items[i] for i in group]) of each group, made ahead by `workers`; raises any DataError there."""
-    loader = DataLoader(
-        items,
-        batch_sampler=groups,
-        collate_fn=merge,
-        num_workers=workers,
-        worker_init_fn=ignore_signals,
-        pin_memory=torch.device(device).type == "cuda",
-        generator=torch.Generator(),  # without one, opening the iterator draws from the global generator
-    )
-    batches = iter(loader)
-    # Workers that ignore SIGTERM must be told to end, or Python would wait for them for ever at its exit.
-    end = batches._shutdown_workers if workers else lambda: None
-    atexit.register(end)
-    try:
-        for merged in batches:
-            if isinstance(merged, DataError):
-                raise merged
-            yield merged
-    finally:
-        atexit.unregister(end)
-        end()
-
-
-def ignore_signals(worker: int) -> None:
-    """Ctrl-C and SIGTERM reach the whole process group: the main process decides, its workers end with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def collate(items: list[Item | DataError]) -> Batch | DataError:
-    for item in items:
-        if isinstance(item, DataError):
-            return item
-    images, labels, positions, paths, skipped = map(list, zip(*items, strict=True))
-    return Batch(torch.stack(images), torch.stack(labels), positions, paths, list(chain(*skipped)))
-
-
-def only(items: list[Item | DataError]) -> Item | DataError:
-    return items[0]
-
-
 # ---- tags and captions from a file -----------------------------------------------------------------------
 
 MOST_TAGS, LONGEST_TAG, LONGEST_CAPTION = 1000, 200, 10_000  # tags, characters: beyond, it is no such thing
@@ -895,6 +542,45 @@ def read_tags(file: str | Path, root: str | Path, known: Collection[str]) -> Tag
         message = f"{file}: {len(result.unknown)} pictures are not in the data set: {names}"
         warnings.warn(message, DataWarning, stacklevel=2)
     return result
+
+
+class Words:
+    """The words of each picture of a data set, from where `--tags` says."""
+
+    def __init__(self, tags: str, prompts: Sequence[str], table: dict[str, list[str]] | None = None):
+        self.tags, self.prompts, self.table = tags, prompts, table
+
+    def __call__(self, path: str, present: Collection[int]) -> list[str] | None:
+        """The words of the picture at `path` (`Dataset.path`) in whose whole label map `present` are seen.
+
+        None where there are none per picture: "classes", and "clip", whose tagger looks at the picture.
+        """
+        if self.tags == "oracle":
+            return [self.prompts[k] for k in present]
+        return None if self.table is None else self.table[path]
+
+
+def open_words(
+    condition: str, tags: str, prompts: Sequence[str], root: str | Path, paths: Collection[str]
+) -> Words:
+    """`tags` is "classes", "clip", "oracle" or a tag file, of which condition "caption" takes the captions.
+
+    Raises DataError if the file cannot be read or lacks one of the pictures at `paths`.
+    """
+    if tags in ("classes", "clip", "oracle"):
+        return Words(tags, prompts)
+    found = read_tags(tags, root, paths)
+    if condition == "caption":
+        table = {path: [caption] for path, caption in found.captions.items()}
+    else:
+        table = {path: [tag for tag, _ in pairs] for path, pairs in found.tags.items()}
+    lacking = sorted(set(paths) - set(table))
+    if lacking:
+        what = "caption" if condition == "caption" else "line"
+        raise DataError(
+            f"{tags} has no {what} for {len(lacking)} of {len(paths)} pictures, such as {lacking[0]}"
+        )
+    return Words(tags, prompts, table)
 
 
 def parse_tags(line: bytes, root: str) -> tuple[str, list[tuple[str, float]], str]:

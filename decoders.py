@@ -59,6 +59,11 @@ class SemanticDecoder(nn.Module):
             losses["aux"] = (AUXILIARY_WEIGHT * total, count)
         return losses
 
+    def counts(self, labels: Tensor) -> dict[str, Tensor]:
+        """The counts of `loss`, from the labels alone: an accumulated step needs all of them beforehand."""
+        count = (labels != IGNORE).sum()
+        return {"seg": count, "aux": count}
+
     def logits(self, prediction: Logits, size: tuple[int, int]) -> Tensor:
         """`(B, K, H, W)` float32 at `size` = (H, W), interpolated bilinearly."""
         return resize(prediction.main.float(), size)

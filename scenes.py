@@ -10,8 +10,11 @@ Randomness comes from two streams that their authors keep frozen (Python's `Rand
 numpy's PCG64) and the arithmetic on pixels is elementwise: a version draws the same bytes on every machine.
 """
 
+import argparse
+import sys
 from functools import lru_cache
 from math import cos, pi, sin
+from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
@@ -686,3 +689,28 @@ def distance(labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
             rows = np.flatnonzero((labels == i).any(axis=1))
             table[i] = 0.88 + 0.24 * (np.arange(SIZE) - rows[0]) / max(1, rows[-1] - rows[0])
     return table
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Draw some scenes of a split, evenly spread, as pictures to look at and to predict on."""
+    parser = argparse.ArgumentParser(
+        description="Draw scenes as PNG files.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--split", choices=list(SPLITS), default="test", help="which range of indices")
+    parser.add_argument("--count", type=int, default=6, metavar="N", help="how many")
+    parser.add_argument("--out", default="scenes", metavar="DIR", help="where they go")
+    options = parser.parse_args(argv)
+    indices = SPLITS[options.split]
+    if not 1 <= options.count <= len(indices):
+        parser.error(f"--count {options.count}: {options.split} has 1 to {len(indices)}")
+    folder = Path(options.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(options.count):
+        index = indices[i * len(indices) // options.count]
+        Image.fromarray(draw(index).image).save(folder / f"{index:06d}.png")
+    print(f"{folder}: {options.count} scenes of {options.split}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,6 +11,7 @@ parts.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +19,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import attention
+from kernels import attention, attention_maps
 
 TAP = 1  # maps are taken after the second block of an up level (VPD vpd/models.py, output_blocks 1, 4, 7)
 MAX_CONTEXT = 1024
+TIMES = 1000  # steps of the noise schedule that Stable Diffusion was trained with
 
 
 @dataclass(frozen=True)
@@ -96,39 +98,59 @@ class UNet(nn.Module):
         latent `(B, 4, h, w)`, h and w multiples of 8; t `(B,)` int64 in 0..999; context `(B, L, 768)`, 1 <= L
         <= 1024; lengths `(B,)`: how many context tokens of each image are real (1..L), None = all of them.
         """
+        return self.walk(latent, t, context, lengths, False)[0]
+
+    def features_and_attention(
+        self, latent: Tensor, t: Tensor, context: Tensor, lengths: Tensor | None = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """`features`, and how much each pixel attends to each token: `(B, L, h_i, w_i)` at strides 8, 16, 32.
+
+        The mean over the heads and over the layers of one size, on the way down and up; the middle block is
+        left out (VPD vpd/models.py, `AttentionStore`). float32, the sum over the L tokens is 1.
+        """
+        return self.walk(latent, t, context, lengths, True)
+
+    def walk(
+        self, latent: Tensor, t: Tensor, context: Tensor, lengths: Tensor | None, look: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Down, through the middle and up: the four maps and, to `look` at, those of the attention."""
         self.check(latent, t, context, lengths)
         time = F.silu(self.time_embedding(t))  # (B, 1280); every block starts from its SiLU
 
         x = self.conv_in(latent)  # (B, 320, h, w)
         skips = [x]
-        for level in self.down_blocks:
+        looks: list[list[Tensor | None]] = [[] for _ in self.down_blocks]  # of a level's layers, finest first
+        for level, seen in zip(self.down_blocks, looks, strict=True):
             for i, resnet in enumerate(level.resnets):
                 x = self.run(resnet, x, time)
                 if level.attentions:
-                    x = self.run(level.attentions[i], x, context, lengths)
+                    x, attended = self.run(level.attentions[i], x, context, lengths, look)
+                    seen.append(attended)
                 skips.append(x)
             if level.downsamplers:
                 x = level.downsamplers(x)
                 skips.append(x)
 
         x = self.run(self.mid_block.resnets[0], x, time)  # (B, 1280, h/8, w/8)
-        x = self.run(self.mid_block.attentions[0], x, context, lengths)
+        x, _ = self.run(self.mid_block.attentions[0], x, context, lengths, False)
         x = self.run(self.mid_block.resnets[1], x, time)
 
         maps = []
-        for level in self.up_blocks:
+        for level, seen in zip(self.up_blocks, reversed(looks), strict=True):
             for i, resnet in enumerate(level.resnets):
                 x = torch.cat([x, skips.pop()], dim=1)
                 x = self.run(resnet, x, time)
                 if level.attentions:
-                    x = self.run(level.attentions[i], x, context, lengths)
+                    x, attended = self.run(level.attentions[i], x, context, lengths, look)
+                    seen.append(attended)
                 if i == TAP:
                     maps.append(x)
             x = level.upsamplers(x)
         maps[-1] = x  # the finest level has no upsampling after it: its map is the last one
-        return maps[::-1]
+        means = [torch.stack(seen).mean(dim=0) for seen in looks if look and seen]  # the last level has none
+        return maps[::-1], means
 
-    def run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+    def run(self, block: nn.Module, *inputs: Tensor | bool | None) -> Any:
         """The block's output; its activations are recomputed in the backward pass if asked."""
         if self.checkpoint_activations and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
@@ -201,7 +223,10 @@ class ResnetBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """One transformer block over the h*w pixels of a map, added to it."""
+    """One transformer block over the h*w pixels of a map, added to it.
+
+    The second result is, to `look` at, how much each pixel attends to each token, `(B, L, h, w)`; else None.
+    """
 
     def __init__(self, config: UNetConfig, channels: int):
         super().__init__()
@@ -212,11 +237,15 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(config, channels)])
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, context: Tensor, lengths: Tensor | None) -> Tensor:
-        tokens = rearrange(self.proj_in(self.norm(x)), "B C h w -> B (h w) C")
+    def forward(
+        self, x: Tensor, context: Tensor, lengths: Tensor | None, look: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        tokens, attended = rearrange(self.proj_in(self.norm(x)), "B C h w -> B (h w) C"), None
         for block in self.transformer_blocks:
-            tokens = block(tokens, context, lengths)
-        return x + self.proj_out(rearrange(tokens, "B (h w) C -> B C h w", h=x.shape[2]))
+            tokens, attended = block(tokens, context, lengths, look)
+        if attended is not None:
+            attended = rearrange(attended, "B (h w) L -> B L h w", h=x.shape[2])
+        return x + self.proj_out(rearrange(tokens, "B (h w) C -> B C h w", h=x.shape[2])), attended
 
 
 class TransformerBlock(nn.Module):
@@ -231,11 +260,15 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
-    def forward(self, x: Tensor, context: Tensor, lengths: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor, lengths: Tensor | None, look: bool
+    ) -> tuple[Tensor, Tensor | None]:
         x_norm = self.norm1(x)
         x = x + self.attn1(x_norm, x_norm)
-        x = x + self.attn2(self.norm2(x), context, lengths)
-        return x + self.ff(self.norm3(x))
+        x_norm = self.norm2(x)
+        x = x + self.attn2(x_norm, context, lengths)
+        attended = self.attn2.look(x_norm, context, lengths) if look else None  # (B, h w, L)
+        return x + self.ff(self.norm3(x)), attended
 
 
 class Attention(nn.Module):
@@ -253,6 +286,12 @@ class Attention(nn.Module):
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         q, k, v = (rearrange(y, "B N (n d) -> B N n d", n=self.heads) for y in (q, k, v))
         return self.to_out(rearrange(attention(q, k, v, lengths), "B N n d -> B N (n d)"))
+
+    def look(self, x: Tensor, context: Tensor, lengths: Tensor | None) -> Tensor:
+        """How much each pixel attends to each token, the mean of the heads `(B, N, M)` float32."""
+        q, k = self.to_q(x), self.to_k(context)
+        q, k = (rearrange(y, "B N (n d) -> B N n d", n=self.heads) for y in (q, k))
+        return attention_maps(q, k, lengths)
 
 
 class FeedForward(nn.Module):
@@ -327,3 +366,13 @@ def timestep_embedding(t: Tensor, width: int, longest: float = 10_000.0) -> Tens
     )
     angle = t[:, None].float() * frequency  # (B, width/2)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def alphas_cumprod() -> Tensor:
+    """alpha-bar_t of Eq. 1 for t = 0..999, `(1000,)` float32: betas whose roots grow linearly.
+
+    CompVis ldm/modules/diffusionmodules/util.py, `make_beta_schedule`; v1-inference.yaml, `linear_start` and
+    `linear_end`.
+    """
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, TIMES) ** 2
+    return torch.cumprod(1 - betas, dim=0)

@@ -2,7 +2,9 @@
 
 from torch import Tensor
 
-from .cross_attention import reference
+from .cross_attention import attention_maps, reference
+
+__all__ = ["attention", "attention_maps"]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:

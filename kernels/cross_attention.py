@@ -11,9 +11,25 @@ def reference(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) ->
     `lengths (B,)` says how many of the M keys of each image are real (1..M); the rest are masked. None builds
     no mask, which leaves torch free to take its fastest path.
     """
-    mask = None
-    if lengths is not None:
-        mask = torch.arange(k.shape[1], device=k.device) < lengths[:, None]  # (B, M)
-        mask = mask[:, None, None, :]  # (B, 1, 1, M): the same for every head and query
+    mask = None if lengths is None else real(k, lengths)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, n, N or M, d)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def attention_maps(q: Tensor, k: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """What each query attends to: the softmax of `reference`, averaged over the heads; `(B, N, M)` float32.
+
+    q `(B, N, n, d)`, k `(B, M, n, d)`, lengths `(B,)`. Each row sums to 1; keys that are not real have 0. All
+    heads' scores are held at once: for pictures to look at and for VPD's maps, not on the fast path.
+    """
+    with torch.autocast(q.device.type, enabled=False):  # which would round the scores
+        scores = torch.einsum("BNnd,BMnd->BnNM", q.float(), k.float()) * q.shape[-1] ** -0.5
+    if lengths is not None:
+        scores = scores.masked_fill(~real(k, lengths), -torch.inf)
+    return scores.softmax(dim=-1).mean(dim=1)
+
+
+def real(k: Tensor, lengths: Tensor) -> Tensor:
+    """Which keys are an image's own `(B, 1, 1, M)`: the same for every head and query."""
+    mask = torch.arange(k.shape[1], device=k.device) < lengths[:, None]  # (B, M)
+    return mask[:, None, None, :]

@@ -4,6 +4,8 @@ Every one-dimensional parameter is moved off its start (norms begin at 1 and 0),
 place shows.
 """
 
+import json
+import string
 from pathlib import Path
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig as ReferenceCLIPConfig
 from transformers import CLIPModel
 
-from clip import CLIPConfig, TowerConfig
+from clip import END, START, CLIPConfig, TowerConfig
 from unet import UNetConfig
 from vae import VAEConfig
 
@@ -57,6 +59,7 @@ def reference_vae(config: VAEConfig) -> AutoencoderKL:
         layers_per_block=config.layers,
         latent_channels=config.latent_channels,
         norm_num_groups=config.groups,
+        scaling_factor=config.scale,
         down_block_types=["DownEncoderBlock2D"] * levels,
         up_block_types=["UpDecoderBlock2D"] * levels,
     )
@@ -96,6 +99,21 @@ def official_folder(model: nn.Module, folder: Path, **options) -> Path:
     """The folder that the reference library itself writes."""
     model.save_pretrained(folder, **options)
     return folder
+
+
+def tiny_folder(folder: Path) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPModel]:
+    """Weights of `tiny` in the official layout, with a vocabulary of letters; the models that are in them."""
+    unet, vae = reference_unet(UNetConfig.tiny()), reference_vae(VAEConfig.tiny())
+    clip = reference_clip(CLIPConfig.tiny())
+    for name, model in (("unet", unet), ("vae", vae), ("clip", clip)):
+        official_folder(model, folder / name)
+    (folder / "tokenizer").mkdir()
+    letters = [x + end for x in string.ascii_lowercase for end in ("", "</w>")]
+    last = CLIPConfig.tiny().vocabulary - 1
+    vocabulary = {x: i for i, x in enumerate(letters)} | {START: last - 1, END: last}
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    return unet, vae, clip
 
 
 def feature_maps(

@@ -2,16 +2,22 @@
 outputs.
 """
 
+import hashlib
 import json
+import unicodedata
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from oracle import BAR, SMALL_CLIP, error, official_folder, reference_clip
 from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPTokenizer
 
-from clip import CLIP, CLIPConfig, Tokenizer, pixels
+from clip import CLIP, PROMPT, TEMPLATES, CLIPConfig, Tokenizer, name_vectors, pixels, zero_shot
 from weights.load import load
 
 END = SMALL_CLIP.vocabulary - 1
@@ -217,3 +223,154 @@ def test_truncation_is_stated(tokenizer):
 def test_missing_vocabulary_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="vocab.json is missing.*weights.fetch"):
         Tokenizer(tmp_path)
+
+
+def spelled(texts: list[str]) -> torch.Tensor:
+    """The ids of the tokenizer without files, for the tiny CLIP's vocabulary."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Tokenizer.spelling(CLIPConfig.tiny().vocabulary)(texts)
+
+
+def test_a_spelled_text_has_a_token_a_byte():
+    """Start, the bytes of each word, the last of them marked, and ends, at the ids where CLIP has them."""
+    start, end = 1022, 1023
+    alphabet = "".join(map(chr, [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)]))
+    inner = {letter: i for i, letter in enumerate(sorted(alphabet))}  # GPT-2's: a visible letter per byte
+    assert len(inner) == 256
+    a_tree = [256 + inner["a"], inner["t"], inner["r"], inner["e"], 256 + inner["e"]]
+    assert spelled(["A Tree", ""]).tolist() == [[start, *a_tree, *[end] * 71], [start, *[end] * 76]]
+    lengths = {"é": 2, "日本": 6, "🚗": 4, "l'été": 7, "  ": 0, "a" * 75: 75}
+    assert ((spelled([*lengths]) != end).sum(dim=1) - 1).tolist() == [*lengths.values()]
+
+
+def test_different_names_are_spelled_differently(data):
+    """All class names and tags of the reference data; case, blanks and composition apart, as in CLIP."""
+    names = {x["text"].lower() for group in ("ade20k", "coco_stuff", "ram") for x in golden(data, group)}
+    names |= {"ae", "æ", "a e", "日", "月", "🚗", "🚕", "e", "é", "ė", "snow", "snow.", "1 1", "1"}
+    assert len(names) > 800
+    assert len({tuple(ids) for ids in spelled([*names]).tolist()}) == len(names)
+    assert torch.equal(*spelled(["Sea \n ice", "sea ice"]))
+    assert torch.equal(*spelled(["é", unicodedata.normalize("NFD", "é")]))
+
+
+@given(st.lists(st.text(max_size=90), min_size=1, max_size=3))
+def test_any_text_can_be_spelled(texts):
+    """Ids of the vocabulary; one start, no end before the last byte, at least one end. It never raises."""
+    ids = spelled(texts)
+    assert ids.shape == (len(texts), 77) and ids.dtype == torch.int64
+    for row in ids.tolist():
+        first_end = row.index(1023)
+        assert row[0] == 1022 and set(row[first_end:]) == {1023}
+        assert all(0 <= i < 512 for i in row[1:first_end])
+
+
+def test_a_vocabulary_must_have_room_for_all_bytes():
+    Tokenizer.spelling(514)
+    with pytest.raises(AssertionError, match="a vocabulary of 513: bytes alone need 514"):
+        Tokenizer.spelling(513)
+
+
+# Names to vectors, and pictures to names, with OpenAI's vocabulary
+
+
+@pytest.fixture(scope="module")
+def wide_pair():
+    """Small towers with the whole vocabulary: the reference and ours, the same weights."""
+    config = replace(SMALL_CLIP, vocabulary=49_408)
+    reference, ours = reference_clip(config), CLIP(config)
+    ours.load_state_dict(reference.state_dict())
+    return reference, ours.eval()
+
+
+NAMES = ["sea", "traffic light", "naïve café", "person who rides a bicycle"]
+
+
+def reference_ids(data, texts: list[str]) -> dict[str, torch.Tensor]:
+    folder = data / "clip_bpe"
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    return tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+
+
+@pytest.mark.parametrize("templates", [(PROMPT,), TEMPLATES], ids=["one", "80"])
+def test_name_vectors_equal_transformers(wide_pair, tokenizer, data, templates):
+    """Pooled: the mean of `pooler_output`; shared: that of the unit `get_text_features`, at unit length."""
+    reference, ours = wide_pair
+    ids = reference_ids(data, [template.format(name) for name in NAMES for template in templates])
+    each = len(NAMES), len(templates)
+    with torch.no_grad():
+        pooled = reference.text_model(**ids).pooler_output.unflatten(0, each)
+        shared = reference.get_text_features(**ids).pooler_output.unflatten(0, each)
+    shared = F.normalize(F.normalize(shared, dim=-1).mean(dim=1), dim=-1)
+    found = name_vectors(ours, tokenizer, NAMES, templates)
+    assert found.shape == (4, 64) and not found.requires_grad
+    assert error(found, pooled.mean(dim=1)) <= BAR
+    assert error(name_vectors(ours, tokenizer, NAMES, templates, shared=True), shared) <= BAR
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_vector_depends_on_its_name_alone(wide_pair, tokenizer, shared):
+    """Not by a bit on the names beside it: a run that meets them in another order goes on exactly."""
+    _, ours = wide_pair
+    for templates in ((PROMPT,), TEMPLATES[:3]):
+        together = name_vectors(ours, tokenizer, NAMES, templates, shared)
+        for name, vector in zip(NAMES[::-1], together.flip(0), strict=True):
+            assert torch.equal(name_vectors(ours, tokenizer, [name], templates, shared)[0], vector)
+
+
+def test_zero_shot_equals_transformers(wide_pair, tokenizer, data):
+    """The softmax of `logits_per_image`, two pictures and four names."""
+    reference, ours = wide_pair
+    image = torch.rand(2, 3, 56, 56) * 2 - 1
+    ids = reference_ids(data, [PROMPT.format(name) for name in NAMES])
+    with torch.no_grad():
+        reference.logit_scale.fill_(3.0)
+        ours.logit_scale.fill_(3.0)
+        expected = reference(**ids, pixel_values=pixels(image, 56)).logits_per_image.softmax(dim=-1)
+        names = name_vectors(ours, tokenizer, NAMES, [PROMPT], shared=True)
+        found = zero_shot(ours, ours.image(image)[1], names)
+    assert found.shape == (2, 4)
+    assert (expected.max(dim=-1).values > 0.3).all()  # not the same for every name
+    assert error(found, expected) <= BAR
+
+
+def test_autocast_rounds_neither_vectors_nor_tags(wide_pair, tokenizer):
+    """Vectors are kept in a file, whoever asked first; logits of 25 would be rounded to 1/8 in bfloat16."""
+    _, ours = wide_pair
+    embedding = torch.randn(2, 48)
+    for shared in (False, True):
+        exact = name_vectors(ours, tokenizer, NAMES, [PROMPT], shared)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(name_vectors(ours, tokenizer, NAMES, [PROMPT], shared), exact)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        found = zero_shot(ours, embedding, exact)
+    with torch.no_grad():
+        assert torch.equal(found, zero_shot(ours, embedding, exact))
+
+
+def test_the_80_templates():
+    """OpenAI's: all different, each with one place for a name; some of every form, and the hash of all."""
+    assert len(TEMPLATES) == len(set(TEMPLATES)) == 80
+    assert all(template.count("{}") == 1 for template in TEMPLATES)
+    assert set("{}<>|").isdisjoint("".join(template.format("") for template in TEMPLATES))
+    assert PROMPT == "a photo of a {}"
+    assert set(TEMPLATES) > {
+        "a bad photo of a {}.",
+        "a photo of many {}.",
+        "a sculpture of a {}.",
+        "a photo of the hard to see {}.",
+        "a low resolution photo of the {}.",
+        "graffiti of a {}.",
+        "the embroidered {}.",
+        "a origami {}.",
+        "a jpeg corrupted photo of the {}.",
+        "a black and white photo of a {}.",
+        "the {} in a video game.",
+        "itap of my {}.",
+        "itap of the {}.",
+        "a photo of one {}.",
+        "art of the {}.",
+        "a photo of a {}.",
+    }
+    lines = "\n".join(sorted(TEMPLATES))  # as OpenAI's notebook lists them, sorted
+    assert hashlib.sha256(lines.encode()).hexdigest().startswith("a8a4822f2921936e")

@@ -1,16 +1,10 @@
-"""data.py: official tables and layouts, every refusal, joint transforms, the order of samples."""
+"""data.py: official tables and layouts, every kind of file and every refusal, the check, tag files."""
 
-import colorsys
 import json
 import os
-import pickle
-import random
 import re
 import shutil
-import signal
 import struct
-import subprocess
-import sys
 import time
 import warnings
 import zlib
@@ -18,37 +12,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
-import data as module
 from data import (
     CheckError,
     DataError,
     DataWarning,
-    EvaluationStream,
-    Order,
-    TrainStream,
     Unreadable,
-    augment,
     check,
-    evaluation,
+    distinct_colour,
     fit,
-    nearest,
-    normalise,
     open_dataset,
-    photometric,
-    randomness,
     read_labels,
     read_picture,
     read_tags,
-    recolour,
-    resize,
-    shard,
     values,
 )
+from stream import TrainStream
 
 ANY = values(range(255), ())  # a table that refuses nothing
 
@@ -146,16 +126,15 @@ def test_prompts_of_cocostuff_are_english(official):
     """ "thing-kind" is turned round, what says nothing is dropped, and no two classes become one."""
     dataset, _ = official("cocostuff")
     of = dict(zip(dataset.classes, dataset.prompts, strict=True))
-    assert [
-        of[x] for x in ("floor-wood", "sky-other", "desk-stuff", "wall-brick", "window-blind", "tree")
-    ] == [
-        "wood floor",
-        "sky",
-        "desk",
-        "brick wall",
-        "window blind",
-        "tree",
-    ]
+    shown = {
+        "floor-wood": "wood floor",
+        "sky-other": "sky",
+        "desk-stuff": "desk",
+        "wall-brick": "brick wall",
+        "window-blind": "window blind",
+        "tree": "tree",
+    }
+    assert {name: of[name] for name in shown} == shown
     assert len(set(dataset.prompts)) == 171
     assert all(re.fullmatch("[a-z]+( [a-z]+)*", prompt) for prompt in dataset.prompts)
 
@@ -169,7 +148,7 @@ def test_classes_of_a_folder(tmp_path):
     assert dataset.classes == ["traffic_light", "road", "a b"]
     assert dataset.prompts == ["traffic light", "road", "a b"]
     assert dataset.palette.tolist() == [[250, 170, 30], [0, 128, 0], [128, 128, 0]]
-    assert len({tuple(module.distinct_colour(n)) for n in range(256)}) == 256
+    assert len({tuple(distinct_colour(n)) for n in range(256)}) == 256
 
 
 @pytest.mark.parametrize(
@@ -520,6 +499,23 @@ def test_label_values_out_of_range(tmp_path, value, kind):
     assert np.bincount(dataset.load(0)[1].ravel())[[1, 255]].tolist() == [1, 24 * 36 - 1]
 
 
+@pytest.mark.parametrize(
+    ("size", "short", "long", "expected"),
+    [
+        ((512, 683), 512, 2048, (512, 683)),
+        ((300, 400), 512, 2048, (512, 683)),  # 400 x 512 / 300 = 682.67
+        ((683, 512), 256, 1024, (342, 256)),  # 341.5 is rounded up
+        ((100, 1000), 512, 2048, (205, 2048)),  # the long side decides
+        ((1024, 2048), 512, 1024, (512, 1024)),
+        ((1, 4000), 256, 1024, (1, 1024)),
+        ((4000, 1), 256, 1024, (1024, 1)),
+        ((1, 1), 512, 2048, (512, 512)),
+    ],
+)
+def test_fit_rounds_as_mmcv(size, short, long, expected):
+    assert fit(size, short, long) == expected
+
+
 # ---- the check -------------------------------------------------------------------------------------------
 
 
@@ -591,536 +587,6 @@ def test_check_decodes_a_sample_and_looks_at_everything(tmp_path, monkeypatch):
         check(dataset, samples=50)
 
 
-# ---- transforms ------------------------------------------------------------------------------------------
-
-
-def test_normalise():
-    image = torch.tensor([0, 51, 255], dtype=torch.uint8).reshape(1, 3, 1, 1).expand(2, 3, 4, 5)
-    assert normalise(image)[1, :, 3, 4].tolist() == pytest.approx([-1, -0.6, 1], abs=1e-6)
-    assert normalise(image).dtype == torch.float32
-    assert image[0, 1, 0, 0] == 51  # the input stays
-
-
-@pytest.mark.parametrize(
-    ("size", "short", "long", "expected"),
-    [
-        ((512, 683), 512, 2048, (512, 683)),
-        ((300, 400), 512, 2048, (512, 683)),  # 400 x 512 / 300 = 682.67
-        ((683, 512), 256, 1024, (342, 256)),  # 341.5 is rounded up
-        ((100, 1000), 512, 2048, (205, 2048)),  # the long side decides
-        ((1024, 2048), 512, 1024, (512, 1024)),
-        ((1, 4000), 256, 1024, (1, 1024)),
-        ((4000, 1), 256, 1024, (1024, 1)),
-        ((1, 1), 512, 2048, (512, 512)),
-    ],
-)
-def test_fit_rounds_as_mmcv(size, short, long, expected):
-    assert fit(size, short, long) == expected
-
-
-sizes = st.tuples(st.integers(1, 70), st.integers(1, 70))
-
-
-@given(sizes, sizes, st.data())
-@settings(max_examples=100, deadline=None)
-def test_a_window_is_that_part_of_the_whole(original, size, draw):
-    """Labels: equal to the definition, pixel by pixel. Picture: Pillow's whole resize, to rounding."""
-    ends = [sorted(draw.draw(st.lists(st.integers(0, n), min_size=2, max_size=2, unique=True))) for n in size]
-    (top, bottom), (left, right) = ends
-    window = (top, left, bottom, right)
-    labels = np.random.default_rng(0).integers(0, 256, original, dtype=np.uint8)
-    found = nearest(labels, size, window)
-    rows = [int((y + 0.5) * original[0] / size[0] + 1e-9) for y in range(top, bottom)]
-    columns = [int((x + 0.5) * original[1] / size[1] + 1e-9) for x in range(left, right)]
-    assert found.tolist() == [[labels[y, x] for x in columns] for y in rows]
-
-    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (*original, 3), dtype=np.uint8))
-    whole = np.asarray(picture.resize(size[::-1], Image.Resampling.BILINEAR)).astype(int)
-    part = np.asarray(resize(picture, original, size, window)).astype(int)
-    assert part.shape == (bottom - top, right - left, 3)
-    difference = np.abs(part - whole[top:bottom, left:right])
-    assert difference.max() <= 2  # noise, rounded twice; at most 1 in all but a millionth of the pixels
-
-
-def ramps(H: int, W: int) -> tuple[Image.Image, np.ndarray]:
-    """Red grows with x, green with y; the labels are painted from the colour: 8 x 8 tiles."""
-    red, green = np.meshgrid((np.arange(W) + 0.5) * 256 / W, (np.arange(H) + 0.5) * 256 / H)
-    image = np.stack([red, green, 0 * red], axis=2).astype(np.uint8)
-    return Image.fromarray(image), (image[..., 0] // 32 + 8 * (image[..., 1] // 32)).astype(np.uint8)
-
-
-@given(
-    st.integers(20, 90), st.integers(20, 90), st.integers(8, 70), st.integers(8, 70), st.integers(0, 10_000)
-)
-@settings(max_examples=60, deadline=None)
-def test_labels_stay_under_their_colours(H, W, height, width, seed):
-    """Through scale, crop, flip and padding a label is the tile its colour names, to half a source pixel."""
-    image, labels = ramps(H, W)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "photometric", lambda image, rng: image)
-        pixels, target = augment(image, labels, (height, width), 40, 160, np.random.default_rng(seed))
-    assert (pixels.shape, target.shape) == ((3, height, width), (height, width))
-    inside = target != 255
-    rows, columns = inside.any(1).sum(), inside.any(0).sum()
-    assert inside[:rows, :columns].all()  # padding is on the right and below
-    assert (pixels[:, ~inside] == 128).all()
-    pixels, target = pixels[:, inside].int(), target[inside].int()
-    for colour, tile, step in ((pixels[0], target % 8, 256 / W), (pixels[1], target // 8, 256 / H)):
-        slack = step / 2 + 2  # of nearest against bilinear, and rounding
-        assert (colour >= 32 * tile - slack).all()
-        assert (colour < 32 * (tile + 1) + slack).all()
-
-
-@pytest.mark.parametrize("size", [(40, 60), (60, 40), (20, 400)])
-def test_augment_resizes_into_the_drawn_box(size):
-    """The first number drawn is the ratio; both sides of the box are scaled; then padding fills the crop."""
-    image, labels = Image.new("RGB", size[::-1]), np.zeros(size, np.uint8)
-    for seed in range(8):
-        _, target = augment(image, labels, (200, 300), 64, 96, np.random.default_rng(seed))
-        ratio = np.random.default_rng(seed).uniform(0.5, 2)
-        h, w = fit(size, int(64 * ratio), int(96 * ratio))
-        expected = torch.full((200, 300), 255)
-        expected[:h, :w] = 0
-        assert torch.equal(target.long(), expected)
-
-
-def test_augment_mirrors_every_second_picture_and_scales_evenly():
-    """Half of 200 are flipped; ratios 0.5 to 2 are uniform; the crop lies anywhere."""
-    image, labels = ramps(64, 64)
-    flips, starts, scales = 0, [], []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "photometric", lambda image, rng: image)
-        for seed in range(200):
-            pixels, _ = augment(image, labels, (16, 24), 64, 256, np.random.default_rng(seed))
-            red, green = pixels[0, 8].int(), pixels[1, :, 12].int()
-            flips += int(red[0] > red[-1])
-            scales.append(15 * 4 / max(int(green[-1] - green[0]), 1))
-            starts.append(int(green[0]))
-    assert 80 <= flips <= 120
-    assert 0.45 < min(scales) < 0.6
-    assert 1.8 < max(scales) < 2.2
-    assert np.mean(scales) == pytest.approx(1.25, abs=0.1)
-    assert min(starts) < 10
-    assert max(starts) > 170
-
-
-def test_crops_that_show_one_class_are_drawn_again():
-    """Of two classes most crops hold at least 25 % of the rarer; of one class alone the 11th crop stays."""
-    labels = np.zeros((100, 100), np.uint8)
-    labels[:, 50:] = 1
-    labels[:10] = 255
-    share = []
-    for seed in range(100):
-        window = module.choose_window(labels, (100, 100), (30, 30), np.random.default_rng(seed))
-        count = np.bincount(nearest(labels, (100, 100), window).ravel(), minlength=256)[:255]
-        share.append(count.max() / count.sum())
-    # A fifth of all windows would do: ten tries miss with 0.79 ** 10 = 9 %.
-    assert np.mean(np.array(share) < 0.75) > 0.8
-
-    class Counting:
-        drawn = 0
-
-        def integers(self, stop):
-            self.drawn += 1
-            return 0
-
-    for only in (labels * 0, labels * 0 + 255):
-        rng = Counting()
-        assert module.choose_window(only, (100, 100), (30, 30), rng) == (0, 0, 30, 30)
-        assert rng.drawn == 22
-    rng = Counting()
-    assert module.choose_window(labels * 0, (20, 30), (30, 30), rng) == (0, 0, 20, 30)
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 4000), (4000, 1), (37, 53), (7, 300)])
-def test_any_size_gives_a_crop_and_an_evaluation_picture(size):
-    image, labels = Image.new("RGB", size[::-1], (10, 20, 30)), np.ones(size, np.uint8)
-    for seed in range(4):
-        pixels, target = augment(image, labels, (64, 128), 64, 256, np.random.default_rng(seed))
-        assert (pixels.shape, target.shape) == ((3, 64, 128), (64, 128))
-        assert (pixels.dtype, target.dtype) == (torch.uint8, torch.uint8)
-        assert target[0, 0] == 1
-    pixels, target = evaluation(image, labels, 64, 256)
-    assert tuple(target.shape) == size
-    assert tuple(pixels.shape[1:]) == fit(size, 64, 256)
-    assert pixels[:, 0, 0].tolist() == [10, 20, 30]
-
-
-def test_evaluation_resizes_the_picture_alone():
-    image, labels = ramps(60, 90)
-    pixels, target = evaluation(image, labels, 40, 160)
-    assert pixels.shape == (3, 40, 60)
-    assert (target.numpy() == labels).all()
-    expected = np.asarray(image.resize((60, 40), Image.Resampling.BILINEAR))
-    assert (pixels.permute(1, 2, 0).numpy() == expected).all()
-    pixels, _ = evaluation(image, labels, None, None)
-    assert (pixels.permute(1, 2, 0).numpy() == np.asarray(image)).all()
-
-
-def test_reduced_decoding_is_exact_enough(data, tmp_path):
-    """3216x4288, decoded at 1/2 to 1/8: once resized, within a level of whole decoding on average."""
-    path = data / "ram/images/demo3.jpg"
-    full, size = read_picture(path)
-    assert size == (4288, 3216)
-    for short, reduced in ((700, 1), (500, 2), (260, 4), (130, 8)):
-        image, same = read_picture(path, short, 4 * short)
-        assert same == size
-        assert image.size == (3216 // reduced, 4288 // reduced)
-        target = fit(size, short, 4 * short)
-        window = (10, 20, target[0] // 2, target[1] - 7)
-        difference = np.abs(
-            np.asarray(resize(image, size, target, window)).astype(int)
-            - np.asarray(resize(full, size, target, window))
-        )
-        assert difference.mean() < 0.9
-        assert np.quantile(difference, 0.99) <= 4
-
-
-def test_odd_sizes_stay_in_place_when_reduced(tmp_path):
-    """A quarter of 1001x635 is 250.25x158.75, stored as 251x159: borders must not move by 3/4 of a pixel."""
-    picture = np.zeros((635, 1001, 3), np.uint8)
-    picture[-80:, :, 0] = picture[:, -80:, 2] = 255
-    image, size = read_picture(save(picture, tmp_path / "x.png"), 50, 100)
-    assert image.size == (1001, 635)  # a PNG cannot be reduced
-    image, size = read_picture(save(picture, tmp_path / "x.jpg", quality=98, subsampling=0), 50, 100)
-    assert (image.size, size) == ((251, 159), (635, 1001))
-    pixels = evaluation(image, np.zeros(size, np.uint8), 50, 100)[0].double() / 255
-    h, w = fit(size, 50, 100)
-    assert pixels[0, :, 0].sum().item() == pytest.approx(80 * h / 635, abs=0.05)
-    assert pixels[2, 0].sum().item() == pytest.approx(80 * w / 1001, abs=0.05)
-
-
-class Script:
-    """A generator that gives what the test wrote down, and records the ranges that it was asked for."""
-
-    def __init__(self, *numbers: float):
-        self.numbers, self.asked = list(numbers), []
-
-    def random(self):
-        return self.numbers.pop(0)
-
-    def uniform(self, low, high):
-        self.asked.append((low, high))
-        return self.numbers.pop(0)
-
-    def integers(self, low, high):
-        self.asked.append((low, high))
-        return self.numbers.pop(0)
-
-
-YES, NO = 0.4, 0.6  # of a coin
-
-
-@pytest.mark.parametrize(
-    ("script", "asked", "expected"),
-    [
-        ((NO, NO, NO, NO, NO), [], (100, 50, 200)),
-        ((YES, -32, NO, NO, NO, NO), [(-32, 32)], (68, 18, 168)),
-        ((YES, 32, NO, NO, NO, NO), [(-32, 32)], (132, 82, 232)),
-        ((NO, YES, YES, 1.5, NO, NO), [(0.5, 1.5)], (150, 75, 255)),  # contrast early
-        ((NO, NO, NO, NO, YES, 0.5), [(0.5, 1.5)], (50, 25, 100)),  # contrast late
-        ((NO, NO, YES, 0.5, NO, NO), [(0.5, 1.5)], (150, 125, 200)),  # saturation: towards the value 200
-        ((NO, NO, YES, 1.5, NO, NO), [(0.5, 1.5)], (50, 0, 200)),  # saturation 0.75 -> 1 at most: see below
-        (
-            (YES, 32, YES, YES, 1.5, NO, NO),
-            [(-32, 32), (0.5, 1.5)],
-            (198, 123, 255),
-        ),  # clipped between the steps
-    ],
-)
-def test_photometric_steps_by_hand(script, asked, expected):
-    rng = Script(*script)
-    image = torch.tensor([100, 50, 200], dtype=torch.uint8).reshape(3, 1, 1).expand(3, 2, 3)
-    if script == (
-        NO,
-        NO,
-        YES,
-        1.5,
-        NO,
-        NO,
-    ):  # saturation 150/200 x 1.5 is cut off at 1: chroma 200 instead of 150
-        expected = (round(200 - 200 * 100 / 150), 0, 200)
-    found = photometric(image, rng)
-    assert found[:, 1, 2].tolist() == list(expected)
-    assert (rng.asked, rng.numbers) == (asked, [])
-
-
-def test_hue_turns_by_two_degrees_up_to_36():
-    """OpenCV's half degrees -18..17 (the upper bound exclusive), between saturation and the late contrast."""
-    rng = Script(NO, NO, YES, 0.5, YES, -18, YES, 0.5)
-    found = photometric(torch.tensor([255, 0, 0], dtype=torch.uint8).reshape(3, 1, 1), rng)
-    r, g, b = colorsys.hsv_to_rgb((-36 % 360) / 360, 0.5, 1)
-    assert found.flatten().tolist() == [round(127.5 * x) for x in (r, g, b)]
-    assert rng.asked == [(0.5, 1.5), (-18, 18), (0.5, 1.5)]
-
-
-@given(st.integers(0, 2**32 - 1), st.floats(0.5, 1.5), st.integers(-18, 17))
-@settings(max_examples=40, deadline=None)
-def test_recolour_is_hsv(seed, saturation, hue):
-    """Against colorsys, with greys, black, white and pure colours among the pixels."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (3, 4, 5)).astype(np.float32)
-    pixels[:, 0] = np.array([[0, 255, 77, 255, 0], [0, 255, 77, 0, 255], [0, 255, 77, 0, 255]])
-    found = recolour(torch.from_numpy(pixels), saturation, 2 * hue).numpy()
-    for y in range(4):
-        for x in range(5):
-            h, s, v = colorsys.rgb_to_hsv(*(pixels[:, y, x] / 255))
-            expected = colorsys.hsv_to_rgb((h + 2 * hue / 360) % 1, min(s * saturation, 1), v)
-            assert found[:, y, x] == pytest.approx(255 * np.array(expected), abs=0.02)
-
-
-# ---- the order -------------------------------------------------------------------------------------------
-
-
-@given(st.integers(1, 60), st.integers(0, 2**40), st.integers(0, 3))
-@settings(max_examples=60, deadline=None)
-def test_each_epoch_is_a_permutation(length, seed, epoch):
-    order = Order(length, seed)
-    seen = [order(position) for position in range(epoch * length, (epoch + 1) * length)]
-    assert {e for e, _ in seen} == {epoch}
-    assert sorted(i for _, i in seen) == [*range(length)]
-
-
-def test_epochs_and_seeds_differ():
-    orders = [[Order(50, seed)(50 * epoch + i)[1] for i in range(50)] for seed in (0, 1) for epoch in (0, 1)]
-    assert len({tuple(order) for order in orders}) == 4
-    first = [randomness(*key).random() for key in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0, 0))]
-    assert len(set(first)) == 4
-    assert first[0] == first[4]
-
-
-@given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.integers(1, 40), st.integers(0, 500))
-@settings(max_examples=60, deadline=None)
-def test_all_ranks_together_load_each_global_batch_once(world, accumulate, size, length, start):
-    """For any ranks, micro-batches, step and length, also one below the batch; so each epoch is complete."""
-    batch = world * accumulate * size
-    parts = [shard(start, batch, rank, world, accumulate) for rank in range(world)]
-    assert all(len(part) == accumulate and {len(x) for x in part} == {size} for part in parts)
-    assert sorted(p for part in parts for x in part for p in x) == [*range(start, start + batch)]
-
-    order, steps = Order(length, seed=3), -(-length // batch)
-    loaded = [
-        order(p)
-        for step in range(steps)
-        for rank in range(world)
-        for x in shard(step * batch, batch, rank, world, accumulate)
-        for p in x
-    ]
-    assert sorted(i for epoch, i in loaded if epoch == 0) == [*range(length)]
-
-
-def test_a_batch_that_does_not_divide_is_refused(tmp_path):
-    with pytest.raises(
-        DataError, match="a batch of 16 cannot be divided into 3 ranks x 2 .* a multiple of 6"
-    ):
-        shard(0, 16, 0, 3, 2)
-    with pytest.raises(DataError, match="a batch of 2 cannot be divided"):
-        TrainStream(
-            open_dataset("folder", folder(tmp_path), "train"), (8, 8), 8, 32, batch=2, seed=0, world=4
-        )
-
-
-# ---- batches ---------------------------------------------------------------------------------------------
-
-
-def stream(dataset, **options) -> TrainStream:
-    return TrainStream(
-        dataset, **{"crop": (16, 24), "short": 24, "long": 96, "batch": 4, "seed": 5} | options
-    )
-
-
-def take(batches, n: int) -> dict[int, tuple]:
-    """The samples of the next n batches by position."""
-    found = {}
-    for _ in range(n):
-        batch = next(batches)
-        for i, position in enumerate(batch.positions):
-            found[position] = (
-                batch.image[i].numpy().tobytes(),
-                batch.labels[i].numpy().tobytes(),
-                batch.paths[i],
-            )
-    return found
-
-
-def test_ranks_micro_batches_workers_and_resumption_change_no_sample(tmp_path):
-    """7 pictures, batches of 4, 6 steps: more than three epochs."""
-    dataset = open_dataset("folder", folder(tmp_path, pictures=7), "train")
-    expected = take(stream(dataset).batches(), 6)
-    assert sorted(expected) == [*range(24)]
-    assert {expected[p][2] for p in range(7)} == set(names(dataset))
-    assert len({image for image, _, _ in expected.values()}) == 24  # another augmentation in each epoch
-    for world, accumulate, workers in ((2, 1, 0), (1, 2, 2), (2, 2, 1), (4, 1, 0)):
-        found = {}
-        for rank in range(world):
-            options = {"world": world, "accumulate": accumulate, "workers": workers}
-            found |= take(stream(dataset, rank=rank, **options).batches(), 6 * accumulate)
-        assert found == expected
-    for position in (4, 8, 20):
-        resumed = take(stream(dataset).batches(position), (24 - position) // 4)
-        assert resumed == {p: sample for p, sample in expected.items() if p >= position}
-
-
-def test_one_picture_fills_a_batch(tmp_path):
-    dataset = open_dataset("folder", folder(tmp_path, pictures=1), "train")
-    batch = next(stream(dataset, batch=8).batches())
-    assert (batch.image.shape, batch.labels.shape) == ((8, 3, 16, 24), (8, 16, 24))
-    assert (batch.image.dtype, batch.labels.dtype) == (torch.uint8, torch.uint8)
-    assert batch.paths == ["images/train/000.png"] * 8
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_no_global_random_state_is_read_or_moved(tmp_path, workers):
-    """torch, numpy and random stay where they were; other states there give the same samples."""
-    dataset = open_dataset("folder", folder(tmp_path), "train")
-    found = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        np.random.seed(seed)
-        random.seed(seed)
-        before = torch.get_rng_state().tolist(), pickle.dumps(np.random.get_state()), random.getstate()
-        found.append(take(stream(dataset, workers=workers).batches(), 2))
-        items = [*EvaluationStream(dataset, 24, 96, workers=workers).items(range(3))]
-        assert [item.position for item in items] == [0, 1, 2]
-        after = torch.get_rng_state().tolist(), pickle.dumps(np.random.get_state()), random.getstate()
-        assert before == after
-    assert found[0] == found[1]
-
-
-class Handlers:
-    """A data set that tells how its process treats signals."""
-
-    def __len__(self):
-        return 4
-
-    def path(self, i):
-        return str([signal.getsignal(number) == signal.SIG_IGN for number in (signal.SIGINT, signal.SIGTERM)])
-
-    def load(self, i, short=None, long=None):
-        return Image.new("RGB", (30, 20)), np.zeros((20, 30), np.uint8)
-
-
-def test_workers_ignore_the_signals_that_stop_the_main_process():
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    assert next(stream(Handlers(), workers=1).batches()).paths == ["[True, True]"] * 4
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-
-
-def test_memory_is_pinned_for_cuda_alone(monkeypatch):
-    asked = []
-    monkeypatch.setattr(module, "DataLoader", lambda *a, pin_memory, **k: asked.append(pin_memory) or [])
-    for device in ("cpu", "cuda", "cuda:1"):
-        list(stream(Handlers(), device=device).batches())
-    assert asked == [False, True, True]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_unreadable_picture_is_replaced_by_the_next(tmp_path, workers):
-    """Named in a warning and counted; the sample in its place is what its own index gives in this epoch."""
-    root = folder(tmp_path, pictures=12)
-    good = open_dataset("folder", root, "train")
-    clean = stream(good)
-    damage(root / "images/train/003.png", "cut")
-    (root / "labels/train/004.png").write_bytes(b"")
-    broken = stream(open_dataset("folder", root, "train"), workers=workers, tolerated=1.0)
-    batches = broken.batches()
-    with pytest.warns(DataWarning) as caught:
-        found = take(batches, 3)
-    sentences = [str(warning.message) for warning in caught]
-    assert sorted(re.search(r"\w+/train/\d+\.png", sentence)[0] for sentence in sentences) == [
-        "images/train/003.png",
-        "labels/train/004.png",
-        "labels/train/004.png",  # once in its place, once as the stand-in for 003
-    ]
-    assert (broken.seen, broken.replaced) == (12, 3)
-    order = Order(12, 5)
-    for position, (image, _, path) in found.items():
-        epoch, index = order(position)
-        index = 5 if index in (3, 4) else index
-        assert path == good.path(index)
-        assert image == clean.sample(position, epoch, index, []).image.numpy().tobytes()
-
-
-def test_more_than_one_percent_unreadable_stops_training(tmp_path):
-    """4 of 12: at the second one; 1 of 300 is tolerated; none readable ends at once."""
-    root = folder(tmp_path / "a", pictures=12)
-    for i, how in zip((1, 4, 7, 10), ("empty", "cut", "page", "bits"), strict=True):
-        damage(root / f"images/train/{i:03}.png", how)
-    batches = stream(open_dataset("folder", root, "train"), workers=1, batch=1).batches()
-    with pytest.warns(DataWarning), pytest.raises(DataError, match=r"2 of the first \d+ samples.*1%.*\.png"):
-        take(batches, 12)
-
-    root = folder(tmp_path / "b", pictures=300, size=(4, 6))
-    damage(root / "images/train/007.png", "cut")
-    tolerant = stream(open_dataset("folder", root, "train"), batch=30, crop=(4, 4), short=4, long=8)
-    with pytest.warns(DataWarning, match=r"007\.png"):
-        take(tolerant.batches(), 10)
-    assert (tolerant.seen, tolerant.replaced) == (300, 1)
-
-    root = folder(tmp_path / "c", pictures=3)
-    for i in range(3):
-        damage(root / f"images/train/{i:03}.png", "empty")
-    with pytest.raises(DataError, match="3 pictures in a row cannot be read"):
-        next(stream(open_dataset("folder", root, "train")).batches())
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_wrong_labels_and_evaluation_files_are_named_in_one_sentence(tmp_path, workers):
-    """Also from a worker: no traceback in the message. Evaluation does not skip an unreadable picture."""
-    root = folder(tmp_path, pictures=3)
-    dataset = open_dataset("folder", root, "train")
-    save(np.full((24, 36), 7, np.uint8), root / "labels/train/001.png")
-    with pytest.raises(DataError, match=r"^\S*001\.png holds the value 7: labels here are 0\.\.1, 255$"):
-        take(stream(dataset, workers=workers).batches(), 3)
-    damage(root / "images/train/002.png", "cut")
-    items = EvaluationStream(dataset, None, None, workers=workers).items([0, 2])
-    item = next(items)
-    assert (item.path, item.image.shape, item.labels.shape) == ("images/train/000.png", (3, 24, 36), (24, 36))
-    with pytest.raises(DataError, match=r"^\S*images/train/002\.png cannot be read \(.*$") as caught:
-        next(items)
-    assert "\n" not in str(caught.value)
-
-
-def test_large_pictures_are_decoded_reduced_in_training(tmp_path, monkeypatch):
-    """The stream asks for the very box that augment draws; the samples hardly differ from whole decoding."""
-    root = folder(tmp_path, pictures=1, size=(480, 720))
-    save(noise(480, 720), root / "images/train/000.jpg", quality=95)
-    (root / "images/train/000.png").unlink()
-    dataset = open_dataset("folder", root, "train")
-    load, decoded = dataset.load, []
-
-    def spy(i, short=None, long=None):
-        image, labels = load(i, short, long)
-        decoded.append(((short, long), image.size))
-        return image, labels
-
-    monkeypatch.setattr(dataset, "load", spy)
-    reduced = next(stream(dataset, crop=(32, 48), short=48, long=192, batch=8).batches())
-    boxes = [randomness(5, p, 0).uniform(0.5, 2) for p in range(8)]
-    assert [box for box, _ in decoded] == [(int(48 * r), int(192 * r)) for r in boxes]
-    assert {size for _, size in decoded} >= {(360, 240), (180, 120)}
-    monkeypatch.setattr(dataset, "load", lambda i, short, long: load(i))
-    whole = next(stream(dataset, crop=(32, 48), short=48, long=192, batch=8).batches())
-    assert torch.equal(reduced.labels, whole.labels)
-    assert (reduced.image.int() - whole.image.int()).abs().float().mean() < 1.5
-
-
-def test_a_process_in_any_locale_ends_with_its_workers(tmp_path):
-    """LANG=C and a folder with umlauts; an error while the loop is open, and the workers deaf to SIGTERM."""
-    root = folder(tmp_path / "größe", pictures=2)
-    program = """if True:
-        import sys, data
-        dataset = data.open_dataset("folder", sys.argv[1], "train")
-        print(len(data.check(dataset).sizes))
-        batches = data.TrainStream(dataset, (8, 8), 8, 32, batch=2, seed=0, workers=2).batches()
-        next(batches)
-        raise SystemExit("the loop is open")
-    """
-    environment = {**os.environ, "LANG": "C", "LC_ALL": "C", "PYTHONPATH": str(Path(module.__file__).parent)}
-    command = [sys.executable, "-c", program, root]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (1, "2\n", "the loop is open\n")
-
-
 # ---- the drawn data set ----------------------------------------------------------------------------------
 
 
@@ -1141,7 +607,7 @@ def test_scenes_are_a_data_set(tmp_path):
     assert dataset.classes == list(scenes.CLASSES)
     report = check(dataset, samples=8)
     assert report.sizes == [(128, 128)] * 8
-    batch = next(stream(dataset, crop=(128, 128), short=128, long=512).batches())
+    batch = next(TrainStream(dataset, (128, 128), 128, 512, batch=4, seed=5).batches())
     assert set(batch.labels.unique().tolist()) <= {*range(24), 255}
     with pytest.raises(DataError, match="scenes has no split 'all'"):
         open_dataset("scenes", tmp_path, "all")

@@ -249,6 +249,18 @@ def test_a_batch_is_the_sum_of_its_pictures(build):
 
 
 @pytest.mark.parametrize("build", [fpn, upernet])
+@pytest.mark.parametrize("ignored", ["some", "all"])
+def test_counts_are_known_before_the_losses(build, ignored):
+    """From the labels alone: the same scalars, to the type, that come with each part of the loss."""
+    decoder = build()
+    labels = picture_labels() if ignored == "some" else torch.full((2, H, W), 255)
+    counts = decoder.counts(labels)
+    for name, (_, count) in decoder.loss(decoder(pyramid()), labels).items():
+        assert torch.equal(counts[name], count) and counts[name].dtype == count.dtype
+    assert counts["seg"] == (H * W * 5 // 3 if ignored == "some" else 0)
+
+
+@pytest.mark.parametrize("build", [fpn, upernet])
 def test_losses_and_readings_are_float32_under_autocast(build):
     """bfloat16 logits are upsampled and summed in float32; one labelled pixel, since over many the roundings
     average out.

@@ -1,19 +1,15 @@
 """weights/draw.py equals diffusers: noise schedule, sampler, and the picture of the whole pipeline."""
 
-import json
-import string
-
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from oracle import SMALL_UNET, error, official_folder, reference_clip, reference_unet, reference_vae
+from oracle import SMALL_UNET, error, reference_unet, tiny_folder
 from PIL import Image
 
-from clip import END, START, CLIPConfig, Tokenizer
-from unet import UNet, UNetConfig
-from vae import VAEConfig
-from weights.draw import alphas_cumprod, ddim_times, main, sample
+from clip import Tokenizer
+from unet import UNet, alphas_cumprod
+from weights.draw import ddim_times, main, sample
 
 SD15 = {  # scheduler/scheduler_config.json of v1.5
     "beta_start": 0.00085,
@@ -56,18 +52,9 @@ def test_ten_steps_equal_the_reference():
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A folder of `tiny` weights in the official layout, with a vocabulary of letters; and its models."""
+    """A folder of `tiny` weights in the official layout, and the reference models that are in it."""
     folder = tmp_path_factory.mktemp("tiny")
-    unet, vae = reference_unet(UNetConfig.tiny()), reference_vae(VAEConfig.tiny())
-    clip = reference_clip(CLIPConfig.tiny())
-    for name, model in (("unet", unet), ("vae", vae), ("clip", clip)):
-        official_folder(model, folder / name)
-    (folder / "tokenizer").mkdir()
-    letters = [x + end for x in string.ascii_lowercase for end in ("", "</w>")]
-    vocabulary = {x: i for i, x in enumerate(letters)} | {START: 510, END: 511}
-    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
-    return folder, unet, vae, clip
+    return folder, *tiny_folder(folder)
 
 
 def test_the_picture_is_the_pipelines(tiny, tmp_path, capsys):
@@ -129,16 +116,24 @@ def test_another_prompt_or_seed_is_another_picture(tiny, tmp_path):
 
 
 def test_random_weights_are_said_aloud(tmp_path, capsys):
+    """They need no vocabulary: the prompt is spelled, so another one is another picture."""
     out = tmp_path / "x.png"
-    assert main(["x", "--model", "tiny", "--weights", "random", "--steps", "1", "--out", str(out)]) == 0
-    assert "random weights" in capsys.readouterr().out
+    options = ["--model", "tiny", "--weights", "random", "--steps", "1", "--out", str(out)]
+
+    def picture(prompt: str) -> bytes:
+        assert main([prompt, *options]) == 0
+        assert "random weights" in capsys.readouterr().out
+        return out.read_bytes()
+
+    first = picture("Schaf, 羊")
     assert Image.open(out).size == (128, 128)
+    assert picture("Schaf, 羊") == first != picture("Schaf, 牛")
 
 
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (["--weights", "nowhere"], "nowhere/tokenizer/vocab.json is missing; `python -m weights.fetch`"),
+        (["--weights", "nowhere"], "nowhere/vae does not exist; get vae/"),
         (["--size", "500"], "--size 500: give one or two multiples of 64"),
         (["--steps", "0"], "--steps 0: give 1 to 999"),
         (["--out", "picture"], "--out picture: end it with one of .png"),
@@ -156,8 +151,16 @@ def test_errors_are_one_sentence_and_exit_2(options, named, capsys):
 
 
 def test_a_missing_part_is_named(tiny, tmp_path, capsys):
-    """The tokenizer is there, the UNet is not."""
+    """Each of the four, where the others are there."""
     folder, *_ = tiny
-    (tmp_path / "tokenizer").symlink_to(folder / "tokenizer")
-    assert main(["a horse", "--weights", str(tmp_path), "--out", str(tmp_path / "x.png")]) == 2
-    assert f"{tmp_path}/unet does not exist; get unet/" in capsys.readouterr().err
+    parts = ("vae", "unet", "clip", "tokenizer")
+    cures = [f"{part} does not exist; get " for part in parts[:3]] + ["tokenizer/vocab.json is missing; "]
+    for missing, cure in zip(parts, cures, strict=True):
+        weights = tmp_path / f"without {missing}"
+        weights.mkdir()
+        for part in set(parts) - {missing}:
+            (weights / part).symlink_to(folder / part)
+        options = ["--model", "tiny", "--weights", str(weights), "--out", str(tmp_path / "x.png")]
+        assert main(["a horse", *options]) == 2
+        message = capsys.readouterr().err
+        assert f"{weights}/{cure}" in message and "weights.fetch" in message

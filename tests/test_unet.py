@@ -1,11 +1,12 @@
-"""unet.py equals diffusers' UNet2DConditionModel: noise, the four maps, gradients; and it refuses wrong
-inputs.
+"""unet.py equals diffusers' UNet2DConditionModel: noise, the four maps, attention, gradients; and it refuses
+wrong inputs.
 """
 
 import pytest
 import torch
 from oracle import BAR, SMALL_UNET, error, feature_maps, official_folder, reference_unet
 
+from kernels import attention_maps
 from unet import UNet, UNetConfig
 from weights.load import load
 
@@ -81,6 +82,78 @@ def test_gradients_equal_the_reference(pair):
         for name, value in expected.items():  # each by itself too; small ones are sums that nearly cancel
             assert error(found[name], value) <= 10 * BAR, name
     ours.checkpoint_activations = False
+
+
+class Watched:
+    """A diffusers attention processor with the softmax written out; it keeps the mean of the heads."""
+
+    def __init__(self, lengths):
+        self.lengths, self.kept = lengths, []
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **unused):
+        crossed = encoder_hidden_states is not None
+        tokens = encoder_hidden_states if crossed else hidden_states
+        q, k, v = attn.to_q(hidden_states), attn.to_k(tokens), attn.to_v(tokens)
+        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * attn.scale
+        if crossed:
+            for row, length in enumerate(self.lengths):
+                scores[row, :, :, length:] = -torch.inf
+        probability = scores.softmax(dim=-1)
+        if crossed:
+            self.kept.append(probability.mean(dim=1))  # (B, h w, L)
+        y = torch.einsum("bhqk,bkhd->bqhd", probability, v).flatten(2)
+        return attn.to_out[0](y)
+
+
+@pytest.mark.parametrize("lengths", [None, [3, 40]])
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_attention_equals_the_reference(pair, lengths, recomputed):
+    """Mean of heads and of the five layers of a size; the four maps stay as they are, to the bit."""
+    reference, ours = pair
+    latent, t, context = inputs(SMALL_UNET, 16, 24, L=40)
+    watched = Watched(lengths or [40, 40])
+    before = reference.attn_processors
+    reference.set_attn_processor(watched)
+    with torch.no_grad():
+        reference(latent, t, context)
+    reference.set_attn_processor(before)
+    assert [x.shape[1] for x in watched.kept] == [384] * 2 + [96] * 2 + [24] * 2 + [6] + [24] * 3 + [
+        96
+    ] * 3 + [384] * 3  # 6 pixels: the middle block
+
+    ours.checkpoint_activations = recomputed
+    real = None if lengths is None else torch.tensor(lengths)
+    features, attention = ours.features_and_attention(latent, t, context, real)
+    again = ours.features(latent, t, context, real)
+    ours.checkpoint_activations = False
+    assert all(torch.equal(*x) for x in zip(features, again, strict=True))
+    assert len(attention) == 3
+    for i, found in enumerate(attention):
+        h, w = 16 >> i, 24 >> i
+        assert found.shape == (2, 40, h, w) and found.dtype == torch.float32
+        layers = [x for x in watched.kept if x.shape[1] == h * w]
+        expected = sum(layers) / 5  # (B, h w, L)
+        assert len(layers) == 5
+        assert error(found, expected.mT.unflatten(2, (h, w))) <= BAR, f"level {i}"
+        assert (found.sum(dim=1) - 1).abs().max() < 1e-5
+        if lengths:
+            assert (found[0, 3:] == 0).all()
+    sum(x.square().sum() for x in attention).backward()  # VPD learns through them
+    assert ours.conv_in.weight.grad.abs().max() > 0
+    ours.zero_grad()
+
+
+def test_attention_is_exact_in_low_precision():
+    """The scores of bfloat16 queries and keys are not rounded to 8 bits, under autocast neither."""
+    q, k = torch.randn(2, 6, 4, 8).bfloat16(), torch.randn(2, 5, 4, 8).bfloat16()
+    lengths = torch.tensor([5, 2])
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) / 8**0.5
+    scores[1, :, :, 2:] = -torch.inf
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention_maps(q, k, lengths)
+    assert found.dtype == torch.float32
+    assert error(found, scores.softmax(dim=-1).mean(dim=1)) < 1e-6
 
 
 def flat(tensors: dict) -> torch.Tensor:

@@ -20,23 +20,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from clip import CLIP, CLIPConfig, Tokenizer
-from unet import UNet, UNetConfig
-from vae import VAE, VAEConfig
-from weights.load import WeightsError, load
+from model import prior
+from unet import TIMES, UNet, alphas_cumprod
+from weights.load import WeightsError
 
-TIMES = 1000  # steps of the noise schedule that Stable Diffusion was trained with
 FORMATS = (".png", ".jpg", ".jpeg", ".webp")
-
-
-def alphas_cumprod() -> Tensor:
-    """alpha-bar_t of Eq. 1 for t = 0..999, `(1000,)` float32: betas whose roots grow linearly (CompVis
-    `make_beta_schedule`).
-    """
-    betas = (
-        torch.linspace(0.00085**0.5, 0.012**0.5, TIMES) ** 2
-    )  # v1-inference.yaml, linear_start and linear_end
-    return torch.cumprod(1 - betas, dim=0)
 
 
 def ddim_times(steps: int) -> list[int]:
@@ -69,37 +57,17 @@ def sample(
     return latent
 
 
-def models(model: str, weights: str, device: torch.device, dtype: torch.dtype) -> tuple[UNet, VAE, CLIP]:
-    """The three parts, from a folder with `unet/`, `vae/` and `clip/`, or with random weights."""
-    tiny = model == "tiny"
-    configs = {UNet: UNetConfig, VAE: VAEConfig, CLIP: CLIPConfig}
-    parts = []
-    for part, config in configs.items():
-        config = config.tiny() if tiny else config()
-        if weights == "random":
-            module = part(config)
-        else:
-            with torch.device("meta"):
-                module = part(config)
-            load(module, Path(weights) / part.__name__.lower())
-        parts.append(module.to(device, dtype).eval())
-    return tuple(parts)
-
-
 def draw(prompt: str, options: argparse.Namespace) -> Image.Image:
     """The picture of a prompt; the same seed gives the same noise on every device."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(options.seed)
-    if options.weights == "random":
-        ids = torch.randint(500, (2, 77))  # no weights, no vocabulary
-    else:
-        ids = Tokenizer(Path(options.weights) / "tokenizer")([prompt, ""])
-    unet, vae, clip = models(options.model, options.weights, device, dtype)
+    vae, unet, clip, tokenizer = prior(options.model, options.weights)
+    vae, unet, clip = (part.to(device, dtype).eval() for part in (vae, unet, clip))
     H, W = options.size[0], options.size[-1]
     noise = torch.randn(1, 4, H // 8, W // 8, generator=torch.Generator().manual_seed(options.seed))
     with torch.no_grad():
-        context, empty = clip.text(ids.to(device))[0].split(1)
+        context, empty = clip.text(tokenizer([prompt, ""]).to(device))[0].split(1)
         times = tqdm(ddim_times(options.steps), desc=f"drawing on {device.type}", disable=None)
         latent = sample(unet, noise.to(device, dtype), context, empty, times, options.guidance)
         image = vae.decode(latent)[0].float().clamp(-1, 1)  # (3, H, W)

@@ -1,0 +1,526 @@
+"""Evaluate: the mIoU of a trained model, every class's IoU, what is taken for what, how good its tags are.
+
+    python eval.py runs/NAME                             # its best step, the val split, the default protocol
+    python eval.py runs/NAME --ms                        # "+MS": five scales, each also mirrored
+    torchrun --nproc-per-node 8 eval.py runs/NAME/last   # the processes share the pictures
+
+It writes result.json, result.md, confusion.csv and confusion.png. The checkpoint knows its data set, classes,
+sizes and condition, so no flag asks for them. Top to bottom: reading the pictures, what was counted and what
+follows from it, the report, its files, the command line.
+"""
+
+import argparse
+import csv
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from tqdm import tqdm
+
+from adapter import AdapterError
+from augment import normalise
+from checkpoint import CheckpointError, find_model, load_model, read_about, read_config
+from data import IGNORE, LAYOUTS, DataError, Dataset, Words, check, fit, open_dataset, open_words
+from model import ModelError, Size, Tada, TadaConfig, digest
+from ranks import Ranks, connect, disconnect
+from scenes import VERSION
+from stream import EvaluationStream, Item
+from weights.load import WeightsError
+
+MULTISCALE = (1.0, 1.125, 1.25, 1.375, 1.5)  # VPD's "+MS"
+WORST = 10  # classes that the report lists again
+NAMED = 40  # classes; a confusion matrix of more is drawn without names
+CHECKED = 10  # pictures and labels that are decoded before the model is loaded
+
+
+class EvalError(ValueError):
+    """What cannot be evaluated; one sentence with the cure."""
+
+
+# ---- reading the pictures
+
+
+def evaluate(
+    tada: Tada,
+    dataset: Dataset,
+    words: Words,
+    *,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    window: Size | None = None,
+    stride: Size | None = None,
+    indices: Sequence[int] | None = None,
+    workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    show: bool = False,
+) -> "Result":
+    """Predict the pictures `indices` (None: all) one by one, each at its own size, and count.
+
+    Each is resized into `config.box` once; for other scales than 1 every size is made from the picture as it
+    is. It is read in windows of `window`, whole if None. `world` processes share the pictures; each calls
+    this and gets the result of all. No global random state is touched, every module keeps its mode. Raises
+    DataError, in all processes, if one of them cannot read a picture.
+    """
+    start = time.perf_counter()
+    config, ranks = tada.config, Ranks(rank, world, tada.unet.conv_in.weight.device)
+    indices = range(len(dataset)) if indices is None else indices
+    mine, n, K = indices[rank::world], len(indices), len(config.classes)
+    once = tuple(scales) == (1.0,) or config.box is None
+    box = config.box if once and config.box else (None, None)
+    items = EvaluationStream(dataset, *box, workers, ranks.device.type).items(mine)
+    bar = tqdm(items, f"{dataset.name} {dataset.split}", len(mine), disable=None if show else True)
+    predict = partial(tada.predict, scales=scales, flip=flip, window=window, stride=stride)
+    confusion = torch.zeros(K, K, dtype=torch.int64, device=ranks.device)
+    spoken = confusion.new_zeros(3)
+    present, scores = torch.zeros(2, n, K, device=ranks.device)
+
+    error, training = None, [module for module in tada.modules() if module.training]
+    tada.eval()
+    try:
+        for place, item in zip(range(rank, n, world), bar, strict=True):
+            base = None if once else fit(item.labels.shape, *config.box)
+            labels, tag_logits, some = read(tada, item, words, partial(predict, base=base))
+            confusion += count(item.labels.to(ranks.device), labels, K)
+            present[place, item.present] = 1
+            if tag_logits is not None:
+                scores[place] = tag_logits
+            if some is not None:
+                right = {config.prompts[k] for k in item.present}.intersection(some)
+                spoken += spoken.new_tensor([len(right), len(set(some)), len(item.present)])
+    except DataError as caught:
+        error = caught
+    finally:
+        bar.close()
+        for module in training:
+            module.training = True
+    agree(error, ranks)
+    confusion, present, scores, spoken = (ranks.sum(x).cpu() for x in (confusion, present, scores, spoken))
+    stride = stride or window
+    about = describe(tada, dataset, words) | {"scales": [*scales], "flip": flip}
+    about |= {"window": window and [*window], "stride": stride and [*stride]}
+    return Result(config.classes, about, confusion, present, scores, spoken, time.perf_counter() - start)
+
+
+def read(
+    tada: Tada, item: Item, words: Words, predict: partial
+) -> tuple[Tensor, Tensor | None, list[str] | None]:
+    """One picture: predicted labels `(H, W)`, the tag head's logits `(K,)`, the words it was read with."""
+    device = tada.unet.conv_in.weight.device
+    image = normalise(item.image[None].to(device))  # (1, 3, h, w)
+    some = words(item.path, item.present)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        if some is None and tada.config.tags == "clip":
+            some = [word for word, _ in tada.tag(image)[0]]
+        found = predict(image, None if some is None else [some], size=tuple(item.labels.shape))
+    return found.labels[0], None if found.tag_logits is None else found.tag_logits[0], some
+
+
+def count(truth: Tensor, predicted: Tensor, K: int) -> Tensor:
+    """Pixels `(K, K)` int64 [truth, prediction] of two maps `(H, W)`, where the truth is not 255."""
+    kept = truth != IGNORE
+    return torch.bincount(K * truth[kept].long() + predicted[kept], minlength=K * K).view(K, K)
+
+
+def agree(error: DataError | None, ranks: Ranks) -> None:
+    """Raise an error of any process in all of them: none waits for one that has left."""
+    said = [error and str(error)]
+    if ranks.world > 1:
+        said *= ranks.world
+        dist.all_gather_object(said, error and str(error))
+    for sentence in filter(None, said):
+        raise DataError(sentence)
+
+
+def describe(tada: Tada, dataset: Dataset, words: Words) -> dict:
+    """What is evaluated. `oracle`: the model is told the truth, so the numbers are a bound and no result."""
+    config = tada.config
+    about = {"dataset": dataset.name, "split": dataset.split, "split_images": len(dataset)}
+    about |= {"scenes_version": VERSION} if dataset.name == "scenes" else {}
+    about |= {name: getattr(config, name) for name in ("model", "decoder", "weights", "condition")}
+    about |= {"tags": words.tags, "oracle": "oracle" in (config.condition, words.tags)}
+    about |= {"random_weights": config.weights == "random"}
+    about |= {"tag_head": config.condition == "tagging" and config.tag_loss_weight > 0}
+    return about | {"box": config.box and [*config.box]}
+
+
+# ---- what was counted, and what follows from it
+
+
+@dataclass
+class Result:
+    """n pictures, K classes. Fractions are in 0..1; NaN or None where nothing was counted."""
+
+    classes: Sequence[str]
+    about: dict  # what was evaluated, and how
+    confusion: Tensor  # (K, K) int64 pixels [truth, prediction], without the ignored ones
+    present: Tensor  # (n, K) 1 where a class is in the picture's labels
+    scores: Tensor  # (n, K) logits of the multi-label head
+    spoken: Tensor  # (3,) words that name a class in their picture, words, classes in their pictures
+    seconds: float
+
+    @property
+    def iou(self) -> Tensor:
+        """`(K,)` intersection over union of all pictures' pixels; NaN where both are empty.
+
+        As mmsegmentation (core/evaluation/metrics.py); ADE20K's own script gives an empty class 0.
+        """
+        right = self.confusion.diag().double()
+        return right / (self.confusion.sum(0) + self.confusion.sum(1) - right)
+
+    @property
+    def mIoU(self) -> float:
+        """The mean of `iou` over the classes that occur, in the truth or the prediction."""
+        return self.iou.nanmean().item()
+
+    @property
+    def recall(self) -> Tensor:
+        """`(K,)` the share of a class's pixels that were found; NaN where it has none."""
+        return self.confusion.diag().double() / self.confusion.sum(1)
+
+    @property
+    def class_accuracy(self) -> float:
+        """The mean of `recall` over the classes in the truth."""
+        return self.recall.nanmean().item()
+
+    @property
+    def pixel_accuracy(self) -> float:
+        return (self.confusion.diag().sum().double() / self.confusion.sum()).item()
+
+    @property
+    def tag_mAP(self) -> float | None:
+        """Of the multi-label head: the mean average precision of the classes that are in some picture."""
+        if not self.about["tag_head"] or not self.present.any():
+            return None
+        seen = self.present.any(dim=0).nonzero().flatten().tolist()
+        return sum(average_precision(self.scores[:, k], self.present[:, k] > 0) for k in seen) / len(seen)
+
+    @property
+    def words_precision(self) -> float | None:
+        """Of the words that steered, the share that name a class in their picture."""
+        return self.named(1)
+
+    @property
+    def words_recall(self) -> float | None:
+        """Of the classes in the pictures, the share that the words name."""
+        return self.named(2)
+
+    def named(self, of: int) -> float | None:
+        steered, counts = self.about["condition"] in ("tagging", "oracle"), self.spoken.tolist()
+        return counts[0] / counts[of] if steered and counts[of] else None
+
+    def as_json(self) -> dict:
+        """Everything that result.json holds of it; null where nothing was counted."""
+        numbers = {
+            "mIoU": self.mIoU,
+            "pixel_accuracy": self.pixel_accuracy,
+            "class_accuracy": self.class_accuracy,
+            "tag_mAP": self.tag_mAP,
+            "words_precision": self.words_precision,
+            "words_recall": self.words_recall,
+        }
+        numbers = {name: known(x) for name, x in numbers.items()}
+        numbers |= {"images": len(self.present), "seconds": self.seconds}
+        classes = dict(zip(self.classes, map(known, self.iou.tolist()), strict=True))
+        return {**numbers, **self.about, "classes": classes}
+
+    # ---- the report
+
+    def as_markdown(self) -> str:
+        """The warnings, every class, the ten worst, and the line to paste."""
+        about, names = self.about, [name.replace("|", "\\|") for name in self.classes]
+        iou, confusion = self.iou.tolist(), self.confusion
+        shares = (confusion.sum(1) / confusion.sum()).tolist()
+        lines = [f"# {about['dataset']} {about['split']}", ""]
+        lines += [f"**{sentence}**\n" for sentence in self.warnings()]
+        lines += ["| id | class | IoU % | found % | share of the pixels % |", "|--:|---|--:|--:|--:|"]
+        for k, row in enumerate(zip(iou, self.recall.tolist(), shares, strict=True)):
+            lines.append(f"| {k} | {names[k]} | {' | '.join(map(percent, row))} |")
+
+        worst = sorted((k for k, x in enumerate(iou) if not math.isnan(x)), key=iou.__getitem__)[:WORST]
+        lines += [f"\nThe {len(worst)} worst:\n", "| class | IoU % | most often taken for |", "|---|--:|---|"]
+        for k in worst:
+            wrong = confusion[k].clone()
+            wrong[k] = 0
+            most, total = int(wrong.argmax()), int(confusion[k].sum())
+            other = f"{names[most]} ({percent(int(wrong[most]) / total)} %)" if wrong.any() else "-"
+            lines.append(f"| {names[k]} | {percent(iou[k])} | {other} |")
+        return "\n".join([*lines, f"\n    {self.line()}", ""])
+
+    def warnings(self) -> list[str]:
+        """Sentences without which the numbers mislead."""
+        about, n = self.about, len(self.present)
+        said = []
+        if about["oracle"]:
+            said.append("ORACLE: the model is told a picture's true classes: a bound, not a result.")
+        if about["random_weights"]:
+            said.append("RANDOM WEIGHTS: no prior was used: this says nothing about the method.")
+        if n < about["split_images"]:
+            said.append(f"PART: {n} of the split's {about['split_images']} pictures.")
+        return said
+
+    def line(self) -> str:
+        """The result and how it was taken, to paste."""
+        about, numbers = self.about, self.as_json()
+        occur = sum(x is not None for x in numbers["classes"].values())
+        version = f" version {about['scenes_version']}" if "scenes_version" in about else ""
+        tags = [("tag mAP", "tag_mAP"), ("words' precision", "words_precision"), ("recall", "words_recall")]
+        size = "{}x{}".format
+        parts = [
+            f"{about['dataset']}{version} {about['split']} mIoU {percent(numbers['mIoU'])}",
+            f"{occur} of {len(self.classes)} classes occur",
+            f"pixel accuracy {percent(numbers['pixel_accuracy'])}",
+            f"class accuracy {percent(numbers['class_accuracy'])}",
+            *(f"{name} {percent(numbers[key])}" for name, key in tags if numbers[key] is not None),
+            f"{numbers['images']} pictures",
+            " ".join(["scale", *(f"{x:g}" for x in about["scales"])]) + " + flip" * about["flip"],
+            f"windows {size(*about['window'])} by {size(*about['stride'])}" if about["window"] else "whole",
+            f"{about['model']} {about['decoder']} {about['condition']}, tags {about['tags']}",
+            *(["ORACLE"] if about["oracle"] else []),
+            *(["RANDOM WEIGHTS"] if about["random_weights"] else []),
+        ]
+        return ", ".join(parts)
+
+
+def average_precision(scores: Tensor, there: Tensor) -> float:
+    """The mean, over the positives `there (n,)`, of the precision among all that score no lower.
+
+    Equal scores are one step, so the order of the pictures plays no part (scikit-learn's definition).
+    """
+    scores, order = scores.sort(descending=True)
+    no_lower = torch.searchsorted(-scores, -scores, right=True)  # how many
+    right = there[order].cumsum(0)[no_lower - 1]
+    return (right / no_lower)[there[order]].double().mean().item()
+
+
+def known(x: float | None) -> float | None:
+    """NaN, which JSON lacks, as None."""
+    return None if x is None or math.isnan(x) else x
+
+
+def percent(x: float | None) -> str:
+    return "-" if known(x) is None else f"{100 * x:.2f}"
+
+
+# ---- its files
+
+
+def write(result: Result, out: Path, file: Path) -> None:
+    """result.json with the sha256 of the model's `file`, result.md, confusion.csv and confusion.png."""
+    out.mkdir(parents=True, exist_ok=True)
+    entries = result.as_json() | {"checkpoint": str(file), "sha256": digest(file)}
+    (out / "result.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
+    signed = f"{result.as_markdown()}\nCheckpoint {file}, sha256 {entries['sha256']}\n"
+    (out / "result.md").write_text(signed, encoding="utf-8")
+    with (out / "confusion.csv").open("w", newline="", encoding="utf-8") as f:
+        table = csv.writer(f)
+        table.writerow(["truth \\ prediction", *result.classes])
+        for name, row in zip(result.classes, result.confusion.tolist(), strict=True):
+            table.writerow([name, *row])
+    draw_confusion(result.confusion, result.classes).save(out / "confusion.png")
+
+
+def draw_confusion(confusion: Tensor, names: Sequence[str]) -> Image.Image:
+    """The share of each row, from white to dark blue as its root, so that rare confusions show.
+
+    Up to 40 classes have their names, and percentages in the cells. A row without pixels is grey.
+    """
+    K, font = len(names), ImageFont.load_default(14)
+    names = names if K <= NAMED else []
+    side = 32 if names else max(1200 // K, 2)
+    margin = 16 + int(max(map(font.getlength, [*names, "column: prediction"])))
+    shares = confusion.double() / confusion.sum(1, keepdim=True)  # NaN without pixels
+    shade = shares.sqrt()[..., None]
+    colour = (255 + shade * torch.tensor([8 - 255, 48 - 255, 107 - 255])).nan_to_num(225)  # (K, K, 3)
+    matrix = Image.fromarray(colour.round().to(torch.uint8).numpy())
+    picture = Image.new("RGB", (margin + K * side + 16, margin + K * side + 16), "white")
+    picture.paste(matrix.resize((K * side, K * side), Image.Resampling.NEAREST), (margin, margin))
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((margin - 1, margin - 1, margin + K * side, margin + K * side), outline="lightgray")
+    draw.multiline_text((margin - 8, margin - 40), "row: truth\ncolumn: prediction", "gray", font, "ra")
+    above = Image.new("RGB", (margin, K * side), "white")  # the columns' names, before they are turned
+    for k, name in enumerate(names):
+        middle = (k + 0.5) * side
+        draw.text((margin - 8, margin + middle), name, "black", font, anchor="rm")
+        ImageDraw.Draw(above).text((8, middle), name, "black", font, anchor="lm")
+        for column in (shares[k] >= 0.01).nonzero().flatten().tolist():
+            place = margin + (column + 0.5) * side, margin + middle
+            ink = "white" if shares[k, column] > 0.25 else "black"
+            draw.text(place, f"{100 * shares[k, column]:.0f}", ink, font, anchor="mm")
+    if names:
+        picture.paste(above.rotate(90, expand=True), (margin, 0))
+    return picture
+
+
+# ---- the command line
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    ranks = connect()
+    try:
+        run(options, ranks)
+    except KeyboardInterrupt:
+        if ranks.first:
+            print("stopped: nothing was written", file=sys.stderr)
+        return 130
+    except (EvalError, DataError, ModelError, AdapterError, CheckpointError, WeightsError, OSError) as error:
+        if ranks.first:
+            print(f"eval.py: {error}", file=sys.stderr)
+        return 2
+    finally:
+        disconnect()
+    return 0
+
+
+def run(options: argparse.Namespace, ranks: Ranks) -> None:
+    """Open all that is needed, what is quick first; evaluate; rank 0 reports."""
+    file = find_model(Path(options.checkpoint))
+    config, home = read_config(read_about(file)["config"], file), run_folder(file)
+    root = options.data or data_folder(home, config)
+    dataset = open_dataset(config.dataset, root, options.split)
+    if tuple(dataset.classes) != config.classes:
+        raise EvalError(
+            f"{root} has {len(dataset.classes)} classes, such as {dataset.classes[0]}, but {file} "
+            f"was trained on {len(config.classes)}, such as {config.classes[0]}: give another --data"
+        )
+    words = open_dataset_words(options.tags, config, dataset, root)
+    window, stride = windows_of(options, config)
+    check(dataset, CHECKED)
+    out = Path(options.out) if options.out else (home or Path()) / f"eval-{options.split}"
+    if ranks.first:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EvalError(f"{out} cannot be made ({error.strerror}): give another --out") from None
+    tada = load_model(file, options.weights, ranks.device)
+
+    n = min(options.limit or len(dataset), len(dataset))
+    protocol = {"scales": options.scales, "flip": options.flip, "window": window, "stride": stride}
+    mine = {"workers": options.workers, "rank": ranks.rank, "world": ranks.world, "show": ranks.first}
+    indices = [i * len(dataset) // n for i in range(n)]
+    result = evaluate(tada, dataset, words, **protocol, indices=indices, **mine)
+    if ranks.first:
+        print(result.as_markdown())
+        write(result, out, file)
+        print(f"written: {out}/result.json, result.md, confusion.csv, confusion.png")
+
+
+def run_folder(file: Path) -> Path | None:
+    """The run that a model's file belongs to; None if it lies alone."""
+    folder = file.resolve().parent
+    folder = folder.parent if folder.name.startswith("step-") else folder
+    return folder if (folder / "config.json").is_file() else None
+
+
+def data_folder(home: Path | None, config: TadaConfig) -> str:
+    """Where the run had its data set, or where it is by default."""
+    if home is not None:
+        try:
+            found = json.loads((home / "config.json").read_text()).get("data")
+        except (OSError, ValueError, AttributeError) as error:
+            raise EvalError(f"{home / 'config.json'} cannot be read ({error}): give --data") from None
+        if found:
+            return found
+    if config.dataset == "folder":
+        raise EvalError("the checkpoint does not say where its data set is: give its folder with --data")
+    return "" if config.dataset == "scenes" else f"data/{LAYOUTS[config.dataset].root}"
+
+
+def open_dataset_words(tags: str | None, config: TadaConfig, dataset: Dataset, root: str) -> Words:
+    """The words of training, or those that --tags names instead."""
+    if tags and config.condition not in ("caption", "tagging", "oracle"):
+        raise EvalError(f"--tags {tags}: a model of condition {config.condition} reads no words of a picture")
+    if tags in ("classes", "clip") and tags != config.tags:
+        raise EvalError(
+            f"--tags {tags}: the model was trained with tags {config.tags}; give a file or oracle"
+        )
+    paths = [dataset.path(i) for i in range(len(dataset))]
+    return open_words(config.condition, tags or config.tags, dataset.prompts, root, paths)
+
+
+def windows_of(options: argparse.Namespace, config: TadaConfig) -> tuple[Size | None, Size | None]:
+    """The window and its stride that the flags ask for."""
+    if options.whole:
+        return None, None
+    window = options.window or config.crop
+    thirds = tuple(max(side * 2 // 3, 1) for side in window)  # 341 of 512, 426 of 640
+    stride = options.stride or (thirds if options.window else config.stride)
+    if any(step > side for step, side in zip(stride, window, strict=True)):
+        raise EvalError(f"--stride {stride} leaves gaps between windows of {window}: give at most the window")
+    return window, stride
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options; argparse ends the command with code 2 where a flag is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="eval.py",
+        description="Evaluate a trained model: mIoU, every class, the confusion matrix, its tags.",
+        epilog="By default a picture is resized as training said and, where it is then larger than the "
+        "crop of training, read in windows of that crop; their logits are averaged where they overlap.",
+    )
+    parser.add_argument(
+        "checkpoint", help="a run folder (its best step), a step folder or a model.safetensors"
+    )
+    add = parser.add_argument_group("the pictures").add_argument
+    add(
+        "--data",
+        metavar="DIR",
+        help="the data set (default: that of the run, or data/ and its official name)",
+    )
+    add("--split", default="val", metavar="NAME", help="train or val; of scenes also test (default: val)")
+    add("--limit", type=positive, metavar="N", help="so many, evenly spread over the split (default: all)")
+    add("--tags", metavar="WHERE", help="FILE.jsonl or oracle (default: where training had its words from)")
+    group = parser.add_argument_group("the protocol")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--ms", action="store_true", help="scales 1, 1.125, 1.25, 1.375, 1.5 and --flip (default: no)")
+    add("--scales", type=scale, nargs="+", metavar="X", default=[1.0], help="times that size (default: 1)")
+    group.add_argument("--flip", action="store_true", help="add the mirrored picture (default: no)")
+    add, sides = group.add_mutually_exclusive_group().add_argument, {"type": positive, "nargs": "+"}
+    add("--whole", action="store_true", help="no windows (default: windows)")
+    add("--window", **sides, metavar="N", help="its height and width (default: the crop of training)")
+    steps = "from window to window (default: that of training; two thirds of --window)"
+    group.add_argument("--stride", **sides, metavar="N", help=steps)
+    add = parser.add_argument_group("the run").add_argument
+    add("--weights", metavar="DIR", help="the frozen files (default: where training had them)")
+    add("--workers", type=int, default=2, metavar="N", help="processes that load pictures (default: 2)")
+    add("--out", metavar="DIR", help="(default: eval-SPLIT in the run folder, or here if there is none)")
+    options = parser.parse_args(argv)
+    for name in ("window", "stride"):
+        given = getattr(options, name)
+        if given and len(given) > 2:
+            parser.error(f"--{name} {' '.join(map(str, given))}: give one number, or height and width")
+        setattr(options, name, given and (given[0], given[-1]))
+    if options.whole and options.stride:
+        parser.error("--stride: there are no windows with --whole")
+    if options.workers < 0:
+        parser.error(f"--workers {options.workers}: give 0 or more")
+    if options.ms:
+        options.scales, options.flip = list(MULTISCALE), True
+    return options
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def scale(text: str) -> float:
+    x = float(text)  # argparse reports a ValueError
+    if not 0.01 <= x <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is not in 0.01..100")
+    return x
+
+
+if __name__ == "__main__":
+    sys.exit(main())

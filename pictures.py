@@ -1,0 +1,174 @@
+"""Pictures for people: labels drawn over a photograph, where a word is attended to, many pictures in one.
+
+    overlay(image, labels, palette, classes, ["sea", "boat"]).save("beach.overlay.jpg")
+
+Images are `(H, W, 3)` uint8 RGB, labels `(H, W)` uint8 with 255 = ignore, as in data.py. Top to bottom: the
+overlay, its legend, the heat map, the mosaic, text that fits.
+"""
+
+import unicodedata
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+SMALLEST = 512  # of a picture's longer side as drawn: smaller ones are enlarged, text must fit below
+WIDEST, HIGHEST = 1600, 1320  # of a picture as drawn: with its legend it is at most 1600 pixels high
+ROWS = 4  # of classes in a legend, in 2 to 4 columns
+TILE = 640  # the widest picture in a mosaic
+COVER = 0.55  # of a class's colour over the picture
+PAPER, INK, GREY = (250, 249, 246), (28, 32, 40), (112, 116, 124)
+HEAT = (8, 8, 24), (84, 18, 110), (188, 55, 84), (246, 136, 30), (253, 240, 170)  # rising in lightness
+
+
+def overlay(
+    image: np.ndarray,
+    labels: np.ndarray,
+    palette: np.ndarray,
+    classes: Sequence[str],
+    words: Sequence[str] | None = None,
+) -> Image.Image:
+    """The picture under the colours of its labels `(H, W)`, over a legend; at most 1600 pixels wide and high.
+
+    palette `(K, 3)` uint8. The legend has the classes that cover most, and the `words` that the model was
+    told, None if it is told none per picture. What is ignored is left as it is.
+    """
+    size = drawn_size(*labels.shape)
+    picture = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC), np.float32)
+    full = Image.fromarray(labels)
+    shown = np.asarray(full.resize(size, Image.Resampling.NEAREST))  # (h, w)
+
+    colours = np.zeros((256, 3), np.float32)
+    colours[: len(palette)] = palette
+    cover = np.where(shown < len(palette), np.float32(COVER), 0)[..., None]
+    blended = picture + cover * (colours[shown] - picture)
+    blended[borders(shown)] *= 0.6
+    drawn = Image.fromarray(blended.round().astype(np.uint8))
+    return with_legend(drawn, full.histogram(), palette, classes, words)
+
+
+def drawn_size(H: int, W: int) -> tuple[int, int]:
+    """(width, height) of a picture as drawn, Pillow's order."""
+    scale = min(max(SMALLEST / max(H, W), 1), WIDEST / W, HIGHEST / H)
+    return max(round(scale * W), 1), max(round(scale * H), 1)
+
+
+def borders(labels: np.ndarray) -> np.ndarray:
+    """Where the pixel to the right or below has another label, `(H, W)` bool."""
+    line = np.zeros(labels.shape, bool)
+    line[:, :-1] |= labels[:, :-1] != labels[:, 1:]
+    line[:-1] |= labels[:-1] != labels[1:]
+    return line
+
+
+def with_legend(
+    picture: Image.Image,
+    counts: Sequence[int],
+    palette: np.ndarray,
+    classes: Sequence[str],
+    words: Sequence[str] | None,
+) -> Image.Image:
+    """The picture over a table of its classes and the words; `counts` has the pixels of each label 0..255."""
+    width = max(picture.width, SMALLEST)
+    text = min(max(width // 40, 14), 24)
+    font, line, margin, box = ImageFont.load_default(text), round(1.6 * text), text, text
+
+    seen = sorted((k for k in range(len(classes)) if counts[k]), key=lambda k: -counts[k])
+    entries = [f"{classes[k]}  {percent(counts[k] / sum(counts))}" for k in seen]
+    room = width - 2 * margin
+    cell = max((font.getlength(plain(entry)) for entry in entries), default=room) + 3 * box
+    columns = min(max(int(room / cell), 2), 4)
+    cell = room / columns
+    if len(seen) > ROWS * columns:
+        entries[ROWS * columns - 1 :] = [f"and {len(seen) - ROWS * columns + 1} more"]
+    rows = -(-len(entries) // columns)
+    told = []
+    if words is not None:
+        told = wrapped(f"words: {', '.join(words) or 'none'}", font, room, lines=2)
+
+    height = 2 * margin + line * (rows + len(told))
+    canvas = Image.new("RGB", (width, picture.height + height), PAPER)
+    canvas.paste(picture, ((width - picture.width) // 2, 0))
+    draw = ImageDraw.Draw(canvas)
+    for i, entry in enumerate(entries):
+        x, y = margin + i % columns * cell, picture.height + margin + i // columns * line
+        if i < ROWS * columns - 1 or len(entries) == len(seen):
+            draw.rectangle((x, y, x + box, y + box), tuple(map(int, palette[seen[i]])), GREY)
+        draw.text((x + 1.5 * box, y + box / 2), fitting(entry, font, cell - 2 * box), INK, font, "lm")
+    for i, sentence in enumerate(told, rows):
+        draw.text((margin, picture.height + margin + i * line + box / 2), sentence, GREY, font, "lm")
+    return canvas
+
+
+def heat(image: np.ndarray, strength: np.ndarray, title: str) -> Image.Image:
+    """Where `strength (h, w)` is high: its lowest to its highest value as a glow over the grey picture."""
+    size = drawn_size(*image.shape[:2])
+    size = tuple(max(round(side * min(TILE / size[0], 1)), 1) for side in size)
+    grey = np.asarray(Image.fromarray(image).convert("L").resize(size, Image.Resampling.BICUBIC), np.float32)
+    low, high = float(strength.min()), float(strength.max())
+    level = (strength.astype(np.float32) - low) / max(high - low, 1e-12)
+    level = np.asarray(Image.fromarray(level).resize(size, Image.Resampling.BICUBIC)).clip(0, 1)
+    stops = np.linspace(0, 1, len(HEAT))
+    colours = np.stack([np.interp(level, stops, channel) for channel in zip(*HEAT, strict=True)], axis=-1)
+    drawn = Image.fromarray((0.45 * grey[..., None] + 0.65 * colours).clip(0, 255).astype(np.uint8))
+
+    font = ImageFont.load_default(20)
+    canvas = Image.new("RGB", (max(drawn.width, 160), drawn.height + 36), PAPER)
+    canvas.paste(drawn, ((canvas.width - drawn.width) // 2, 0))
+    place = canvas.width / 2, drawn.height + 18
+    ImageDraw.Draw(canvas).text(place, fitting(title, font, canvas.width - 8), INK, font, "mm")
+    return canvas
+
+
+def mosaic(images: Sequence[Image.Image], columns: int) -> Image.Image:
+    """The pictures in rows, each as wide as the widest or 640 pixels; a row is as high as its highest."""
+    gap, width = 12, min(max(image.width for image in images), TILE)
+    columns = min(columns, len(images))
+    tiles = [image.resize((width, max(round(image.height * width / image.width), 1))) for image in images]
+    rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
+    heights = [max(tile.height for tile in row) for row in rows]
+    canvas = Image.new("RGB", (columns * (width + gap) + gap, sum(heights) + gap * (len(rows) + 1)), PAPER)
+    top = gap
+    for row, height in zip(rows, heights, strict=True):
+        for i, tile in enumerate(row):
+            canvas.paste(tile, (gap + i * (width + gap), top))
+        top += height + gap
+    return canvas
+
+
+# ---- text
+
+
+def percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.01 else "<1%"
+
+
+def plain(text: str) -> str:
+    """ASCII, which is all that Pillow's own font has: accents are dropped, other letters become "?"."""
+    letters = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return "".join(letters).encode("ascii", "replace").decode()
+
+
+def fitting(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """The text, cut off where it is wider than `width`."""
+    text = plain(text)
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
+
+
+def wrapped(text: str, font: ImageFont.FreeTypeFont, width: float, lines: int) -> list[str]:
+    """At most so many lines; what does not fit is cut off."""
+    rows, words = [""], plain(text).split()
+    for i, word in enumerate(words):
+        longer = f"{rows[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            rows[-1] = longer
+        elif len(rows) == lines or not rows[-1]:
+            rows[-1] = fitting(" ".join([rows[-1], *words[i:]]), font, width)
+            break
+        else:
+            rows.append(word)
+    return rows

@@ -1,0 +1,64 @@
+"""The processes of one run, started by torchrun or alone: who we are, sums over all, waiting for all."""
+
+import os
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+PATIENCE = timedelta(minutes=60)  # of a collective: longer than the slowest check, tagging or save of rank 0
+
+
+class Ranks(NamedTuple):
+    """rank 0 speaks and writes; device is what this process computes on."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The elementwise sum over all processes."""
+        if self.world > 1:
+            x = x.clone()
+            dist.all_reduce(x)
+        return x
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """Every process's tensor, in the order of ranks; the shapes must be equal."""
+        if self.world == 1:
+            return [x]
+        every = [torch.empty_like(x) for _ in range(self.world)]
+        dist.all_gather(every, x)
+        return every
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.world > 1:
+            dist.barrier()
+
+
+def connect() -> Ranks:
+    """Join the processes that torchrun started (its RANK, WORLD_SIZE, LOCAL_RANK), or be the only one.
+
+    The device is this process's own GPU, or the CPU where there is none.
+    """
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    return Ranks(rank, world, device)
+
+
+def disconnect() -> None:
+    """Leave the others, if there are any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

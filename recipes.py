@@ -1,0 +1,222 @@
+"""The paper's settings as the defaults of train.py's command line: which data set and model gets which.
+
+Section 4.1 and the captions of Tables 1 to 3; what the paper leaves open is marked in PAPER.md. Top to
+bottom: the recipes, the flags, their values, the model they ask for.
+"""
+
+import argparse
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data import LAYOUTS, Dataset
+from model import TadaConfig
+
+WORDS = ("classes", "clip", "oracle")  # values of --tags that are not a file
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The defaults that depend on what is trained; every one is a flag."""
+
+    crop: tuple[int, int]
+    iterations: int
+    lr: float = 6e-5  # section 4.1
+    batch: int = 16  # the paper does not say; mmsegmentation's and VPD's
+    weight_decay: float = 0.01  # of mmsegmentation's Swin recipe, whose 6e-5 the paper's is
+    short: int | None = None  # of the box that pictures are resized into; None = the crop's short side
+    whole: bool = False  # test pictures keep their own size
+    dropout: float = 0.1
+    paper: str = ""  # what the paper says of this run
+
+
+def recipe(dataset: str, model: str, decoder: str) -> Recipe:
+    """Section 4.1 and the captions of Tables 1 to 3; what the paper leaves open is marked in PAPER.md."""
+    if model == "tiny":
+        if dataset == "scenes":
+            return Recipe((128, 128), 240, lr=1e-3, batch=8, dropout=0.0)  # two minutes on two CPU cores
+        return Recipe((128, 128), 1500, lr=1e-3, short=180, dropout=0.0)  # half an hour
+    if dataset == "ade20k":
+        long = decoder == "upernet"
+        return Recipe((512, 512), 160_000 if long else 80_000, paper="lr 6e-5, 80k (FPN) or 160k (UperNet)")
+    if dataset == "cocostuff":
+        return Recipe((640, 640), 80_000, paper="crop 640, 80k")
+    if dataset == "cityscapes":
+        return Recipe((512, 1024), 90_000, short=1024, whole=True, paper="crop 512x1024, 90k, FPN")
+    return Recipe((512, 512), 80_000)
+
+
+def stride_of(side: int) -> int:
+    """Two thirds of a test window, as mmsegmentation has it: 341 of 512, 683 of 1024, but 426 of 640."""
+    return 426 if side == 640 else max(round(side * 2 / 3), 1)
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        description="Train TADA. Defaults marked * depend on --dataset, --model and --decoder.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    data = p.add_argument_group("what is trained on")
+    data.add_argument("--dataset", choices=[*LAYOUTS, "scenes"], default="scenes", help="the data set")
+    data.add_argument("--data", metavar="DIR", help="its folder; * data/<official name>")
+    data.add_argument(
+        "--crop", type=int, nargs="+", metavar="N", help="height and width of training pictures; *"
+    )
+    data.add_argument(
+        "--short", type=int, metavar="N", help="short side a picture is resized to; * the crop's"
+    )
+    data.add_argument("--workers", type=int, default=2, help="processes that load pictures, per rank")
+
+    model = p.add_argument_group("the model")
+    model.add_argument("--model", choices=["sd15", "tiny"], help="its size; * tiny for scenes, else sd15")
+    model.add_argument(
+        "--weights", metavar="DIR", help="the prior, or `random`; * weights/<model>; tiny without it: random"
+    )
+    model.add_argument("--decoder", choices=["fpn", "upernet"], default="fpn", help="the decoder")
+    conditions = ["none", "caption", "classes", "implicit", "tagging", "oracle"]
+    model.add_argument(
+        "--condition", choices=conditions, default="tagging", help="a row of the paper's Table 5"
+    )
+    tags = (
+        "where a picture's words come from: classes, clip, oracle or FILE.jsonl; * scenes: clip, else classes"
+    )
+    model.add_argument("--tags", help=tags)
+    tokens = "a tag is one pooled vector, or all tags are one prompt"
+    model.add_argument("--tag-tokens", choices=["pooled", "prompt"], default="pooled", help=tokens)
+    model.add_argument("--templates", type=int, choices=[1, 80], default=1, help="prompts averaged per name")
+    model.add_argument("--queries", type=int, default=32, help="of the tagging adapter")
+    model.add_argument("--blocks", type=int, default=2, help="of the tagging adapter")
+    start = "the adapter's first context: the empty prompt's, or its own"
+    model.add_argument("--adapter-start", choices=["empty", "random"], default="empty", help=start)
+    model.add_argument("--tag-loss-weight", type=float, default=1.0, help="of Eq. 7; 0 turns it off")
+    model.add_argument("--timestep", type=int, default=0, help="of the minor noise, 0 to 999")
+    model.add_argument(
+        "--noise", choices=["fixed", "none"], default="fixed", help="one for all pictures, or none"
+    )
+    maps = "the UNet's cross-attention beside its features (VPD)"
+    model.add_argument("--attention-maps", action="store_true", help=maps)
+    model.add_argument("--freeze-unet", action="store_true", help="train the adapter and decoder alone")
+    model.add_argument("--dropout", type=float, help="before the classifier; * 0.1, tiny 0")
+
+    run = p.add_argument_group("the run")
+    run.add_argument("--preset", choices=["vpd"], help="VPD's own recipe; other flags still win")
+    run.add_argument("--iterations", type=int, metavar="N", help="*")
+    run.add_argument("--batch", type=int, metavar="N", help="pictures per update, over all processes; *")
+    run.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches per update")
+    run.add_argument("--lr", type=float, help="of AdamW; *")
+    run.add_argument("--unet-lr-scale", type=float, metavar="X", help="the UNet's share of it; * 1")
+    run.add_argument("--weight-decay", type=float, metavar="X", help="on weights of Linear and Conv; * 0.01")
+    run.add_argument("--warmup", type=int, metavar="N", help="iterations; * min(1500, iterations / 10)")
+    run.add_argument("--clip", type=float, metavar="X", help="largest gradient norm (default: none)")
+    run.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation and dropout")
+    run.add_argument(
+        "--threads", type=int, metavar="N", help="per process, fixed for a run; * the CPUs / processes"
+    )
+    run.add_argument("--compile", action="store_true", help="torch.compile the UNet and the decoder")
+    run.add_argument(
+        "--checkpoint-activations", action="store_true", help="less memory, about a third slower"
+    )
+
+    out = p.add_argument_group("what it writes")
+    out.add_argument(
+        "--run", metavar="DIR", help="its folder; * runs/<dataset>-<model>-<decoder>-<condition>"
+    )
+    out.add_argument("--fresh", action="store_true", help="put an earlier run in that folder aside")
+    out.add_argument(
+        "--check", action="store_true", help="check the data, draw inputs.jpg, evaluate a little, stop"
+    )
+    out.add_argument("--log-every", type=int, metavar="N", help="iterations; * 50, tiny 10")
+    out.add_argument(
+        "--save-every", type=int, metavar="N", help="iterations; * 2000, at most iterations / 10"
+    )
+    out.add_argument("--eval-every", type=int, metavar="N", help="iterations; * iterations / 10, tiny / 3")
+    return p
+
+
+VPD = {  # fpn_vpd_sd1-5_512x512_gpu8x2.py and vpd_seg.py
+    "condition": "classes",
+    "timestep": 1,
+    "noise": "none",
+    "attention_maps": True,
+    "lr": 8e-5,
+    "weight_decay": 0.001,
+    "unet_lr_scale": 0.1,
+}
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Every option with its value: the flags, then the preset, then the recipe."""
+    p = parser()
+    first, _ = p.parse_known_args(argv)
+    if first.preset == "vpd":
+        p.set_defaults(**VPD)
+    o = p.parse_args(argv)
+    o.scale_latent = o.preset != "vpd"
+    o.model = o.model or ("tiny" if o.dataset == "scenes" else "sd15")
+    r = recipe(o.dataset, o.model, o.decoder)
+    o.crop = tuple((o.crop * 2)[:2]) if o.crop else r.crop
+    o.whole = r.whole
+    o.short = o.short or r.short or min(o.crop)
+    o.long = o.short * (
+        2 if o.dataset == "cityscapes" else 4
+    )  # mmsegmentation's boxes: 2048 x 1024, 2048 x 512
+    defaults = {"iterations": r.iterations, "batch": r.batch, "lr": r.lr, "weight_decay": r.weight_decay}
+    defaults |= {"unet_lr_scale": 1.0, "dropout": r.dropout, "log_every": 10 if o.model == "tiny" else 50}
+    defaults |= {"data": f"data/{LAYOUTS[o.dataset].root}" if o.dataset != "scenes" else "scenes"}
+    defaults |= {"tags": "clip" if o.dataset == "scenes" and o.condition == "tagging" else "classes"}
+    defaults |= {"run": f"runs/{o.dataset}-{o.model}-{o.decoder}-{o.condition}"}
+    none = o.model == "tiny" and not Path("weights/tiny").is_dir()  # said aloud, and in every report
+    defaults |= {"weights": "random" if none else f"weights/{o.model}"}
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    defaults |= {"threads": max((os.cpu_count() or 1) // local, 1)}
+    for name, value in defaults.items():
+        if getattr(o, name) is None:
+            setattr(o, name, value)
+    if o.condition == "oracle":
+        o.tags = "oracle"
+    o.eval_every = o.eval_every or -(-o.iterations // (3 if o.model == "tiny" else 10))
+    o.save_every = o.save_every or max(min(2000, o.iterations // 10), 1)
+    o.warmup = min(1500, o.iterations // 10) if o.warmup is None else o.warmup
+    refuse_nonsense(p, o)
+    return o
+
+
+def refuse_nonsense(p: argparse.ArgumentParser, o: argparse.Namespace) -> None:
+    """What argparse's types let through."""
+    for name in ("iterations", "batch", "accumulate", "threads", "queries", "blocks", "log_every", "short"):
+        if getattr(o, name) < 1:
+            p.error(f"--{name.replace('_', '-')} {getattr(o, name)}: give 1 or more")
+    for name in ("eval_every", "save_every"):
+        if getattr(o, name) < 1:
+            p.error(f"--{name.replace('_', '-')} {getattr(o, name)}: give 1 or more")
+    if min(o.crop) < 1:
+        p.error(f"--crop {o.crop}: give one or two sizes in pixels")
+    if not 0 <= o.timestep < 1000:
+        p.error(f"--timestep {o.timestep}: give 0 to 999")
+    if not (o.lr > 0 and math.isfinite(o.lr)):
+        p.error(f"--lr {o.lr}: give a positive number")
+    if o.tags not in WORDS and not Path(o.tags).is_file():
+        p.error(f"--tags {o.tags}: choose classes, clip, oracle, or a file of JSON lines that exists")
+    if o.condition == "caption" and o.tags in WORDS:
+        p.error(f"--condition caption --tags {o.tags}: give a FILE.jsonl with a caption for every picture")
+    if o.condition in ("none", "classes", "implicit") and o.tags != "classes":
+        p.error(f"--condition {o.condition} takes no words per picture: leave --tags {o.tags} out")
+
+
+def config_of(options: argparse.Namespace, dataset: Dataset) -> TadaConfig:
+    """The model that the options ask for, over the classes of a data set."""
+    box = None if options.whole else (options.short, options.long)
+    names = (
+        "dataset model weights decoder condition tags tag_tokens templates queries blocks adapter_start "
+        "tag_loss_weight timestep noise scale_latent attention_maps freeze_unet dropout crop"
+    )
+    return TadaConfig(
+        classes=tuple(dataset.classes),
+        prompts=tuple(dataset.prompts),
+        palette=tuple(tuple(map(int, colour)) for colour in dataset.palette),
+        box=box,
+        stride=tuple(stride_of(side) for side in options.crop),
+        **{name: getattr(options, name) for name in names.split()},
+    )

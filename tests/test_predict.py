@@ -1,0 +1,674 @@
+"""predict.py: its label maps are the model's, for any picture; nothing is overwritten, nothing is done twice;
+words steer; and where each word is attended to.
+"""
+
+import fcntl
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import predict as module
+import scenes
+from adapter import Caption, Implicit, Unconditional
+from augment import evaluation, normalise
+from checkpoint import load_model, save_model
+from data import LONGEST_TAG
+from model import ModelError, Tada, TadaConfig, build, digest
+from predict import main
+
+ROOT = Path(__file__).parents[1]
+CONFIG = TadaConfig(
+    classes=scenes.CLASSES,
+    palette=tuple(tuple(map(int, colour)) for colour in scenes.PALETTE),
+    model="tiny",
+    dataset="scenes",
+    crop=(64, 64),
+    box=(64, 128),
+    stride=(43, 43),
+    dropout=0.0,
+    tags="clip",
+)
+
+
+def restless(config: TadaConfig) -> Tada:
+    """A random model that sees many classes, and whose words matter: what starts at 0 or 1 is moved."""
+    torch.manual_seed(0)
+    tada = build(config).eval()
+    with torch.no_grad():
+        for parameter in tada.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        last = [layer for layer in tada.decoder.modules() if isinstance(layer, nn.Conv2d)][-1]
+        last.weight.normal_()
+        image, words = 2 * torch.rand(1, 3, 64, 128) - 1, [["sea", "boat"]]
+        last.bias -= tada.decoder.logits(tada(image, words).prediction, (64, 128)).mean((0, 2, 3))
+    return tada
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The bits of a sum do not depend on how many threads there are, here and in the processes started."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def steered(tmp_path_factory, one_thread) -> str:
+    """Condition tagging, tags by CLIP: the embedded default."""
+    file = tmp_path_factory.mktemp("steered") / "model.safetensors"
+    save_model(restless(CONFIG), file, {}, {})
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def tada(steered) -> Tada:
+    return load_model(steered)
+
+
+def stub(folder: Path, **changes) -> str:
+    """A checkpoint that says what it is and holds nothing: what is refused is refused before it is loaded."""
+    about = {"format": 1, "config": asdict(replace(CONFIG, **changes)), "frozen": {}, "metrics": {}}
+    file = folder / "stub.safetensors"
+    save_file({"x": torch.zeros(1)}, file, metadata={"tada": json.dumps(about)})
+    return str(file)
+
+
+def noise(*size: int) -> np.ndarray:
+    """A smooth random picture `(H, W, 3)` uint8."""
+    H, W = size
+    small = np.random.default_rng(H * W).integers(0, 256, (5, 6, 3), np.uint8)
+    return np.asarray(Image.fromarray(small).resize((W, H), Image.Resampling.BICUBIC))
+
+
+def save(path: Path, pixels: np.ndarray | None = None, **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(noise(60, 90) if pixels is None else pixels).save(path, **options)
+    return path
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+
+
+def results(out: Path) -> list[str]:
+    """Every visible file below `out`."""
+    files = (path.relative_to(out) for path in out.rglob("*") if path.is_file())
+    return sorted(path.as_posix() for path in files if not path.name.startswith("."))
+
+
+def labels(file: Path) -> np.ndarray:
+    with Image.open(file) as image:
+        assert image.mode == "L" and image.format == "PNG"
+        return np.asarray(image)
+
+
+# ---- the label map
+
+
+@pytest.mark.parametrize("ways", [[], ["--scales", "1", "1.5", "--flip"]])
+def test_the_label_map_is_the_model_s(steered, tada, tmp_path, ways):
+    """Read as eval.py reads it: resized into the box, in windows, at the picture's own size."""
+    picture = save(tmp_path / "beach.png", noise(300, 500))
+    out = tmp_path / "out"
+    assert main([steered, str(picture), "--out", str(out), "--tags", " sea, fishing  boat,,sea ", *ways]) == 0
+    assert results(out) == ["beach.overlay.jpg", "beach.png", "predictions.jsonl"]
+
+    whole = Image.open(picture), np.zeros((300, 500), np.uint8)
+    small = normalise(evaluation(*whole, 64, 128)[0][None])
+    assert small.shape[2:] == (64, 107)
+    seen, scales = (
+        (small, [1.0]) if not ways else (normalise(evaluation(*whole, None, None)[0][None]), [1, 1.5])
+    )
+    words = [["sea", "fishing boat"]]
+    expected = tada.predict(
+        seen, words, (300, 500), (64, 107), (64, 64), (43, 43), scales, flip=bool(ways)
+    ).labels[0]
+    found = labels(out / "beach.png")
+    assert len(np.unique(found)) > 5
+    assert np.array_equal(found, expected.numpy())
+
+    (line,) = lines(out)
+    assert line["path"] == str(picture) and line["labels"] == "beach.png" and line["size"] == [300, 500]
+    assert line["tags"] == words[0] and line["checkpoint"] == digest(Path(steered))
+    assert sum(line["shares"].values()) == pytest.approx(1, abs=1e-9)
+    shares = {scenes.CLASSES[k]: (found == k).mean() for k in np.unique(found)}
+    assert line["shares"] == pytest.approx(shares)
+    assert list(line["shares"].values()) == sorted(shares.values(), reverse=True)
+
+
+def test_the_words_are_those_that_clip_finds(steered, tada, tmp_path):
+    """In the whole picture; --tags takes their place, and changes what is seen."""
+    picture = save(tmp_path / "x.png", noise(140, 400))
+    assert main([steered, str(picture), "--out", str(tmp_path / "a")]) == 0
+    (line,) = lines(tmp_path / "a")
+    image = normalise(evaluation(Image.open(picture), np.zeros((140, 400), np.uint8), 64, 128)[0][None])
+    expected = [word for word, _ in tada.tag(image)[0]]
+    assert line["tags"] == expected and line["asked"] is None
+    own = tada.predict(image, [expected], (140, 400), None, (64, 64), (43, 43)).labels[0]
+    assert np.array_equal(labels(tmp_path / "a" / "x.png"), own.numpy())
+
+    assert main([steered, str(picture), "--out", str(tmp_path / "b"), "--tags", "tractor"]) == 0
+    assert lines(tmp_path / "b")[0]["tags"] == ["tractor"]
+    assert not np.array_equal(labels(tmp_path / "b" / "x.png"), own.numpy())
+
+
+def rotated(path: Path) -> tuple[int, int]:
+    """Stored lying on its side; EXIF says how to turn it. (H, W) upright."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(path, np.rot90(noise(70, 40)), exif=exif)  # 6: turn clockwise
+    return 70, 40
+
+
+def sixteen_bits(path: Path) -> tuple[int, int]:
+    Image.fromarray(np.arange(40 * 30, dtype=np.uint16).reshape(40, 30) * 54).save(path)
+    return 40, 30
+
+
+def mode(name: str, size: tuple[int, int]):
+    def write(path: Path) -> tuple[int, int]:
+        Image.fromarray(noise(*size)).convert(name).save(path)
+        return size
+
+    return write
+
+
+ANY = {
+    "one.png": mode("RGB", (1, 1)),
+    "flat.png": mode("RGB", (1, 400)),
+    "thin.png": mode("RGB", (400, 1)),
+    "grey.jpg": mode("L", (50, 70)),
+    "cmyk.jpg": mode("CMYK", (50, 70)),
+    "rgba.png": mode("RGBA", (50, 70)),
+    "palette.bmp": mode("P", (50, 70)),
+    "bits.png": mode("1", (50, 70)),
+    "deep.png": sixteen_bits,
+    "turned.jpg": rotated,
+    "größe 字 [1].webp": mode("RGB", (33, 65)),
+    "x" * 240 + ".tif": mode("RGB", (33, 65)),
+}
+
+
+def test_any_picture(steered, tmp_path):
+    """The label map has the picture's size, upright; what is drawn can be opened and read."""
+    (tmp_path / "in").mkdir()
+    sizes = {Path(name).stem: write(tmp_path / "in" / name) for name, write in ANY.items()}
+    out = tmp_path / "out"
+    assert main([steered, str(tmp_path / "in"), "--out", str(out), "--tags", "sea", "--attention"]) == 0
+    assert {Path(line["labels"]).stem: tuple(line["size"]) for line in lines(out)} == sizes
+    for name, size in sizes.items():
+        assert labels(out / f"{name}.png").shape == size
+        for ending in ("overlay", "attention"):
+            with Image.open(out / f"{name}.{ending}.jpg") as drawn:
+                assert drawn.mode == "RGB" and max(drawn.size) >= 512
+                drawn.load()
+
+
+def test_a_turned_picture_is_seen_upright(steered, tmp_path):
+    """The same pixels, stored lying and stored standing."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(tmp_path / "lying.png", np.rot90(noise(150, 90)), exif=exif)
+    save(tmp_path / "standing.png", noise(150, 90))
+    out = tmp_path / "out"
+    assert main([steered, *map(str, tmp_path.glob("*.png")), "--out", str(out), "--tags", "sea"]) == 0
+    assert np.array_equal(labels(out / "lying.png"), labels(out / "standing.png"))
+
+
+@pytest.mark.slow
+def test_a_large_photograph(steered, data, tmp_path):
+    """14 megapixels: the label map at its size, the overlay small, memory bounded."""
+    command = [sys.executable, "predict.py", steered, str(data / "ram" / "images" / "demo3.jpg")]
+    measure = "import resource, sys, predict; code = predict.main(sys.argv[1:]); "
+    measure += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
+    command = [sys.executable, "-c", measure, *command[2:], "--out", str(tmp_path), "--attention"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert int(said.split()[-1]) < 2 * 2**20  # KiB
+    assert labels(tmp_path / "demo3.png").shape == (4288, 3216)
+    assert max(Image.open(tmp_path / "demo3.overlay.jpg").size) <= 1600
+
+
+# ---- many pictures, many names
+
+
+def test_folders_and_globs_are_mirrored(steered, tmp_path):
+    """Hidden files, other files and links that lead back are left out."""
+    photos = tmp_path / "photos"
+    for name in ("top.jpg", "a/1.PNG", "a/deep/2.jpeg", ".hidden.jpg", ".cache/4.jpg"):
+        save(photos / name)
+    (photos / "notes.txt").write_text("no picture")
+    (photos / "a" / "back").symlink_to(photos)
+    (photos / "linked").symlink_to(save(tmp_path / "elsewhere" / "5.jpg").parent)
+    names = ["a/1", "a/deep/2", "linked/5", "top"]
+    out = tmp_path / "out"
+    assert main([steered, str(photos), "--out", str(out), "--tags", "sea"]) == 0
+    assert [line["labels"] for line in lines(out)] == [f"{name}.png" for name in names]
+    assert results(out) == sorted(
+        ["predictions.jsonl", *(f"{name}{end}" for name in names for end in (".png", ".overlay.jpg"))]
+    )
+    out = tmp_path / "globbed"
+    assert main([steered, str(photos / "*" / "*.*"), "--out", str(out), "--tags", "sea"]) == 0
+    assert [line["labels"] for line in lines(out)] == ["a/1.png", "linked/5.png"]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "names"),
+    [
+        (["a"], {"a/1.jpg": "1", "a/1.png": "1.png", "a/2.png": "2"}),
+        (["a/1.png"], {"a/1.png": "1"}),
+        (["a/2.png", "b"], {"a/2.png": "2", "b/1.jpg": "1"}),
+        (["a/1.jpg", "b/1.jpg"], {"a/1.jpg": "a/1", "b/1.jpg": "b/1"}),
+        (["a", "b"], {"a/1.jpg": "a/1", "a/1.png": "a/1.png", "a/2.png": "a/2", "b/1.jpg": "b/1"}),
+        (["a", "a/2.png", "a"], {"a/1.jpg": "1", "a/1.png": "1.png", "a/2.png": "2"}),
+        (["*/1.jpg"], {"a/1.jpg": "a/1", "b/1.jpg": "b/1"}),
+        (["**/2*"], {"a/2.png": "a/2"}),
+        (["a", "b", "c"], "all"),
+    ],
+)
+def test_no_two_pictures_share_a_name(tmp_path, inputs, names):
+    """1.jpg beside 1.png; 1.jpg in two folders; case alone does not tell two files apart on every disk."""
+    for name in ("a/1.jpg", "a/1.png", "a/2.png", "b/1.jpg", "c/X.jpg", "c/x.jpg", "c/x.png.jpg", "c/x.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = module.find([str(tmp_path / x) for x in inputs], tmp_path / "out")
+    given = module.name_results(found, {})
+    assert len({name.lower() for name in given.values()}) == len(given)
+    if names == "all":
+        assert len(given) == 8 and given[str(tmp_path / "c/x.png")] == "c/x.png"
+    else:
+        assert given == {str(tmp_path / path): name for path, name in names.items()}
+
+
+def test_what_another_run_or_program_wrote_stays(steered, tmp_path, capsys):
+    """b/1.jpg after a/1.jpg keeps its suffix; a third is refused, as is a place that is someone else's."""
+    pictures = [save(tmp_path / x / "1.jpg", noise(40, 50 + i)) for i, x in enumerate("abc")]
+    out = tmp_path / "out"
+    arguments = ["--out", str(out), "--tags", "sea"]
+    for picture in pictures[:2]:
+        assert main([steered, str(picture), *arguments]) == 0
+    assert [(line["path"], line["labels"]) for line in lines(out)] == [
+        (str(pictures[1]), "1.jpg.png"),
+        (str(pictures[0]), "1.png"),
+    ]
+    assert labels(out / "1.png").shape == (40, 50) and labels(out / "1.jpg.png").shape == (40, 51)
+    assert main([steered, str(pictures[2]), *arguments]) == 2
+    assert f"{pictures[2]} and {pictures[0]} would share 1.png" in capsys.readouterr().err
+
+    drawing = save(out / "mine.png").read_bytes()
+    assert main([steered, str(save(tmp_path / "mine.jpg")), *arguments]) == 2
+    assert "mine.png is there and predictions.jsonl has no line for it" in capsys.readouterr().err
+    assert (out / "mine.png").read_bytes() == drawing
+
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "predictions.jsonl").write_text('{"id": 1}\n{"id": 2}\n')
+    assert main([steered, str(pictures[0]), "--out", str(tmp_path / "other"), "--tags", "sea"]) == 2
+    assert "predictions.jsonl, line 1, is not of predict.py" in capsys.readouterr().err
+    assert (tmp_path / "other" / "predictions.jsonl").read_text() == '{"id": 1}\n{"id": 2}\n'
+
+
+def test_results_are_no_inputs(steered, tmp_path, capsys):
+    """--out inside the folder that is read is left out of it; --out that holds the input is refused."""
+    save(tmp_path / "x.png")
+    inside = ["--out", str(tmp_path / "seen"), "--tags", "sea"]
+    for _ in range(2):
+        assert main([steered, str(tmp_path), *inside]) == 0
+        assert results(tmp_path / "seen") == ["predictions.jsonl", "x.overlay.jpg", "x.png"]
+    for asked in (tmp_path, tmp_path / "x.png", tmp_path / "*.png"):
+        before = (tmp_path / "x.png").read_bytes()
+        assert main([steered, str(asked), "--out", str(tmp_path), "--tags", "sea"]) == 2
+        assert f"{asked} has no picture" in capsys.readouterr().err
+        assert (tmp_path / "x.png").read_bytes() == before
+
+
+def test_what_is_done_is_skipped(steered, tmp_path, capsys):
+    """By the same model, words and way, with all files there, and the picture unchanged since."""
+    pictures = [save(tmp_path / f"{i}.png", noise(8, 12 + i)) for i in range(2)]
+    out = tmp_path / "out"
+
+    def again(*flags: str, model: str = steered, tags: str = "sea", inputs: list[Path] = pictures[:1]) -> str:
+        assert main([model, *map(str, inputs), "--out", str(out), "--tags", tags, *flags]) == 0
+        return capsys.readouterr().out.splitlines()[-1].removeprefix(f"{out}: ")
+
+    new, old = "1 predicted, 0 done before, 0 unreadable", "0 predicted, 1 done before, 0 unreadable"
+    assert again(inputs=pictures) == "2 predicted, 0 done before, 0 unreadable"
+    before = {name: (out / name).stat().st_mtime_ns for name in ("0.png", "0.overlay.jpg")}
+    assert again() == old
+    (out / "1.overlay.jpg").unlink()
+    assert again(inputs=pictures) == "1 predicted, 1 done before, 0 unreadable"
+    assert before == {name: (out / name).stat().st_mtime_ns for name in before}
+    os.utime(pictures[0], (2e9, 2e9))
+    assert again() == new
+    os.utime(pictures[0], (1e9, 1e9))
+    assert again("--attention") == new
+    assert again() == old
+    assert again(tags="sea,boat") == new
+    assert again("--flip", tags="sea,boat") == new
+    assert [line["tags"] for line in lines(out)] == [["sea", "boat"], ["sea"]]  # one line each
+
+    other = load_model(steered)
+    with torch.no_grad():
+        next(iter(other.decoder.parameters())).add_(0.1)
+    save_model(other, tmp_path / "other.safetensors", {}, {})
+    assert again("--flip", tags="sea, boat", model=str(tmp_path / "other.safetensors")) == new
+
+
+def test_after_a_crash(steered, tmp_path, capsys):
+    """A line cut off, a temporary file, a process's own list, a line without label map: put in order."""
+    for i in range(3):
+        save(tmp_path / "in" / f"{i}.jpg")
+    out = tmp_path / "out"
+    arguments = [steered, str(tmp_path / "in"), "--out", str(out), "--tags", "sea"]
+    assert main(arguments) == 0
+    complete = lines(out)
+    text = (out / "predictions.jsonl").read_text().splitlines(keepends=True)
+    (out / "predictions.jsonl").write_text(text[0] + text[2][:30])
+    (out / ".1.predictions.jsonl").write_text(text[1] + text[2])
+    (out / "2.png").unlink()
+    (out / ".tmp-7").write_text("half a picture")
+    assert main([steered, str(tmp_path / "in" / "0.jpg"), *arguments[2:]]) == 0
+    assert lines(out) == complete[:2]
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert "1 predicted, 2 done before" in capsys.readouterr().out
+    assert lines(out) == complete
+    assert sorted(path.name for path in out.glob(".*")) == [".lock"]
+
+
+def test_ctrl_c_keeps_what_is_done(steered, tmp_path, capsys, monkeypatch):
+    for i in range(2):
+        save(tmp_path / "in" / f"{i}.jpg")
+    real = module.read_picture
+
+    def interrupted(path, *box):
+        if path.endswith("1.jpg"):
+            raise KeyboardInterrupt
+        return real(path, *box)
+
+    monkeypatch.setattr(module, "read_picture", interrupted)
+    arguments = [steered, str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--tags", "sea"]
+    assert main(arguments) == 130
+    assert "what was written stays" in capsys.readouterr().err
+    assert [line["labels"] for line in lines(tmp_path / "out")] == ["0.png"]
+    monkeypatch.undo()
+    assert main(arguments) == 0
+    assert "1 predicted, 1 done before" in capsys.readouterr().out
+
+
+def test_a_bad_picture_is_named_and_the_rest_goes_on(steered, tmp_path, capsys):
+    """Damaged, empty, no picture, gone, too large: exit code 1, and they are tried again the next time."""
+    good = save(tmp_path / "in" / "good.jpg")
+    whole = good.read_bytes()
+    (tmp_path / "in" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "in" / "empty.png").touch()
+    (tmp_path / "in" / "page.jpg").write_text("<html>not found</html>")
+    (tmp_path / "in" / "gone.jpg").symlink_to("nowhere.jpg")
+    Image.new("1", (9000, 8000)).save(tmp_path / "in" / "large.png")
+    out = tmp_path / "out"
+    for done in ("1 predicted, 0", "0 predicted, 1"):
+        assert main([steered, str(tmp_path / "in"), "--out", str(out), "--tags", "sea"]) == 1
+        said = capsys.readouterr()
+        assert f"{done} done before, 5 unreadable" in said.out
+        for name in ("cut.jpg", "empty.png", "page.jpg", "gone.jpg", "large.png"):
+            assert said.err.count(f"skipped: {tmp_path / 'in' / name} ") == 1
+        assert "Traceback" not in said.err
+    assert results(out) == ["good.overlay.jpg", "good.png", "predictions.jsonl"]
+
+
+def process(rank: int, port: int, said: Path, arguments: list[str]) -> None:
+    """What torchrun starts; its exit code is that of the command."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with said.open("w") as file, redirect_stdout(file), redirect_stderr(file):
+        code = main(arguments)
+    os._exit(code)
+
+
+def test_two_processes_share_the_pictures(steered, tmp_path):
+    """Together they leave, byte for byte, what one leaves; a bad picture's exit code is that of both."""
+    for i in range(5):
+        save(tmp_path / "in" / f"{i}.jpg", noise(30 + i, 40))
+    (tmp_path / "in" / "bad.jpg").write_text("no picture")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = [steered, str(tmp_path / "in"), "--tags", "sea", "--out"]
+    files, two = [tmp_path / "said-0", tmp_path / "said-1"], [*arguments, str(tmp_path / "two")]
+    fork = multiprocessing.get_context("fork")  # no second import of torch
+    both = [fork.Process(target=process, args=(rank, port, files[rank], two)) for rank in (0, 1)]
+    try:
+        for one in both:
+            one.start()
+        for one in both:
+            one.join(60)
+        assert [one.exitcode for one in both] == [1, 1]
+    finally:
+        for one in both:
+            one.kill()
+    said = [file.read_text() for file in files]
+    assert said[0].endswith("5 predicted, 0 done before, 1 unreadable\n")
+    assert "".join(said).count("skipped: ") == 1
+    assert all(line.startswith("skipped: ") for line in said[1].splitlines())  # only rank 0 says the rest
+
+    assert main([*arguments, str(tmp_path / "one")]) == 1
+    assert results(tmp_path / "two") == results(tmp_path / "one")
+    for name in results(tmp_path / "one"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
+    assert [path.name for path in (tmp_path / "two").glob(".*")] == [".lock"]
+
+
+# ---- words
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "sentence"),
+    [
+        ({"condition": "none", "tags": "classes"}, ["--tags", "sea"], "reads no words of a picture"),
+        ({"condition": "classes", "tags": "classes"}, ["--tags", "sea"], "condition classes, tags classes"),
+        ({"condition": "implicit", "tags": "classes"}, ["--tags", "sea"], "leave --tags out"),
+        ({"condition": "tagging", "tags": "classes"}, ["--tags", "sea"], "condition tagging, tags classes"),
+        ({"condition": "oracle", "tags": "oracle"}, [], "say it, as in --tags 'sea, boat'"),
+        ({"condition": "tagging", "tags": "oracle"}, [], "say it, as in --tags 'sea, boat'"),
+        ({"condition": "tagging", "tags": "gone.jsonl"}, [], "gone.jsonl cannot be read"),
+        ({"condition": "caption", "tags": "gone.jsonl"}, [], "say what is in the pictures with --tags"),
+        ({"condition": "tagging"}, ["--tags", " , "], "--tags ' , ' has 0 words"),
+        ({"condition": "tagging"}, ["--tags", "x" * (LONGEST_TAG + 1)], "1 to 200 printable characters"),
+        ({"condition": "tagging"}, ["--tags", "a\0b"], "printable characters"),
+        ({"condition": "none", "tags": "classes"}, ["--attention"], "condition none has no words to attend"),
+        ({"condition": "caption", "tags": "x"}, ["--attention", "--tags", "sea"], "no words to attend to"),
+    ],
+)
+def test_words_that_cannot_be(tmp_path, capsys, changes, options, sentence):
+    """One sentence and exit code 2, before the model is loaded or anything is written."""
+    picture = save(tmp_path / "x.jpg")
+    out = tmp_path / "out"
+    assert main([stub(tmp_path, **changes), str(picture), "--out", str(out), *options]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1 and error.startswith("predict.py: ")
+    assert not out.exists()
+
+
+def test_words_from_the_file_of_training(tmp_path, monkeypatch):
+    """Found by the end of the picture's path, the longest first; a caption where captions are read."""
+    paths = [str(save(tmp_path / name)) for name in ("root/train/1.jpg", "root/val/1.jpg", "2.jpg")]
+    entries = [
+        {"image": "val/1.jpg", "tags": [["sea", 0.9], ["boat", 0.5]], "caption": "a boat at sea"},
+        {"image": "1.jpg", "tags": [["cow", 0.9]], "caption": "a cow"},
+        {"image": "2.jpg", "tags": [], "caption": "nothing"},
+        {"image": "another.jpg", "tags": [["sheep", 0.9]]},
+    ]
+    file = tmp_path / "tags.jsonl"
+    file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    config = replace(CONFIG, tags=str(file))
+    expected = [["cow"], ["sea", "boat"], []]
+    assert module.read_words(config, None, paths) == dict(zip(paths, expected, strict=True))
+    assert module.read_words(config, "sky", paths[:1]) == {paths[0]: ["sky"]}
+    config = replace(config, condition="caption")
+    expected = [["a cow"], ["a boat at sea"], ["nothing"]]
+    assert module.read_words(config, None, paths) == dict(zip(paths, expected, strict=True))
+    assert module.read_words(config, " a dog, on  grass", paths[:1]) == {paths[0]: ["a dog, on grass"]}
+    with pytest.raises(
+        module.PredictError, match=r"lacks 1 of 2 pictures, such as .*new.jpg: say what is in"
+    ):
+        module.read_words(config, None, [paths[0], str(tmp_path / "new.jpg")])
+    with pytest.raises(module.PredictError, match=r"the words of training are not there.*--tags"):
+        module.read_words(config, None, ["/a/new.jpg"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["nowhere.jpg"], "nowhere.jpg does not exist: give a picture, a folder or a quoted glob"),
+        (["nothing/*.jpg"], "nothing/*.jpg has no picture"),
+        (["--out", "file"], "file cannot be written (File exists): give another --out"),
+        (["--scales", "0"], "'0' is not in 0.1..10"),
+        (["--scales", "big"], "invalid scale value: 'big'"),
+    ],
+)
+def test_errors_are_one_sentence_and_exit_2(tmp_path, capsys, monkeypatch, arguments, sentence):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "x.jpg")
+    (tmp_path / "file").touch()
+    try:
+        code = main([stub(tmp_path), "x.jpg", "--tags", "sea", *arguments])
+    except SystemExit as end:
+        code = end.code
+    error = capsys.readouterr().err
+    assert code == 2 and sentence in error and "Traceback" not in error
+
+
+def test_no_checkpoint(tmp_path, capsys):
+    picture = str(save(tmp_path / "x.jpg"))
+    assert main([str(tmp_path), picture]) == 2
+    assert "holds no model.safetensors" in capsys.readouterr().err
+    assert main([picture, picture]) == 2
+    assert "is not a whole safetensors file" in capsys.readouterr().err
+
+
+def test_a_folder_in_use_is_refused(steered, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main([steered, str(save(tmp_path / "x.jpg")), "--out", str(tmp_path / "out")]) == 2
+    assert "out is being written by another process" in capsys.readouterr().err
+
+
+# ---- attention
+
+
+def expected_maps(tada: Tada, image: Tensor, context: Tensor, lengths: Tensor | None) -> Tensor:
+    """The UNet's maps at strides 16 and 32, each resized to the padded picture, their mean `(B, L, H, W)`."""
+    latent = tada.noised(tada.encode(tada.padded(image)))
+    t = torch.zeros(len(image), dtype=torch.int64)
+    _, maps = tada.unet.features_and_attention(latent, t, context, lengths)
+    assert [x.shape[2] * 2**i for i, x in enumerate(maps)] == [latent.shape[2]] * 3
+    resized = [F.interpolate(x, tada.padded(image).shape[2:], mode="bilinear") for x in maps[1:]]
+    return (resized[0] + resized[1]) / 2
+
+
+IMAGE_SIZE = (100, 150)  # padded to 128x192
+TAGS = [["sea", "boat"], ["cow", "grass", "sky"]]
+
+
+@torch.no_grad()
+def test_attention_to_tags_goes_through_the_queries(tada):
+    """Tagging: what each query reads in the last block, head by head, times what each pixel reads of it."""
+    image = 2 * torch.rand(2, 3, *IMAGE_SIZE) - 1
+    adapter, text = tada.adapter, tada.text(TAGS)
+    tokens, _ = tada.clip.image(image)
+    context = adapter(tokens, None, text).context
+    first, last = adapter.blocks
+    q = first(adapter.queries.expand(2, -1, -1), text, adapter.image(tokens))
+    n = last.norm1(q)
+    n = last.norm2(q + last.attend_self(n, n))
+    reads, part = torch.zeros(2, 32, 3), last.attend_text
+    for row, words in enumerate(TAGS):
+        vectors = torch.stack([tada.vectors[word] for word in words])
+        for head in range(4):
+            width = slice(32 * head, 32 * head + 32)
+            scores = part.to_q(n[row])[:, width] @ part.to_k(vectors)[:, width].T / 32**0.5
+            reads[row, :, : len(words)] += scores.softmax(dim=1) / 4
+    assert torch.allclose(adapter.attention(tokens, text), reads, atol=1e-5)
+    assert reads.std(dim=1).max() > 0.01  # the queries differ
+
+    maps = expected_maps(tada, image, context, None)  # (2, 32, 128, 192)
+    expected = sum(reads[:, q, :, None, None] * maps[:, q, None] for q in range(32))[..., :100, :150]
+    found = tada.attention(image, TAGS)
+    assert found.shape == (2, 3, *IMAGE_SIZE) and found.dtype == torch.float32
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.allclose(found.sum(dim=1), torch.ones(2, *IMAGE_SIZE), atol=1e-5)
+    assert (found[0, 2] == 0).all()
+    alone = tada.attention(image[:1], TAGS[:1])
+    assert torch.allclose(found[:1, :2], alone, atol=1e-5)
+    classes = tada.attention(image)  # no words: the class names
+    assert classes.shape == (2, len(scenes.CLASSES), *IMAGE_SIZE)
+
+
+@torch.no_grad()
+def test_attention_where_words_are_the_tokens():
+    """Oracle: the tags. Classes: the class names."""
+    image = 2 * torch.rand(2, 3, *IMAGE_SIZE) - 1
+    oracle = restless(replace(CONFIG, condition="oracle", tags="oracle"))
+    text = oracle.text(TAGS)
+    expected = expected_maps(oracle, image, text.vectors, text.lengths)[..., :100, :150]
+    found = oracle.attention(image, TAGS)
+    assert found.shape == (2, 3, *IMAGE_SIZE) and torch.allclose(found, expected, atol=1e-5)
+    assert (found[0, 2] == 0).all() and found[0, :2].std() > 1e-3
+    assert torch.allclose(found.sum(dim=1), torch.ones(2, *IMAGE_SIZE), atol=1e-5)
+
+    classes = restless(replace(CONFIG, condition="classes", tags="classes"))
+    context = classes.adapter(None, None, None).context.expand(2, -1, -1)
+    expected = expected_maps(classes, image, context, None)[..., :100, :150]
+    assert torch.allclose(classes.attention(image), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "adapter", [Caption(), Unconditional(torch.zeros(4, 8)), Implicit(torch.zeros(4, 8))]
+)
+def test_attention_needs_words(tada, adapter):
+    image, wordless = torch.zeros(1, 3, 64, 64), SimpleNamespace(config=CONFIG, adapter=adapter)
+    with pytest.raises(ModelError, match="condition tagging has no words to attend to"):
+        Tada.attention(wordless, image, [["sea"]])
+    joined = SimpleNamespace(config=replace(CONFIG, tag_tokens="prompt"), adapter=tada.adapter)
+    with pytest.raises(ModelError, match="joins the tags into one text"):
+        Tada.attention(joined, image, [["sea"]])
+
+
+@torch.no_grad()
+def test_attention_is_that_of_the_windows(tada):
+    """Of a picture larger than the crop: each window by itself, averaged where two overlap."""
+    image = 2 * torch.rand(1, 3, 64, 85) - 1
+    found = module.attention(tada, image, TAGS[1:])
+    left, right = (tada.attention(image[..., x : x + 64], TAGS[1:]) for x in (0, 21))
+    expected = torch.cat([left[..., :21], (left[..., 21:] + right[..., :43]) / 2, right[..., 43:]], dim=3)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_attention_has_a_tile_for_each_word(steered, tmp_path, monkeypatch):
+    """Strongest first with its share; of the class names the ten that have most."""
+    drawn = []
+    monkeypatch.setattr(
+        module, "heat", lambda image, strength, title: drawn.append(title) or Image.new("RGB", (20, 10))
+    )
+    maps = np.stack([np.full((4, 6), x, np.float32) for x in (0.2, 0.5, 0.3)])
+    module.draw_attention(Image.new("RGB", (60, 40)), maps, CONFIG, ["sea", "boat", "sky"])
+    assert drawn == ["boat  50%", "sky  30%", "sea  20%"]
+    drawn.clear()
+    shares = np.linspace(0, 0.1, len(CONFIG.classes), dtype=np.float32)
+    module.draw_attention(Image.new("RGB", (60, 40)), shares[:, None, None], CONFIG, None)
+    assert [title.split("  ")[0] for title in drawn] == list(CONFIG.classes[:-11:-1])

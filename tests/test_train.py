@@ -1,0 +1,403 @@
+"""Training: the learning rate, one step however it is divided, runs that end anywhere and go on exactly."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import scenes
+import train
+from checkpoint import load_model
+from data import Words, open_dataset
+from model import TadaConfig, build
+from ranks import Ranks
+from recipes import parse, recipe
+from run import Run, RunError
+from stream import TrainStream
+
+ROOT = Path(train.__file__).parent
+HERE = Ranks(0, 1, torch.device("cpu"))
+TIMES = ("images_per_second", "data_share", "memory_gib", "eta_seconds")  # what two runs may differ in
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Eight pictures of 4:3 with labels, of which some are mostly ignored."""
+    root = tmp_path_factory.mktemp("folder")
+    for split, indices in (("train", range(8)), ("val", range(8, 11))):
+        for kind in ("images", "labels"):
+            (root / kind / split).mkdir(parents=True)
+        for i in indices:
+            scene = scenes.draw(i)
+            labels = scene.labels[:96].copy()
+            labels[: 12 * (i % 8)] = 255
+            Image.fromarray(scene.image[:96]).save(root / "images" / split / f"{i}.png")
+            Image.fromarray(labels).save(root / "labels" / split / f"{i}.png")
+    (root / "classes.txt").write_text("\n".join(scenes.CLASSES))
+    return root
+
+
+def command(folder, run, *more):
+    """A run of six small steps."""
+    flags = (
+        f"--dataset folder --data {folder} --model tiny --weights random --run {run} --crop 64 --short 96 "
+    )
+    flags += "--batch 4 --iterations 6 --save-every 2 --eval-every 3 --log-every 1 --workers 0 --threads 1 "
+    return [*(flags + "--tags oracle --dropout 0.1").split(), *more]
+
+
+def log_of(run):
+    lines = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+# ---- the recipe
+
+
+def test_learning_rate_is_mmsegmentations():
+    """mmcv's poly policy with its linear warm-up, written out (lr_updater.py)."""
+    base, top, warm, ratio = 6e-5, 80_000, 1500, 1e-6
+    for step in (0, 1, 700, 1499, 1500, 1501, 40_000, 79_999):
+        regular = base * (1 - step / top) ** 1.0
+        k = (1 - step / warm) * (1 - ratio) if step < warm else 0.0
+        assert base * train.learning_rate(step, top, warm) == pytest.approx(regular * (1 - k), rel=1e-9)
+    assert train.learning_rate(0, 10, 0) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "crop", "iterations", "box"),
+    [
+        ("--dataset ade20k", (512, 512), 80_000, (512, 2048)),
+        ("--dataset ade20k --decoder upernet", (512, 512), 160_000, (512, 2048)),
+        ("--dataset ade20k --crop 640", (640, 640), 80_000, (640, 2560)),
+        ("--dataset cocostuff", (640, 640), 80_000, (640, 2560)),
+        ("--dataset cityscapes", (512, 1024), 90_000, (1024, 2048)),
+    ],
+)
+def test_recipes_are_the_papers(flags, crop, iterations, box):
+    """Section 4.1 and Tables 1 to 3: crops, iterations, 6e-5; mmsegmentation's boxes and warm-up."""
+    o = parse(flags.split())
+    assert (o.crop, o.iterations, (o.short, o.long)) == (crop, iterations, box)
+    assert (o.lr, o.batch, o.weight_decay, o.warmup, o.model, o.unet_lr_scale) == (
+        6e-5,
+        16,
+        0.01,
+        1500,
+        "sd15",
+        1,
+    )
+    assert (o.queries, o.blocks, o.tag_loss_weight, o.dropout) == (32, 2, 1, 0.1)
+
+
+def test_preset_vpd_is_vpds_and_flags_win():
+    """fpn_vpd_sd1-5_512x512_gpu8x2.py: 8e-5, 0.001, UNet x0.1; vpd_seg.py: t = 1, unscaled, no noise."""
+    vpd = ["--dataset", "ade20k", "--preset", "vpd"]
+    o = parse(vpd)
+    assert (o.lr, o.weight_decay, o.unet_lr_scale, o.condition) == (8e-5, 0.001, 0.1, "classes")
+    assert (o.timestep, o.noise, o.scale_latent, o.attention_maps) == (1, "none", False, True)
+    assert parse([*vpd, "--lr", "1e-4"]).lr == 1e-4
+
+
+def test_test_windows_are_mmsegmentations(folder):
+    classes = open_dataset("folder", folder, "train")
+    for crop, stride in (("512", (341, 341)), ("640", (426, 426)), ("512 1024", (341, 683))):
+        o = parse(f"--dataset folder --data x --model sd15 --crop {crop}".split())
+        assert train.config_of(o, classes).stride == stride
+    assert recipe("cityscapes", "sd15", "fpn").whole
+
+
+# ---- one step, however it is divided
+
+
+def one_step(folder, ranks=HERE, accumulate=1, steps=1, lr=None):
+    """The parameters' gradient of the first step, or with `lr` the losses of some AdamW steps."""
+    torch.manual_seed(0)
+    dataset = open_dataset("folder", folder, "train")
+    tada = build(TadaConfig(tuple(dataset.classes), model="tiny", tags="oracle", dropout=0.0))
+    words = Words("oracle", dataset.prompts)
+    trained = [p for p in tada.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in trained]
+    model = tada
+    if ranks.world > 1:
+        model = torch.nn.parallel.DistributedDataParallel(tada, broadcast_buffers=False)
+    # A step of plain descent by 2^14 shows the gradient: the parameter it starts from is lost in rounding.
+    optimizer = torch.optim.AdamW(trained, lr) if lr else torch.optim.SGD(trained, 2.0**14)
+    stream = TrainStream(dataset, (64, 64), 96, 384, 4, 0, ranks.rank, ranks.world, accumulate)
+    batches = stream.batches()
+    losses = []
+    for _ in range(steps):
+        step = [next(batches) for _ in range(accumulate)]
+        losses.append(train.train_step(model, tada, optimizer, step, words, ranks)["loss"])
+    gradient = torch.cat([(b - p.detach()).flatten() / 2**14 for b, p in zip(before, trained, strict=True)])
+    return losses, gradient
+
+
+WORKER = """
+import sys, torch
+sys.path[:0] = [{root!r}, {tests!r}]
+from ranks import connect, disconnect
+from test_train import one_step
+torch.set_num_threads(1)
+ranks = connect()
+result = one_step({folder!r}, ranks), one_step({folder!r}, ranks, steps=3, lr=1e-3)[0]
+if ranks.first:
+    torch.save(result, {out!r})
+disconnect()
+"""
+
+
+def test_two_processes_and_two_micro_batches_make_the_step_of_one(folder, tmp_path):
+    """The same loss and gradient at step 1, the same losses for three; unequally many ignored pixels."""
+    losses, gradient = one_step(folder)
+    curve, _ = one_step(folder, steps=3, lr=1e-3)
+    accumulated = one_step(folder, accumulate=2), one_step(folder, accumulate=2, steps=3, lr=1e-3)[0]
+
+    script, out = tmp_path / "worker.py", str(tmp_path / "two.pt")
+    script.write_text(WORKER.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(folder), out=out))
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    subprocess.run(run, check=True, capture_output=True, timeout=300)
+    for (other_losses, other), other_curve in (accumulated, torch.load(out)):
+        assert other_losses == pytest.approx(losses, rel=1e-6)
+        assert (other - gradient).norm() <= 1e-5 * gradient.norm()
+        assert other_curve == pytest.approx(curve, rel=1e-4)
+    assert curve[2] < curve[0]
+
+
+def test_a_loss_that_is_not_finite_changes_nothing(folder):
+    dataset = open_dataset("folder", folder, "train")
+    tada = build(TadaConfig(classes=tuple(dataset.classes), model="tiny", tags="oracle", dropout=0.0))
+    with torch.no_grad():
+        tada.decoder.classifier[-1].bias[0] = math.inf
+    before = {name: p.clone() for name, p in tada.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in tada.parameters() if p.requires_grad])
+    batch = next(TrainStream(dataset, (64, 64), 96, 384, 2, 0).batches())
+    with pytest.raises(RunError, match=r"not finite.*images/train/"):
+        train.train_step(tada, tada, optimizer, [batch], Words("oracle", dataset.prompts), HERE)
+    assert all(torch.equal(p, before[name]) for name, p in tada.named_parameters())
+
+
+FULL = """
+import resource, sys, torch
+sys.path[:0] = [{root!r}]
+from data import Words
+from model import TadaConfig, build, parameter_groups
+from ranks import Ranks
+from stream import Batch
+from train import train_step
+torch.manual_seed(0)
+tada = build(TadaConfig(tuple(f"class {{i}}" for i in range(150))))
+tada.unet.checkpoint_activations = True
+optimizer = torch.optim.AdamW(parameter_groups(tada, 6e-5, 0.01))
+image = torch.randint(0, 256, (1, 3, 512, 512), dtype=torch.uint8)
+labels = torch.randint(0, 150, (1, 512, 512), dtype=torch.uint8)
+batch = Batch(image, labels, [[0]], [0], ["x.jpg"], [])
+before = tada.unet.up_blocks[3].resnets[2].conv2.weight.detach().clone()
+here = Ranks(0, 1, torch.device("cpu"))
+made = train_step(tada, tada, optimizer, [batch], Words("classes", tada.config.prompts), here)
+changed = not torch.equal(before, tada.unet.up_blocks[3].resnets[2].conv2.weight)
+print(made["loss"], made["seg"], changed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+@pytest.mark.slow
+def test_a_step_at_full_size():
+    """sd15, random weights, one picture of 512x512: AdamW in float32, activations recomputed."""
+    run = [sys.executable, "-c", FULL.format(root=str(ROOT))]
+    said = subprocess.run(run, check=False, capture_output=True, text=True, timeout=800)
+    assert said.returncode == 0, said.stderr[-2000:]
+    loss, seg, changed, gib = said.stdout.split()
+    assert abs(float(seg) - math.log(150)) < 1.5, "an untrained classifier is nearly uniform"
+    assert math.isfinite(float(loss)) and changed == "True"
+    assert float(gib) < 20
+
+
+# ---- a run and its end
+
+
+@pytest.fixture(scope="module")
+def unbroken(folder, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "unbroken"
+    assert train.main(command(folder, run)) == 0
+    return run
+
+
+def test_a_run_leaves_what_the_readme_says(unbroken):
+    names = {path.name for path in unbroken.iterdir()}
+    assert names >= {"config.json", "log.jsonl", "inputs.jpg", "val", "last", "best", "step-000006"}
+    assert len([name for name in names if name.startswith("step-")]) <= 3
+    assert os.readlink(unbroken / "last") == "step-000006"
+    log = log_of(unbroken)
+    steps = [line["step"] for line in log if "loss" in line]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in log if "val" in line] == [3, 6]
+    best = max((line for line in log if "val" in line), key=lambda line: line["val"]["mIoU"])
+    assert os.readlink(unbroken / "best") == f"step-{best['step']:06d}"
+    assert load_model(unbroken).config.classes == tuple(scenes.CLASSES)
+
+
+def same(run, other):
+    """Bit-equal models and optimisers, and equal logs."""
+    for name in ("model.safetensors", "train.safetensors"):
+        if (run / "last" / name).read_bytes() != (other / "last" / name).read_bytes():
+            return False
+    return log_of(run) == log_of(other)
+
+
+@pytest.mark.parametrize("crash", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 5))])
+def test_the_same_command_goes_on_exactly(folder, unbroken, tmp_path, monkeypatch, crash):
+    """Cut off in a step after a checkpoint, with dropout: rerun, it ends as the unbroken run did."""
+    made, step = [], train.train_step
+
+    def dies(*args, **kwargs):
+        if len(made) == crash:
+            raise KeyboardInterrupt
+        made.append(1)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(train, "train_step", dies)
+    assert train.main(command(folder, tmp_path / "run")) == 130
+    monkeypatch.setattr(train, "train_step", step)
+    torch.manual_seed(123)  # whatever happened in between
+    assert train.main(command(folder, tmp_path / "run")) == 0
+    assert same(tmp_path / "run", unbroken)
+
+
+def test_evaluation_never_touches_training(folder, unbroken, tmp_path):
+    """Other evaluations and checkpoints, the same model: neither draws a random number."""
+    more = ["--eval-every", "6", "--save-every", "6"]
+    assert train.main(command(folder, tmp_path / "run", *more)) == 0
+    a, b = (load_model(run / "last").state_dict() for run in (unbroken, tmp_path / "run"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_finished_run_is_left_alone(folder, unbroken, capsys):
+    before = log_of(unbroken)
+    assert train.main(command(folder, unbroken)) == 0
+    assert "is complete" in capsys.readouterr().out
+    assert log_of(unbroken) == before
+
+
+def test_fresh_puts_the_earlier_run_aside(folder, unbroken, tmp_path):
+    run = tmp_path / "run"
+    assert train.main(command(folder, run, "--iterations", "1")) == 0
+    assert train.main(command(folder, run, "--iterations", "2", "--fresh")) == 0
+    assert (tmp_path / "run.1" / "step-000001").is_dir()
+    assert (run / "step-000002").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--lr", "0.5"], "--lr was 0.001, is 0.5"),
+        (["--threads", "2"], "--threads was 1, is 2"),
+        (["--seed", "9"], "--seed was 0, is 9"),
+    ],
+)
+def test_a_run_goes_on_as_it_began_or_not_at_all(folder, unbroken, capsys, more, said):
+    assert train.main(command(folder, unbroken, *more)) == 2
+    error = capsys.readouterr().err
+    assert said in error and "--fresh" in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_checkpoint(folder, unbroken, tmp_path, number):
+    """The whole process group gets it, loading workers too, as from a terminal or a scheduler."""
+    run = tmp_path / "run"
+    line = [sys.executable, "-u", str(ROOT / "train.py"), *command(folder, run, "--workers", "2")]
+    process = subprocess.Popen(
+        line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    said = ""
+    for text in process.stdout:
+        said += text
+        if text.startswith("step 2/6"):
+            os.killpg(process.pid, number)
+            break
+    said += process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + number, said
+    assert "stopped at step" in said and "Traceback" not in said
+    assert train.main(command(folder, run)) == 0
+    assert same(run, unbroken)
+
+
+@pytest.mark.slow
+def test_killed_at_any_time(folder, unbroken, tmp_path):
+    """SIGKILL, again and again: the same command finishes the run, and it is the unbroken one."""
+    run, line = tmp_path / "run", [sys.executable, str(ROOT / "train.py"), *command(folder, tmp_path / "run")]
+    for seconds in (6, 8, 9, 10):
+        process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(seconds)
+        process.kill()
+        process.wait()
+    assert train.main(command(folder, run)) == 0
+    assert same(run, unbroken)
+
+
+# ---- bad input: one sentence, exit code 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--data", "/nowhere"], r"/nowhere is not folder.*--data"),
+        (["--weights", "/nowhere"], r"/nowhere.*weights\.fetch"),
+        (["--batch", "5", "--accumulate", "2"], r"batch of 5 cannot be divided"),
+    ],
+)
+def test_bad_input_is_named(folder, tmp_path, capsys, flags, said):
+    assert train.main(command(folder, tmp_path / "run", *flags)) == 2
+    error = capsys.readouterr().err
+    assert len(error.strip().splitlines()) == 1
+    assert re.search(said, error)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--dataset", "imagenet"],
+        ["--lr", "-1"],
+        ["--crop", "0"],
+        ["--timestep", "1000"],
+        ["--tags", "none.jsonl"],
+        ["--condition", "caption"],
+        ["--condition", "none", "--tags", "clip"],
+        ["--iterations", "0"],
+    ],
+)
+def test_a_flag_that_makes_no_sense_ends_with_code_2(flags, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(flags)
+    assert ended.value.code == 2
+    assert flags[-2] in capsys.readouterr().err
+
+
+def test_a_label_out_of_range_is_named_before_training(folder, tmp_path, capsys):
+    bad = tmp_path / "bad"
+    shutil.copytree(folder, bad)
+    file = bad / "labels" / "train" / "3.png"
+    labels = np.array(Image.open(file))
+    labels[0, 0] = 24
+    Image.fromarray(labels).save(file)
+    assert train.main(command(bad, tmp_path / "run")) == 2
+    error = capsys.readouterr().err
+    assert str(file) in error and "24" in error and "0..23" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_do_not_share_a_run(folder, tmp_path, capsys):
+    first = Run(tmp_path / "run", HERE)
+    first.claim()
+    assert train.main(command(folder, tmp_path / "run")) == 2
+    assert "another process" in capsys.readouterr().err

@@ -1,0 +1,542 @@
+"""Train: the recipes of the paper, a plain loop under torchrun, runs that go on exactly where they ended.
+
+    python train.py                                        # tiny, on drawn scenes: minutes on a laptop
+    torchrun --nproc-per-node 8 train.py --dataset ade20k  # the paper's model
+    python train.py --dataset folder --data DIR            # images/, labels/, classes.txt
+
+The same command again goes on from the last checkpoint of its run folder. Top to bottom: one step, the loop,
+what it keeps, its pictures, what comes before it. The flags are in recipes.py, the run folder in run.py.
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import checkpoint
+from adapter import AdapterError
+from augment import normalise
+from checkpoint import CheckpointError
+from data import DataError, Dataset, Words, check, open_dataset, open_words
+from eval import Result, evaluate
+from model import ModelError, Tada, build, parameter_groups
+from pictures import mosaic, overlay
+from ranks import Ranks, connect, disconnect
+from recipes import config_of, parse, recipe
+from run import Run, RunError, open_run
+from stream import Batch, EvaluationStream, TrainStream
+from weights.load import WeightsError
+
+SHOWN = 8  # pictures in inputs.jpg and in val/
+
+
+# ---- one step
+
+
+def train_step(
+    model: nn.Module,
+    tada: Tada,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    words: Words,
+    ranks: Ranks,
+    clip: float | None = None,
+    stopping: bool = False,
+) -> dict[str, float]:
+    """One update from the micro-batches of this process: losses of the global batch, gradient norm, stop.
+
+    `model` is `tada` or its DDP wrapper. Each part of the loss is divided by its count over all processes and
+    micro-batches: however a batch is divided, the gradient is the same. Nothing is updated if the loss or the
+    gradient is not finite (RunError). `stop` is true if any process is `stopping`.
+    """
+    labels = [batch.labels.to(ranks.device, non_blocking=True).long() for batch in batches]
+    counts = count_all(tada, labels, ranks)
+    sums = {}
+    for i, (batch, target) in enumerate(zip(batches, labels, strict=True)):
+        last = i == len(batches) - 1
+        with nullcontext() if last or model is tada else model.no_sync():
+            image = normalise(batch.image.to(ranks.device, non_blocking=True))
+            with torch.autocast(ranks.device.type, torch.bfloat16, enabled=ranks.device.type == "cuda"):
+                output = model(image, words_of(batch, words))
+            parts = {name: total / counts[name] for name, (total, _) in tada.loss(output, target).items()}
+            (sum(parts.values()) * ranks.world).backward()  # DDP takes the mean over processes, we want sums
+        for name, part in parts.items():
+            sums[name] = sums.get(name, 0) + part.detach()
+
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(trained, clip or math.inf)
+    told = torch.stack([*sums.values(), norm.new_tensor(float(stopping))]).double()
+    *losses, stop = ranks.sum(told).tolist()
+    step = {"loss": sum(losses), **dict(zip(sums, losses, strict=True)), "grad_norm": float(norm)}
+    if not all(map(math.isfinite, step.values())):
+        raise RunError(f"not finite: {step}, in {', '.join(p for batch in batches for p in batch.paths)}")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {**step, "stop": bool(stop)}
+
+
+def count_all(tada: Tada, labels: Sequence[Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """How many terms each part of the loss has in the global batch, at least 1."""
+    counts = [tada.counts(target) for target in labels]
+    every = ranks.sum(torch.stack([torch.stack(list(x.values())) for x in counts]).sum(dim=0))
+    return dict(zip(counts[0], every.clamp(min=1), strict=True))
+
+
+def words_of(batch: Batch, words: Words) -> list[list[str]] | None:
+    """The words of each picture of a batch; None where the condition reads none per picture."""
+    found = [words(path, present) for path, present in zip(batch.paths, batch.present, strict=True)]
+    return None if None in found else found
+
+
+def learning_rate(step: int, iterations: int, warmup: int) -> float:
+    """The share of the full rate at step 0, 1, ...: a line down to 0, times a warm-up from 1e-6 to 1.
+
+    mmsegmentation's poly policy of power 1 with linear warm-up (mmcv/runner/hooks/lr_updater.py).
+    """
+    warm = min(1e-6 + (1 - 1e-6) * step / warmup, 1.0) if warmup else 1.0
+    return warm * (1 - step / iterations)
+
+
+# ---- the loop
+
+
+def loop(
+    run: Run, options: argparse.Namespace, tada: Tada, sets: "Sets", state: "State", stop: "Stop"
+) -> int:
+    """Train from `state` to the last iteration; the exit code."""
+    ranks, model = run.ranks, tada
+    if options.compile:
+        tada.features = torch.compile(tada.features)
+        tada.decoder.compile()
+    if ranks.world > 1:
+        devices = [ranks.device.index] if ranks.device.type == "cuda" else None
+        model = DistributedDataParallel(tada, device_ids=devices, broadcast_buffers=False)
+    stream = TrainStream(
+        sets.train,
+        tada.config.crop,
+        options.short,
+        options.long,
+        options.batch,
+        options.seed,
+        ranks.rank,
+        ranks.world,
+        options.accumulate,
+        options.workers,
+        ranks.device.type,
+    )
+    tada.train()
+    stopping = False
+    clock = Clock(options, state.step)
+    micro_batches = stream.batches(state.step * options.batch)
+    for step in range(state.step + 1, options.iterations + 1):
+        batches = list(clock.waiting(micro_batches, options.accumulate))
+        share = learning_rate(step - 1, options.iterations, options.warmup)
+        for group in state.optimizer.param_groups:
+            group["lr"] = group["full_lr"] * share
+        made = train_step(
+            model,
+            tada,
+            state.optimizer,
+            batches,
+            sets.train_words,
+            ranks,
+            options.clip,
+            stop.signal is not None,
+        )
+        state.step = step
+        last = step == options.iterations
+        stopping = made.pop("stop") and not last
+        if last or stopping or step % options.log_every == 0 or step == 1:
+            entry = {
+                "step": step,
+                **made,
+                "lr": options.lr * share,
+                "replaced": stream.replaced,
+                **clock.read(step),
+            }
+            run.log(entry)
+            run.say(log_line(entry, options))
+        metrics = judge(run, options, tada, sets, state) if last or step % options.eval_every == 0 else {}
+        if metrics or stopping or step % options.save_every == 0:
+            keep(run, tada, state, metrics, final=last or stopping)
+            clock.pause()
+        if stopping:
+            run.say(f"stopped at step {step}; the same command goes on from there")
+            break
+    micro_batches.close()
+    return 128 + (stop.signal or signal.SIGTERM) if stopping else 0
+
+
+def judge(
+    run: Run, options: argparse.Namespace, tada: Tada, sets: "Sets", state: "State"
+) -> dict[str, float]:
+    """Evaluate, log it, draw val/, remember whether this is the best step so far; the metrics."""
+    result = evaluate_val(tada, sets, run.ranks, options)
+    metrics = {"mIoU": result.mIoU, "pixel_accuracy": result.pixel_accuracy}
+    run.log({"step": state.step, "val": metrics})
+    run.say(f"step {state.step} val mIoU {result.mIoU:.4f} pixel accuracy {result.pixel_accuracy:.4f}")
+    if run.ranks.first:
+        draw_val(run, tada, sets, state.step)
+    if not state.best or result.mIoU > state.best["mIoU"]:
+        state.best = {"step": state.step, "mIoU": result.mIoU}
+    return metrics
+
+
+def keep(run: Run, tada: Tada, state: "State", metrics: dict[str, float], final: bool) -> None:
+    """Write a checkpoint. A full disk stops no run, unless nothing would be left of its end."""
+    tensors = training_state(state.optimizer, run.ranks)
+    if run.ranks.first:
+        facts = {"step": state.step, "best": state.best}
+        try:
+            folder = checkpoint.write_step(
+                run.folder, state.step, tada, state.frozen, metrics, tensors, facts
+            )
+            if state.best.get("step") == state.step:
+                checkpoint.point(run.folder, "best", folder.name)
+        except CheckpointError as error:
+            if final:
+                raise
+            run.say(f"no checkpoint at step {state.step}: {error}")
+    run.ranks.wait()
+
+
+class Clock:
+    """Speed, share of time spent waiting for data, memory, time to go; of training since the last reading."""
+
+    def __init__(self, options: argparse.Namespace, step: int):
+        self.options, self.step = options, step
+        self.took = self.waited = 0.0
+        self.last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        return seconds
+
+    def waiting(self, batches: Iterator[Batch], count: int) -> Iterator[Batch]:
+        self.took += self.lap()
+        for _ in range(count):
+            yield next(batches)
+        self.waited += self.lap()
+
+    def pause(self) -> None:
+        """What was done since the step ended (evaluation, checkpoints) is not training."""
+        self.lap()
+
+    def read(self, step: int) -> dict[str, float]:
+        self.took += self.lap()
+        took, steps = self.took + self.waited, step - self.step
+        if torch.cuda.is_available():
+            memory = torch.cuda.max_memory_allocated()
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+        reading = {
+            "images_per_second": steps * self.options.batch / took,
+            "data_share": self.waited / took,
+            "memory_gib": memory / 2**30,
+            "eta_seconds": (self.options.iterations - step) * took / steps,
+        }
+        self.took = self.waited = 0.0
+        self.step = step
+        return reading
+
+
+def log_line(entry: dict, options: argparse.Namespace) -> str:
+    losses = " ".join(f"{name} {entry[name]:.4f}" for name in ("loss", "seg", "aux", "tag") if name in entry)
+    eta = int(entry["eta_seconds"])
+    return (
+        f"step {entry['step']}/{options.iterations} {losses} lr {entry['lr']:.2e} "
+        f"gnorm {entry['grad_norm']:.2f} {entry['images_per_second']:.1f} img/s "
+        f"data {entry['data_share']:.0%} mem {entry['memory_gib']:.1f}G "
+        f"eta {eta // 3600}:{eta // 60 % 60:02}:{eta % 60:02}"
+    )
+
+
+# ---- state that training needs to go on
+
+
+def training_state(optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, Tensor]:
+    """AdamW's moments by parameter name, and the random state of every rank."""
+    tensors = {}
+    for group in optimizer.param_groups:
+        for name, p in zip(group["names"], group["params"], strict=True):
+            for key, value in optimizer.state[p].items():
+                tensors[f"optimizer/{name}/{key}"] = value.detach().cpu().contiguous()
+    for rank, state in enumerate(ranks.gather(torch.get_rng_state().to(ranks.device))):
+        tensors[f"rng/{rank}/cpu"] = state.cpu()
+    if ranks.device.type == "cuda":
+        for rank, state in enumerate(ranks.gather(torch.cuda.get_rng_state().to(ranks.device))):
+            tensors[f"rng/{rank}/cuda"] = state.cpu()
+    return tensors
+
+
+def restore_training(tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer, ranks: Ranks) -> bool:
+    """Put `training_state` back; false if this rank has no random state there (more ranks than before)."""
+    for group in optimizer.param_groups:
+        for name, p in zip(group["names"], group["params"], strict=True):
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            state = {key: tensors[f"optimizer/{name}/{key}"] for key in keys}
+            optimizer.state[p] = {key: x if key == "step" else x.to(p.device) for key, x in state.items()}
+    if f"rng/{ranks.rank}/cpu" not in tensors:
+        return False
+    torch.set_rng_state(tensors[f"rng/{ranks.rank}/cpu"])
+    if ranks.device.type == "cuda" and f"rng/{ranks.rank}/cuda" in tensors:
+        torch.cuda.set_rng_state(tensors[f"rng/{ranks.rank}/cuda"])
+    return True
+
+
+class Stop:
+    """While it is open, SIGTERM and Ctrl-C ask for an end after this step; a second Ctrl-C ends at once."""
+
+    signal: int | None = None
+
+    def __enter__(self) -> Self:
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def ask(self, number: int, frame: object) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+# ---- pictures of the run
+
+
+def draw_inputs(run: Run, sets: "Sets", batch: Batch) -> None:
+    """inputs.jpg: the first pictures as the model will see them, each with its labels and its words."""
+    pictures = batch.image.permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
+    words = words_of(batch, sets.train_words) or [None] * len(pictures)
+    draw(run.folder / "inputs.jpg", sets.train, zip(pictures, batch.labels.numpy(), words, strict=True))
+
+
+def draw_val(run: Run, tada: Tada, sets: "Sets", step: int) -> None:
+    """val/step-000123.jpg: what the model says of a few pictures of the validation set, always the same."""
+    chosen = np.linspace(0, len(sets.val) - 1, min(SHOWN, len(sets.val))).astype(int).tolist()
+    shown = []
+    tada.eval()
+    for item in EvaluationStream(sets.val, *(tada.config.box or (None, None))).items(chosen):
+        image = normalise(item.image[None].to(run.ranks.device))
+        words = sets.val_words(item.path, item.present)
+        if tada.config.tags == "clip":
+            words = [word for word, _ in tada.tag(image)[0]]
+        steering = None if words is None else [words]
+        seen = tada.predict(image, steering, window=tada.config.crop, stride=tada.config.stride)
+        shown.append((item.image.permute(1, 2, 0).numpy(), seen.labels[0].byte().cpu().numpy(), words))
+    tada.train()
+    (run.folder / "val").mkdir(exist_ok=True)
+    draw(run.folder / "val" / f"step-{step:06d}.jpg", sets.val, shown)
+
+
+def draw(
+    file: Path, dataset: Dataset, shown: Iterable[tuple[np.ndarray, np.ndarray, list[str] | None]]
+) -> None:
+    """Each picture `(H, W, 3)` beside itself under its labels `(H, W)`, with its words."""
+    tiles = []
+    for picture, labels, words in shown:
+        tiles.append(Image.fromarray(picture))
+        tiles.append(overlay(picture, labels, dataset.palette, dataset.classes, words))
+    mosaic(tiles, 4).save(file, quality=92)
+
+
+# ---- before the loop
+
+
+@dataclass
+class Sets:
+    """What is trained on and judged by, and the words of their pictures."""
+
+    train: Dataset
+    val: Dataset
+    train_words: Words
+    val_words: Words
+
+
+@dataclass
+class State:
+    """Where a run is: what a checkpoint holds beside the model."""
+
+    optimizer: torch.optim.Optimizer
+    step: int
+    best: dict
+    frozen: dict[str, str]
+
+
+def train(options: argparse.Namespace, ranks: Ranks) -> int:
+    """A whole run, or the rest of one; the exit code."""
+    run = Run(Path(options.run), ranks)
+    train_set, val_set = (open_dataset(options.dataset, options.data, split) for split in ("train", "val"))
+    if ranks.first:
+        for dataset in (train_set, val_set):
+            run.say(str(check(dataset)))
+    config = config_of(options, train_set)
+    last = open_run(run, options, config)
+
+    torch.manual_seed(options.seed)  # the same first weights on every rank
+    tada = build(config, ranks.device)
+    tada.unet.checkpoint_activations = options.checkpoint_activations
+    train_words, val_words = words_of_sets(run, tada, options, train_set, val_set)
+    sets = Sets(train_set, val_set, train_words, val_words)
+    groups = parameter_groups(tada, options.lr, options.weight_decay, options.unet_lr_scale)
+    optimizer = torch.optim.AdamW([{**group, "full_lr": group["lr"]} for group in groups])
+    state = State(optimizer, 0, {}, checkpoint.frozen_digests(config) if ranks.first else {})
+
+    torch.manual_seed(options.seed + 1 + ranks.rank)  # dropout differs between ranks
+    if last is not None:
+        resume(run, tada, state, last)
+    describe(run, options, tada)
+    if state.step == options.iterations:
+        run.say(f"{run.folder} is complete: {options.iterations} steps; --fresh starts anew")
+        return 0
+    if last is None:
+        rehearse(run, options, tada, sets)
+    if options.check:
+        run.say(f"checked: look at {run.folder / 'inputs.jpg'}, then run without --check")
+        return 0
+    with Stop() as stop:
+        code = loop(run, options, tada, sets, state, stop)
+    if code == 0:
+        best = state.best
+        run.say(
+            f"done: best val mIoU {best['mIoU']:.4f} at step {best['step']}; "
+            f"next: python eval.py {run.folder}"
+        )
+    return code
+
+
+def resume(run: Run, tada: Tada, state: State, folder: Path) -> None:
+    """Take up the model, the optimiser, the random states and the log as they were at a checkpoint."""
+    tensors, facts = checkpoint.read_step(folder, tada)
+    known = restore_training(tensors, state.optimizer, run.ranks)
+    state.step, state.best = facts["step"], facts["best"]
+    run.cut_log(state.step)
+    more = "" if known else "; ranks that were not there before get new random states"
+    run.say(f"going on from step {state.step} in {folder}{more}")
+
+
+def rehearse(run: Run, options: argparse.Namespace, tada: Tada, sets: Sets) -> None:
+    """What would fail after hours, at once: inputs.jpg, and two evaluation batches."""
+    if run.ranks.first:
+        box = options.short, options.long
+        stream = TrainStream(sets.train, tada.config.crop, *box, min(SHOWN, options.batch), options.seed)
+        batches = stream.batches()
+        draw_inputs(run, sets, next(batches))
+        batches.close()
+    evaluate_val(tada, sets, run.ranks, options, limit=2 * run.ranks.world)
+
+
+def evaluate_val(
+    tada: Tada, sets: Sets, ranks: Ranks, options: argparse.Namespace, limit: int | None = None
+) -> Result:
+    """The protocol of `eval.py` without flags, on the validation set or its first `limit` pictures."""
+    return evaluate(
+        tada,
+        sets.val,
+        sets.val_words,
+        window=tada.config.crop,
+        stride=tada.config.stride,
+        indices=range(min(limit or len(sets.val), len(sets.val))),
+        workers=options.workers,
+        rank=ranks.rank,
+        world=ranks.world,
+    )
+
+
+def words_of_sets(
+    run: Run, tada: Tada, options: argparse.Namespace, train_set: Dataset, val_set: Dataset
+) -> tuple[Words, Words]:
+    """Where the words of training and of validation pictures come from; CLIP tags the former once, here."""
+    paths = [dataset.path(i) for dataset in (train_set, val_set) for i in range(len(dataset))]
+    words = open_words(options.condition, options.tags, train_set.prompts, options.data, paths)
+    if options.tags != "clip":
+        if words.table:
+            tada.learn(sorted({word for some in words.table.values() for word in some}), keep=True)
+        return words, words
+    table = tag_all(run, tada, train_set, options)
+    return Words("clip", train_set.prompts, table), words
+
+
+def tag_all(run: Run, tada: Tada, dataset: Dataset, options: argparse.Namespace) -> dict[str, list[str]]:
+    """CLIP's tags of every training picture, in `tags-train.jsonl` of the run folder, shared by all ranks.
+
+    A file of an earlier start of this run is taken as it is.
+    """
+    file = run.folder / "tags-train.jsonl"
+    if run.ranks.first and not file.is_file():
+        run.say(f"tagging {len(dataset):,} training pictures with CLIP")
+        box = tada.config.box or (None, None)
+        stream = EvaluationStream(dataset, *box, options.workers, run.ranks.device.type)
+        lines = []
+        for item in tqdm(stream.items(range(len(dataset))), total=len(dataset), desc="tagging", disable=None):
+            found = tada.tag(normalise(item.image[None].to(run.ranks.device)))[0]
+            lines.append(json.dumps({"image": item.path, "tags": found}) + "\n")
+        new = file.with_suffix(".tmp")
+        new.write_text("".join(lines))
+        os.replace(new, file)
+    run.ranks.wait()
+    entries = map(json.loads, file.read_text().splitlines())
+    return {entry["image"]: [tag for tag, _ in entry["tags"]] for entry in entries}
+
+
+def describe(run: Run, options: argparse.Namespace, tada: Tada) -> None:
+    """The first screen: what is trained, from what, how much."""
+    config, world = tada.config, run.ranks.world
+    if config.weights == "random":
+        run.say("RANDOM WEIGHTS: no prior is used; the result says nothing about the method")
+    if config.condition == "oracle" or config.tags == "oracle":
+        run.say("ORACLE: the model is told the true classes; the result is a bound, not a result")
+    for part in ("vae", "clip", "unet", "adapter", "decoder"):
+        parameters = list(getattr(tada, part).parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        frozen = sum(p.numel() for p in parameters if not p.requires_grad)
+        run.say(f"  {part:8} {trained:>13,} parameters trained {frozen:>13,} frozen")
+    each = options.batch // (world * options.accumulate)
+    paper = recipe(options.dataset, options.model, options.decoder).paper
+    run.say(
+        f"batch {options.batch} = {world} processes x {options.accumulate} accumulated x {each} pictures, "
+        f"{options.iterations:,} iterations, lr {options.lr:g}"
+        + (f"; the paper: {paper}, batch unsaid" if paper else "")
+        + f"; device {run.ranks.device}, {options.threads} threads, torch {torch.__version__}"
+    )
+    run.say(f"run folder {run.folder}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    torch.set_num_threads(options.threads)
+    ranks = connect()
+    try:
+        return train(options, ranks)
+    except KeyboardInterrupt:
+        print("stopped: the last checkpoint stays", file=sys.stderr)
+        return 130
+    except (RunError, DataError, ModelError, AdapterError, CheckpointError, WeightsError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    finally:
+        disconnect()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
