@@ -285,10 +285,16 @@ class Folder:
 
     def __init__(self, out: Path, options: argparse.Namespace, checkpoint: str, ranks: Ranks):
         self.out, self.options, self.checkpoint, self.ranks = out, options, checkpoint, ranks
+        self.lock = None
         self.list = out / (LIST if ranks.world == 1 else f".{ranks.rank}.{LIST}")  # each process has its own
 
+    def release(self) -> None:
+        """Let others have the folder."""
+        if self.lock is not None:
+            self.lock.close()
+
     def claim(self) -> None:
-        """Make the folder ours until this process ends; tidy up after one that was interrupted."""
+        """Make the folder ours until `release`; tidy up after a process that was interrupted."""
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.out / ".lock", "w")  # noqa: SIM115  held open on purpose
@@ -419,13 +425,24 @@ def run(options: argparse.Namespace, ranks: Ranks) -> int:
     words = read_words(config, options.tags, found)
 
     folder = Folder(out, options, digest(file), ranks)
-    if ranks.first:
-        folder.claim()
-    ranks.wait()
+    try:
+        if ranks.first:
+            folder.claim()
+        ranks.wait()
+        return predict_all(folder, found, words, config)
+    finally:
+        folder.release()
+
+
+def predict_all(
+    folder: Folder, found: dict[str, str], words: dict[str, list[str] | None], config: TadaConfig
+) -> int:
+    """This process's share of the pictures that are not done; 1 if some picture could not be read."""
+    options, ranks, out = folder.options, folder.ranks, folder.out
     jobs, todo = folder.plan(found, words)
     ranks.wait()  # only now may files appear
     if todo:
-        tada = load_model(file, options.weights, ranks.device)
+        tada = load_model(options.checkpoint, options.weights, ranks.device)
     if ranks.first and config.weights == "random":
         print("random weights: this model knows nothing but what it was trained on")
 
