@@ -22,7 +22,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,14 +30,15 @@ from augment import normalise
 from checkpoint import CheckpointError, find_model, load_model, read_about, read_config
 from data import IGNORE, LAYOUTS, DataError, Dataset, Words, check, fit, open_dataset, open_words
 from model import ModelError, Size, Tada, TadaConfig, digest
+from pictures import confusion_matrix
 from ranks import Ranks, connect, disconnect
+from recipes import stride_of
 from scenes import VERSION
 from stream import EvaluationStream, Item
 from weights.load import WeightsError
 
 MULTISCALE = (1.0, 1.125, 1.25, 1.375, 1.5)  # VPD's "+MS"
 WORST = 10  # classes that the report lists again
-NAMED = 40  # classes; a confusion matrix of more is drawn without names
 CHECKED = 10  # pictures and labels that are decoded before the model is loaded
 
 
@@ -326,39 +326,7 @@ def write(result: Result, out: Path, file: Path) -> None:
         table.writerow(["truth \\ prediction", *result.classes])
         for name, row in zip(result.classes, result.confusion.tolist(), strict=True):
             table.writerow([name, *row])
-    draw_confusion(result.confusion, result.classes).save(out / "confusion.png")
-
-
-def draw_confusion(confusion: Tensor, names: Sequence[str]) -> Image.Image:
-    """The share of each row, from white to dark blue as its root, so that rare confusions show.
-
-    Up to 40 classes have their names, and percentages in the cells. A row without pixels is grey.
-    """
-    K, font = len(names), ImageFont.load_default(14)
-    names = names if K <= NAMED else []
-    side = 32 if names else max(1200 // K, 2)
-    margin = 16 + int(max(map(font.getlength, [*names, "column: prediction"])))
-    shares = confusion.double() / confusion.sum(1, keepdim=True)  # NaN without pixels
-    shade = shares.sqrt()[..., None]
-    colour = (255 + shade * torch.tensor([8 - 255, 48 - 255, 107 - 255])).nan_to_num(225)  # (K, K, 3)
-    matrix = Image.fromarray(colour.round().to(torch.uint8).numpy())
-    picture = Image.new("RGB", (margin + K * side + 16, margin + K * side + 16), "white")
-    picture.paste(matrix.resize((K * side, K * side), Image.Resampling.NEAREST), (margin, margin))
-    draw = ImageDraw.Draw(picture)
-    draw.rectangle((margin - 1, margin - 1, margin + K * side, margin + K * side), outline="lightgray")
-    draw.multiline_text((margin - 8, margin - 40), "row: truth\ncolumn: prediction", "gray", font, "ra")
-    above = Image.new("RGB", (margin, K * side), "white")  # the columns' names, before they are turned
-    for k, name in enumerate(names):
-        middle = (k + 0.5) * side
-        draw.text((margin - 8, margin + middle), name, "black", font, anchor="rm")
-        ImageDraw.Draw(above).text((8, middle), name, "black", font, anchor="lm")
-        for column in (shares[k] >= 0.01).nonzero().flatten().tolist():
-            place = margin + (column + 0.5) * side, margin + middle
-            ink = "white" if shares[k, column] > 0.25 else "black"
-            draw.text(place, f"{100 * shares[k, column]:.0f}", ink, font, anchor="mm")
-    if names:
-        picture.paste(above.rotate(90, expand=True), (margin, 0))
-    return picture
+    confusion_matrix(result.confusion, result.classes).save(out / "confusion.png")
 
 
 # ---- the command line
@@ -453,7 +421,7 @@ def windows_of(options: argparse.Namespace, config: TadaConfig) -> tuple[Size | 
     if options.whole:
         return None, None
     window = options.window or config.crop
-    thirds = tuple(max(side * 2 // 3, 1) for side in window)  # 341 of 512, 426 of 640
+    thirds = tuple(map(stride_of, window))
     stride = options.stride or (thirds if options.window else config.stride)
     if any(step > side for step, side in zip(stride, window, strict=True)):
         raise EvalError(f"--stride {stride} leaves gaps between windows of {window}: give at most the window")

@@ -46,7 +46,7 @@ Size = tuple[int, int]  # height, width
 Tags = Sequence[Sequence[str]]  # the words of each picture; for captions one whole sentence each
 
 NOISE_SEED = 42  # ours; ODISE too takes one noise for every picture
-STRIP = 2**26  # values of the softmax that are held at once when a picture is read: 256 MiB
+STRIP = 2**24  # values of the softmax that are held at once when a picture is read: 64 MiB
 
 
 class ModelError(ValueError):
@@ -362,12 +362,12 @@ def vote(maps: Sequence[Tensor], size: Size) -> Tensor:
     """
     (H, W), (B, K) = size, maps[0].shape[:2]
     rows = max(STRIP // (B * K * W), 1)
-    strips = []
+    labels = torch.empty(B, H, W, dtype=torch.int64, device=maps[0].device)
     for top in range(0, H, rows):
         bottom = min(top + rows, H)
         mean = sum(resize_rows(x, size, top, bottom).softmax(dim=1) for x in maps)
-        strips.append(mean.argmax(dim=1))
-    return torch.cat(strips, dim=1)
+        labels[:, top:bottom] = mean.argmax(dim=1)
+    return labels
 
 
 def resize_rows(x: Tensor, size: Size, top: int, bottom: int) -> Tensor:

@@ -3,19 +3,22 @@
     overlay(image, labels, palette, classes, ["sea", "boat"]).save("beach.overlay.jpg")
 
 Images are `(H, W, 3)` uint8 RGB, labels `(H, W)` uint8 with 255 = ignore, as in data.py. Top to bottom: the
-overlay, its legend, the heat map, the mosaic, text that fits.
+overlay, its legend, the heat map, the mosaic, the confusion matrix, text that fits.
 """
 
 import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 SMALLEST = 512  # of a picture's longer side as drawn: smaller ones are enlarged, text must fit below
 WIDEST, HIGHEST = 1600, 1320  # of a picture as drawn: with its legend it is at most 1600 pixels high
 ROWS = 4  # of classes in a legend, in 2 to 4 columns
 TILE = 640  # the widest picture in a mosaic
+NAMED = 40  # classes; a confusion matrix of more is drawn without names
 COVER = 0.55  # of a class's colour over the picture
 PAPER, INK, GREY = (250, 249, 246), (28, 32, 40), (112, 116, 124)
 HEAT = (8, 8, 24), (84, 18, 110), (188, 55, 84), (246, 136, 30), (253, 240, 170)  # rising in lightness
@@ -134,6 +137,39 @@ def mosaic(images: Sequence[Image.Image], columns: int) -> Image.Image:
             canvas.paste(tile, (gap + i * (width + gap), top))
         top += height + gap
     return canvas
+
+
+def confusion_matrix(confusion: Tensor, names: Sequence[str]) -> Image.Image:
+    """The share of each row, from white to dark blue as its root, so that rare confusions show.
+
+    confusion `(K, K)` pixels [truth, prediction]. Up to 40 classes have their names, and percentages in the
+    cells. A row without pixels is grey.
+    """
+    K, font = len(names), ImageFont.load_default(14)
+    names = names if K <= NAMED else []
+    side = 32 if names else max(1200 // K, 2)
+    margin = 16 + int(max(map(font.getlength, [*names, "column: prediction"])))
+    shares = confusion.double() / confusion.sum(1, keepdim=True)  # NaN without pixels
+    shade = shares.sqrt()[..., None]
+    colour = (255 + shade * torch.tensor([8 - 255, 48 - 255, 107 - 255])).nan_to_num(225)  # (K, K, 3)
+    matrix = Image.fromarray(colour.round().to(torch.uint8).numpy())
+    picture = Image.new("RGB", (margin + K * side + 16, margin + K * side + 16), "white")
+    picture.paste(matrix.resize((K * side, K * side), Image.Resampling.NEAREST), (margin, margin))
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((margin - 1, margin - 1, margin + K * side, margin + K * side), outline="lightgray")
+    draw.multiline_text((margin - 8, margin - 40), "row: truth\ncolumn: prediction", "gray", font, "ra")
+    above = Image.new("RGB", (margin, K * side), "white")  # the columns' names, before they are turned
+    for k, name in enumerate(names):
+        middle = (k + 0.5) * side
+        draw.text((margin - 8, margin + middle), name, "black", font, anchor="rm")
+        ImageDraw.Draw(above).text((8, middle), name, "black", font, anchor="lm")
+        for column in (shares[k] >= 0.01).nonzero().flatten().tolist():
+            place = margin + (column + 0.5) * side, margin + middle
+            ink = "white" if shares[k, column] > 0.25 else "black"
+            draw.text(place, f"{100 * shares[k, column]:.0f}", ink, font, anchor="mm")
+    if names:
+        picture.paste(above.rotate(90, expand=True), (margin, 0))
+    return picture
 
 
 # ---- text

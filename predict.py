@@ -21,7 +21,6 @@ Top to bottom: which pictures, under which names, with which words; one picture;
 """
 
 import argparse
-import fcntl
 import glob
 import json
 import os
@@ -58,6 +57,7 @@ from data import text as clean
 from model import ModelError, Size, Tada, TadaConfig, digest, windows
 from pictures import TILE, heat, mosaic, overlay, percent
 from ranks import Ranks, connect, disconnect
+from run import RunError, lock
 from weights.load import WeightsError
 
 LIST = "predictions.jsonl"
@@ -295,17 +295,11 @@ class Folder:
 
     def claim(self) -> None:
         """Make the folder ours until `release`; tidy up after a process that was interrupted."""
+        self.lock = lock(self.out, "--out")
         try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.out / ".lock", "w")  # noqa: SIM115  held open on purpose
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for left in self.out.rglob(".tmp-*"):
                 left.unlink()
             self.merge()
-        except BlockingIOError:
-            raise PredictError(
-                f"{self.out} is being written by another process: give another --out"
-            ) from None
         except OSError as error:
             raise PredictError(
                 f"{self.out} cannot be written ({error.strerror}): give another --out"
@@ -398,6 +392,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except (
         PredictError,
+        RunError,
         DataError,
         ModelError,
         AdapterError,

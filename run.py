@@ -14,6 +14,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from tqdm import tqdm
@@ -26,6 +27,26 @@ from ranks import Ranks
 
 class RunError(ValueError):
     """Why a run cannot begin or go on; one sentence with the cure."""
+
+
+def lock(folder: Path, flag: str) -> TextIO:
+    """Make a folder, and keep other processes out of it until the returned file is closed.
+
+    Raises RunError, naming the `flag` that gives another folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written ({error.strerror}): give another {flag}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise RunError(
+            f"{folder} is being written by another process: wait, or give another {flag}"
+        ) from None
+    return file
 
 
 class Run:
@@ -41,19 +62,14 @@ class Run:
             sys.stdout.flush()
 
     def claim(self) -> None:
-        """Make the folder ours until this process ends. Raises RunError if another process has it."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.folder / ".lock", "w")  # noqa: SIM115  held open on purpose
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(
-                f"{self.folder} is being written by another process: wait, or give --run"
-            ) from None
-        except OSError as error:
-            raise RunError(
-                f"{self.folder} cannot be written ({error.strerror}): give another --run"
-            ) from None
+        """Make the folder ours until `release`. Raises RunError if another process has it."""
+        self.release()
+        self.lock = lock(self.folder, "--run")
+
+    def release(self) -> None:
+        """Let others have the folder."""
+        if self.lock is not None:
+            self.lock.close()
 
     def log(self, entry: dict) -> None:
         if self.ranks.first:

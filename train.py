@@ -386,6 +386,15 @@ class State:
 def train(options: argparse.Namespace, ranks: Ranks) -> int:
     """A whole run, or the rest of one; the exit code."""
     run = Run(Path(options.run), ranks)
+    try:
+        return train_in(run, options)
+    finally:
+        run.release()
+
+
+def train_in(run: Run, options: argparse.Namespace) -> int:
+    """`train` in its folder: open all that is needed, what is quick first, then the loop."""
+    ranks = run.ranks
     train_set, val_set = (open_dataset(options.dataset, options.data, split) for split in ("train", "val"))
     if ranks.first:
         for dataset in (train_set, val_set):
@@ -430,6 +439,8 @@ def resume(run: Run, tada: Tada, state: State, folder: Path) -> None:
     tensors, facts = checkpoint.read_step(folder, tada)
     known = restore_training(tensors, state.optimizer, run.ranks)
     state.step, state.best = facts["step"], facts["best"]
+    if run.ranks.first and state.best.get("step") == state.step:  # a crash may have come before the link
+        checkpoint.point(run.folder, "best", folder.name)
     run.cut_log(state.step)
     more = "" if known else "; ranks that were not there before get new random states"
     run.say(f"going on from step {state.step} in {folder}{more}")

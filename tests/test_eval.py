@@ -26,8 +26,9 @@ from test_data import damage, noise, save
 import eval as module
 from checkpoint import point, save_model, write_step
 from data import IGNORE, DataError, open_dataset, open_words
-from eval import Result, average_precision, count, draw_confusion, evaluate, main, write
+from eval import Result, average_precision, count, evaluate, main, write
 from model import TadaConfig, build
+from pictures import confusion_matrix
 
 CLASSES = ("sky", "sea", "red boat", "a|b")
 SIZES = [(40, 66), (87, 60), (47, 126), (65, 87)]  # none is a multiple of 64
@@ -536,7 +537,7 @@ def test_the_picture_of_the_confusion(K):
     """Row 0 is found wholly, a quarter of row 1 is taken for class 0, row 2 has no pixels."""
     confusion = torch.eye(K, dtype=torch.int64) * 4
     confusion[1, :2], confusion[2] = torch.tensor([1, 3]), 0
-    picture = draw_confusion(confusion, ["x"] * K)
+    picture = confusion_matrix(confusion, ["x"] * K)
     side = 32 if K <= 40 else 8
     margin = picture.width - 16 - K * side
     corner = [
