@@ -111,6 +111,9 @@ def open_run(run: Run, options: argparse.Namespace, config: TadaConfig) -> Path 
         file = run.folder / "config.json"
         if last is not None:
             refuse_changes(run, json.loads(file.read_text()), now)
+        else:  # an earlier start that came to no checkpoint may have had other options
+            for name in ("log.jsonl", "tags-train.jsonl"):
+                (run.folder / name).unlink(missing_ok=True)
         file.write_text(json.dumps(now, indent=1))
     run.ranks.wait()
     return last if run.ranks.first else newest_step(run.folder)[0]

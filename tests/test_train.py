@@ -255,9 +255,9 @@ def same(run, other):
     return log_of(run) == log_of(other)
 
 
-@pytest.mark.parametrize("crash", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 5))])
+@pytest.mark.parametrize("crash", [1, 3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 5))])
 def test_the_same_command_goes_on_exactly(folder, unbroken, tmp_path, monkeypatch, crash):
-    """Cut off in a step after a checkpoint, with dropout: rerun, it ends as the unbroken run did."""
+    """Cut off before or after a checkpoint, with dropout: rerun, it ends as the unbroken run did."""
     made, step = [], train.train_step
 
     def dies(*args, **kwargs):
@@ -287,6 +287,16 @@ def test_a_finished_run_is_left_alone(folder, unbroken, capsys):
     assert train.main(command(folder, unbroken)) == 0
     assert "is complete" in capsys.readouterr().out
     assert log_of(unbroken) == before
+
+
+def test_tags_of_a_start_that_came_to_nothing_are_not_used(folder, tmp_path):
+    """They may be another model's, or another data set's."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "tags-train.jsonl").write_text('{"image": "elsewhere.png", "tags": []}\n')
+    assert train.main(command(folder, run, "--iterations", "1", "--tags", "clip")) == 0
+    tagged = [json.loads(line)["image"] for line in (run / "tags-train.jsonl").read_text().splitlines()]
+    assert tagged == [f"images/train/{i}.png" for i in range(8)]
 
 
 def test_fresh_puts_the_earlier_run_aside(folder, unbroken, tmp_path):
