@@ -22,7 +22,7 @@ from torch import Tensor
 
 import weights.load as official
 from clip import CLIP, Tokenizer
-from model import Tada, TadaConfig, assemble, digest, part_configs, prior_files
+from model import SCALE_FILE, Tada, TadaConfig, assemble, digest, part_configs, prior_files
 from unet import UNet
 from vae import VAE
 
@@ -43,7 +43,10 @@ def frozen_digests(config: TadaConfig) -> dict[str, str]:
     if config.weights == "random":
         return {}
     parts = ("vae", "clip", "tokenizer", "unet") if config.freeze_unet else ("vae", "clip", "tokenizer")
-    return {file: digest(Path(config.weights, file)) for file in prior_files(config.weights, parts)}
+    files = prior_files(config.weights, parts)
+    if config.model == "tiny":
+        files.append(SCALE_FILE)
+    return {file: digest(Path(config.weights, file)) for file in files}
 
 
 def own_state(tada: Tada) -> dict[str, Tensor]:
@@ -84,7 +87,8 @@ def load_model(path: str | Path, weights: str | None = None, device: torch.devic
 
     with torch.device("meta"):  # every tensor comes from one of the files
         vae, unet, clip = (
-            kind(x) for kind, x in zip((VAE, UNet, CLIP), part_configs(config.model), strict=True)
+            kind(x)
+            for kind, x in zip((VAE, UNet, CLIP), part_configs(config.model, config.weights), strict=True)
         )
         empty = torch.empty(clip.config.positions, clip.config.text.width)
         classes = torch.empty(len(config.classes), clip.config.text.width)
@@ -93,9 +97,8 @@ def load_model(path: str | Path, weights: str | None = None, device: torch.devic
         tokenizer = Tokenizer.spelling(clip.config.vocabulary) if random else Tokenizer(folder / "tokenizer")
         tada = assemble(config, vae, unet, clip, tokenizer, empty, classes, names)
     for name in about["frozen"]:  # the very files whose hash was compared
-        part = name.split("/")[0]
-        if part != "tokenizer":
-            official.load(getattr(tada, part), folder / name)
+        if name.endswith(".safetensors"):
+            official.load(getattr(tada, name.split("/")[0]), folder / name)
     # Copies lie in memory as a built model's tensors do: on the CPU the last digits depend on that.
     own = {name: x.clone() for name, x in fitting(tada, file).items()}
     tada.load_state_dict({**tada.state_dict(), **own}, strict=True, assign=True)

@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -46,6 +46,7 @@ Size = tuple[int, int]  # height, width
 Tags = Sequence[Sequence[str]]  # the words of each picture; for captions one whole sentence each
 
 NOISE_SEED = 42  # ours; ODISE too takes one noise for every picture
+SCALE_FILE = "vae/config.json"  # below the folder of tiny's weights
 STRIP = 2**24  # values of the softmax that are held at once when a picture is read: 64 MiB
 
 
@@ -94,6 +95,16 @@ class Output(NamedTuple):
     condition: Condition
 
 
+class Seen(NamedTuple):
+    """What the frozen parts make of a picture: noised latent `(B, 4, h, w)`, CLIP's image tokens `(B, N, C)`
+    and embedding `(B, P)`; None where the condition does not look.
+    """
+
+    latent: Tensor
+    image_tokens: Tensor | None
+    image_embedding: Tensor | None
+
+
 class Prediction(NamedTuple):
     """labels `(B, H, W)` int64 in 0..K-1; tag_logits `(B, K)` of Eq. 7 over all windows, None without it."""
 
@@ -139,25 +150,30 @@ class Tada(nn.Module):
             adapter.log_scale.requires_grad_(False)
             adapter.bias.requires_grad_(False)
 
-    def forward(self, image: Tensor, tags: Tags | None = None) -> Output:
+    def forward(self, image: Tensor | None, tags: Tags | None = None, seen: Seen | None = None) -> Output:
         """Figure 2: image `(B, 3, H, W)` in [-1, 1], any size, and the words of each picture.
 
         Without tags the adapter reads the class names. The prediction is that of the picture padded with grey
-        on the right and below to multiples of 64; `loss` and `predict` take that into account.
+        on the right and below to multiples of 64; `loss` and `predict` take that into account. `seen` stands
+        for the image where `see` has read it before.
         """
-        B = len(image)
         with torch.no_grad():
-            latent = self.noised(self.encode(self.padded(image)))  # (B, 4, h, w)
-            image_tokens, image_embedding = self.clip.image(image) if self.looks else (None, None)
+            latent, image_tokens, image_embedding = seen or self.see(image)
             text = self.text(tags)
         condition = self.adapter(image_tokens, image_embedding, text)
+        B = len(latent)
         context = condition.context.expand(B, -1, -1)  # (B, L, C)
-        t = torch.full((B,), self.config.timestep, device=image.device)
+        t = torch.full((B,), self.config.timestep, device=latent.device)
         if self.config.attention_maps:
             features = with_attention(*self.unet.features_and_attention(latent, t, context))
         else:
             features = self.features(latent, t, context, condition.lengths)
         return Output(self.decoder(features), condition)
+
+    def see(self, image: Tensor) -> Seen:
+        """The frozen view of a picture, by the VAE and, where the condition looks, CLIP's image tower."""
+        latent = self.noised(self.encode(self.padded(image)))
+        return Seen(latent, *(self.clip.image(image) if self.looks else (None, None)))
 
     def encode(self, image: Tensor) -> Tensor:
         """The latent `(B, 4, h, w)`: scaled by 0.18215 as Stable Diffusion's, or as VPD leaves it."""
@@ -268,18 +284,16 @@ class Tada(nn.Module):
             )
         if tags is not None and self.config.tag_tokens == "prompt":
             raise ModelError("tag_tokens 'prompt' joins the tags into one text: use a model with 'pooled'")
-        (B, _, H, W), padded = image.shape, self.padded(image)
-        latent = self.noised(self.encode(padded))
-        image_tokens, image_embedding = self.clip.image(image) if self.looks else (None, None)
-        text = self.text(tags)
-        condition = self.adapter(image_tokens, image_embedding, text)
+        (B, _, H, W), text, seen = image.shape, self.text(tags), self.see(image)
+        condition = self.adapter(seen.image_tokens, seen.image_embedding, text)
         context = condition.context.expand(B, -1, -1)
         t = torch.full((B,), self.config.timestep, device=image.device)
-        _, (_, *maps) = self.unet.features_and_attention(latent, t, context, condition.lengths)
+        _, (_, *maps) = self.unet.features_and_attention(seen.latent, t, context, condition.lengths)
         if isinstance(self.adapter, Tagging):
-            shares = self.adapter.attention(image_tokens, text)  # (B, Q, T)
+            shares = self.adapter.attention(seen.image_tokens, text)  # (B, Q, T)
             maps = [torch.einsum("BQhw,BQT->BThw", x, shares).float() for x in maps]
-        return sum(resize(x, padded.shape[-2:]) for x in maps)[..., :H, :W] / len(maps)
+        size = self.padded(image).shape[-2:]
+        return sum(resize(x, size) for x in maps)[..., :H, :W] / len(maps)
 
     # ---- words
 
@@ -385,12 +399,26 @@ def resize_rows(x: Tensor, size: Size, top: int, bottom: int) -> Tensor:
 # ---- building
 
 
-def part_configs(model: str) -> tuple[VAEConfig, UNetConfig, CLIPConfig]:
-    """The sizes of the prior: "sd15" or "tiny"."""
+def part_configs(model: str, weights: str | Path) -> tuple[VAEConfig, UNetConfig, CLIPConfig]:
+    """The sizes of the prior, "sd15" or "tiny", and the latent scale that was measured with its weights."""
     if model not in ("sd15", "tiny"):
         raise ModelError(f"there is no model {model!r}: choose sd15 or tiny")
-    configs = VAEConfig, UNetConfig, CLIPConfig
-    return tuple(config.tiny() if model == "tiny" else config() for config in configs)
+    if model == "sd15":
+        return VAEConfig(), UNetConfig(), CLIPConfig()
+    vae = VAEConfig.tiny()
+    if str(weights) != "random":
+        vae = replace(vae, scale=measured_scale(Path(weights, SCALE_FILE)))
+    return vae, UNetConfig.tiny(), CLIPConfig.tiny()
+
+
+def measured_scale(file: Path) -> float:
+    """`scaling_factor`, as diffusers calls it, of an autoencoder's config.json."""
+    try:
+        return float(json.loads(file.read_text())["scaling_factor"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise official.WeightsError(
+            f"{file} gives no scaling_factor ({type(error).__name__}): `python -m weights.pretrain` writes it"
+        ) from None
 
 
 def prior(model: str, weights: str | Path) -> tuple[VAE, UNet, CLIP, Tokenizer]:
@@ -399,7 +427,7 @@ def prior(model: str, weights: str | Path) -> tuple[VAE, UNet, CLIP, Tokenizer]:
     With "random" they are newly initialised, and the tokenizer spells.
     """
     parts = []
-    for kind, config in zip((VAE, UNet, CLIP), part_configs(model), strict=True):
+    for kind, config in zip((VAE, UNet, CLIP), part_configs(model, weights), strict=True):
         if str(weights) == "random":
             parts.append(kind(config))
             continue

@@ -150,18 +150,23 @@ def put_aside(run: Run) -> None:
 
 def about_run(options: argparse.Namespace, config: TadaConfig) -> dict:
     """config.json: every option, the model, versions, commit, command."""
-    here = Path(__file__).parent
-    git = subprocess.run(
-        ["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
     about = {
         "command": [sys.executable, *sys.argv],
         "data": str(Path(options.data).absolute()),
         "options": vars(options),
         "model": asdict(config),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "commit": git.stdout.strip() or None,
+        "commit": commit(),
     }
     if options.dataset == "scenes":
         about["scenes"] = scenes.VERSION
     return about
+
+
+def commit() -> str | None:
+    """The commit of this code, None outside a git checkout."""
+    here = Path(__file__).parent
+    git = subprocess.run(
+        ["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return git.stdout.strip() or None

@@ -34,7 +34,7 @@ from checkpoint import (
     steps,
     write_step,
 )
-from model import Tada, TadaConfig, build, parameter_groups
+from model import SCALE_FILE, Tada, TadaConfig, build, parameter_groups
 
 CONDITIONS = ("none", "caption", "classes", "implicit", "tagging", "oracle")
 QUICK = ("none", "classes", "tagging")  # the others are like them: in the slow tests
@@ -150,7 +150,7 @@ def weights(tiny, tmp_path) -> Path:
 
 
 VAE, UNET = ("vae/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.safetensors")
-FROZEN = (VAE, "clip/model.safetensors", "tokenizer/vocab.json", "tokenizer/merges.txt")
+FROZEN = (VAE, SCALE_FILE, "clip/model.safetensors", "tokenizer/vocab.json", "tokenizer/merges.txt")
 
 
 @pytest.mark.parametrize("freeze_unet", [False, True])

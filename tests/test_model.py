@@ -740,5 +740,5 @@ def test_what_cannot_be_built(options, sentence):
 def test_absent_weights_are_named(weights, part):
     """With the command that gets them."""
     shutil.rmtree(weights / part)
-    with pytest.raises((WeightsError, FileNotFoundError), match=rf"{part}.*weights\.fetch"):
+    with pytest.raises((WeightsError, FileNotFoundError), match=rf"{part}.*weights\.(fetch|pretrain)"):
         build(config(weights=str(weights)))
