@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from kernels.linear import Linear
+
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # openai/CLIP clip/simple_tokenizer.py
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1]; openai/CLIP clip/clip.py, `_transform`
@@ -312,10 +314,10 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
+        self.q_proj = Linear(width, width)
+        self.k_proj = Linear(width, width)
+        self.v_proj = Linear(width, width)
+        self.out_proj = Linear(width, width)
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
@@ -329,8 +331,8 @@ class MLP(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
+        self.fc1 = Linear(width, 4 * width)
+        self.fc2 = Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(quick_gelu(self.fc1(x)))

@@ -407,6 +407,7 @@ def part_configs(model: str, weights: str | Path) -> tuple[VAEConfig, UNetConfig
         return VAEConfig(), UNetConfig(), CLIPConfig()
     vae = VAEConfig.tiny()
     if str(weights) != "random":
+        official.find(Path(weights, "vae"), official.OFFICIAL[VAE])  # a missing folder is named first
         vae = replace(vae, scale=measured_scale(Path(weights, SCALE_FILE)))
     return vae, UNetConfig.tiny(), CLIPConfig.tiny()
 

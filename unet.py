@@ -10,6 +10,7 @@ parts.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import attention, attention_maps
+from kernels.linear import Linear, linear
 
 TAP = 1  # maps are taken after the second block of an up level (VPD vpd/models.py, output_blocks 1, 4, 7)
 MAX_CONTEXT = 1024
@@ -116,6 +118,7 @@ class UNet(nn.Module):
         """Down, through the middle and up: the four maps and, to `look` at, those of the attention."""
         self.check(latent, t, context, lengths)
         time = F.silu(self.time_embedding(t))  # (B, 1280); every block starts from its SiLU
+        told = self.keys_values(context)  # what each transformer attends to, in the order in which they run
 
         x = self.conv_in(latent)  # (B, 320, h, w)
         skips = [x]
@@ -124,7 +127,7 @@ class UNet(nn.Module):
             for i, resnet in enumerate(level.resnets):
                 x = self.run(resnet, x, time)
                 if level.attentions:
-                    x, attended = self.run(level.attentions[i], x, context, lengths, look)
+                    x, attended = self.run(level.attentions[i], x, *next(told), lengths, look)
                     seen.append(attended)
                 skips.append(x)
             if level.downsamplers:
@@ -132,7 +135,7 @@ class UNet(nn.Module):
                 skips.append(x)
 
         x = self.run(self.mid_block.resnets[0], x, time)  # (B, 1280, h/8, w/8)
-        x, _ = self.run(self.mid_block.attentions[0], x, context, lengths, False)
+        x, _ = self.run(self.mid_block.attentions[0], x, *next(told), lengths, False)
         x = self.run(self.mid_block.resnets[1], x, time)
 
         maps = []
@@ -141,7 +144,7 @@ class UNet(nn.Module):
                 x = torch.cat([x, skips.pop()], dim=1)
                 x = self.run(resnet, x, time)
                 if level.attentions:
-                    x, attended = self.run(level.attentions[i], x, context, lengths, look)
+                    x, attended = self.run(level.attentions[i], x, *next(told), lengths, look)
                     seen.append(attended)
                 if i == TAP:
                     maps.append(x)
@@ -149,6 +152,15 @@ class UNet(nn.Module):
         maps[-1] = x  # the finest level has no upsampling after it: its map is the last one
         means = [torch.stack(seen).mean(dim=0) for seen in looks if look and seen]  # the last level has none
         return maps[::-1], means
+
+    def keys_values(self, context: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and values `(B, L, n, d)` of the context for every cross-attention layer, by one product."""
+        levels = (*self.down_blocks, self.mid_block, *self.up_blocks)
+        layers = [x.transformer_blocks[0].attn2 for level in levels for x in level.attentions]
+        weights = [weight for layer in layers for weight in (layer.to_k.weight, layer.to_v.weight)]
+        parts = linear(context, torch.cat(weights)).split([len(weight) for weight in weights], dim=-1)
+        parts = [rearrange(x, "B L (n d) -> B L n d", n=self.config.heads) for x in parts]
+        return zip(parts[::2], parts[1::2], strict=True)
 
     def run(self, block: nn.Module, *inputs: Tensor | bool | None) -> Any:
         """The block's output; its activations are recomputed in the backward pass if asked."""
@@ -223,7 +235,7 @@ class ResnetBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """One transformer block over the h*w pixels of a map, added to it.
+    """One transformer block over the h*w pixels of a map, added to it; k, v `(B, L, n, d)` are the context's.
 
     The second result is, to `look` at, how much each pixel attends to each token, `(B, L, h, w)`; else None.
     """
@@ -238,11 +250,11 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(
-        self, x: Tensor, context: Tensor, lengths: Tensor | None, look: bool
+        self, x: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, look: bool
     ) -> tuple[Tensor, Tensor | None]:
         tokens, attended = rearrange(self.proj_in(self.norm(x)), "B C h w -> B (h w) C"), None
         for block in self.transformer_blocks:
-            tokens, attended = block(tokens, context, lengths, look)
+            tokens, attended = block(tokens, k, v, lengths, look)
         if attended is not None:
             attended = rearrange(attended, "B (h w) L -> B L h w", h=x.shape[2])
         return x + self.proj_out(rearrange(tokens, "B (h w) C -> B C h w", h=x.shape[2])), attended
@@ -261,37 +273,44 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(width)
 
     def forward(
-        self, x: Tensor, context: Tensor, lengths: Tensor | None, look: bool
+        self, x: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, look: bool
     ) -> tuple[Tensor, Tensor | None]:
         x_norm = self.norm1(x)
-        x = x + self.attn1(x_norm, x_norm)
+        x = x + self.attn1(x_norm, *self.attn1.keys_values(x_norm))
         x_norm = self.norm2(x)
-        x = x + self.attn2(x_norm, context, lengths)
-        attended = self.attn2.look(x_norm, context, lengths) if look else None  # (B, h w, L)
+        x = x + self.attn2(x_norm, k, v, lengths)
+        attended = self.attn2.look(x_norm, k, lengths) if look else None  # (B, h w, L)
         return x + self.ff(self.norm3(x)), attended
 
 
 class Attention(nn.Module):
-    """Multi-head attention of pixels `(B, N, C)` to tokens `(B, M, C')`: themselves or the context."""
+    """Multi-head attention of pixels `(B, N, C)` to tokens `(B, M, C')`: themselves or the context.
+
+    The keys and values of the context come from outside, since all layers' are made at once.
+    """
 
     def __init__(self, width: int, context_width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(width, width, bias=False)
-        self.to_k = nn.Linear(context_width, width, bias=False)
-        self.to_v = nn.Linear(context_width, width, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(width, width))
+        self.to_q = Linear(width, width, bias=False)
+        self.to_k = Linear(context_width, width, bias=False)
+        self.to_v = Linear(context_width, width, bias=False)
+        self.to_out = nn.Sequential(Linear(width, width))
 
-    def forward(self, x: Tensor, context: Tensor, lengths: Tensor | None = None) -> Tensor:
-        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
-        q, k, v = (rearrange(y, "B N (n d) -> B N n d", n=self.heads) for y in (q, k, v))
-        return self.to_out(rearrange(attention(q, k, v, lengths), "B N n d -> B N (n d)"))
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
+        y = attention(self.split(self.to_q(x)), k, v, lengths)
+        return self.to_out(rearrange(y, "B N n d -> B N (n d)"))
 
-    def look(self, x: Tensor, context: Tensor, lengths: Tensor | None) -> Tensor:
+    def keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v `(B, M, n, d)`."""
+        return self.split(self.to_k(tokens)), self.split(self.to_v(tokens))
+
+    def look(self, x: Tensor, k: Tensor, lengths: Tensor | None) -> Tensor:
         """How much each pixel attends to each token, the mean of the heads `(B, N, M)` float32."""
-        q, k = self.to_q(x), self.to_k(context)
-        q, k = (rearrange(y, "B N (n d) -> B N n d", n=self.heads) for y in (q, k))
-        return attention_maps(q, k, lengths)
+        return attention_maps(self.split(self.to_q(x)), k, lengths)
+
+    def split(self, x: Tensor) -> Tensor:
+        return rearrange(x, "B N (n d) -> B N n d", n=self.heads)
 
 
 class FeedForward(nn.Module):
@@ -300,7 +319,7 @@ class FeedForward(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         # The empty slot is the official dropout of 0: it keeps the names `net.0` and `net.2`.
-        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -313,7 +332,7 @@ class GEGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.proj = nn.Linear(width, 2 * hidden)
+        self.proj = Linear(width, 2 * hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)

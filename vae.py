@@ -10,11 +10,12 @@ This file does not sample the posterior: `encode` is deterministic, as dense pre
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from kernels import attention
+from kernels import wide_attention
 
 EPS = 1e-6  # of every official GroupNorm here (CompVis model.py, `Normalize`); torch's 1e-5 is wrong
 LOGVAR_RANGE = (-30.0, 20.0)  # the clamp of CompVis ldm/modules/distributions/distributions.py
@@ -97,6 +98,8 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:
+        if image.dtype == torch.bfloat16:  # not float32, whose channels-last GroupNorm is inexact on a CPU
+            image = image.contiguous(memory_format=torch.channels_last)
         x = self.conv_in(image)
         for block in self.down_blocks:
             x = block(x)
@@ -205,7 +208,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = rearrange(self.group_norm(x), "B C h w -> B (h w) 1 C")  # one head as wide as the map
-        y = self.to_out(attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)))
+        y = self.to_out(wide_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)))
         return rearrange(y, "B (h w) 1 C -> B C h w", h=x.shape[2]) + x
 
 

@@ -1,10 +1,44 @@
-"""The one place that chooses how attention is computed: the plain-torch reference, on every device."""
+"""The one place that chooses how attention is computed: in plain torch, or by a Triton kernel of this folder.
 
+A kernel is the default only where WINS says that it won the benchmark on that class of GPU; everything else,
+and every CPU, runs the plain torch of reference.py. `use("triton")` asks for the kernels by name: then they
+run, or say why they cannot; nothing falls back silently. Triton is imported when a kernel first runs.
+"""
+
+import torch
 from torch import Tensor
 
-from .cross_attention import attention_maps, reference
+from . import reference
+from .row_attention import row_attention
 
-__all__ = ["attention", "attention_maps"]
+__all__ = ["attention", "attention_maps", "describe", "use", "wide_attention"]
+
+# (kernel, compute capability) -> the sizes at which `python bench.py --suite kernels` saw it win. The size is
+# the head width for cross_attention and row_attention. Empty: no GPU has been measured yet (BENCH.md).
+WINS: dict[tuple[str, tuple[int, int]], frozenset[int]] = {}
+RESIDENT = 160  # keys that cross_attention holds at once; it is the default for contexts up to here alone
+
+_asked = "auto"
+
+
+def use(which: str) -> None:
+    """Choose for this process: "auto" (by WINS), "torch" (the reference), or "triton" (the kernels)."""
+    global _asked
+    assert which in ("auto", "torch", "triton"), f"there is no {which!r}: choose auto, torch or triton"
+    _asked = which
+
+
+def describe(device: torch.device | str) -> str:
+    """What will run on the device, in one line to print once at the start."""
+    device = torch.device(device)
+    if _asked != "auto":
+        return f"kernels: {_asked}, as asked"
+    if device.type != "cuda":
+        return "kernels: plain torch, as on every CPU"
+    capability = torch.cuda.get_device_capability(device)
+    winners = [f"{kernel} at {sorted(sizes)}" for (kernel, gpu), sizes in WINS.items() if gpu == capability]
+    name = f"sm_{capability[0]}{capability[1]}"
+    return f"kernels: {', '.join(winners) or 'plain torch: no kernel has won a benchmark yet'} on {name}"
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -12,4 +46,38 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) ->
 
     `lengths (B,)` says how many of the M keys of each image are real (1..M); None means all of them.
     """
-    return reference(q, k, v, lengths)
+    if chosen("cross_attention", q, q.shape[-1], k.shape[1] <= RESIDENT):
+        from .cross_attention import cross_attention
+
+        return cross_attention(q, k, v, lengths)
+    if lengths is None:
+        return plain_attention(q, k, v)
+    return reference.attention(q, k, v, lengths)
+
+
+def wide_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attention` of heads too wide for a kernel: the VAE's single one has 512 channels."""
+    return plain_attention(q, k, v)
+
+
+def attention_maps(q: Tensor, k: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """What each query attends to: the softmax of `attention`, the mean of the heads; `(B, N, M)` float32."""
+    return reference.attention_maps(q, k, lengths)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention by torch's own operators: bfloat16 by rows of scores on a CPU, and where it won on a GPU."""
+    rows = q.device.type == "cpu" or won("row_attention", q, q.shape[-1])
+    if rows and q.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+        return row_attention(q, k, v)
+    return reference.attention(q, k, v)
+
+
+def chosen(kernel: str, x: Tensor, size: int, worth: bool = True) -> bool:
+    """Does the Triton kernel run for x? `size` is its key in WINS; `worth` narrows what the table says."""
+    return _asked == "triton" or (_asked == "auto" and worth and won(kernel, x, size))
+
+
+def won(kernel: str, x: Tensor, size: int) -> bool:
+    """Does WINS name this kernel for x's GPU and this size?"""
+    return x.is_cuda and size in WINS.get((kernel, torch.cuda.get_device_capability(x.device)), ())

@@ -116,8 +116,16 @@ MISTAKES = {
     ),
     "maps taken one block late": ("unet.py", "TAP = 1", "TAP = 2"),
     "skip before the map": ("unet.py", "torch.cat([x, skips.pop()]", "torch.cat([skips.pop(), x]"),
-    "self-attention of the wrong input": ("unet.py", "self.attn1(x_norm, x_norm)", "self.attn1(x_norm, x)"),
-    "lengths not passed on": ("unet.py", "attention(q, k, v, lengths)", "attention(q, k, v)"),
+    "self-attention of the wrong input": (
+        "unet.py",
+        "self.attn1.keys_values(x_norm)",
+        "self.attn1.keys_values(x)",
+    ),
+    "lengths not passed on": (
+        "unet.py",
+        "k, v, lengths)\n        return self.to_out",
+        "k, v)\n        return self.to_out",
+    ),
     "gelu instead of quick_gelu": ("clip.py", "x * torch.sigmoid(1.702 * x)", "F.gelu(x)"),
     "pooled at the last position": ("clip.py", ".int().argmax(dim=1)", ".int().argmax(dim=1) * 0 + L - 1"),
     "text tower not causal": ("clip.py", "causal=True", "causal=False"),

@@ -170,6 +170,7 @@ def test_diffusers_reads_the_autoencoder_and_its_scale(pictures, tmp_path):
 
 
 def test_the_scale_must_be_there(tmp_path):
+    write(VAE(VAEConfig.tiny()), tmp_path / FILES["vae"])
     with pytest.raises(WeightsError, match=r"vae/config\.json gives no scaling_factor"):
         prior("tiny", tmp_path)
     assert part_configs("tiny", "random")[0] == VAEConfig.tiny()

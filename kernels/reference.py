@@ -1,11 +1,11 @@
-"""Attention from N queries to M keys, where an image may own fewer than M: the plain-torch reference."""
+"""What the kernels compute, in plain torch: it runs everywhere, and each kernel is proved against it."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v for every head: `(B, N, n, d), (B, M, n, d), (B, M, n, d) -> (B, N, n, d)`.
 
     `lengths (B,)` says how many of the M keys of each image are real (1..M); the rest are masked. None builds
@@ -17,7 +17,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) ->
 
 
 def attention_maps(q: Tensor, k: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """What each query attends to: the softmax of `reference`, averaged over the heads; `(B, N, M)` float32.
+    """What each query attends to: the softmax of `attention`, averaged over the heads; `(B, N, M)` float32.
 
     q `(B, N, n, d)`, k `(B, M, n, d)`, lengths `(B,)`. Each row sums to 1; keys that are not real have 0. All
     heads' scores are held at once: for pictures to look at and for VPD's maps, not on the fast path.

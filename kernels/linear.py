@@ -1,0 +1,24 @@
+"""A linear layer, by whichever of torch's two ways is the faster one on a CPU."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, by `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x `(B, N, C)`, weight `(D, C)`, bias `(D,)` -> `(B, N, D)`; on a CPU in float32 as a 1x1 convolution.
+
+    The numbers are the same to rounding. torch gives convolutions to oneDNN and float32 products to its BLAS,
+    which takes about twice as long on the processor of BENCH.md (`python bench.py --only unet clip`).
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32 or x.ndim != 3:
+        return F.linear(x, weight, bias)
+    pixels = x[:, :, None].permute(0, 3, 1, 2)  # (B, C, N, 1): a view, channels-last in memory
+    return F.conv2d(pixels, weight[:, :, None, None], bias)[..., 0].mT
