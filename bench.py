@@ -39,6 +39,7 @@ from weights.load import load
 BUSY = 0.08  # a second busy process can make a row several times slower
 BOUND = {"float32": 1e-5, "bfloat16": 0.05}  # relative RMS error between ours and the peer
 MIB = 2**20
+M_MMAP_THRESHOLD = -3  # glibc's malloc.h: larger blocks go back to the system as soon as they are free
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,9 @@ def peak_of_run(name: str, who: str, dtype: str, size: int) -> float:
     before = resident()
     model = side.build().to(getattr(torch, dtype)).eval()
     inputs = cast(case.inputs(size), dtype)
-    ctypes.CDLL(None).malloc_trim(0)  # what building left in the heap is not the run's
+    libc = ctypes.CDLL(None)
+    libc.malloc_trim(0)  # what building left in the heap is not the run's
+    libc.mallopt(M_MMAP_THRESHOLD, MIB)  # compare live tensors, not glibc's holes between them
     start_peak()
     with torch.inference_mode():
         side.run(model, inputs)
