@@ -39,7 +39,6 @@ from weights.load import load
 BUSY = 0.08  # a second busy process can make a row several times slower
 BOUND = {"float32": 1e-5, "bfloat16": 0.05}  # relative RMS error between ours and the peer
 MIB = 2**20
-M_MMAP_THRESHOLD = -3  # glibc's malloc.h: larger blocks go back to the system as soon as they are free
 
 
 @dataclass(frozen=True)
@@ -170,9 +169,7 @@ def peak_of_run(name: str, who: str, dtype: str, size: int) -> float:
     before = resident()
     model = side.build().to(getattr(torch, dtype)).eval()
     inputs = cast(case.inputs(size), dtype)
-    libc = ctypes.CDLL(None)
-    libc.malloc_trim(0)  # what building left in the heap is not the run's
-    libc.mallopt(M_MMAP_THRESHOLD, MIB)  # compare live tensors, not glibc's holes between them
+    ctypes.CDLL(None).malloc_trim(0)  # what building left in the heap is not the run's
     start_peak()
     with torch.inference_mode():
         side.run(model, inputs)
@@ -205,7 +202,11 @@ def load_once(side: str, folder: str) -> tuple[float, float]:
 
 
 def alone(function: Callable, *arguments):
-    """The result of a function in a fresh process."""
+    """The result of a function in a fresh process, where glibc gives blocks over 1 MiB back when they are free.
+
+    So live tensors are compared, not the holes between them that a heap happens to keep.
+    """
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(MIB)  # glibc reads it when a process starts
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
