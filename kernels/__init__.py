@@ -11,10 +11,11 @@ from torch import Tensor
 from . import reference
 from .row_attention import row_attention
 
-__all__ = ["attention", "attention_maps", "describe", "use", "wide_attention"]
+__all__ = ["attention", "attention_maps", "describe", "group_norm_silu", "use", "wide_attention"]
 
 # (kernel, compute capability) -> the sizes at which `python bench.py --suite kernels` saw it win. The size is
-# the head width for cross_attention and row_attention. Empty: no GPU has been measured yet (BENCH.md).
+# the head width for cross_attention and row_attention, and the number of channels for group_norm_silu.
+# Empty: no GPU has been measured yet (BENCH.md).
 WINS: dict[tuple[str, tuple[int, int]], frozenset[int]] = {}
 RESIDENT = 160  # keys that cross_attention holds at once; it is the default for contexts up to here alone
 
@@ -63,6 +64,19 @@ def wide_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def attention_maps(q: Tensor, k: Tensor, lengths: Tensor | None = None) -> Tensor:
     """What each query attends to: the softmax of `attention`, the mean of the heads; `(B, N, M)` float32."""
     return reference.attention_maps(q, k, lengths)
+
+
+def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """silu(group_norm(x)) of a map `(B, C, H, W)`, weight and bias `(C,)`.
+
+    The kernel's result is channels-last in memory and of x's type, also under autocast, where torch's is
+    float32.
+    """
+    if chosen("group_norm_silu", x, x.shape[1], x.dtype != torch.float32):
+        from . import group_norm
+
+        return group_norm.group_norm_silu(x, groups, weight, bias, eps)
+    return reference.group_norm_silu(x, groups, weight, bias, eps)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -33,3 +33,8 @@ def real(k: Tensor, lengths: Tensor) -> Tensor:
     """Which keys are an image's own `(B, 1, 1, M)`: the same for every head and query."""
     mask = torch.arange(k.shape[1], device=k.device) < lengths[:, None]  # (B, M)
     return mask[:, None, None, :]
+
+
+def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """silu(group_norm(x)): `(B, C, H, W)` -> `(B, C, H, W)`; under autocast float32, as torch's norms are."""
+    return F.silu(F.group_norm(x, groups, weight, bias, eps), inplace=True)

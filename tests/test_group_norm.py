@@ -1,0 +1,294 @@
+"""kernels/group_norm.py by the three-way bar (proof.py): interpreted here, and on a GPU with `-m gpu`."""
+
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from proof import ROOT, error, excess, planted, poison, results  # noqa: F401 (poison is a fixture)
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import kernels
+from kernels import reference
+from kernels.group_norm import backward, forward, group_norm_silu
+
+pytestmark = [
+    pytest.mark.usefixtures("poison"),
+    # exp(-z) is infinite where silu(z) rounds to 0, and z / infinity is that 0.
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp"),
+]
+EPS = 1e-5
+# B, C, G, H, W: the widths of the miniatures, of Stable Diffusion's groups of 10 channels, of a single pixel.
+SHAPES = [(2, 16, 8, 5, 7), (2, 96, 8, 9, 11), (2, 192, 8, 3, 1), (1, 320, 32, 5, 3), (2, 32, 8, 1, 1)]
+
+
+def plain(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = EPS) -> Tensor:
+    """Torch's operators, on NCHW maps: its float32 GroupNorm of channels-last ones is inexact on a CPU."""
+    return F.silu(F.group_norm(x.contiguous(), groups, weight, bias, eps))
+
+
+def kernel(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = EPS) -> Tensor:
+    return group_norm_silu(x, groups, weight, bias, eps)
+
+
+def case(
+    B: int, C: int, H: int, W: int, dtype=torch.float32, mean: float = 0.0, device: str = "cpu"
+) -> tuple[list[Tensor], Tensor]:
+    """x channels-last, weight and bias as trained ones are; dy."""
+    x = (mean + torch.randn(B, C, H, W, device=device)).to(dtype, memory_format=torch.channels_last)
+    weight, bias = 1 + 0.3 * torch.randn(C, device=device), 0.3 * torch.randn(C, device=device)
+    dy = torch.randn(B, C, H, W, device=device).to(dtype, memory_format=torch.channels_last)
+    return [x, weight, bias], dy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_torch(shape, dtype):
+    """Values and the three gradients; weight and bias stay float32, as under autocast."""
+    B, C, groups, H, W = shape
+    inputs, dy = case(B, C, H, W, dtype)
+    ratios = excess(partial(kernel, groups=groups), partial(plain, groups=groups), inputs, dy)
+    assert max(ratios) <= 2, ratios
+
+
+def test_parameters_of_the_same_type():
+    """Their gradients are of that type, too."""
+    inputs, dy = case(2, 64, 4, 5, torch.float16)
+    inputs = [x.half() for x in inputs]
+    ratios = excess(partial(kernel, groups=8), partial(plain, groups=8), inputs, dy)
+    assert max(ratios) <= 2, ratios
+    assert all(x.dtype == torch.float16 for x in results(partial(kernel, groups=8), inputs, dy))
+
+
+def test_several_tiles_in_a_program_and_many_in_the_merge():
+    """91 x 91 pixels: 65 programs of two tiles, the last a part of one; the merge takes 64 at once."""
+    inputs, dy = case(1, 16, 91, 91)
+    ratios = excess(partial(kernel, groups=8), partial(plain, groups=8), inputs, dy)
+    assert max(ratios) <= 2, ratios
+
+
+@pytest.mark.parametrize("mean", [100.0, -3000.0])
+def test_a_large_mean_keeps_the_variance(mean):
+    """Against a deviation of 1, where the difference of two sums of squares would be noise."""
+    inputs, dy = case(2, 32, 9, 13, mean=mean)
+    ratios = excess(partial(kernel, groups=8), partial(plain, groups=8), inputs, dy)
+    assert max(ratios) <= 2, ratios
+
+
+def test_a_small_variance_shows_eps():
+    """At a variance of 1e-6 the UNet's and the VAE's eps differ by a factor in the result."""
+    inputs, dy = case(2, 32, 4, 4)
+    inputs[0] = inputs[0] * 1e-3
+    for eps in (1e-5, 1e-6):
+        ratios = excess(partial(kernel, groups=8, eps=eps), partial(plain, groups=8, eps=eps), inputs, dy)
+        assert max(ratios) <= 2, (eps, ratios)
+
+
+def test_extreme_values_of_silu():
+    """No NaN where exp overflows, in either pass."""
+    inputs, dy = case(1, 16, 2, 2)
+    inputs[1] = 200 * inputs[1]
+    ratios = excess(partial(kernel, groups=8), partial(plain, groups=8), inputs, dy)
+    assert max(ratios) <= 2, ratios
+
+
+def test_any_layout():
+    """NCHW, every second pixel and channel, a transposed map and gradient: to the bit the same result."""
+    big = torch.randn(2, 64, 10, 14)
+    layouts = [big[:, ::2, ::2, ::2], big.mT[:, :32, :7, :5].mT, big[:, 32:, :5, 7:]]
+    for x in layouts:
+        _, weight, bias = case(2, 32, 5, 7)[0]
+        dy = torch.randn(2, 32, 7, 5).mT
+        ours = results(partial(kernel, groups=8), [x, weight, bias], dy)
+        last = results(
+            partial(kernel, groups=8),
+            [x.contiguous(memory_format=torch.channels_last), weight, bias],
+            dy.contiguous(memory_format=torch.channels_last),
+        )
+        assert all(torch.equal(a, b) for a, b in zip(ours, last, strict=True))
+        assert ours[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_runs_are_equal_to_the_bit():
+    inputs, dy = case(2, 96, 9, 11)
+    first, second = (results(partial(kernel, groups=8), inputs, dy) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+def test_inputs_are_left_alone_and_only_statistics_are_kept():
+    """x is not written, and apart from the inputs the graph holds two numbers a group."""
+    inputs, dy = case(2, 32, 5, 7)
+    before = [x.clone() for x in inputs]
+    y = kernel(*(x.requires_grad_() for x in inputs), groups=8)
+    kept = y.grad_fn.next_functions[0][0] if not hasattr(y.grad_fn, "saved_tensors") else y.grad_fn
+    assert sum(x.numel() for x in kept.saved_tensors) == sum(x.numel() for x in inputs) + 2 * 2 * 8
+    y.backward(dy)
+    assert all(torch.equal(x, z) for x, z in zip(inputs, before, strict=True))
+
+
+def test_recomputed_activations():
+    """Under activation checkpointing: to the bit the same."""
+    inputs, dy = case(2, 32, 5, 7)
+    ours = results(partial(kernel, groups=8), inputs, dy)
+    again = results(lambda *x: checkpoint(partial(kernel, groups=8), *x, use_reentrant=False), inputs, dy)
+    assert all(torch.equal(x, y) for x, y in zip(ours, again, strict=True))
+
+
+def test_the_reference_is_what_the_towers_compute():
+    """To the bit, with its gradients: norm, then SiLU in place."""
+    norm = nn.GroupNorm(8, 32, eps=1e-6)
+    inputs, dy = case(2, 32, 5, 7)
+    with torch.no_grad():
+        norm.weight.copy_(inputs[1]), norm.bias.copy_(inputs[2])
+    x = inputs[0].clone().requires_grad_()
+    y = F.silu(norm(x), inplace=True)
+    y.backward(dy)
+    ours = results(lambda x, w, b: kernels.group_norm_silu(x, 8, w, b, 1e-6), inputs, dy)
+    for a, b in zip(ours, [y, x.grad, norm.weight.grad, norm.bias.grad], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_kernel_is_asked_for_by_name(monkeypatch):
+    inputs, _ = case(2, 32, 5, 7)
+    x, weight, bias = inputs
+    assert torch.equal(
+        kernels.group_norm_silu(x, 8, weight, bias, EPS), reference.group_norm_silu(x, 8, weight, bias, EPS)
+    )
+    monkeypatch.setattr(kernels, "_asked", "triton")
+    assert torch.equal(kernels.group_norm_silu(x, 8, weight, bias, EPS), kernel(*inputs, groups=8))
+
+
+def test_wrong_inputs_are_refused():
+    (x, weight, bias), _ = case(2, 32, 5, 7)
+    with pytest.raises(AssertionError, match=r"torch.float64 \(2, 32, 5, 7\): give .* bfloat16"):
+        group_norm_silu(x.double(), 8, weight, bias, EPS)
+    with pytest.raises(AssertionError, match=r"\(32, 5, 7\): give a map \(B, C, H, W\)"):
+        group_norm_silu(x[0], 8, weight, bias, EPS)
+    with pytest.raises(AssertionError, match="32 channels cannot be split into 5 groups"):
+        group_norm_silu(x, 5, weight, bias, EPS)
+    with pytest.raises(AssertionError, match=r"bias \(31,\): give \(32,\)"):
+        group_norm_silu(x, 8, weight, bias[1:], EPS)
+    with pytest.raises(AssertionError, match=r"\(0, 32, 5, 7\): an empty map"):
+        group_norm_silu(x[:0], 8, weight, bias, EPS)
+
+
+def test_a_cpu_without_the_interpreter_is_refused():
+    """In a process of its own: whether kernels are interpreted is settled when they are defined."""
+    code = (
+        "import os, torch; os.environ.pop('TRITON_INTERPRET', None); import kernels; kernels.use('triton')\n"
+        "kernels.group_norm_silu(torch.zeros(1, 8, 2, 2), 8, torch.ones(8), torch.ones(8), 1e-5)"
+    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and "only with TRITON_INTERPRET=1" in result.stderr, result.stderr
+
+
+MISTAKES = {
+    "pixels beyond the edge counted": ("tl.where(real, x - tile_mean[None, :], 0)", "x - tile_mean[None, :]"),
+    "means of the parts not compared": (
+        "m2_1 + m2_2 + delta * delta * n1 * share",
+        "m2_1 + m2_2 + delta * 0",
+    ),
+    "parts of unequal size averaged": ("share = n2 / tl.maximum(n, 1)", "share = 0.5"),
+    "eps outside the root": ("tl.sqrt_rn(m2 / n + eps)", "(tl.sqrt_rn(m2 / n) + eps)"),
+    "variance of a sample": ("tl.sqrt_rn(m2 / n + eps)", "tl.sqrt_rn(m2 / (n - 1) + eps)"),
+    "channels in the wrong group": ("groups + c // D", "groups + c % groups"),
+    "SiLU's slope not differentiated": ("(1 + z * (1 - sigma))", "1"),
+    "variance not differentiated": ("- of_dz - xhat * of_dz_xhat", "- of_dz"),
+    "means of dz without the weight": ("tl.sum(weight * total)", "tl.sum(total)"),
+}
+
+
+def test_the_right_kernel_passes_the_comparison(tmp_path):
+    module = planted(tmp_path, "group_norm.py", "import torch", "import torch")
+    assert worst(module) <= 2
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_the_mistake_is_seen(name, tmp_path):
+    assert worst(planted(tmp_path, "group_norm.py", *MISTAKES[name])) > 20
+
+
+def worst(module) -> float:
+    """Ten times the bar must part the mistakes from the truth; five tiles, the last with two pixels, merged
+    by twos.
+    """
+    module.PIXELS, module.MERGED = 16, 2
+    inputs, dy = case(1, 32, 6, 11)
+
+    def mistaken(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return module.group_norm_silu(x, 8, weight, bias, EPS)
+
+    return max(excess(mistaken, partial(plain, groups=8), inputs, dy))
+
+
+# On a GPU. C, H, W: every width of the UNet and the VAE at least once, and sizes that no block divides.
+GPU_SHAPES = [
+    *((320, 64, 64), (640, 32, 32), (960, 64, 64), (1280, 16, 16), (1920, 32, 32), (2560, 8, 8)),
+    *((128, 512, 512), (256, 256, 256), (512, 64, 64), (320, 37, 53), (960, 1, 3)),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", GPU_SHAPES)
+def test_equals_torch_on_a_gpu(shape, dtype):
+    """The VAE's eps at the VAE's widths does not matter here: it is tested above."""
+    C, H, W = shape
+    inputs, dy = case(2, C, H, W, dtype, mean=3.0, device="cuda")
+    ratios = excess(partial(kernel, groups=32), partial(plain, groups=32), inputs, dy)
+    assert max(ratios) <= 2, ratios
+
+
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_values():
+    """The last image equals itself alone: no offset wraps."""
+    x = torch.randn(129, 64, 512, 512, device="cuda", dtype=torch.bfloat16)
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.ones(64, device="cuda"), torch.zeros(64, device="cuda")
+    y = group_norm_silu(x, 32, weight, bias, EPS)
+    assert torch.equal(y[-1:], group_norm_silu(x[-1:], 32, weight, bias, EPS))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(320, 64, 64), (2560, 8, 8), (320, 37, 53)])
+def test_a_hundred_runs_are_equal_to_the_bit(shape):
+    inputs, dy = case(2, *shape, torch.bfloat16, device="cuda")
+    first = results(partial(kernel, groups=32), inputs, dy)
+    for _ in range(100):
+        again = results(partial(kernel, groups=32), inputs, dy)
+        assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+@pytest.mark.gpu
+def test_compiled():
+    """As one graph; the sum over images may be reordered by the compiler, the kernels not."""
+    inputs, dy = case(2, 320, 37, 53, torch.bfloat16, device="cuda")
+    eager = results(partial(kernel, groups=32), inputs, dy)
+    compiled = results(torch.compile(partial(kernel, groups=32), fullgraph=True), inputs, dy)
+    assert torch.equal(eager[0], compiled[0]) and torch.equal(eager[1], compiled[1])
+    for x, y in zip(eager[2:], compiled[2:], strict=True):
+        assert error(x, y.double()) <= 1e-6
+
+
+@pytest.mark.gpu
+def test_the_operators_are_well_formed():
+    """Schemas, autograd, fake tensors: torch's own checks."""
+    (x, weight, bias), dy = case(2, 320, 5, 7, torch.bfloat16, device="cuda")
+    torch.library.opcheck(forward, (x.requires_grad_(), 32, weight.requires_grad_(), bias, EPS))
+    _, mean, rstd = forward(x.detach(), 32, weight.detach(), bias, EPS)
+    torch.library.opcheck(backward, (dy, x.detach(), weight.detach(), bias, mean, rstd))
+
+
+@pytest.mark.gpu
+def test_under_autocast_and_checkpointing():
+    """The map keeps bfloat16, the parameters and their gradients float32."""
+    inputs, dy = case(2, 320, 16, 16, torch.bfloat16, device="cuda")
+    alone = results(partial(kernel, groups=32), inputs, dy)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        ours = results(lambda *x: checkpoint(partial(kernel, groups=32), *x, use_reentrant=False), inputs, dy)
+    assert [x.dtype for x in ours] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
+    assert all(torch.equal(x, y) for x, y in zip(alone, ours, strict=True))
