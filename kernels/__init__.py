@@ -6,12 +6,12 @@ run, or say why they cannot; nothing falls back silently. Triton is imported whe
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import reference
 from .row_attention import row_attention
 
-__all__ = ["attention", "attention_maps", "describe", "group_norm_silu", "use", "wide_attention"]
+__all__ = ["attention", "attention_maps", "describe", "norm_silu", "use", "wide_attention"]
 
 # (kernel, compute capability) -> the sizes at which `python bench.py --suite kernels` saw it win. The size is
 # the head width for cross_attention and row_attention, and the number of channels for group_norm_silu.
@@ -64,6 +64,11 @@ def wide_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def attention_maps(q: Tensor, k: Tensor, lengths: Tensor | None = None) -> Tensor:
     """What each query attends to: the softmax of `attention`, the mean of the heads; `(B, N, M)` float32."""
     return reference.attention_maps(q, k, lengths)
+
+
+def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """silu(norm(x)) of a map `(B, C, H, W)`, by `group_norm_silu`."""
+    return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
 
 def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
