@@ -14,8 +14,8 @@ from .row_attention import row_attention
 __all__ = ["attention", "attention_maps", "describe", "norm_silu", "use", "wide_attention"]
 
 # (kernel, compute capability) -> the sizes at which `python bench.py --suite kernels` saw it win. The size is
-# the head width for cross_attention and row_attention, and the number of channels for group_norm_silu.
-# Empty: no GPU has been measured yet (BENCH.md).
+# the head width for the kinds of attention, the number of channels for group_norm_silu. Empty: no GPU has been
+# measured yet (BENCH.md).
 WINS: dict[tuple[str, tuple[int, int]], frozenset[int]] = {}
 RESIDENT = 160  # keys that cross_attention holds at once; it is the default for contexts up to here alone
 
@@ -63,6 +63,10 @@ def wide_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def attention_maps(q: Tensor, k: Tensor, lengths: Tensor | None = None) -> Tensor:
     """What each query attends to: the softmax of `attention`, the mean of the heads; `(B, N, M)` float32."""
+    if chosen("attention_maps", q, q.shape[-1]):
+        from .cross_attention import attention_maps as kernel
+
+        return kernel(q, k, lengths)
     return reference.attention_maps(q, k, lengths)
 
 
