@@ -202,7 +202,7 @@ def load_once(side: str, folder: str) -> tuple[float, float]:
 
 
 def alone(function: Callable, *arguments):
-    """The result of a function in a fresh process, where glibc gives blocks over 1 MiB back when they are free.
+    """The result of a function in a fresh process, where glibc gives freed blocks over 1 MiB back at once.
 
     So live tensors are compared, not the holes between them that a heap happens to keep.
     """

@@ -14,8 +14,8 @@ from .row_attention import row_attention
 __all__ = ["attention", "attention_maps", "describe", "norm_silu", "use", "wide_attention"]
 
 # (kernel, compute capability) -> the sizes at which `python bench.py --suite kernels` saw it win. The size is
-# the head width for the kinds of attention, the number of channels for group_norm_silu. Empty: no GPU has been
-# measured yet (BENCH.md).
+# the head width for the kinds of attention, the number of channels for group_norm_silu. Empty: no GPU has
+# been measured yet (BENCH.md).
 WINS: dict[tuple[str, tuple[int, int]], frozenset[int]] = {}
 RESIDENT = 160  # keys that cross_attention holds at once; it is the default for contexts up to here alone
 
