@@ -50,9 +50,9 @@ def upsample_cross_entropy(logits: Tensor, labels: Tensor, ignore: int = IGNORE)
     pixel count.
 
     logits are bfloat16, float16 or float32, and are copied once unless they are channels-last in memory and
-    have whole blocks of 32 classes; labels int64 in 0..K-1 or `ignore`, whose pixels count in neither result. A label that is no class makes
-    the sum NaN: to refuse it would mean to wait for the GPU. Differentiable once, in the logits; the
-    gradient has their type and is channels-last.
+    have whole blocks of 32 classes; labels int64 in 0..K-1 or `ignore`, whose pixels count in neither result.
+    A label that is no class makes the sum NaN: to refuse it would mean to wait for the GPU. Differentiable
+    once, in the logits; the gradient has their type.
     """
     check(logits)
     assert labels.dtype == torch.int64 and labels.ndim == 3 and len(labels) == len(logits), (
