@@ -202,7 +202,11 @@ def load_once(side: str, folder: str) -> tuple[float, float]:
 
 
 def alone(function: Callable, *arguments):
-    """The result of a function in a fresh process."""
+    """The result of a function in a fresh process, where glibc gives blocks over 1 MiB back when they are free.
+
+    So live tensors are compared, not the holes between them that a heap happens to keep.
+    """
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(MIB)  # glibc reads it when a process starts
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 

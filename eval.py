@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+import kernels
 from adapter import AdapterError
 from augment import normalise
 from checkpoint import CheckpointError, find_model, load_model, read_about, read_config
@@ -334,6 +335,7 @@ def write(result: Result, out: Path, file: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
+    kernels.use(options.kernels)
     ranks = connect()
     try:
         run(options, ranks)
@@ -371,6 +373,8 @@ def run(options: argparse.Namespace, ranks: Ranks) -> None:
         except OSError as error:
             raise EvalError(f"{out} cannot be made ({error.strerror}): give another --out") from None
     tada = load_model(file, options.weights, ranks.device)
+    if ranks.first:
+        print(kernels.describe(ranks.device))
 
     n = min(options.limit or len(dataset), len(dataset))
     protocol = {"scales": options.scales, "flip": options.flip, "window": window, "stride": stride}
@@ -461,6 +465,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("the run").add_argument
     add("--weights", metavar="DIR", help="the frozen files (default: where training had them)")
     add("--workers", type=int, default=2, metavar="N", help="processes that load pictures (default: 2)")
+    which = "Triton kernels: where they won the benchmark, never, or by name (default: auto)"
+    add("--kernels", choices=["auto", "torch", "triton"], default="auto", help=which)
     add("--out", metavar="DIR", help="(default: eval-SPLIT in the run folder, or here if there is none)")
     options = parser.parse_args(argv)
     for name in ("window", "stride"):

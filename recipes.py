@@ -73,9 +73,7 @@ def parser() -> argparse.ArgumentParser:
 
     model = p.add_argument_group("the model")
     model.add_argument("--model", choices=["sd15", "tiny"], help="its size; * tiny for scenes, else sd15")
-    model.add_argument(
-        "--weights", metavar="DIR", help="the prior, or `random`; * weights/<model>; tiny without it: random"
-    )
+    model.add_argument("--weights", metavar="DIR", help="the prior, or `random`; * weights/<model>")
     model.add_argument("--decoder", choices=["fpn", "upernet"], default="fpn", help="the decoder")
     conditions = ["none", "caption", "classes", "implicit", "tagging", "oracle"]
     model.add_argument(
@@ -116,6 +114,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--threads", type=int, metavar="N", help="per process, fixed for a run; * the CPUs / processes"
     )
+    kernels = "Triton kernels: where they won the benchmark, never, or by name"
+    run.add_argument("--kernels", choices=["auto", "torch", "triton"], default="auto", help=kernels)
     run.add_argument("--compile", action="store_true", help="torch.compile the UNet and the decoder")
     run.add_argument(
         "--checkpoint-activations", action="store_true", help="less memory, about a third slower"
@@ -169,8 +169,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     defaults |= {"data": f"data/{LAYOUTS[o.dataset].root}" if o.dataset != "scenes" else "scenes"}
     defaults |= {"tags": "clip" if o.dataset == "scenes" and o.condition == "tagging" else "classes"}
     defaults |= {"run": f"runs/{o.dataset}-{o.model}-{o.decoder}-{o.condition}"}
-    none = o.model == "tiny" and not Path("weights/tiny").is_dir()  # said aloud, and in every report
-    defaults |= {"weights": "random" if none else f"weights/{o.model}"}
+    defaults |= {"weights": f"weights/{o.model}"}
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     defaults |= {"threads": max((os.cpu_count() or 1) // local, 1)}
     for name, value in defaults.items():

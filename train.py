@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
+import kernels
 from adapter import AdapterError
 from augment import normalise
 from checkpoint import CheckpointError
@@ -530,12 +531,14 @@ def describe(run: Run, options: argparse.Namespace, tada: Tada) -> None:
         + (f"; the paper: {paper}, batch unsaid" if paper else "")
         + f"; device {run.ranks.device}, {options.threads} threads, torch {torch.__version__}"
     )
+    run.say(kernels.describe(run.ranks.device))
     run.say(f"run folder {run.folder}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     torch.set_num_threads(options.threads)
+    kernels.use(options.kernels)
     ranks = connect()
     try:
         return train(options, ranks)

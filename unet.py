@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import attention, attention_maps
+from kernels import attention, attention_maps, norm_silu
 from kernels.linear import Linear, linear
 
 TAP = 1  # maps are taken after the second block of an up level (VPD vpd/models.py, output_blocks 1, 4, 7)
@@ -90,7 +90,7 @@ class UNet(nn.Module):
     def forward(self, latent: Tensor, t: Tensor, context: Tensor, lengths: Tensor | None = None) -> Tensor:
         """The predicted noise `(B, 4, h, w)`; arguments as `features` takes them."""
         finest = self.features(latent, t, context, lengths)[0]
-        return self.conv_out(F.silu(self.conv_norm_out(finest), inplace=True))
+        return self.conv_out(norm_silu(self.conv_norm_out, finest))
 
     def features(
         self, latent: Tensor, t: Tensor, context: Tensor, lengths: Tensor | None = None
@@ -227,10 +227,9 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, channels, 1) if in_channels != channels else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        h = self.norm1(x)  # h is bound anew at each step: what is no longer needed is freed at once
-        h = self.conv1(F.silu(h, inplace=True))
-        h = self.norm2(h.add_(self.time_emb_proj(time)[:, :, None, None]))
-        h = self.conv2(F.silu(h, inplace=True))
+        h = self.conv1(norm_silu(self.norm1, x))
+        h = h.add_(self.time_emb_proj(time)[:, :, None, None])
+        h = self.conv2(norm_silu(self.norm2, h))
         return h.add_(self.conv_shortcut(x))
 
 

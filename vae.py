@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from kernels import wide_attention
+from kernels import norm_silu, wide_attention
 
 EPS = 1e-6  # of every official GroupNorm here (CompVis model.py, `Normalize`); torch's 1e-5 is wrong
 LOGVAR_RANGE = (-30.0, 20.0)  # the clamp of CompVis ldm/modules/distributions/distributions.py
@@ -104,7 +104,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             x = block(x)
         x = self.mid_block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x), inplace=True))
+        return self.conv_out(norm_silu(self.conv_norm_out, x))
 
 
 class Decoder(nn.Module):
@@ -130,7 +130,7 @@ class Decoder(nn.Module):
         x = self.mid_block(x)
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x), inplace=True))
+        return self.conv_out(norm_silu(self.conv_norm_out, x))
 
 
 class Down(nn.Module):
@@ -188,10 +188,8 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, channels, 1) if in_channels != channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm1(x)  # h is bound anew at each step: what is no longer needed is freed at once
-        h = self.conv1(F.silu(h, inplace=True))
-        h = self.norm2(h)
-        h = self.conv2(F.silu(h, inplace=True))
+        h = self.conv1(norm_silu(self.norm1, x))
+        h = self.conv2(norm_silu(self.norm2, h))
         return h.add_(self.conv_shortcut(x))
 
 

@@ -6,7 +6,7 @@ run, or say why they cannot; nothing falls back silently. Triton is imported whe
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import reference
 from .row_attention import row_attention
@@ -16,7 +16,7 @@ __all__ = [
     "attention",
     "attention_maps",
     "describe",
-    "group_norm_silu",
+    "norm_silu",
     "upsampled_argmax",
     "upsampled_cross_entropy",
     "use",
@@ -24,8 +24,8 @@ __all__ = [
 ]
 
 # (kernel, compute capability) -> the sizes at which `python bench.py --suite kernels` saw it win. The size is
-# the head width for cross_attention and row_attention, the number of channels for group_norm_silu, that of
-# classes for upsample_cross_entropy and upsample_argmax. Empty: no GPU has been measured yet (BENCH.md).
+# the head width for the kinds of attention, the number of channels for group_norm_silu, that of classes for
+# upsample_cross_entropy and upsample_argmax. Empty: no GPU has been measured yet (BENCH.md).
 WINS: dict[tuple[str, tuple[int, int]], frozenset[int]] = {}
 IGNORE = 255  # the label of a pixel that has no class
 RESIDENT = 160  # keys that cross_attention holds at once; it is the default for contexts up to here alone
@@ -74,7 +74,16 @@ def wide_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def attention_maps(q: Tensor, k: Tensor, lengths: Tensor | None = None) -> Tensor:
     """What each query attends to: the softmax of `attention`, the mean of the heads; `(B, N, M)` float32."""
+    if chosen("attention_maps", q, q.shape[-1]):
+        from .cross_attention import attention_maps as kernel
+
+        return kernel(q, k, lengths)
     return reference.attention_maps(q, k, lengths)
+
+
+def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """silu(norm(x)) of a map `(B, C, H, W)`, by `group_norm_silu`."""
+    return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
 
 def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -8,14 +8,16 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from oracle import BAR, error
+from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 import scenes
-from clip import TEMPLATES, CLIPConfig
+from clip import TEMPLATES, CLIPConfig, name_vectors, zero_shot
 from model import part_configs, prior
-from unet import TIMES
+from unet import TIMES, alphas_cumprod
 from vae import VAE, VAEConfig
 from weights import pretrain
+from weights.evidence import mean_average_precision, psnr, tags_matrix
 from weights.load import WeightsError, load
 from weights.pretrain import (
     FILES,
@@ -210,3 +212,59 @@ def test_the_command_writes_a_folder_that_every_command_reads(tmp_path, capsys):
         assert eps.isfinite().all() and vae.decode(eps).shape == (1, 3, 128, 128)
     assert main([*options, "--out", str(tmp_path / "out")]) == 0
     assert all((tmp_path / "out" / file).read_bytes() == x for file, x in files.items())
+
+
+# What is committed. The bars stand well below weights/tiny/README.md, which measures more pictures.
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """The VAE, UNet, CLIP and tokenizer of weights/tiny."""
+    parts = prior("tiny", TINY)
+    return *(part.eval() for part in parts[:3]), parts[3]
+
+
+def test_the_committed_weights_are_small_and_half_precision():
+    files = [file for file in TINY.rglob("*") if file.is_file() and ".vectors" not in file.parts]
+    assert sum(file.stat().st_size for file in files) <= 20e6
+    for file in FILES.values():
+        assert {x.dtype for x in load_file(TINY / file).values()} == {torch.float16}, file
+
+
+def test_committed_latents_have_unit_variance(tiny, pictures):
+    with torch.no_grad():
+        latent = tiny[0].encode(pictures.batch(torch.arange(64)))
+    assert 0.9 < latent.std() < 1.1
+
+
+def test_committed_vae_keeps_pictures(tiny, pictures):
+    """In dB; 16 is what the mean colour of each picture would have."""
+    with torch.no_grad():
+        assert psnr(tiny[0], Pictures(pictures.images[:64], pictures.tags[:64])) > 24
+
+
+def test_committed_unet_listens(tiny, pictures):
+    """Its own caption beats none, none beats another picture's, on average over the same times and noises."""
+    vae, unet, clip, tokenizer = tiny
+    n, r, seeded = 96, Random(0), torch.Generator().manual_seed(0)
+    captions = [caption(tags, r) for tags in pictures.tags[:n]]
+    t, alphas = torch.randint(TIMES, (n,), generator=seeded), alphas_cumprod()
+    losses = []
+    with torch.no_grad():
+        x = vae.encode(pictures.batch(torch.arange(n)))
+        eps, alpha = torch.randn(x.shape, generator=seeded), alphas[t][:, None, None, None]
+        z = alpha.sqrt() * x + (1 - alpha).sqrt() * eps
+        for told in (captions, [""] * n, captions[1:] + captions[:1]):
+            losses.append(float((unet(z, t, clip.text(tokenizer(told))[0]) - eps).square().mean()))
+    right, empty, wrong = losses
+    assert right < empty < wrong < 1  # 1: a guess of zero
+
+
+def test_committed_clip_finds_tags(tiny, pictures):
+    _, _, clip, tokenizer = tiny
+    with torch.no_grad():
+        _, embedding = clip.image(pictures.batch(torch.arange(128)))
+    names = name_vectors(clip, tokenizer, scenes.CLASSES, TEMPLATES, shared=True)
+    there = tags_matrix(pictures.tags[:128])
+    found, chance = mean_average_precision(zero_shot(clip, embedding, names), there)
+    assert found > 2 * chance

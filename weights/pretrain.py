@@ -87,6 +87,7 @@ def draw_pictures(run: Path, count: int, first: int = scenes.SPLITS["pretrain"].
     """`count` scenes, drawn once and kept in `run`; 50 KB each."""
     images, tags = run / f"scenes-{first}-{count}.npy", run / f"tags-{first}-{count}.json"
     if not tags.is_file():
+        run.mkdir(parents=True, exist_ok=True)
         array = np.lib.format.open_memmap(images, "w+", np.uint8, (count, scenes.SIZE, scenes.SIZE, 3))
         lists = []
         for i in tqdm(range(count), desc="drawing scenes", disable=None):

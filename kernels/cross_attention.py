@@ -1,0 +1,560 @@
+"""Attention of many queries to few keys, forward and backward, as Triton kernels that never write the scores.
+
+What is computed. One head of one image has queries Q (N, d), keys K (M, d) and values V (M, d). With
+c = log2(e) / sqrt(d), since 2^x is what a GPU computes,
+
+    S = c Q K^T        L_i = log2 sum_j 2^S_ij        P = 2^(S - L)        O = P V
+
+is softmax(Q K^T / sqrt(d)) V. The scores S (N, M) are made tile by tile and stay on the chip: of a tile's
+rows only the largest score and the sum of powers are carried to the next tile of keys, and what was summed
+before is shrunk when a larger score comes ("online softmax", Milakov and Gimelshein 2018; FlashAttention, Dao
+et al. 2022). With the 77 keys of a text one or two tiles are all there is.
+
+The gradient. Given dO, and P made again from Q, K and the saved L, the chain rule through O = P V, the
+softmax and S gives
+
+    dV = P^T dO        dP = dO V^T        dS = P * (dP - delta)        delta_i = sum_j P_ij dP_ij = dO_i . O_i
+    dQ = dS K / sqrt(d)                   dK = dS^T Q / sqrt(d)
+
+dQ sums over keys and dK, dV over queries, so two kernels share the work. The second splits the queries among
+programs, since few keys alone would leave most of the GPU idle; each program writes its own float32 part, and
+a third kernel adds the parts in their order. No atomic addition: the same inputs give the same bits.
+
+Shapes that fit. A tile's sides must be powers of two, and 40, 80 and 160 are not: a head is two tiles beside
+each other, 32 + 16 (8 of them used), 64 + 16 and 128 + 32, instead of one of 64, 128 and 256. The keys are
+split likewise: 77 are 64 + 16, 150 are 128 + 32. Offsets that a large batch would overflow are 64-bit.
+
+In this order: the two public functions, what their launches need to know of a shape, the launches, the
+kernels.
+"""
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.library import triton_op, wrap_triton
+
+from . import RESIDENT, reference
+
+LOG2E = 1.4426950408889634
+
+
+def cross_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v for every head: `(B, N, n, d), (B, M, n, d), (B, M, n, d) -> (B, N, n, d)`.
+
+    bfloat16 or float16 on a GPU, float16 or float32 in Triton's interpreter; under autocast, what that asks
+    for. d is a multiple of 8 up to 160; N and M are any. Neighbours in d must be neighbours in memory; the
+    other strides are free, so k and v may be slices of one wide product. `lengths (B,)`, int32 or int64: how
+    many keys of each image are real, 1..M (not checked: a GPU would be waited for); None means all. Keys and
+    values that are not real are not read. The same inputs give the same bits, gradients too.
+    """
+    q, k, v = as_autocast_asks(q, k, v)
+    check(q, k, v, lengths)
+    return CrossAttention.apply(q, k, v, lengths)
+
+
+def attention_maps(q: Tensor, k: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """The softmax of `cross_attention`, the mean of the heads `(B, N, M)` float32; arguments as there.
+
+    No head's scores are written here; the gradient, which few ask for, is plain torch's.
+    """
+    q, k = as_autocast_asks(q, k)
+    check(q, k, k, lengths)
+    return AttentionMaps.apply(q, k, lengths)
+
+
+def as_autocast_asks(*tensors: Tensor) -> tuple[Tensor, ...]:
+    device = tensors[0].device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
+    """The border: shapes, types and places, so that no device is waited for."""
+    (B, N, n, d), M = q.shape, k.shape[1]
+    assert k.shape == v.shape == (B, M, n, d) and min(B, N, M, n) > 0, (
+        f"q, k and v are {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}: "
+        "give (B, N, n, d), (B, M, n, d) and (B, M, n, d), none empty"
+    )
+    assert d % 8 == 0 and d <= 160, (
+        f'heads are {d} wide: give a multiple of 8 up to 160, or choose use("torch")'
+    )
+    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1, (
+        f"the strides are {q.stride()}, {k.stride()} and {v.stride()}: "
+        "the last must be 1, as .contiguous() makes it"
+    )
+    types = (torch.float16, torch.float32) if INTERPRETED else (torch.float16, torch.bfloat16)
+    assert q.dtype == k.dtype == v.dtype and q.dtype in types, (
+        f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}: cast all to {types[0]} or all to {types[1]}, "
+        f'which are right {"in the interpreter" if INTERPRETED else "on a GPU"}, or choose use("torch")'
+    )
+    assert q.device == k.device == v.device, f"q, k and v are on {q.device}, {k.device} and {v.device}"
+    assert q.device.type != "cpu" or INTERPRETED, (
+        'q is on the CPU: set TRITON_INTERPRET=1 before Triton is imported, or choose use("torch")'
+    )
+    if lengths is not None:
+        assert lengths.shape == (B,) and lengths.dtype in (torch.int32, torch.int64), (
+            f"lengths is {lengths.dtype} {tuple(lengths.shape)}: give int32 or int64, ({B},)"
+        )
+        assert lengths.device == q.device, f"lengths is on {lengths.device}, not on {q.device}"
+
+
+class CrossAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
+        o, sums = forward(q, k, v, lengths)
+        ctx.save_for_backward(q, k, v, lengths, o, sums)
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, lengths, o, sums = ctx.saved_tensors
+        do = do if do.stride(-1) == 1 else do.contiguous()  # what comes from .sum() has stride 0
+        dq, dkv = backward(q, k, v, lengths, o, sums, do)
+        return dq, dkv[0], dkv[1], None
+
+
+class AttentionMaps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, lengths: Tensor | None) -> Tensor:
+        ctx.save_for_backward(q, k, lengths)
+        return maps(q, k, lengths)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, da: Tensor) -> tuple[Tensor, Tensor, None]:
+        q, k, lengths = ctx.saved_tensors
+        with torch.enable_grad():
+            q, k = q.detach().requires_grad_(), k.detach().requires_grad_()
+            a = reference.attention_maps(q, k, lengths)
+        return *torch.autograd.grad(a, (q, k), da), None
+
+
+# What the launches need to know of a shape.
+
+
+def power_of_two(size: int) -> int:
+    """The smallest one that is neither below `size` nor below 16, the least side of a tile."""
+    power = 16
+    while power < size:
+        power *= 2
+    return power
+
+
+def split(size: int) -> tuple[int, int]:
+    """Two sides of tiles that cover `size` together: 40 -> 32 + 16, 80 -> 64 + 16, 160 -> 128 + 32.
+
+    The second one is wasted where the size is 8 or 16, which only the miniature has.
+    """
+    first = max(16, power_of_two(size) // 2)
+    return first, power_of_two(size - first)
+
+
+def key_tiles(M: int) -> tuple[int, int]:
+    """The sides of the tiles of keys: one and 0, two, or one and -1 for as many as there are."""
+    if M > RESIDENT:
+        return KEY_TILE, -1
+    first, second = split(M)
+    return (first, second) if first + second < power_of_two(M) else (power_of_two(M), 0)
+
+
+# Rows per block of queries and warps, by the first part of the head's width: what the compiler makes fit on
+# sm_90 without spills, with matrix instructions of 64 rows (tests/test_aot_cross_attention.py). No GPU has
+# timed them yet.
+FORWARD = {16: (128, 4), 32: (128, 4), 64: (128, 8), 128: (64, 4)}
+QUERIES = {16: (64, 4), 32: (64, 4), 64: (64, 4), 128: (64, 8)}  # delta and dQ
+KEYS = {16: (64, 4), 32: (64, 4), 64: (64, 8), 128: (64, 8)}  # dK and dV
+MAPS = {16: (64, 4), 32: (64, 4), 64: (64, 4), 128: (64, 8)}
+KEY_TILE = 64  # keys per program, or per step where they are too many to be resident
+PROGRAMS = 132  # multiprocessors of an H100 or H200: so many programs, or a little fewer, share dK and dV
+
+
+def query_parts(B: int, N: int, n: int, M: int, rows: int) -> tuple[int, int]:
+    """Into how many parts dK and dV cut the queries, and how many queries each has: by the shape alone.
+
+    The order of the sums, and so the bits of the result, must not depend on the GPU or on its load.
+    """
+    blocks = triton.cdiv(N, rows)
+    parts = max(1, PROGRAMS // (B * n * triton.cdiv(M, KEY_TILE)))
+    each = triton.cdiv(blocks, min(parts, blocks))
+    return triton.cdiv(blocks, each), each * rows
+
+
+def constants(**tensors: Tensor) -> dict[str, int]:
+    """What a kernel is compiled for: heads, their width, its two parts, and from one head to the next.
+
+    The last is no run-time argument: loads of 16 bytes need to know that 8 divides it, and of an argument
+    Triton asks only whether 16 does, which does not divide 40.
+    """
+    n, d = tensors["Q"].shape[2:]
+    d1, d2 = split(d)
+    heads = {f"{name}_HEAD": x.stride(2) for name, x in tensors.items()}
+    return {"HEADS": n, "D": d, "D1": d1, "D2": d2, **heads}
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    """From one image to the next, and from one row of an image to the next."""
+    return [x.stride(i) for x in tensors for i in (0, 1)]
+
+
+# The launches. Each is an operator that torch.compile looks into; the interpreter cannot run inside one.
+
+
+def launches(function: Callable) -> Callable:
+    """On a GPU the operator `tada::...` of the function, else the function itself."""
+    operator = triton_op(f"tada::cross_attention_{function.__name__}", function, mutates_args={})
+
+    def launch(q: Tensor, *rest: Tensor | None):
+        return (operator if q.is_cuda else function)(q, *rest)
+
+    return launch
+
+
+def on(x: Tensor, kernel: Callable) -> Callable:
+    """The kernel in a form that a compiled graph can hold, where there may be one."""
+    return wrap_triton(kernel) if x.is_cuda else kernel
+
+
+@launches
+def forward(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """O `(B, N, n, d)` and L `(B, n, N)` float32."""
+    (B, N, n, d), M = q.shape, k.shape[1]
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    sums = torch.empty(B, n, N, dtype=torch.float32, device=q.device)
+    rows, warps = FORWARD[split(d)[0]]
+    tile, rest = key_tiles(M)
+    on(q, forward_kernel)[(n, triton.cdiv(N, rows), B)](
+        q, k, v, lengths, o, sums, N, M, d**-0.5 * LOG2E, *strides(q, k, v),
+        **constants(Q=q, K=k, V=v), ROWS=rows, TILE=tile, REST=rest, num_warps=warps,
+    )  # fmt: skip
+    return o, sums
+
+
+@launches
+def backward(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, o: Tensor, sums: Tensor, do: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dQ `(B, N, n, d)`, and dK and dV in one tensor `(2, B, M, n, d)`."""
+    (B, N, n, d), M = q.shape, k.shape[1]
+    slope, compiled = d**-0.5, constants(Q=q, K=k, V=v, DO=do)
+
+    dq, delta = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty_like(sums)
+    rows, warps = QUERIES[compiled["D1"]]
+    tile, rest = key_tiles(M)
+    on(q, queries_kernel)[(n, triton.cdiv(N, rows), B)](
+        q, k, v, lengths, o, sums, do, delta, dq, N, M, slope * LOG2E, slope, *strides(q, k, v, do),
+        **compiled, ROWS=rows, TILE=tile, REST=rest, num_warps=warps,
+    )  # fmt: skip
+
+    rows, warps = KEYS[compiled["D1"]]
+    parts, each = query_parts(B, N, n, M, rows)
+    dkv = torch.empty(2, B, M, n, d, dtype=k.dtype, device=q.device)
+    partial = dkv if parts == 1 else torch.empty(parts, *dkv.shape, dtype=torch.float32, device=q.device)
+    on(q, keys_kernel)[(triton.cdiv(M, KEY_TILE) * n, parts, B)](
+        q, k, v, lengths, sums, do, delta, partial, N, M, each, slope * LOG2E, slope, *strides(q, k, v, do),
+        **compiled, ROWS=rows, TILE=KEY_TILE, num_warps=warps,
+    )  # fmt: skip
+    if parts > 1:
+        size, block = dkv.numel(), 1024
+        on(q, sum_kernel)[(triton.cdiv(size, block),)](partial, dkv, size, parts, BLOCK=block)
+    return dq, dkv
+
+
+@launches
+def maps(q: Tensor, k: Tensor, lengths: Tensor | None) -> Tensor:
+    """The mean of the heads' P, `(B, N, M)` float32."""
+    (B, N, n, d), M = q.shape, k.shape[1]
+    rows, warps = MAPS[split(d)[0]]
+    compiled = constants(Q=q, K=k) | {"ROWS": rows, "TILE": KEY_TILE, "num_warps": warps}
+    sums = torch.empty(B, n, N, dtype=torch.float32, device=q.device)
+    on(q, sums_kernel)[(n, triton.cdiv(N, rows), B)](
+        q, k, lengths, sums, N, M, d**-0.5 * LOG2E, *strides(q, k), **compiled
+    )
+    a = torch.empty(B, N, M, dtype=torch.float32, device=q.device)
+    on(q, maps_kernel)[(triton.cdiv(M, KEY_TILE), triton.cdiv(N, rows), B)](
+        q, k, lengths, sums, a, N, M, d**-0.5 * LOG2E, *strides(q, k), **compiled
+    )
+    return a
+
+
+# The kernels. Q, K, ... are pointers; q, k, ... are pairs of tiles, the two parts of a head's width. A
+# program moves its pointers to its image, head and first row at once, in 64 bits, and counts rows from there.
+
+
+@triton.jit
+def forward_kernel(
+    Q, K, V, LENGTHS, O, SUMS, N, M, scale, q_image, q_row, k_image, k_row, v_image, v_row,
+    HEADS: tl.constexpr, Q_HEAD: tl.constexpr, K_HEAD: tl.constexpr, V_HEAD: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """O and L of ROWS queries of one head."""
+    head, image = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    first = tl.program_id(1).to(tl.int64) * ROWS
+    length = real_keys(LENGTHS, image, M)
+    Q += image * q_image + head * Q_HEAD + first * q_row
+    K += image * k_image + head * K_HEAD
+    V += image * v_image + head * V_HEAD
+    q = load(Q, q_row, N - first, ROWS, D, D1, D2)
+
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    state = (top, tl.zeros((ROWS,), tl.float32), zeros(ROWS, D1, D2))  # largest score, sum of powers, O
+    if REST < 0:
+        for key in range(0, length, TILE):
+            state = attend(state, q, K, V, key, length, scale, k_row, v_row, D, D1, D2, TILE)
+    else:
+        state = attend(state, q, K, V, 0, length, scale, k_row, v_row, D, D1, D2, TILE)
+        if REST > 0:
+            state = attend(state, q, K, V, TILE, length, scale, k_row, v_row, D, D1, D2, REST)
+
+    top, total, o = state
+    O += ((image * N + first) * HEADS + head) * D
+    store(O, HEADS * D, N - first, o, 1 / total[:, None], ROWS, D, D1, D2)
+    row = tl.arange(0, ROWS)
+    tl.store(SUMS + (image * HEADS + head) * N + first + row, top + tl.log2(total), mask=row < N - first)
+
+
+@triton.jit
+def attend(
+    state, q, K, V, key, length, scale, k_row, v_row,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The state after one more tile of keys, which begins at `key`."""
+    top, total, o = state
+    k = load(K + tl.cast(key, tl.int64) * k_row, k_row, length - key, TILE, D, D1, D2)
+    v = load(V + tl.cast(key, tl.int64) * v_row, v_row, length - key, TILE, D, D1, D2)
+    p, shrink, top, total = soften(scores(q, k, scale, length - key, TILE), top, total)
+    o = (o[0] * shrink[:, None], o[1] * shrink[:, None])
+    return top, total, add_product(o, p, v)
+
+
+@triton.jit
+def queries_kernel(
+    Q, K, V, LENGTHS, O, SUMS, DO, DELTA, DQ, N, M, scale, slope,
+    q_image, q_row, k_image, k_row, v_image, v_row, do_image, do_row,
+    HEADS: tl.constexpr, Q_HEAD: tl.constexpr, K_HEAD: tl.constexpr, V_HEAD: tl.constexpr,
+    DO_HEAD: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """delta and dQ of ROWS queries of one head."""
+    head, image = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    first = tl.program_id(1).to(tl.int64) * ROWS
+    length = real_keys(LENGTHS, image, M)
+    Q += image * q_image + head * Q_HEAD + first * q_row
+    K += image * k_image + head * K_HEAD
+    V += image * v_image + head * V_HEAD
+    DO += image * do_image + head * DO_HEAD + first * do_row
+    O += ((image * N + first) * HEADS + head) * D
+    DQ += ((image * N + first) * HEADS + head) * D
+    SUMS += (image * HEADS + head) * N + first
+    DELTA += (image * HEADS + head) * N + first
+
+    q = load(Q, q_row, N - first, ROWS, D, D1, D2)
+    o = load(O, HEADS * D, N - first, ROWS, D, D1, D2)
+    do = load(DO, do_row, N - first, ROWS, D, D1, D2)
+    row = tl.arange(0, ROWS)
+    sums = tl.load(SUMS + row, mask=row < N - first, other=0.0)
+    delta = tl.sum(o[0].to(tl.float32) * do[0].to(tl.float32), 1)
+    delta += tl.sum(o[1].to(tl.float32) * do[1].to(tl.float32), 1)
+    tl.store(DELTA + row, delta, mask=row < N - first)
+
+    dq = zeros(ROWS, D1, D2)
+    if REST < 0:
+        for key in range(0, length, TILE):
+            dq = descend(dq, q, do, sums, delta, K, V, key, length, scale, k_row, v_row, D, D1, D2, TILE)
+    else:
+        dq = descend(dq, q, do, sums, delta, K, V, 0, length, scale, k_row, v_row, D, D1, D2, TILE)
+        if REST > 0:
+            dq = descend(dq, q, do, sums, delta, K, V, TILE, length, scale, k_row, v_row, D, D1, D2, REST)
+    store(DQ, HEADS * D, N - first, dq, slope, ROWS, D, D1, D2)
+
+
+@triton.jit
+def descend(
+    dq, q, do, sums, delta, K, V, key, length, scale, k_row, v_row,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """dQ, not scaled yet, after one more tile of keys, which begins at `key`."""
+    k = load(K + tl.cast(key, tl.int64) * k_row, k_row, length - key, TILE, D, D1, D2)
+    v = load(V + tl.cast(key, tl.int64) * v_row, v_row, length - key, TILE, D, D1, D2)
+    p = tl.exp2(scores(q, k, scale, length - key, TILE) - sums[:, None])
+    ds = p * (product(do, v) - delta[:, None])
+    return add_product(dq, ds, k)
+
+
+@triton.jit
+def keys_kernel(
+    Q, K, V, LENGTHS, SUMS, DO, DELTA, PARTIAL, N, M, each, scale, slope,
+    q_image, q_row, k_image, k_row, v_image, v_row, do_image, do_row,
+    HEADS: tl.constexpr, Q_HEAD: tl.constexpr, K_HEAD: tl.constexpr, V_HEAD: tl.constexpr,
+    DO_HEAD: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """What `each` queries of one head add to dK and dV of TILE keys. The scores are keys by queries here."""
+    head, image = (tl.program_id(0) % HEADS).to(tl.int64), tl.program_id(2).to(tl.int64)
+    key, part = (tl.program_id(0) // HEADS).to(tl.int64) * TILE, tl.program_id(1).to(tl.int64)
+    length = real_keys(LENGTHS, image, M)
+    Q += image * q_image + head * Q_HEAD
+    K += image * k_image + head * K_HEAD + key * k_row
+    V += image * v_image + head * V_HEAD + key * v_row
+    DO += image * do_image + head * DO_HEAD
+    SUMS += (image * HEADS + head) * N
+    DELTA += (image * HEADS + head) * N
+
+    k = load(K, k_row, length - key, TILE, D, D1, D2)
+    v = load(V, v_row, length - key, TILE, D, D1, D2)
+    real = (tl.arange(0, TILE) < length - key)[:, None]
+    dk, dv = zeros(TILE, D1, D2), zeros(TILE, D1, D2)
+    row = tl.arange(0, ROWS)
+    for first in range(part * each, tl.minimum(part * each + each, N), ROWS):
+        q = load(Q + first * q_row, q_row, N - first, ROWS, D, D1, D2)
+        do = load(DO + first * do_row, do_row, N - first, ROWS, D, D1, D2)
+        sums = tl.load(SUMS + first + row, mask=row < N - first, other=0.0)
+        delta = tl.load(DELTA + first + row, mask=row < N - first, other=0.0)
+        p = tl.where(real, tl.exp2(product(k, q) * scale - sums[None, :]), 0.0)
+        dv = add_product(dv, p, do)
+        ds = p * (product(v, do) - delta[None, :])
+        dk = add_product(dk, ds, q)
+
+    images = tl.num_programs(2).to(tl.int64)
+    DK = PARTIAL + (((2 * part * images + image) * M + key) * HEADS + head) * D
+    DV = DK + images * M * HEADS * D
+    store(DK, HEADS * D, M - key, dk, slope, TILE, D, D1, D2)
+    store(DV, HEADS * D, M - key, dv, 1.0, TILE, D, D1, D2)
+
+
+@triton.jit
+def sum_kernel(PARTIAL, OUT, size, parts, BLOCK: tl.constexpr):
+    """The sum of `parts` tensors of `size` numbers that lie one behind the other, in their order."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(parts):
+        total += tl.load(PARTIAL + at, mask=at < size, other=0.0)
+        PARTIAL += size
+    tl.store(OUT + at, total.to(OUT.dtype.element_ty), mask=at < size)
+
+
+@triton.jit
+def sums_kernel(
+    Q, K, LENGTHS, SUMS, N, M, scale, q_image, q_row, k_image, k_row,
+    HEADS: tl.constexpr, Q_HEAD: tl.constexpr, K_HEAD: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """L of ROWS queries of one head."""
+    head, image = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    first = tl.program_id(1).to(tl.int64) * ROWS
+    length = real_keys(LENGTHS, image, M)
+    Q += image * q_image + head * Q_HEAD + first * q_row
+    K += image * k_image + head * K_HEAD
+    q = load(Q, q_row, N - first, ROWS, D, D1, D2)
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    for key in range(0, length, TILE):
+        k = load(K + tl.cast(key, tl.int64) * k_row, k_row, length - key, TILE, D, D1, D2)
+        _, _, top, total = soften(scores(q, k, scale, length - key, TILE), top, total)
+    row = tl.arange(0, ROWS)
+    tl.store(SUMS + (image * HEADS + head) * N + first + row, top + tl.log2(total), mask=row < N - first)
+
+
+@triton.jit
+def maps_kernel(
+    Q, K, LENGTHS, SUMS, A, N, M, scale, q_image, q_row, k_image, k_row,
+    HEADS: tl.constexpr, Q_HEAD: tl.constexpr, K_HEAD: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The mean of the heads' P, for ROWS queries and TILE keys."""
+    key, image = tl.program_id(0).to(tl.int64) * TILE, tl.program_id(2).to(tl.int64)
+    first = tl.program_id(1).to(tl.int64) * ROWS
+    length = real_keys(LENGTHS, image, M)
+    Q += image * q_image + first * q_row
+    K += image * k_image + key * k_row
+    SUMS += image * HEADS * N + first
+    A += (image * N + first) * M + key
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, TILE)[None, :]
+    a = tl.zeros((ROWS, TILE), tl.float32)
+    for _ in range(HEADS):
+        q = load(Q, q_row, N - first, ROWS, D, D1, D2)
+        k = load(K, k_row, length - key, TILE, D, D1, D2)
+        sums = tl.load(SUMS + row, mask=row < N - first, other=0.0)
+        a += tl.exp2(scores(q, k, scale, length - key, TILE) - sums)
+        Q += Q_HEAD
+        K += K_HEAD
+        SUMS += N
+    tl.store(A + row.to(tl.int64) * M + column, a / HEADS, mask=(row < N - first) & (column < M - key))
+
+
+@triton.jit
+def real_keys(LENGTHS, image, M):
+    """How many of the M keys are the image's own."""
+    if LENGTHS is None:
+        return M
+    else:
+        return tl.minimum(tl.load(LENGTHS + image).to(tl.int32), M)
+
+
+@triton.jit
+def scores(q, k, scale, count, TILE: tl.constexpr):
+    """S of a block of queries and a tile of keys; -inf for keys from `count` on."""
+    return tl.where(tl.arange(0, TILE)[None, :] < count, product(q, k) * scale, float("-inf"))
+
+
+@triton.jit
+def soften(s, top, total):
+    """2^(s - the largest score so far), by what powers before shrink, that score, the sum of all powers."""
+    higher = tl.maximum(top, tl.max(s, 1))
+    p, shrink = tl.exp2(s - higher[:, None]), tl.exp2(top - higher)
+    return p, shrink, higher, total * shrink + tl.sum(p, 1)
+
+
+@triton.jit
+def product(a, b):
+    """a b^T, in float32; "ieee" keeps float32 inputs from being rounded to tf32."""
+    s = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
+    return tl.dot(a[1], tl.trans(b[1]), s, input_precision="ieee")
+
+
+@triton.jit
+def add_product(total, p, b):
+    """total + p b, with p rounded to b's type as a matrix instruction needs it."""
+    p = p.to(b[0].dtype)
+    return (
+        tl.dot(p, b[0], total[0], input_precision="ieee"),
+        tl.dot(p, b[1], total[1], input_precision="ieee"),
+    )
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    return tl.zeros((ROWS, D1), tl.float32), tl.zeros((ROWS, D2), tl.float32)
+
+
+@triton.jit
+def load(X, stride, count, ROWS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    """The next ROWS rows of X; 0 from row `count` on, and beyond the width D."""
+    row, left = tl.arange(0, ROWS)[:, None], tl.arange(0, D1)[None, :]
+    right = D1 + tl.arange(0, D2)[None, :]
+    X += row.to(tl.int64) * stride
+    return (
+        tl.load(X + left, mask=(row < count) & (left < D), other=0.0),
+        tl.load(X + right, mask=(row < count) & (right < D), other=0.0),
+    )
+
+
+@triton.jit
+def store(
+    X, stride, count, x, factor, ROWS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr
+):  # fmt: skip
+    """The opposite of `load`, of x times the factor."""
+    row, left = tl.arange(0, ROWS)[:, None], tl.arange(0, D1)[None, :]
+    right = D1 + tl.arange(0, D2)[None, :]
+    X += row.to(tl.int64) * stride
+    tl.store(X + left, (x[0] * factor).to(X.dtype.element_ty), mask=(row < count) & (left < D))
+    tl.store(X + right, (x[1] * factor).to(X.dtype.element_ty), mask=(row < count) & (right < D))
+
+
+INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)

@@ -1,0 +1,408 @@
+"""The cross-attention kernels against float64, in Triton's interpreter, and on a GPU with `-m gpu`.
+
+The bar: no further from float64 than twice what plain torch is in the same precision. New memory is NaN until
+it is written, no input is contiguous, and NaN lies behind each image's last key.
+"""
+
+import importlib.util
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import BAR, error
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import kernels
+from kernels import cross_attention as module
+from kernels import reference
+from unet import UNet, UNetConfig
+
+ROOT = Path(__file__).parents[1]
+EXACT = 4  # roundings: where the true gradient is 0, as for a single key, plain torch may be luckier than we
+SHAPES = [  # N, M, d: every N, M and d, each next to several others
+    (1, 1, 8),
+    (17, 5, 16),
+    (63, 32, 24),
+    (100, 77, 40),
+    (256, 150, 80),
+    (17, 171, 160),
+    (63, 300, 40),
+    (17, 77, 160),
+    (63, 150, 40),
+    (1, 32, 80),
+    (100, 300, 8),
+]
+DTYPES = [torch.float32, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch) -> None:
+    """Memory is NaN until it is written."""
+    for name in ("empty", "empty_like"):
+        make = getattr(torch, name)
+
+        def poisoned(*size, make=make, **options) -> Tensor:
+            x = make(*size, **options)
+            return x.fill_(torch.nan) if x.is_floating_point() else x
+
+        monkeypatch.setattr(torch, name, poisoned)
+
+
+@pytest.fixture
+def triton_asked():
+    kernels.use("triton")
+    yield
+    kernels.use("auto")
+
+
+def make(B: int, N: int, M: int, n: int, d: int, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    """q, k, v and the gradient of the output, none contiguous: k and v are slices of one wide product."""
+    q, do = torch.randn(2, B, n, N, d, device=device).to(dtype).transpose(2, 3)
+    wide = torch.randn(B, M, 3 * n * d + 16, device=device).to(dtype)
+    k, v = (x.unflatten(-1, (n, d)) for x in wide[..., 8:].split(n * d, dim=-1)[:2])
+    return [q, k, v, do]
+
+
+def ragged(B: int, M: int, device: str = "cpu") -> Tensor:
+    """All keys, one key, about half of them."""
+    return torch.tensor([M, 1, (M + 1) // 2], device=device)[:B]
+
+
+def results(attend: Callable, inputs: list[Tensor], lengths: Tensor | None) -> list[Tensor]:
+    """The output and the gradients of q, k and v."""
+    *qkv, do = (x.detach() for x in inputs)
+    qkv = [x.requires_grad_() for x in qkv]
+    o = attend(*qkv, lengths)
+    return [o.detach(), *torch.autograd.grad(o, qkv, do)]
+
+
+def excess(attend: Callable, inputs: list[Tensor], lengths: Tensor | None) -> float:
+    """How many times as far from float64 as plain torch we are, the worst of output and gradients."""
+    ours = results(attend, behind(inputs, lengths, torch.nan), lengths)
+    plain = results(reference.attention, inputs, lengths)
+    exact = results(reference.attention, [x.double() for x in inputs], lengths)
+    floor = EXACT * torch.finfo(inputs[0].dtype).eps * inputs[0].shape[-1] ** 0.5
+    assert all(x.dtype == inputs[0].dtype for x in ours)
+    return max(
+        ((x.double() - z).norm() / ((y.double() - z).norm() + floor)).nan_to_num(torch.inf).item()
+        for x, y, z in zip(ours, plain, exact, strict=True)
+    )
+
+
+def behind(inputs: list[Tensor], lengths: Tensor | None, value: float) -> list[Tensor]:
+    """The inputs with `value` in the keys and values that are not real; strides are kept."""
+    if lengths is None:
+        return inputs
+    q, k, v, do = inputs
+    k, v = (torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x) for x in (k, v))
+    for keys, values, length in zip(k, v, lengths, strict=True):
+        keys[length:] = values[length:] = value
+    return [q, k, v, do]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "M", "d"), SHAPES)
+def test_output_and_gradients(N, M, d, dtype):
+    lengths = ragged(2, M) if N % 2 else None
+    assert excess(module.cross_attention, make(2, N, M, 2, d, dtype), lengths) <= 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("M", "integer"), [(5, torch.int64), (77, torch.int32), (171, torch.int64)])
+def test_images_with_fewer_keys(M, integer, dtype):
+    """All, one and half of the keys are real, for one tile, for two, and for a loop over them."""
+    inputs, lengths = make(3, 17, M, 2, 24, dtype), ragged(3, M).to(integer)
+    assert excess(module.cross_attention, inputs, lengths) <= 2
+    alone = results(
+        module.cross_attention,
+        [x[2:, : lengths[2] if i in (1, 2) else 17] for i, x in enumerate(inputs)],
+        None,
+    )
+    for together, x in zip(results(module.cross_attention, inputs, lengths), alone, strict=True):
+        assert error(together[2:, : x.shape[1]], x) <= 4 * torch.finfo(dtype).eps
+
+
+def test_the_gradient_is_that_of_the_kernel_itself():
+    """Without any reference: central differences of the forward kernel along random directions."""
+    q, k, v, do = make(2, 3, 5, 2, 8, torch.float32)
+    lengths = ragged(2, 5)
+    _, *gradients = results(module.cross_attention, [q, k, v, do], lengths)
+    for i, gradient in enumerate(gradients):
+        direction, step = torch.randn_like(gradient), 1e-2
+        moved = [
+            [x + sign * step * direction if i == j else x for j, x in enumerate((q, k, v))]
+            for sign in (1, -1)
+        ]
+        up, down = ((module.cross_attention(*x, lengths) * do).sum() for x in moved)
+        assert error((up - down) / (2 * step), (gradient * direction).sum()) <= 1e-3
+
+
+def test_the_backward_pass_gives_the_same_bits():
+    inputs = make(2, 256, 77, 2, 40, torch.float16)
+    parts, _ = module.query_parts(2, 256, 2, 77, module.KEYS[32][0])
+    assert parts > 1, "the sum over parts must be in play"
+    first, second = (results(module.cross_attention, inputs, ragged(2, 77)) for _ in range(2))
+    assert all(x.equal(y) for x, y in zip(first, second, strict=True))
+
+
+def test_the_parts_cover_all_queries_once():
+    for B, N, n, M in [(1, 1, 1, 1), (2, 4096, 8, 77), (16, 4096, 8, 77), (1, 4096, 8, 1), (3, 1000, 5, 300)]:
+        parts, each = module.query_parts(B, N, n, M, 64)
+        assert (parts - 1) * each < N <= parts * each and each % 64 == 0
+    assert module.query_parts(2, 4096, 8, 77, 64) == (4, 1024), "128 programs for 132 multiprocessors"
+
+
+def test_two_tiles_cover_a_width_and_the_keys():
+    for size in range(1, 161):
+        first, second = module.split(size)
+        assert first + second >= size and first >= second >= 16
+        tile, rest = module.key_tiles(size)
+        assert size <= tile + rest < max(17, 2 * size) and tile >= rest
+    assert [module.split(x) for x in (40, 80, 160)] == [(32, 16), (64, 16), (128, 32)]
+    assert [module.key_tiles(x) for x in (32, 77, 150, 161)] == [(32, 0), (64, 16), (128, 32), (64, -1)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "M", "d"), [(17, 5, 24), (100, 77, 40), (63, 171, 160)])
+def test_maps(N, M, d, dtype):
+    """As for the output; the sum of the keys is 1, and the gradient is the reference's."""
+    q, k, *_ = inputs = make(2, N, M, 3, d, dtype)
+    lengths = ragged(2, M)
+    exact = reference.attention_maps(q.double(), k.double(), lengths)
+    _, hidden, *_ = behind(inputs, lengths, torch.nan)
+    ours = module.attention_maps(q, hidden, lengths)
+    plain = reference.attention_maps(q, k, lengths)
+    assert ours.dtype == torch.float32 and ours.shape == (2, N, M)
+    assert error(ours, exact) <= 2 * error(plain, exact) + torch.finfo(torch.float32).eps
+    assert torch.allclose(ours.sum(dim=-1), torch.ones(2, N)) and not ours[1, :, 1:].any()
+
+
+def test_the_gradient_of_maps():
+    q, k, _, _ = make(2, 17, 5, 2, 8, torch.float32)
+    q, k, lengths, da = q.requires_grad_(), k.detach().requires_grad_(), ragged(2, 5), torch.randn(2, 17, 5)
+    for ours, plain in zip(
+        *(torch.autograd.grad(attend(q, k, lengths), (q, k), da) for attend in MAPS), strict=True
+    ):
+        assert error(ours, plain) <= 1e-6
+
+
+MAPS = (module.attention_maps, reference.attention_maps)
+MISTAKES = {
+    "no mask": (
+        'tl.where(tl.arange(0, TILE)[None, :] < count, product(q, k) * scale, float("-inf"))',
+        "product(q, k) * scale",
+    ),
+    "dK in powers of two, as the scores are": ("dk, slope", "dk, scale"),
+}
+
+
+def planted(folder: Path, right: str, wrong: str) -> types.ModuleType:
+    """The kernels with `right` replaced by `wrong`: in a file, since Triton reads the source of a kernel."""
+    source = (ROOT / "kernels" / "cross_attention.py").read_text()
+    assert right in source, f"the kernels no longer say {right!r}: plant the mistake where it now belongs"
+    copy = folder / "mistaken.py"
+    copy.write_text(source.replace(right, wrong))
+    spec = importlib.util.spec_from_file_location("kernels.mistaken", copy)
+    mistaken = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mistaken)
+    return mistaken
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["no mistake", *MISTAKES])
+def test_mistakes_are_seen(name, dtype, tmp_path):
+    right, wrong = MISTAKES.get(name, ("import torch", "import torch"))
+    mistaken = planted(tmp_path, right, wrong)
+    inputs, lengths = make(2, 17, 77, 2, 40, dtype), ragged(2, 77)
+    assert (excess(mistaken.cross_attention, behind(inputs, lengths, 0.0), lengths) > 4) == (name in MISTAKES)
+
+
+def test_the_kernels_run_when_asked_for_by_name(triton_asked, monkeypatch):
+    launched = []
+    for name in ("forward", "backward", "maps"):
+        launch = getattr(module, name)
+        spy = lambda *x, name=name, launch=launch: launched.append(name) or launch(*x)
+        monkeypatch.setattr(module, name, spy)
+    inputs = make(2, 3, 5, 2, 8, torch.float32)
+    results(kernels.attention, inputs, None)
+    kernels.attention_maps(*inputs[:2])
+    assert launched == ["forward", "backward", "maps"]
+    kernels.use("auto")
+    results(kernels.attention, inputs, None)
+    kernels.attention_maps(*inputs[:2])
+    assert len(launched) == 3, "a CPU chooses plain torch by itself"
+
+
+REFUSALS = {
+    "width": (lambda q, k, v: (q[..., :12], k[..., :12], v[..., :12], None), "12 wide: give a multiple of 8"),
+    "wide": (lambda q, k, v: (*(x.repeat(1, 1, 1, 11) for x in (q, k, v)), None), "176 wide.*up to 160"),
+    "type": (lambda q, k, v: (q.double(), k.double(), v.double(), None), "float64.*cast"),
+    "types": (lambda q, k, v: (q, k, v.half(), None), "float32, torch.float32 and torch.float16: cast all"),
+    "stride": (lambda q, k, v: (q, k.mT.contiguous().mT, v, None), "the last must be 1"),
+    "heads": (lambda q, k, v: (q, k[:, :, :1], v, None), r"\(2, 5, 1, 16\).*give"),
+    "images": (lambda q, k, v: (q, k, v[:1], None), r"\(1, 5, 2, 16\).*give"),
+    "fewer values": (lambda q, k, v: (q, k, v[:, :4], None), r"\(2, 4, 2, 16\).*give"),
+    "no keys": (lambda q, k, v: (q, k[:, :0], v[:, :0], None), "none empty"),
+    "lengths": (
+        lambda q, k, v: (q, k, v, torch.ones(3, dtype=torch.int64)),
+        r"int64 \(3,\): give int32 or int64, \(2,\)",
+    ),
+    "float lengths": (lambda q, k, v: (q, k, v, torch.ones(2)), "torch.float32.*give int32 or int64"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals_say_the_value_and_the_cure(name, triton_asked):
+    change, message = REFUSALS[name]
+    with pytest.raises(AssertionError, match=message):
+        kernels.attention(*change(*make(2, 3, 5, 2, 16, torch.float32)[:3]))
+
+
+def test_a_cpu_without_the_interpreter_is_refused(triton_asked, monkeypatch):
+    monkeypatch.setattr(module, "INTERPRETED", False)
+    with pytest.raises(AssertionError, match="TRITON_INTERPRET=1"):
+        kernels.attention(*make(2, 3, 5, 2, 8, torch.float16)[:3])
+    with pytest.raises(
+        AssertionError, match="float32.*cast all to torch.float16 or all to torch.bfloat16.*on a GPU"
+    ):
+        kernels.attention(*make(2, 3, 5, 2, 8, torch.float32)[:3])
+
+
+def test_under_autocast_the_type_is_what_it_asks_for():
+    q, k, v, _ = make(2, 3, 5, 2, 8, torch.float32)
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert module.cross_attention(q, k.half(), v).dtype == torch.float16
+
+
+def test_a_second_derivative_is_refused():
+    q, k, v, do = make(2, 3, 5, 2, 8, torch.float32)
+    q, do = q.requires_grad_(), do.requires_grad_()
+    (dq,) = torch.autograd.grad(module.cross_attention(q, k, v), q, do, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+
+
+def test_the_unet_with_kernels_equals_the_unet_with_references():
+    """Features, maps and every parameter's gradient, on ragged contexts; self-attention runs the kernels too.
+
+    The kernels run under activation checkpointing: their forward pass a second time in the backward pass.
+    """
+    unet = UNet(UNetConfig(channels=(16, 32, 48, 48), layers=1, heads=2, context_width=32, groups=8))
+    latent, t, context = torch.randn(2, 4, 8, 16), torch.tensor([1, 731]), torch.randn(2, 40, 32)
+    found = []
+    for which in ("torch", "triton"):
+        kernels.use(which)
+        unet.checkpoint_activations = which == "triton"
+        unet.zero_grad()
+        features, maps = unet.features_and_attention(latent, t, context, torch.tensor([40, 1]))
+        sum((x * x).mean() for x in (*features, *maps)).backward()
+        gradients = {name: x.grad for name, x in unet.named_parameters() if x.grad is not None}
+        found.append(([*features, *maps], gradients))
+    kernels.use("auto")
+    (plain, plain_gradients), (ours, gradients) = found
+    assert all(error(x, y) <= BAR for x, y in zip(ours, plain, strict=True))
+    without = {name for name, _ in unet.named_parameters()} - gradients.keys()
+    assert all(name.startswith(("conv_norm_out", "conv_out")) for name in without), "only they make the noise"
+    assert all(error(gradients[name], x) <= 10 * BAR for name, x in plain_gradients.items())
+
+
+# On a GPU.
+
+
+@pytest.fixture
+def gpu() -> str:
+    assert torch.cuda.is_available(), "these tests need a CUDA device"
+    return "cuda"
+
+
+GPU_SHAPES = [*SHAPES, (4096, 77, 40), (1600, 150, 80), (400, 150, 160), (1024, 1024, 80), (33, 1000, 64)]
+GPU_DTYPES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", GPU_DTYPES)
+@pytest.mark.parametrize(("N", "M", "d"), GPU_SHAPES)
+def test_output_and_gradients_on_a_gpu(N, M, d, dtype, gpu):
+    for lengths in (None, ragged(2, M, gpu)):
+        assert excess(module.cross_attention, make(2, N, M, 8, d, dtype, gpu), lengths) <= 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d", range(8, 161, 8))
+def test_every_width_on_a_gpu(d, gpu):
+    for M in (16, 77, 100, 150):
+        assert (
+            excess(module.cross_attention, make(2, 100, M, 2, d, torch.bfloat16, gpu), ragged(2, M, gpu)) <= 2
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", GPU_DTYPES)
+@pytest.mark.parametrize(("N", "M", "d"), [(4096, 77, 40), (1000, 150, 80), (250, 77, 160), (250, 300, 160)])
+def test_a_hundred_runs_give_the_same_bits_on_a_gpu(N, M, d, dtype, gpu):
+    inputs, lengths = make(2, N, M, 8, d, dtype, gpu), ragged(2, M, gpu)
+    first = results(module.cross_attention, inputs, lengths)
+    for _ in range(100):
+        again = results(module.cross_attention, inputs, lengths)
+        assert all(x.equal(y) for x, y in zip(first, again, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", GPU_DTYPES)
+@pytest.mark.parametrize(("N", "M", "d"), [(1000, 77, 40), (1024, 150, 80), (250, 300, 160)])
+def test_maps_on_a_gpu(N, M, d, dtype, gpu):
+    """The products of two half-precision numbers are exact in float32: only the order of the sums differs."""
+    q, k, *_ = make(2, N, M, 8, d, dtype, gpu)
+    lengths = ragged(2, M, gpu)
+    exact = reference.attention_maps(q.double(), k.double(), lengths)
+    assert error(module.attention_maps(q, k, lengths), exact) <= 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [False, True])
+def test_compiled_on_a_gpu(lengths, gpu, monkeypatch):
+    """In one graph, forward and backward, with the same bits: the launches are the same."""
+    monkeypatch.undo()  # of the NaN in new memory, which is no part of a graph
+    inputs, lengths = make(2, 1000, 77, 8, 40, torch.bfloat16, gpu), ragged(2, 77, gpu) if lengths else None
+    compiled = torch.compile(module.cross_attention, fullgraph=True)
+    pairs = zip(*(results(x, inputs, lengths) for x in (compiled, module.cross_attention)), strict=True)
+    assert all(x.equal(y) for x, y in pairs)
+    maps = torch.compile(module.attention_maps, fullgraph=True)
+    with torch.no_grad():
+        assert maps(*inputs[:2], lengths).equal(module.attention_maps(*inputs[:2], lengths))
+
+
+@pytest.mark.gpu
+def test_autocast_and_checkpointing_on_a_gpu(gpu):
+    q, k, v, do = (x.float() for x in make(2, 300, 77, 8, 40, torch.bfloat16, gpu))
+    with torch.autocast(gpu, dtype=torch.bfloat16):
+        cast = results(lambda *x: module.cross_attention(*x).float(), [q, k, v, do], None)
+        kept = lambda *x: checkpoint(module.cross_attention, *x, use_reentrant=False).float()
+        again = results(kept, [q, k, v, do], None)
+    assert all(x.dtype == torch.float32 and x.equal(y) for x, y in zip(cast, again, strict=True))
+    half = results(module.cross_attention, [x.bfloat16() for x in (q, k, v, do)], None)
+    assert all(x.bfloat16().equal(y) for x, y in zip(cast, half, strict=True))
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_32_bits_on_a_gpu(gpu):
+    """Images and rows that lie more than 2^31 numbers apart."""
+    far = 2**31 + 8
+    store = torch.zeros(2 * far + 4096, dtype=torch.bfloat16, device=gpu)
+    q, k, v, do = make(2, 130, 77, 2, 16, torch.bfloat16, gpu)
+    images = [store[x:].as_strided(q.shape, (far, 32, 16, 1)) for x in (0,)]
+    images[0].copy_(q)
+    rows = store[4096 + 130 * 32 :].as_strided((2, 2, 2, 16), (32, far, 16, 1))
+    rows.copy_(k[:, :2])
+    near = results(module.cross_attention, [q, k[:, :2].contiguous(), v[:, :2], do], None)
+    apart = results(module.cross_attention, [images[0], rows, v[:, :2], do], None)
+    assert all(x.equal(y) for x, y in zip(near, apart, strict=True))
+
+
+@pytest.mark.gpu
+def test_float32_is_refused_on_a_gpu(gpu):
+    with pytest.raises(AssertionError, match="float32.*cast all to torch.float16"):
+        module.cross_attention(*make(2, 3, 5, 2, 8, torch.float32, gpu)[:3])

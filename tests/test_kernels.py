@@ -1,0 +1,96 @@
+"""kernels/__init__.py: what is chosen, and said; kernels/row_attention.py and kernels/linear.py."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import error
+
+import kernels
+from kernels import reference
+from kernels.linear import linear
+from kernels.row_attention import ROWS, row_attention
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def automatic():
+    yield
+    kernels.use("auto")
+
+
+def test_importing_the_chooser_does_not_import_triton():
+    """Which has wheels for Linux alone, and reads TRITON_INTERPRET when it is imported."""
+    code = "import kernels, sys; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
+
+
+def test_a_cpu_runs_plain_torch():
+    assert kernels.describe("cpu") == "kernels: plain torch, as on every CPU"
+    assert not kernels.chosen("cross_attention", torch.empty(1), 40)
+
+
+def test_what_is_asked_by_name_is_said():
+    kernels.use("triton")
+    assert "triton, as asked" in kernels.describe("cpu")
+    assert kernels.chosen("cross_attention", torch.empty(1), 40, worth=False)
+    with pytest.raises(AssertionError, match="there is no 'cuda': choose auto, torch or triton"):
+        kernels.use("cuda")
+
+
+def test_a_gpu_runs_a_kernel_where_the_table_says_that_it_won(monkeypatch):
+    """Checked without a GPU: what the choice looks at is a tensor's place and torch's answer about it."""
+    monkeypatch.setitem(kernels.WINS, ("cross_attention", (9, 0)), frozenset({40}))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    on_gpu = type("OnGpu", (), {"is_cuda": True, "device": torch.device("cuda")})()
+    assert kernels.chosen("cross_attention", on_gpu, 40)
+    assert not kernels.chosen("cross_attention", on_gpu, 80)
+    assert not kernels.chosen("cross_attention", on_gpu, 40, worth=False)
+    assert kernels.describe("cuda") == "kernels: cross_attention at [40] on sm_90"
+    kernels.use("torch")
+    assert not kernels.chosen("cross_attention", on_gpu, 40)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    kernels.use("auto")
+    assert "no kernel has won" in kernels.describe("cuda")
+
+
+@pytest.mark.parametrize("N", [1, ROWS - 1, ROWS + 1, 2 * ROWS])
+@pytest.mark.parametrize("M", [1, 77])
+def test_attention_by_rows_is_as_exact_as_torchs(N, M):
+    """In bfloat16 no further from float64 than twice what torch's fused attention is; q, k, v are slices."""
+    q, k, v = (torch.randn(2, length, 3, 80).bfloat16()[..., :40] for length in (N, M, M))
+    exact = reference.attention(q.double(), k.double(), v.double())
+    with torch.no_grad():
+        ours, theirs = row_attention(q, k, v), reference.attention(q, k, v)
+        assert torch.equal(kernels.attention(q, k, v), ours)  # the choice on a CPU
+    assert error(ours.double(), exact) <= 2 * error(theirs.double(), exact)
+
+
+def test_gradients_go_by_torchs_attention():
+    q, k, v = (torch.randn(2, length, 3, 8, requires_grad=True) for length in (5, 7, 7))
+    half = [x.bfloat16() for x in (q, k, v)]
+    kernels.attention(*half).sum().backward()
+    assert all(x.grad is not None for x in (q, k, v))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_as_a_convolution(bias):
+    """Values and gradients, against float64, as close as twice torch's own product."""
+    x, weight = torch.randn(2, 9, 24, requires_grad=True), torch.randn(40, 24, requires_grad=True)
+    b, seed = torch.randn(40, requires_grad=True) if bias else None, torch.randn(2, 9, 40)
+    inputs = [y for y in (x, weight, b) if y is not None]
+
+    def run(function, dtype):
+        copies = [y.detach().to(dtype).requires_grad_() for y in inputs]
+        y = function(*copies)
+        return [y, *torch.autograd.grad(y, copies, seed.to(dtype))]
+
+    exact = run(torch.nn.functional.linear, torch.float64)
+    theirs = run(torch.nn.functional.linear, torch.float32)
+    ours = run(linear, torch.float32)
+    for a, b, c in zip(ours, theirs, exact, strict=True):
+        assert a.shape == c.shape
+        assert error(a.double(), c) <= max(2 * error(b.double(), c), 1e-7)
