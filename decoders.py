@@ -1,5 +1,4 @@
-"""The decoders of semantic segmentation: the UNet's four feature maps to one class per pixel, with their
-loss.
+"""The decoders of semantic segmentation: the UNet's four feature maps to one class per pixel; their loss.
 
 Semantic FPN (Kirillov et al. 2019, arXiv:1901.02446) and UperNet (Xiao et al. 2018, arXiv:1807.10221), built
 as mmsegmentation builds them for the paper's peers: `FPN` + `FPNHead`, and `UPerHead` + `FCNHead`, with
@@ -17,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IGNORE = 255  # the label of a pixel that has no class
+from kernels import IGNORE, upsampled_argmax, upsampled_cross_entropy
+
 CHANNELS = (320, 640, 1280, 1280)  # of Stable Diffusion v1.5's feature maps, finest first (`UNet.features`)
 POOLED_SIZES = (1, 2, 3, 6)  # of the pyramid pooling (mmsegmentation uper_head.py, `pool_scales`)
 AUXILIARY_MAP = 2  # that the auxiliary head reads (mmsegmentation configs/_base_/models/upernet_swin.py)
@@ -70,7 +70,7 @@ class SemanticDecoder(nn.Module):
 
     def labels(self, prediction: Logits, size: tuple[int, int]) -> Tensor:
         """`(B, H, W)` int64, the most likely class of every pixel at `size` = (H, W)."""
-        return self.logits(prediction, size).argmax(dim=1)
+        return upsampled_argmax(prediction.main, size)
 
     def check(self, features: Sequence[Tensor]) -> None:
         """The border: widths and sizes; maps in a wrong order or of an unpadded picture are refused."""
@@ -218,14 +218,6 @@ def upsample_cross_entropy(logits: Tensor, labels: Tensor, ignore: int = IGNORE)
     """Cross-entropy of logits `(B, K, h, w)`, upsampled to labels `(B, H, W)`: its float32 sum, the int64
     pixel count.
 
-    Pixels labelled `ignore` count in neither; if all are, the sum is 0 and its gradients are zeros. The
-    upsampled logits are the largest tensor of training, 157 MB per 512x512 picture of 150 classes: their
-    log-softmax is kept until the backward pass, which holds three of that size at its peak.
+    Pixels labelled `ignore` count in neither; if all are, the sum is 0 and its gradients are zeros.
     """
-    assert labels.dtype == torch.int64 and labels.ndim == 3 and len(labels) == len(logits), (
-        f"the labels are {labels.dtype} {tuple(labels.shape)}: "
-        f"give one int64 map per picture, ({len(logits)}, H, W)"
-    )
-    upsampled = resize(logits.float(), labels.shape[1:])  # (B, K, H, W)
-    total = F.cross_entropy(upsampled, labels, ignore_index=ignore, reduction="sum")
-    return total, (labels != ignore).sum()
+    return upsampled_cross_entropy(logits, labels, ignore)

@@ -1,4 +1,4 @@
-"""The one place that chooses how attention is computed: in plain torch, or by a Triton kernel of this folder.
+"""The one place that chooses how attention, norms and the loss are computed: in plain torch, or by a kernel.
 
 A kernel is the default only where WINS says that it won the benchmark on that class of GPU; everything else,
 and every CPU, runs the plain torch of reference.py. `use("triton")` asks for the kernels by name: then they
@@ -11,12 +11,23 @@ from torch import Tensor, nn
 from . import reference
 from .row_attention import row_attention
 
-__all__ = ["attention", "attention_maps", "describe", "norm_silu", "use", "wide_attention"]
+__all__ = [
+    "IGNORE",
+    "attention",
+    "attention_maps",
+    "describe",
+    "norm_silu",
+    "upsampled_argmax",
+    "upsampled_cross_entropy",
+    "use",
+    "wide_attention",
+]
 
 # (kernel, compute capability) -> the sizes at which `python bench.py --suite kernels` saw it win. The size is
-# the head width for the kinds of attention, the number of channels for group_norm_silu. Empty: no GPU has
-# been measured yet (BENCH.md).
+# the head width for the kinds of attention, the number of channels for group_norm_silu, that of classes for
+# upsample_cross_entropy and upsample_argmax. Empty: no GPU has been measured yet (BENCH.md).
 WINS: dict[tuple[str, tuple[int, int]], frozenset[int]] = {}
+IGNORE = 255  # the label of a pixel that has no class
 RESIDENT = 160  # keys that cross_attention holds at once; it is the default for contexts up to here alone
 
 _asked = "auto"
@@ -86,6 +97,28 @@ def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: f
 
         return group_norm.group_norm_silu(x, groups, weight, bias, eps)
     return reference.group_norm_silu(x, groups, weight, bias, eps)
+
+
+def upsampled_cross_entropy(logits: Tensor, labels: Tensor, ignore: int = IGNORE) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of logits `(B, K, h, w)`, upsampled to labels `(B, H, W)`: its float32 sum, the int64
+    pixel count.
+
+    Pixels labelled `ignore` count in neither; if all are, the sum is 0 and its gradients are zeros.
+    """
+    if chosen("upsample_cross_entropy", logits, logits.shape[1], logits.dtype != torch.float32):
+        from .upsample_cross_entropy import upsample_cross_entropy
+
+        return upsample_cross_entropy(logits, labels, ignore)
+    return reference.upsample_cross_entropy(logits, labels, ignore)
+
+
+def upsampled_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """The most likely class of every pixel at `size` = (H, W): logits `(B, K, h, w)` -> `(B, H, W)` int64."""
+    if chosen("upsample_argmax", logits, logits.shape[1], logits.dtype != torch.float32):
+        from .upsample_cross_entropy import upsample_argmax
+
+        return upsample_argmax(logits, size)
+    return reference.upsample_argmax(logits, size)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

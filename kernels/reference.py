@@ -38,3 +38,30 @@ def real(k: Tensor, lengths: Tensor) -> Tensor:
 def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """silu(group_norm(x)): `(B, C, H, W)` -> `(B, C, H, W)`; under autocast float32, as torch's norms are."""
     return F.silu(F.group_norm(x, groups, weight, bias, eps), inplace=True)
+
+
+def upsample_cross_entropy(logits: Tensor, labels: Tensor, ignore: int) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of logits `(B, K, h, w)`, upsampled to labels `(B, H, W)`: its float32 sum, the int64
+    pixel count.
+
+    Pixels labelled `ignore` count in neither; if all are, the sum is 0 and its gradients are zeros. The
+    upsampled logits are the largest tensor of training, 157 MB per 512x512 picture of 150 classes: their
+    log-softmax is kept until the backward pass, which holds three of that size at its peak.
+    """
+    assert labels.dtype == torch.int64 and labels.ndim == 3 and len(labels) == len(logits), (
+        f"the labels are {labels.dtype} {tuple(labels.shape)}: "
+        f"give one int64 map per picture, ({len(logits)}, H, W)"
+    )
+    upsampled = upsample(logits, labels.shape[1:])  # (B, K, H, W)
+    total = F.cross_entropy(upsampled, labels, ignore_index=ignore, reduction="sum")
+    return total, (labels != ignore).sum()
+
+
+def upsample_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """The most likely class of every pixel at `size` = (H, W): logits `(B, K, h, w)` -> `(B, H, W)` int64."""
+    return upsample(logits, size).argmax(dim=1)
+
+
+def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Logits `(B, K, h, w)` -> `(B, K, H, W)` float32, bilinearly, pixel centres aligned."""
+    return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)

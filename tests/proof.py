@@ -72,7 +72,7 @@ def planted(folder: Path, file: str, right: str, wrong: str) -> types.ModuleType
     assert right in source, f"{file} no longer says {right!r}: plant the mistake where it now belongs"
     copy = folder / f"mistaken_{file}"
     copy.write_text(source.replace(right, wrong).replace('"tada::', f'"{folder.name}::'))
-    spec = importlib.util.spec_from_file_location(f"{folder.name}_{copy.stem}", copy)
+    spec = importlib.util.spec_from_file_location(f"kernels.{folder.name}_{copy.stem}", copy)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
