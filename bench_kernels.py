@@ -242,7 +242,7 @@ def time_all(case: Case, device: torch.device) -> dict[str, list[float]]:
     for name, turns in times.items():
         if turns:
             forward, *whole = (statistics.mean(x) for x in zip(*turns, strict=True))
-            found[name] = [forward, *(x - forward for x in whole)]
+            found[name] = [forward, *(max(x - forward, 1e-3) for x in whole)]  # noise may be larger
     return found
 
 
