@@ -213,18 +213,18 @@ def strides(*tensors: Tensor) -> list[int]:
 
 
 def launches(function: Callable) -> Callable:
-    """On a GPU the operator `tada::...` of the function, else the function itself."""
+    """The operator `tada::...` of the function; on a CPU, where the interpreter runs, the function itself."""
     operator = triton_op(f"tada::cross_attention_{function.__name__}", function, mutates_args={})
 
     def launch(q: Tensor, *rest: Tensor | None):
-        return (operator if q.is_cuda else function)(q, *rest)
+        return (function if q.is_cpu else operator)(q, *rest)
 
     return launch
 
 
 def on(x: Tensor, kernel: Callable) -> Callable:
-    """The kernel in a form that a compiled graph can hold, where there may be one."""
-    return wrap_triton(kernel) if x.is_cuda else kernel
+    """The kernel in a form that a compiled graph can hold; on a CPU as it is."""
+    return kernel if x.is_cpu else wrap_triton(kernel)
 
 
 @launches

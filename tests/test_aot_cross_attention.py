@@ -7,11 +7,15 @@ from collections.abc import Callable
 
 import torch
 from aot import Compiled, compiled
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch._library.triton import set_wrap_triton_enabled
 
 from kernels.cross_attention import attention_maps, cross_attention
 
 QUERIES = {40: 4096, 80: 1024, 160: 256}  # by head width, of Stable Diffusion v1.5 at 512 x 512
 WIDE = 24960  # all layers' keys and values come from one product
+KERNELS = {"forward_kernel", "queries_kernel", "keys_kernel", "sum_kernel", "sums_kernel", "maps_kernel"}
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
@@ -52,14 +56,43 @@ def everything() -> dict[str, Callable]:
     return calls | {f"maps, d {d}, {dtype}": look(d, 150, dtype) for dtype in (BF16, FP16) for d in QUERIES}
 
 
+def graphs() -> dict[str, Callable]:
+    """torch.compile, into one graph each for forward and backward, for one number of keys and then for any."""
+
+    def trace() -> None:
+        found: list[int] = []
+
+        def count(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+            found.append(sum("triton_kernel" in str(x.target) for x in graph.graph.nodes))
+            return make_boxed_func(graph.forward)
+
+        def attend(*inputs: torch.Tensor) -> torch.Tensor:
+            return cross_attention(*inputs) * 2
+
+        function = torch.compile(attend, backend=aot_autograd(fw_compiler=count), fullgraph=True)
+        for M in (77, 150):
+            q, *kv = (torch.empty(2, x, 8, 40, device="meta", dtype=BF16) for x in (100, M, M))
+            q, *kv = (x.requires_grad_() for x in (q, *kv))
+            with set_wrap_triton_enabled(True):
+                function(q, *kv, torch.empty(2, dtype=torch.int32, device="meta")).backward(q)
+            assert q.grad.shape == q.shape and all(x.grad.shape == x.shape for x in kv)
+        assert found == 2 * [1, 3], f"kernels in the graphs: {found}"
+
+    return {"traced": trace}
+
+
 def multiplies(x: Compiled) -> bool:
     return x.kernel != "sum_kernel"
 
 
+def test_torch_compile_sees_the_kernels():
+    """Nothing is left outside the graphs; the values are checked on a GPU (tests/test_cross_attention.py)."""
+    compiled(graphs, (90,))
+
+
 def test_hopper_runs_them_without_spills_on_its_own_matrix_instructions():
     facts = compiled(on_hopper, (90,))
-    kernels = {"forward_kernel", "queries_kernel", "keys_kernel", "sum_kernel", "sums_kernel", "maps_kernel"}
-    assert {x.kernel for x in facts} == kernels, "a kernel was never launched"
+    assert {x.kernel for x in facts} == KERNELS, "a kernel was never launched"
     for x in facts:
         assert x.fits and x.spills == 0 and x.wide, x
         assert x.hmma == 0 and (x.hgmma > 0) == multiplies(x), x
@@ -68,6 +101,7 @@ def test_hopper_runs_them_without_spills_on_its_own_matrix_instructions():
 def test_they_fit_ampere_and_blackwell():
     """Wide heads spill on sm_80, for want of registers: this is told, and a benchmark must decide."""
     facts = compiled(elsewhere, (80, 100))
+    assert {(x.kernel, x.capability) for x in facts} == {(x, gpu) for x in KERNELS for gpu in (80, 100)}
     for x in facts:
         assert x.fits and x.wide, x
         assert (x.hmma > 0) == (x.capability == 80 and multiplies(x)), x
