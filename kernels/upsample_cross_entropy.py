@@ -86,8 +86,8 @@ def check(logits: Tensor) -> None:
 def rows(logits: Tensor) -> Tensor:
     """`(B, K, h, w)` -> `(B, h, w, stride)`: a pixel's classes side by side, in whole blocks.
 
-    The classes that are added have the lowest logit there is, which no exponential sees. So kernels need no
-    masks, and load 16 bytes at once.
+    The classes that are added have the lowest logit there is, which no exponential sees, so the kernels need
+    no masks.
     """
     padding = -logits.shape[1] % CLASSES
     return F.pad(logits.permute(0, 2, 3, 1), (0, padding), value=torch.finfo(logits.dtype).min).contiguous()
@@ -126,7 +126,7 @@ def backward(dtotal: Tensor, logits: Tensor, labels: Tensor, logsumexp: Tensor, 
     blocks = stride // CLASSES
     wrap_triton(share_gradients)[(w * blocks, h, B)](
         *(logits, labels, logsumexp, shares, ignore, stride, h, w, H, W),
-        COLUMNS=tiling(h, w, H, W)["COLUMNS"],
+        COLUMNS=min(8, tiling(h, w, H, W)["COLUMNS"]),  # 16 do not fit a lane's registers
         CLASSES=CLASSES,
         num_warps=1,
     )

@@ -1,0 +1,89 @@
+"""What the launched configurations of group_norm.py and upsample_cross_entropy.py become on three GPUs."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from aot import Compiled, compiled
+
+# An operator on meta tensors is traced, not run; with this off it calls its kernels, which aot.py compiles.
+from torch._library.triton import set_wrap_triton_enabled
+
+from kernels.group_norm import group_norm_silu
+from kernels.upsample_cross_entropy import upsample_argmax, upsample_cross_entropy
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+# 16-byte loads and stores of one tile, 64 x 64 values of two bytes by 128 threads: four for each map.
+MAPS = {"measure": 1, "normalize": 2, "measure_backward": 2, "normalize_backward": 3}
+
+
+def norm(C: int, size: int, dtype: torch.dtype, parameters: torch.dtype, groups: int = 32) -> Callable:
+    """Forward and backward of a batch of two."""
+    x = torch.empty(2, C, size, size, dtype=dtype, device="meta", requires_grad=True)
+    x.data = x.data.contiguous(memory_format=torch.channels_last)
+    weight, bias = (torch.empty(C, dtype=parameters, device="meta", requires_grad=True) for _ in range(2))
+
+    def call() -> None:
+        with set_wrap_triton_enabled(False):
+            group_norm_silu(x, groups, weight, bias, 1e-5).backward(x.detach())
+
+    return call
+
+
+def loss(K: int, small: int, size: int, dtype: torch.dtype) -> Callable:
+    """Forward and backward of a batch of two, and the arg-max."""
+    logits = torch.empty(2, K, small, small, dtype=dtype, device="meta", requires_grad=True)
+    labels = torch.empty(2, size, size, dtype=torch.int64, device="meta")
+
+    def call() -> None:
+        with set_wrap_triton_enabled(False):
+            upsample_cross_entropy(logits, labels)[0].backward()
+            upsample_argmax(logits, (size, size))
+
+    return call
+
+
+def launched() -> dict[str, Callable]:
+    """A map of the UNet under autocast, one of the frozen VAE, both strides of UperNet's heads."""
+    return {
+        "norm, 320 channels, 64 x 64, float32 parameters": norm(320, 64, BF16, F32),
+        "norm, 128 channels, 512 x 512": norm(128, 512, BF16, BF16),
+        "loss, 150 classes, stride 8": loss(150, 64, 512, BF16),
+        "loss, 150 classes, stride 32": loss(150, 16, 512, BF16),
+    }
+
+
+def others() -> dict[str, Callable]:
+    """The widest map, the narrowest group, tiny's, float16, one pixel; few classes, no whole stride."""
+    return {
+        "norm, 2560 channels": norm(2560, 8, BF16, F32),
+        "norm, 960 channels, float16": norm(960, 64, F16, F16),
+        "norm, 16 channels of tiny": norm(16, 128, BF16, F32, groups=8),
+        "norm, one pixel": norm(320, 1, BF16, F32),
+        "loss, 171 classes, float16, no whole stride": loss(171, 61, 479, F16),
+        "loss, 19 classes, one logit": loss(19, 1, 3, BF16),
+    }
+
+
+def check(facts: list[Compiled]) -> None:
+    """Nothing spills but on sm_80; a map of whole tiles is read and written 16 bytes at a time."""
+    for fact in facts:
+        assert fact.fits, fact
+        assert fact.capability == 80 or not fact.spills, fact
+        if fact.kernel in MAPS and "tiny" not in fact.call and "one pixel" not in fact.call:
+            assert fact.wide >= 4 * MAPS[fact.kernel], fact
+
+
+def test_launched_kernels():
+    facts = compiled(launched, (90,))
+    assert {x.kernel for x in facts} == {
+        *MAPS,
+        *("merge", "merge_backward", "sum_losses", "share_gradients", "add_shares", "choose_classes"),
+    }
+    check(facts)
+
+
+@pytest.mark.slow
+def test_other_gpus_and_configurations():
+    check(compiled(launched, (80, 100)))
+    check(compiled(others, (90,)))
