@@ -57,7 +57,7 @@ def everything() -> dict[str, Callable]:
 
 
 def graphs() -> dict[str, Callable]:
-    """torch.compile, into one graph each for forward and backward, for one number of keys and then for any."""
+    """torch.compile makes one graph each of forward and backward, for one number of keys and then for any."""
 
     def trace() -> None:
         found: list[int] = []
