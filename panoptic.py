@@ -229,21 +229,21 @@ def read_categories(entries: list, file: Path) -> Categories:
 
 def read_segments(infos: list, label_of: dict[int, int]) -> np.ndarray:
     """`segments_info` as rows (id, label, crowd) int32; a ValueError says what is wrong with it."""
-    rows = np.zeros((len(infos), 3), np.int32)
-    for i, info in enumerate(infos):
+    rows, ids = [], set()
+    for info in infos:
         match info:
             case {"id": int(id), "category_id": int(category)} if 1 <= id <= LARGEST_ID:
                 if category not in label_of:
                     raise ValueError(f"the segment {id} has the category_id {category}, which is no category")
-                rows[i] = id, label_of[category], info.get("iscrowd", 0) == 1
+                if id in ids:
+                    raise ValueError(f"the id {id} is there twice")
+                ids.add(id)
+                rows.append((id, label_of[category], info.get("iscrowd", 0) == 1))
             case _:
                 raise ValueError(
                     f'a segment needs "category_id" and an "id" in 1..{LARGEST_ID}: {str(info)[:80]}'
                 )
-    ids, counts = np.unique(rows[:, 0], return_counts=True)
-    if len(ids) < len(rows):
-        raise ValueError(f"the id {ids[counts.argmax()]} is there twice")
-    return rows
+    return np.array(rows, np.int32).reshape(-1, 3)
 
 
 def write_ids(ids: np.ndarray, path: Path) -> None:
