@@ -31,7 +31,7 @@ segments from a map of classes. Nothing here knows of a model.
 import contextlib
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -56,8 +56,8 @@ class Segment(NamedTuple):
     crowd: bool = False
 
 
-def positions(ids: np.ndarray, segments: Sequence[Segment]) -> np.ndarray:
-    """`(H, W)` int32: the place in `segments` of each pixel's segment, -1 where none of them is."""
+def positions(ids: np.ndarray, segments: Sequence) -> np.ndarray:
+    """`(H, W)` int32: the place in `segments` of each pixel's segment, -1 where it is none of them."""
     known = np.array([s.id for s in segments] or [-1])  # no id is negative
     order = known.argsort()
     place = order[np.searchsorted(known, ids, sorter=order).clip(max=len(known) - 1)]
@@ -256,14 +256,18 @@ def annotation(
     image_id: int | str,
     png: str,
     ids: np.ndarray,
-    segments: Sequence[Segment],
+    segments: Sequence,
     category_ids: Sequence[int],
+    crowds: Collection[int] = (),
 ) -> dict:
-    """The JSON entry of one picture whose ids `write_ids` wrote as `png`."""
+    """The JSON entry of one picture whose ids `write_ids` wrote as `png`.
+
+    `segments` is anything with `id` and `label`, such as what a decoder found; `crowds` are the crowds' ids.
+    """
     place, infos = positions(ids, segments), []
     for i, s in enumerate(segments):
         mask = place == i
-        info = {"id": int(s.id), "category_id": int(category_ids[s.label]), "iscrowd": int(s.crowd)}
+        info = {"id": int(s.id), "category_id": int(category_ids[s.label]), "iscrowd": int(s.id in crowds)}
         infos.append(info | {"area": int(mask.sum()), "bbox": box(mask)})
     return {"image_id": image_id, "file_name": png, "segments_info": infos}
 
@@ -295,13 +299,13 @@ def count(
     truth: np.ndarray,
     truths: Sequence[Segment],
     predicted: np.ndarray,
-    predictions: Sequence[Segment],
+    predictions: Sequence,
     K: int,
 ) -> Tensor:
     """One picture's `(K, 4)` float64: sum of IoU, TP, FP, FN of each class. Sums of them are `Quality`'s.
 
-    `truth` and `predicted` are maps of ids `(H, W)` with their segments. Raises ValueError if the
-    prediction's ids are not exactly those of its segments.
+    `truth` and `predicted` are maps of ids `(H, W)` with their segments; those of the prediction are anything
+    with `id` and `label`. Raises ValueError if its ids are not exactly those of its segments.
     """
     if truth.shape != predicted.shape:
         raise ValueError(f"the prediction is {predicted.shape}, but the truth {truth.shape}")
@@ -344,7 +348,7 @@ class Quality:
     """PQ, SQ and RQ from counts of any number of pictures. Fractions are in 0..1."""
 
     counts: Tensor  # (K, 4) float64: sum of IoU, TP, FP, FN; the sum of `count` over pictures and processes
-    things: np.ndarray  # (K,) bool
+    things: Sequence[bool]  # (K,)
 
     @property
     def classes(self) -> Tensor:
@@ -356,7 +360,7 @@ class Quality:
 
     def mean(self, which: str = "all") -> dict[str, float]:
         """Means over the classes that occur, of "all", "things" or "stuff": PQ, SQ, RQ and how many, n."""
-        things = torch.from_numpy(self.things)
+        things = torch.as_tensor(self.things)
         chosen = {"all": things | ~things, "things": things, "stuff": ~things}[which]
         rows = self.classes[chosen.to(self.counts.device)]
         pq, sq, rq = rows.nanmean(0).tolist()
@@ -410,7 +414,7 @@ class Instance(NamedTuple):
 def coco_results(
     image_id: int | str, instances: Iterable[Instance], category_ids: Sequence[int]
 ) -> list[dict]:
-    """A picture's instances in COCO's format of results, each mask as its compressed run lengths."""
+    """A picture's instances, or plain (score, label, mask), as COCO's results; masks as run lengths."""
     return [
         {
             "image_id": image_id,
@@ -486,7 +490,9 @@ def pycocotools(module: str):
 # ---- segments from classes -------------------------------------------------------------------------------
 
 
-def components(labels: np.ndarray, things: np.ndarray, smallest: int = 1) -> tuple[np.ndarray, list[Segment]]:
+def components(
+    labels: np.ndarray, things: Sequence[bool], smallest: int = 1
+) -> tuple[np.ndarray, list[Segment]]:
     """A map of classes `(H, W)` as a panoptic prediction: every connected part of a thing is an instance.
 
     Stuff is one segment a class; pixels of 255, and parts below `smallest` pixels, become void. This is what

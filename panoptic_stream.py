@@ -2,15 +2,17 @@
 
     stream = PanopticTrainStream(dataset, crop=(640, 640), batch=64, seed=0, rank=0, world=8)
     for batch in stream.batches(position):
-        targets = [target(owners, labels) for owners, labels in zip(batch.owners.to(device), batch.classes)]
+        owners = batch.owners.to(device)
+        masks = [masks_of(x, len(classes)) for x, classes in zip(owners, batch.classes)]  # b times (T, H, W)
 
 The jitter is Mask2Former's (detectron2, data/transforms/augmentation_impl.py: RandomFlip, ResizeScale,
 FixedSizeCrop): mirror every second picture, resize it to fit into the crop times 0.1-2, cut the crop out of
-what is larger, pad what is smaller on the right and below with 128. Its colours stay. Masks travel as one map
-of owners, two bytes a pixel for any number of segments; `target` makes masks of it on the device. Order,
-ranks, workers, resumption and files that cannot be read are stream.py's.
+what is larger, pad what is smaller on the right and below with 128. Its colours stay. `size` is what of the
+crop is picture: beyond it no loss is to be taken. Masks travel as one map of owners, two bytes a pixel for
+any number of segments; `masks_of` makes them on the device. Order, ranks, workers, resumption and files that
+cannot be read are stream.py's.
 
-Top to bottom: the jitter, its targets, training, evaluation.
+Top to bottom: the jitter, its masks, training, evaluation.
 """
 
 from collections.abc import Sequence
@@ -31,7 +33,7 @@ from panoptic_data import PanopticDataset
 from stream import EvaluationStream, TrainStream, randomness
 
 SCALES = (0.1, 2.0)  # Mask2Former's MIN_SCALE, MAX_SCALE (Base-COCO-PanopticSegmentation.yaml)
-NOBODY, PADDING = -1, -2  # owners of void and crowds, and of what lies outside of the picture
+NOBODY = -1  # owns void, crowds and padding
 
 
 class Jittered(NamedTuple):
@@ -39,8 +41,9 @@ class Jittered(NamedTuple):
 
     image: Tensor  # (3, H, W) uint8
     labels: Tensor  # (H, W) uint8 classes, crowds too; 255 = void and padding
-    owners: Tensor  # (H, W) int16: the place of the pixel's segment in `classes`, NOBODY or PADDING
-    classes: Tensor  # (T,) int64
+    owners: Tensor  # (H, W) int16: the place of the pixel's segment in `classes`, or NOBODY
+    classes: Tensor  # (T,) int64; T may be 0
+    size: Size  # of the picture in the top left; the rest is padding
 
 
 def jitter(
@@ -78,8 +81,9 @@ def jitter(
     return Jittered(
         F.pad(pixels, beyond, value=PAD),
         F.pad(labels, beyond, value=IGNORE),
-        F.pad(owners, beyond, value=PADDING),
+        F.pad(owners, beyond, value=NOBODY),
         torch.tensor([s.label for s in owned], dtype=torch.int64),
+        (height, width),
     )
 
 
@@ -89,24 +93,12 @@ def fit_into(size: Size, box: tuple[float, float]) -> Size:
     return max(round(size[0] * ratio), 1), max(round(size[1] * ratio), 1)
 
 
-class Target(NamedTuple):
-    """What one picture's prediction is compared with; T may be 0."""
+def masks_of(owners: Tensor, T: int) -> Tensor:
+    """`(T, H, W)` bool, on the device of `owners (H, W)`: they do not overlap, and none has NOBODY's pixels.
 
-    labels: Tensor  # (T,) int64 class of each segment
-    masks: Tensor  # (T, H, W) bool, which do not overlap; void and crowds are in none
-    padding: Tensor  # (H, W) bool: outside of the picture, where no loss is taken
-
-    @property
-    def void(self) -> Tensor:
-        """`(H, W)` bool: in the picture, but nobody says of which segment. Mask2Former trains it as outside
-        of every mask."""
-        return ~(self.masks.any(dim=0) | self.padding)
-
-
-def target(owners: Tensor, classes: Tensor) -> Target:
-    """The masks of `owners (H, W)`, on its device. Pad `owners` first, with PADDING, where a model pads."""
-    places = torch.arange(len(classes), device=owners.device, dtype=owners.dtype)
-    return Target(classes.to(owners.device), owners == places[:, None, None], owners == PADDING)
+    Where a model pads pictures, pad `owners` with NOBODY first.
+    """
+    return owners == torch.arange(T, device=owners.device, dtype=owners.dtype)[:, None, None]
 
 
 # ---- training --------------------------------------------------------------------------------------------
@@ -119,6 +111,7 @@ class PanopticBatch(NamedTuple):
     labels: Tensor  # (b, H, W) uint8
     owners: Tensor  # (b, H, W) int16
     classes: list[Tensor]  # b times (T,) int64
+    sizes: list[Size]
     present: list[list[int]]  # the classes of the whole pictures
     positions: list[int]
     paths: list[str]
@@ -132,6 +125,7 @@ class PanopticItem(NamedTuple):
     labels: Tensor
     owners: Tensor
     classes: Tensor
+    size: Size
     present: list[int]
     position: int
     path: str

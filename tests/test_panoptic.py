@@ -55,10 +55,15 @@ def write(folder, truth: Annotations, source) -> Annotations:
     for i in range(len(truth)):
         ids, segments = truth.ids(i, source), truth.segments(i)
         write_ids(ids, folder / truth.pngs[i])
-        entries.append(annotation(truth.image_ids[i], truth.pngs[i], ids, segments, truth.categories.ids))
+        entries.append(entry(truth.image_ids[i], truth.pngs[i], ids, segments, truth.categories))
         images.append({"id": truth.image_ids[i], "file_name": truth.pictures[i]})
     write_annotations(folder.with_suffix(".json"), truth.categories, images, entries)
     return read_annotations(folder.with_suffix(".json"))
+
+
+def entry(image_id, png: str, ids, segments: list[Segment], categories: Categories) -> dict:
+    crowds = {s.id for s in segments if s.crowd}
+    return annotation(image_id, png, ids, segments, categories.ids, crowds)
 
 
 # ---- the format ------------------------------------------------------------------------------------------
@@ -85,15 +90,13 @@ def test_the_official_samples(golden, data):
     assert truth.categories.things.sum() == 80
     assert [len(truth.segments(i)) for i in range(2)] == [18, 32]
     raw = json.loads((data / "panopticapi_samples/golden_pq/gt.json").read_text())
-    for i, entry in enumerate(raw["annotations"]):
+    for i, official in enumerate(raw["annotations"]):
         ids, segments = truth.ids(i, folder), truth.segments(i)
         assert any(s.crowd for s in segments)
-        again = annotation(entry["image_id"], entry["file_name"], ids, segments, truth.categories.ids)
-        areas = {info["id"]: info["area"] for info in entry["segments_info"]}
-        assert {info["id"]: info["area"] for info in again["segments_info"]} == areas
-        assert [info["iscrowd"] for info in again["segments_info"]] == [
-            info["iscrowd"] for info in entry["segments_info"]
-        ]
+        again = entry(official["image_id"], official["file_name"], ids, segments, truth.categories)
+        for ours, theirs in zip(again["segments_info"], official["segments_info"], strict=True):
+            for key in ("id", "category_id", "iscrowd", "area"):
+                assert ours[key] == theirs[key]
 
 
 def test_positions_and_classes():
@@ -349,8 +352,8 @@ def test_comparing_files_that_do_not_belong_together(golden, tmp_path):
 def small(folder, ids: np.ndarray, segments: list[Segment]) -> Annotations:
     """One written picture."""
     write_ids(ids, folder / "x.png")
-    entry = annotation(1, "x.png", ids, segments, CATEGORIES.ids)
-    write_annotations(folder / "x.json", CATEGORIES, [{"id": 1, "file_name": "x.jpg"}], [entry])
+    entries = [entry(1, "x.png", ids, segments, CATEGORIES)]
+    write_annotations(folder / "x.json", CATEGORIES, [{"id": 1, "file_name": "x.jpg"}], entries)
     return read_annotations(folder / "x.json")
 
 

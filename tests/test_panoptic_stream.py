@@ -13,12 +13,11 @@ from panoptic import Segment, positions, semantic
 from panoptic_data import open_panoptic
 from panoptic_stream import (
     NOBODY,
-    PADDING,
     PanopticEvaluationStream,
     PanopticTrainStream,
     fit_into,
     jitter,
-    target,
+    masks_of,
 )
 from stream import randomness
 
@@ -57,12 +56,12 @@ def test_the_jitter_is_detectron2s(size):
         shown, h, w = rules(ids, crop, randomness(seed, 0, 0))
         assert found.image.shape == (3, *crop)
         assert found.labels.shape == found.owners.shape == crop
-        padding = found.owners == PADDING
-        inside = torch.zeros(crop, dtype=torch.bool)
-        inside[:h, :w] = True
-        assert torch.equal(padding, ~inside)
+        assert found.size == (h, w)
+        padding = torch.ones(crop, dtype=torch.bool)
+        padding[:h, :w] = False
         assert (found.image[:, padding] == 128).all()
         assert (found.labels[padding] == 255).all()
+        assert (found.owners[padding] == NOBODY).all()
         differ = found.labels[:h, :w].numpy() != semantic(np.ascontiguousarray(shown), SEGMENTS)
         assert differ.mean() <= 0.08
         filled += h == crop[0]
@@ -79,17 +78,15 @@ def test_owners_classes_and_pixels_belong_together():
     image = Image.fromarray(np.repeat(grey[..., None], 3, axis=2))
     for seed in range(30):
         found = jitter(image, ids, SEGMENTS, (40, 40), randomness(seed, 1, 2))
-        goal = target(found.owners, found.classes)
-        assert goal.masks.shape == (len(found.classes), 40, 40)
-        assert goal.masks.flatten(1).any(1).all()  # what the crop does not show is not asked for
-        assert goal.masks.sum(0).max() <= 1
-        assert not (goal.masks & goal.padding).any()
-        assert torch.equal(goal.void, found.owners == NOBODY)
-        for k, mask in zip(goal.labels.tolist(), goal.masks, strict=True):
+        masks = masks_of(found.owners, len(found.classes))
+        assert masks.shape == (len(found.classes), 40, 40)
+        assert masks.flatten(1).any(1).all()  # what the crop does not show is not asked for
+        assert torch.equal(masks.sum(0), (found.owners != NOBODY).long())
+        for k, mask in zip(found.classes.tolist(), masks, strict=True):
             middle = np.median(found.image[0][mask].numpy())
             assert abs(middle - {1: 80, 0: 160}[k]) <= 60  # bilinear, so blurred where it is tiny
             assert (found.labels[mask] == k).all()
-        crowd = (found.labels != 255) & goal.void
+        crowd = (found.labels != 255) & (found.owners == NOBODY)
         assert (found.labels[crowd] == 0).all()
 
 
@@ -98,11 +95,10 @@ def test_no_segment_at_all():
     crowd = [Segment(9, 0, True, True)]
     for ids, segments in ((np.zeros((20, 30), np.int32), []), (np.full((20, 30), 9, np.int32), crowd)):
         found = jitter(image, ids, segments, (16, 16), randomness(0, 0, 0))
-        goal = target(found.owners, found.classes)
-        assert goal.labels.shape == (0,)
-        assert goal.labels.dtype == torch.int64
-        assert goal.masks.shape == (0, 16, 16)
-        assert torch.equal(goal.void, ~goal.padding)
+        assert found.classes.shape == (0,)
+        assert found.classes.dtype == torch.int64
+        assert (found.owners == NOBODY).all()
+        assert masks_of(found.owners, 0).shape == (0, 16, 16)
 
 
 def test_fit_into_is_resize_scale():
@@ -117,9 +113,8 @@ def test_more_than_a_hundred_segments():
     segments = [Segment(id, id % 3, True) for id in range(1, 401)]
     image = Image.fromarray(noise(20, 20))
     found = jitter(image, ids, segments, (20, 20), randomness(0, 0, 0), scales=(1, 1))
-    goal = target(found.owners, found.classes)
-    assert len(goal.labels) == 400
-    assert (goal.masks.sum((1, 2)) == 1).all()
+    assert len(found.classes) == 400
+    assert (masks_of(found.owners, 400).sum((1, 2)) == 1).all()
 
 
 # ---- batches ---------------------------------------------------------------------------------------------
@@ -135,7 +130,8 @@ def take(batches, n: int) -> dict[int, tuple]:
         b = next(batches)
         for i, position in enumerate(b.positions):
             tensors = (b.image[i], b.labels[i], b.owners[i], b.classes[i])
-            found[position] = (*(x.numpy().tobytes() for x in tensors), b.present[i], b.paths[i])
+            facts = (b.sizes[i], b.present[i], b.paths[i])
+            found[position] = (*(x.numpy().tobytes() for x in tensors), *facts)
     return found
 
 
