@@ -3,6 +3,7 @@ keeps it.
 
     python bench.py --suite cpu                                      # every row, float32 and bfloat16
     python bench.py --suite cpu --only unet --dtype float32          # one of them
+    python bench.py --suite kernels                                  # on a GPU: see bench_kernels.py
 
 Both models hold the same weights and see the same input. Their results are compared first: a row whose error
 is too large says FAIL and has no time. Then they run in turns (ours, peer, peer, ours, ...); the table has
@@ -202,7 +203,7 @@ def load_once(side: str, folder: str) -> tuple[float, float]:
 
 
 def alone(function: Callable, *arguments):
-    """The result of a function in a fresh process, where glibc gives blocks over 1 MiB back when they are free.
+    """The result of a function in a fresh process, where glibc gives freed blocks over 1 MiB back at once.
 
     So live tensors are compared, not the holes between them that a heap happens to keep.
     """
@@ -287,7 +288,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Measure TADA against its peers.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--suite", choices=["cpu"], default="cpu", help="what to measure")
+    parser.add_argument("--suite", choices=["cpu", "kernels"], default="cpu", help="what to measure")
     parser.add_argument("--only", choices=[*CASES, "load"], nargs="+", default=[*CASES, "load"], help="rows")
     parser.add_argument("--dtype", choices=list(BOUND), nargs="+", default=list(BOUND), help="precisions")
     parser.add_argument(
@@ -300,6 +301,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--rounds {options.rounds}: a median wants at least 3")
     if options.size < 64 or options.size % 64:
         parser.error(f"--size {options.size}: give a multiple of 64")
+    if options.suite == "kernels":
+        if not torch.cuda.is_available():
+            parser.error("--suite kernels: torch sees no GPU here; --suite cpu needs none")
+        from bench_kernels import Sizes, suite  # imports triton, which has wheels for Linux alone
+
+        return suite(Sizes(torch.device("cuda")), options.out)
     print(header(), flush=True)
     rows = []
     for name in options.only:

@@ -1,4 +1,4 @@
-"""The one place that chooses how attention is computed: in plain torch, or by a Triton kernel of this folder.
+"""The one place that chooses how attention, norms and the loss are computed: in plain torch, or by a kernel.
 
 A kernel is the default only where WINS says that it won the benchmark on that class of GPU; everything else,
 and every CPU, runs the plain torch of reference.py. `use("triton")` asks for the kernels by name: then they

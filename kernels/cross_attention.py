@@ -8,7 +8,7 @@ c = log2(e) / sqrt(d), since 2^x is what a GPU computes,
 is softmax(Q K^T / sqrt(d)) V. The scores S (N, M) are made tile by tile and stay on the chip: of a tile's
 rows only the largest score and the sum of powers are carried to the next tile of keys, and what was summed
 before is shrunk when a larger score comes ("online softmax", Milakov and Gimelshein 2018; FlashAttention, Dao
-et al. 2022). With the 77 keys of a text one or two tiles are all there is.
+et al. 2022). The 77 keys of a text are two tiles.
 
 The gradient. Given dO, and P made again from Q, K and the saved L, the chain rule through O = P V, the
 softmax and S gives
@@ -22,7 +22,7 @@ a third kernel adds the parts in their order. No atomic addition: the same input
 
 Shapes that fit. A tile's sides must be powers of two, and 40, 80 and 160 are not: a head is two tiles beside
 each other, 32 + 16 (8 of them used), 64 + 16 and 128 + 32, instead of one of 64, 128 and 256. The keys are
-split likewise: 77 are 64 + 16, 150 are 128 + 32. Offsets that a large batch would overflow are 64-bit.
+taken likewise: 77 are 64 + 16, 150 are 64 + 64 + 32. Offsets that could overflow 32 bits have 64.
 
 In this order: the two public functions, what their launches need to know of a shape, the launches, the
 kernels.
@@ -155,22 +155,29 @@ def split(size: int) -> tuple[int, int]:
     return first, power_of_two(size - first)
 
 
-def key_tiles(M: int) -> tuple[int, int]:
-    """The sides of the tiles of keys: one and 0, two, or one and -1 for as many as there are."""
+def key_tiles(M: int) -> dict[str, int]:
+    """How many keys are in whole tiles, and the side of one more tile for the rest: 77 -> 64 and 16.
+
+    Of long contexts the former is known at run time alone (-1), so that one kernel serves all their lengths.
+    """
     if M > RESIDENT:
-        return KEY_TILE, -1
-    first, second = split(M)
-    return (first, second) if first + second < power_of_two(M) else (power_of_two(M), 0)
+        return {"TILE": KEY_TILE, "WHOLE": -1, "REST": 0}
+    whole = M // KEY_TILE * KEY_TILE
+    rest = power_of_two(M - whole) if whole < M else 0
+    if rest == KEY_TILE:
+        whole, rest = whole + rest, 0
+    return {"TILE": KEY_TILE, "WHOLE": whole, "REST": rest}
 
 
-# Rows per block of queries and warps, by the first part of the head's width: what the compiler makes fit on
-# sm_90 without spills, with matrix instructions of 64 rows (tests/test_aot_cross_attention.py). No GPU has
-# timed them yet.
-FORWARD = {16: (128, 4), 32: (128, 4), 64: (128, 8), 128: (64, 4)}
+# Rows per block of queries and warps, by the first part of the head's width: what compiles for sm_90 without
+# spills and to its own matrix instructions, which take 64 rows (tests/test_aot_cross_attention.py). No GPU
+# has timed them yet.
+FORWARD = {16: (64, 4), 32: (128, 8), 64: (128, 8), 128: (64, 8)}
 QUERIES = {16: (64, 4), 32: (64, 4), 64: (64, 4), 128: (64, 8)}  # delta and dQ
-KEYS = {16: (64, 4), 32: (64, 4), 64: (64, 8), 128: (64, 8)}  # dK and dV
+KEYS = {16: (64, 4), 32: (64, 4), 64: (64, 8), 128: (32, 8)}  # dK and dV
 MAPS = {16: (64, 4), 32: (64, 4), 64: (64, 4), 128: (64, 8)}
-KEY_TILE = 64  # keys per program, or per step where they are too many to be resident
+STAGES = 2  # a loop computes with one tile while the next one arrives
+KEY_TILE = 64
 PROGRAMS = 132  # multiprocessors of an H100 or H200: so many programs, or a little fewer, share dK and dV
 
 
@@ -206,18 +213,18 @@ def strides(*tensors: Tensor) -> list[int]:
 
 
 def launches(function: Callable) -> Callable:
-    """On a GPU the operator `tada::...` of the function, else the function itself."""
+    """The operator `tada::...` of the function; on a CPU, where the interpreter runs, the function itself."""
     operator = triton_op(f"tada::cross_attention_{function.__name__}", function, mutates_args={})
 
     def launch(q: Tensor, *rest: Tensor | None):
-        return (operator if q.is_cuda else function)(q, *rest)
+        return (function if q.is_cpu else operator)(q, *rest)
 
     return launch
 
 
 def on(x: Tensor, kernel: Callable) -> Callable:
-    """The kernel in a form that a compiled graph can hold, where there may be one."""
-    return wrap_triton(kernel) if x.is_cuda else kernel
+    """The kernel in a form that a compiled graph can hold; on a CPU as it is."""
+    return kernel if x.is_cpu else wrap_triton(kernel)
 
 
 @launches
@@ -227,10 +234,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> tuple[Te
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     sums = torch.empty(B, n, N, dtype=torch.float32, device=q.device)
     rows, warps = FORWARD[split(d)[0]]
-    tile, rest = key_tiles(M)
     on(q, forward_kernel)[(n, triton.cdiv(N, rows), B)](
         q, k, v, lengths, o, sums, N, M, d**-0.5 * LOG2E, *strides(q, k, v),
-        **constants(Q=q, K=k, V=v), ROWS=rows, TILE=tile, REST=rest, num_warps=warps,
+        **constants(Q=q, K=k, V=v), **key_tiles(M), ROWS=rows, num_warps=warps, num_stages=STAGES,
     )  # fmt: skip
     return o, sums
 
@@ -245,10 +251,9 @@ def backward(
 
     dq, delta = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty_like(sums)
     rows, warps = QUERIES[compiled["D1"]]
-    tile, rest = key_tiles(M)
     on(q, queries_kernel)[(n, triton.cdiv(N, rows), B)](
         q, k, v, lengths, o, sums, do, delta, dq, N, M, slope * LOG2E, slope, *strides(q, k, v, do),
-        **compiled, ROWS=rows, TILE=tile, REST=rest, num_warps=warps,
+        **compiled, **key_tiles(M), ROWS=rows, num_warps=warps, num_stages=STAGES,
     )  # fmt: skip
 
     rows, warps = KEYS[compiled["D1"]]
@@ -257,7 +262,7 @@ def backward(
     partial = dkv if parts == 1 else torch.empty(parts, *dkv.shape, dtype=torch.float32, device=q.device)
     on(q, keys_kernel)[(triton.cdiv(M, KEY_TILE) * n, parts, B)](
         q, k, v, lengths, sums, do, delta, partial, N, M, each, slope * LOG2E, slope, *strides(q, k, v, do),
-        **compiled, ROWS=rows, TILE=KEY_TILE, num_warps=warps,
+        **compiled, TILE=KEY_TILE, ROWS=rows, num_warps=warps, num_stages=STAGES,
     )  # fmt: skip
     if parts > 1:
         size, block = dkv.numel(), 1024
@@ -270,7 +275,12 @@ def maps(q: Tensor, k: Tensor, lengths: Tensor | None) -> Tensor:
     """The mean of the heads' P, `(B, N, M)` float32."""
     (B, N, n, d), M = q.shape, k.shape[1]
     rows, warps = MAPS[split(d)[0]]
-    compiled = constants(Q=q, K=k) | {"ROWS": rows, "TILE": KEY_TILE, "num_warps": warps}
+    compiled = constants(Q=q, K=k) | {
+        "TILE": KEY_TILE,
+        "ROWS": rows,
+        "num_warps": warps,
+        "num_stages": STAGES,
+    }
     sums = torch.empty(B, n, N, dtype=torch.float32, device=q.device)
     on(q, sums_kernel)[(n, triton.cdiv(N, rows), B)](
         q, k, lengths, sums, N, M, d**-0.5 * LOG2E, *strides(q, k), **compiled
@@ -291,7 +301,7 @@ def forward_kernel(
     Q, K, V, LENGTHS, O, SUMS, N, M, scale, q_image, q_row, k_image, k_row, v_image, v_row,
     HEADS: tl.constexpr, Q_HEAD: tl.constexpr, K_HEAD: tl.constexpr, V_HEAD: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, REST: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """O and L of ROWS queries of one head."""
     head, image = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -304,13 +314,10 @@ def forward_kernel(
 
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     state = (top, tl.zeros((ROWS,), tl.float32), zeros(ROWS, D1, D2))  # largest score, sum of powers, O
-    if REST < 0:
-        for key in range(0, length, TILE):
-            state = attend(state, q, K, V, key, length, scale, k_row, v_row, D, D1, D2, TILE)
-    else:
-        state = attend(state, q, K, V, 0, length, scale, k_row, v_row, D, D1, D2, TILE)
-        if REST > 0:
-            state = attend(state, q, K, V, TILE, length, scale, k_row, v_row, D, D1, D2, REST)
+    for key in range(0, length if WHOLE < 0 else WHOLE, TILE):
+        state = attend(state, q, K, V, key, length, scale, k_row, v_row, D, D1, D2, TILE)
+    if REST > 0:
+        state = attend(state, q, K, V, WHOLE, length, scale, k_row, v_row, D, D1, D2, REST)
 
     top, total, o = state
     O += ((image * N + first) * HEADS + head) * D
@@ -339,7 +346,7 @@ def queries_kernel(
     q_image, q_row, k_image, k_row, v_image, v_row, do_image, do_row,
     HEADS: tl.constexpr, Q_HEAD: tl.constexpr, K_HEAD: tl.constexpr, V_HEAD: tl.constexpr,
     DO_HEAD: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, REST: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """delta and dQ of ROWS queries of one head."""
     head, image = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -364,13 +371,10 @@ def queries_kernel(
     tl.store(DELTA + row, delta, mask=row < N - first)
 
     dq = zeros(ROWS, D1, D2)
-    if REST < 0:
-        for key in range(0, length, TILE):
-            dq = descend(dq, q, do, sums, delta, K, V, key, length, scale, k_row, v_row, D, D1, D2, TILE)
-    else:
-        dq = descend(dq, q, do, sums, delta, K, V, 0, length, scale, k_row, v_row, D, D1, D2, TILE)
-        if REST > 0:
-            dq = descend(dq, q, do, sums, delta, K, V, TILE, length, scale, k_row, v_row, D, D1, D2, REST)
+    for key in range(0, length if WHOLE < 0 else WHOLE, TILE):
+        dq = descend(dq, q, do, sums, delta, K, V, key, length, scale, k_row, v_row, D, D1, D2, TILE)
+    if REST > 0:
+        dq = descend(dq, q, do, sums, delta, K, V, WHOLE, length, scale, k_row, v_row, D, D1, D2, REST)
     store(DQ, HEADS * D, N - first, dq, slope, ROWS, D, D1, D2)
 
 

@@ -155,14 +155,15 @@ def test_the_parts_cover_all_queries_once():
     assert module.query_parts(2, 4096, 8, 77, 64) == (4, 1024), "128 programs for 132 multiprocessors"
 
 
-def test_two_tiles_cover_a_width_and_the_keys():
+def test_tiles_cover_a_width_and_the_keys():
     for size in range(1, 161):
         first, second = module.split(size)
         assert first + second >= size and first >= second >= 16
-        tile, rest = module.key_tiles(size)
-        assert size <= tile + rest < max(17, 2 * size) and tile >= rest
+        tiles = module.key_tiles(size)
+        assert size <= tiles["WHOLE"] + tiles["REST"] < size + max(16, size)
     assert [module.split(x) for x in (40, 80, 160)] == [(32, 16), (64, 16), (128, 32)]
-    assert [module.key_tiles(x) for x in (32, 77, 150, 161)] == [(32, 0), (64, 16), (128, 32), (64, -1)]
+    tiles = [tuple(module.key_tiles(x).values()) for x in (32, 77, 100, 150, 161)]
+    assert tiles == [(64, 0, 32), (64, 64, 16), (64, 128, 0), (64, 128, 32), (64, -1, 0)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -763,7 +763,7 @@ def test_help_says_what_the_default_is(capsys):
         main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "By default a picture is resized as training said" in text
-    assert text.count("(default: ") == 13  # every option but --help
+    assert text.count("(default: ") == 14  # every option but --help
 
 
 # ---- real photographs ------------------------------------------------------------------------------------
