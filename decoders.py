@@ -6,7 +6,7 @@ GroupNorm in the place of its SyncBN, so that no number depends on the batch or 
 it. UperNet equals transformers' `UperNetHead` and `UperNetFCNHead` with that one change
 (tests/test_decoders.py).
 
-Top to bottom: what the two share, Semantic FPN, UperNet, their parts, the loss of one map of logits.
+Top to bottom: what the two share, Semantic FPN, UperNet, their parts.
 """
 
 from collections.abc import Sequence
@@ -52,10 +52,10 @@ class SemanticDecoder(nn.Module):
         mmsegmentation divides by all pixels of each GPU, ignored ones too (losses/cross_entropy_loss.py,
         `avg_non_ignore=False`): on one GPU its loss is ours times the share of labelled pixels.
         """
-        total, count = upsample_cross_entropy(prediction.main, labels)
+        total, count = upsampled_cross_entropy(prediction.main, labels)
         losses = {"seg": (total, count)}
         if prediction.auxiliary is not None:
-            total, count = upsample_cross_entropy(prediction.auxiliary, labels)
+            total, count = upsampled_cross_entropy(prediction.auxiliary, labels)
             losses["aux"] = (AUXILIARY_WEIGHT * total, count)
         return losses
 
@@ -212,12 +212,3 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     corners).
     """
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-
-
-def upsample_cross_entropy(logits: Tensor, labels: Tensor, ignore: int = IGNORE) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of logits `(B, K, h, w)`, upsampled to labels `(B, H, W)`: its float32 sum, the int64
-    pixel count.
-
-    Pixels labelled `ignore` count in neither; if all are, the sum is 0 and its gradients are zeros.
-    """
-    return upsampled_cross_entropy(logits, labels, ignore)

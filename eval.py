@@ -30,6 +30,7 @@ from adapter import AdapterError
 from augment import normalise
 from checkpoint import CheckpointError, find_model, load_model, read_about, read_config
 from data import IGNORE, LAYOUTS, DataError, Dataset, Words, check, fit, open_dataset, open_words
+from kernels import KernelError
 from model import ModelError, Size, Tada, TadaConfig, digest
 from pictures import confusion_matrix
 from ranks import Ranks, connect, disconnect
@@ -335,15 +336,24 @@ def write(result: Result, out: Path, file: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
-    kernels.use(options.kernels)
     ranks = connect()
     try:
+        kernels.use(options.kernels)
         run(options, ranks)
     except KeyboardInterrupt:
         if ranks.first:
             print("stopped: nothing was written", file=sys.stderr)
         return 130
-    except (EvalError, DataError, ModelError, AdapterError, CheckpointError, WeightsError, OSError) as error:
+    except (
+        EvalError,
+        DataError,
+        ModelError,
+        AdapterError,
+        CheckpointError,
+        WeightsError,
+        KernelError,
+        OSError,
+    ) as error:
         if ranks.first:
             print(f"eval.py: {error}", file=sys.stderr)
         return 2

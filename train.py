@@ -36,6 +36,7 @@ from augment import normalise
 from checkpoint import CheckpointError
 from data import DataError, Dataset, Words, check, open_dataset, open_words
 from eval import Result, evaluate
+from kernels import KernelError
 from model import ModelError, Tada, build, parameter_groups
 from pictures import mosaic, overlay
 from ranks import Ranks, connect, disconnect
@@ -538,14 +539,23 @@ def describe(run: Run, options: argparse.Namespace, tada: Tada) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     torch.set_num_threads(options.threads)
-    kernels.use(options.kernels)
     ranks = connect()
     try:
+        kernels.use(options.kernels)
         return train(options, ranks)
     except KeyboardInterrupt:
         print("stopped: the last checkpoint stays", file=sys.stderr)
         return 130
-    except (RunError, DataError, ModelError, AdapterError, CheckpointError, WeightsError, OSError) as error:
+    except (
+        RunError,
+        DataError,
+        ModelError,
+        AdapterError,
+        CheckpointError,
+        WeightsError,
+        KernelError,
+        OSError,
+    ) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     finally:

@@ -5,6 +5,8 @@ and every CPU, runs the plain torch of reference.py. `use("triton")` asks for th
 run, or say why they cannot; nothing falls back silently. Triton is imported when a kernel first runs.
 """
 
+import os
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,7 @@ from .row_attention import row_attention
 
 __all__ = [
     "IGNORE",
+    "KernelError",
     "attention",
     "attention_maps",
     "describe",
@@ -33,10 +36,16 @@ RESIDENT = 160  # keys that cross_attention holds at once; it is the default for
 _asked = "auto"
 
 
+class KernelError(ValueError):
+    """Kernels that cannot run here; one sentence with the cure."""
+
+
 def use(which: str) -> None:
     """Choose for this process: "auto" (by WINS), "torch" (the reference), or "triton" (the kernels)."""
     global _asked
     assert which in ("auto", "torch", "triton"), f"there is no {which!r}: choose auto, torch or triton"
+    if which == "triton" and not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
+        raise KernelError("kernels triton: torch sees no GPU here; choose auto or torch")
     _asked = which
 
 

@@ -73,7 +73,9 @@ def tiling(x: Tensor) -> tuple[dict[str, int], tuple[int, int, int]]:
     """The block sizes for a map, and the grid of programs: (channels, pixels, B)."""
     B, C, H, W = x.shape
     channels = min(CHANNELS, triton.next_power_of_2(C))
-    tiles = max(1, min(MOST_TILES, H * W // 4096))
+    tiles = 1
+    while tiles < MOST_TILES and 4096 * (tiles + 1) <= H * W:  # comparisons, so that H and W may be symbols
+        tiles += 1
     grid = (triton.cdiv(C, channels), triton.cdiv(H * W, tiles * PIXELS), B)
     return {"PIXELS": PIXELS, "CHANNELS": channels, "TILES": tiles, "num_warps": WARPS}, grid
 

@@ -99,9 +99,13 @@ def tiling(h: int, w: int, H: int, W: int) -> dict[str, int]:
     Two pixels a lane share what the corners cost: with one, sum_losses has 28 instructions for each logit of
     a lane instead of 10 (sm_90).
     """
-    sides = [min(SIDE, triton.next_power_of_2(triton.cdiv(*x))) for x in ((H, h), (W, w))]
-    warps = max(1, sides[0] * sides[1] // 64)
-    return {"ROWS": sides[0], "COLUMNS": sides[1], "CLASSES": CLASSES, "num_warps": warps}
+    rows = columns = 1
+    while rows < SIDE and rows * h < H:  # by comparisons, which torch.compile can make for unknown sizes
+        rows *= 2
+    while columns < SIDE and columns * w < W:
+        columns *= 2
+    warps = max(1, rows * columns // 64)
+    return {"ROWS": rows, "COLUMNS": columns, "CLASSES": CLASSES, "num_warps": warps}
 
 
 @triton_op("tada::upsample_cross_entropy", mutates_args=())

@@ -1,6 +1,7 @@
 """What the launched configurations of group_norm.py and upsample_cross_entropy.py become on three GPUs."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -65,6 +66,20 @@ def others() -> dict[str, Callable]:
     }
 
 
+def graphs() -> dict[str, Callable]:
+    """Each public function compiled by torch as one graph, forward and backward, for unknown sizes."""
+    graph = partial(torch.compile, backend="aot_eager", fullgraph=True, dynamic=True)
+    x = torch.empty(2, 320, 37, 53, dtype=BF16, device="meta", requires_grad=True)
+    weight, bias = (torch.empty(320, device="meta", requires_grad=True) for _ in range(2))
+    logits = torch.empty(2, 133, 31, 17, dtype=BF16, device="meta", requires_grad=True)
+    labels = torch.empty(2, 247, 139, dtype=torch.int64, device="meta")
+    return {
+        "norm": lambda: graph(group_norm_silu)(x, 32, weight, bias, 1e-5).sum().backward(),
+        "loss": lambda: graph(upsample_cross_entropy)(logits, labels)[0].backward(),
+        "arg-max": lambda: graph(upsample_argmax)(logits.detach(), (247, 139)),
+    }
+
+
 def check(facts: list[Compiled]) -> None:
     """Nothing spills but on sm_80; a map of whole tiles is read and written 16 bytes at a time."""
     for fact in facts:
@@ -81,6 +96,11 @@ def test_launched_kernels():
         *("merge", "merge_backward", "sum_losses", "share_gradients", "add_shares", "choose_classes"),
     }
     check(facts)
+
+
+def test_torch_compile_makes_one_graph():
+    """Symbolic sizes meet every line of the border; on the meta device the graph then launches nothing."""
+    assert compiled(graphs, (90,)) == []
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from kernels import reference
 from unet import UNet, UNetConfig
 
 ROOT = Path(__file__).parents[1]
-EXACT = 4  # roundings: where the true gradient is 0, as for a single key, plain torch may be luckier than we
+ROUNDINGS = 10  # the floor of the bar for a single key, whose dQ and dK are 0: torch's may be so by luck
 SHAPES = [  # N, M, d: every N, M and d, each next to several others
     (1, 1, 8),
     (17, 5, 16),
@@ -59,10 +59,11 @@ def triton_asked():
 
 
 def make(B: int, N: int, M: int, n: int, d: int, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
-    """q, k, v and the gradient of the output, none contiguous: k and v are slices of one wide product."""
-    q, do = torch.randn(2, B, n, N, d, device=device).to(dtype).transpose(2, 3)
-    wide = torch.randn(B, M, 3 * n * d + 16, device=device).to(dtype)
-    k, v = (x.unflatten(-1, (n, d)) for x in wide[..., 8:].split(n * d, dim=-1)[:2])
+    """q, k, v and the gradient of the output, none contiguous and no two with the same strides."""
+    q = torch.randn(B, n, N, d, device=device).to(dtype).transpose(1, 2)
+    k = torch.randn(B, M, 3, n, d + 8, device=device).to(dtype)[:, :, 1, :, 8:]
+    v = torch.randn(B, n, M, d + 16, device=device).to(dtype)[..., :d].transpose(1, 2)
+    do = torch.randn(B, N, n, 2, d, device=device).to(dtype)[..., 1, :]
     return [q, k, v, do]
 
 
@@ -84,7 +85,7 @@ def excess(attend: Callable, inputs: list[Tensor], lengths: Tensor | None) -> fl
     ours = results(attend, behind(inputs, lengths, torch.nan), lengths)
     plain = results(reference.attention, inputs, lengths)
     exact = results(reference.attention, [x.double() for x in inputs], lengths)
-    floor = EXACT * torch.finfo(inputs[0].dtype).eps * inputs[0].shape[-1] ** 0.5
+    floor = ROUNDINGS * torch.finfo(inputs[0].dtype).eps if inputs[1].shape[1] == 1 else 0
     assert all(x.dtype == inputs[0].dtype for x in ours)
     return max(
         ((x.double() - z).norm() / ((y.double() - z).norm() + floor)).nan_to_num(torch.inf).item()
@@ -107,7 +108,8 @@ def behind(inputs: list[Tensor], lengths: Tensor | None, value: float) -> list[T
 @pytest.mark.parametrize(("N", "M", "d"), SHAPES)
 def test_output_and_gradients(N, M, d, dtype):
     lengths = ragged(2, M) if N % 2 else None
-    assert excess(module.cross_attention, make(2, N, M, 2, d, dtype), lengths) <= 2
+    heads = 8 if N == 1 else 2  # enough numbers for the two errors to be compared
+    assert excess(module.cross_attention, make(2, N, M, heads, d, dtype), lengths) <= 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -123,6 +125,18 @@ def test_images_with_fewer_keys(M, integer, dtype):
     )
     for together, x in zip(results(module.cross_attention, inputs, lengths), alone, strict=True):
         assert error(together[2:, : x.shape[1]], x) <= 4 * torch.finfo(dtype).eps
+
+
+def test_offsets_beyond_32_bits(device="cpu"):
+    """Images and rows that lie 2^31 numbers apart: on a CPU only pages that are written take memory."""
+    far, dtype = 2**31 + 8, torch.float16
+    q, k, v, do = make(2, 130, 2, 2, 16, dtype, device)
+    store = torch.empty_strided((far + 16384,), (1,), dtype=dtype, device=device)
+    images = store.as_strided(q.shape, (far, 32, 16, 1)).copy_(q)
+    rows = store[2 * 130 * 32 :].as_strided(k.shape, (64, far, 16, 1)).copy_(k)  # behind an image's queries
+    near = results(module.cross_attention, [q, k, v, do], None)
+    apart = results(module.cross_attention, [images, rows, v, do], None)
+    assert all(x.equal(y) for x, y in zip(near, apart, strict=True))
 
 
 def test_the_gradient_is_that_of_the_kernel_itself():
@@ -390,17 +404,7 @@ def test_autocast_and_checkpointing_on_a_gpu(gpu):
 
 @pytest.mark.gpu
 def test_offsets_beyond_32_bits_on_a_gpu(gpu):
-    """Images and rows that lie more than 2^31 numbers apart."""
-    far = 2**31 + 8
-    store = torch.zeros(2 * far + 4096, dtype=torch.bfloat16, device=gpu)
-    q, k, v, do = make(2, 130, 77, 2, 16, torch.bfloat16, gpu)
-    images = [store[x:].as_strided(q.shape, (far, 32, 16, 1)) for x in (0,)]
-    images[0].copy_(q)
-    rows = store[4096 + 130 * 32 :].as_strided((2, 2, 2, 16), (32, far, 16, 1))
-    rows.copy_(k[:, :2])
-    near = results(module.cross_attention, [q, k[:, :2].contiguous(), v[:, :2], do], None)
-    apart = results(module.cross_attention, [images[0], rows, v[:, :2], do], None)
-    assert all(x.equal(y) for x, y in zip(near, apart, strict=True))
+    test_offsets_beyond_32_bits(gpu)
 
 
 @pytest.mark.gpu

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import UperNetConfig
 from transformers.models.upernet.modeling_upernet import UperNetConvModule, UperNetFCNHead, UperNetHead
 
-from decoders import Logits, SemanticFPN, UperNet, upsample_cross_entropy
+from decoders import Logits, SemanticFPN, UperNet
+from kernels import upsampled_cross_entropy
 
 CHANNELS, CLASSES, GROUPS = (16, 24, 32, 40), 7, 4
 H, W = 128, 192
@@ -185,7 +186,7 @@ def test_upernet_learns_as_transformers():
 def test_loss_by_hand():
     """Probabilities 1/4 and 3/4 of one logit pixel under three label pixels: class 0, class 1, ignored."""
     logits = torch.tensor([0.0, math.log(3)]).reshape(1, 2, 1, 1).requires_grad_()
-    total, count = upsample_cross_entropy(logits, torch.tensor([[[0, 1, 255]]]))
+    total, count = upsampled_cross_entropy(logits, torch.tensor([[[0, 1, 255]]]))
     assert total.item() == pytest.approx(math.log(4) + math.log(4 / 3))
     assert count == 2
     total.backward()
@@ -194,7 +195,7 @@ def test_loss_by_hand():
 
 def test_another_label_can_be_ignored():
     """`ignore` names it; 255 is only the default."""
-    total, count = upsample_cross_entropy(torch.zeros(1, 4, 1, 1), torch.tensor([[[3, 3, 1]]]), ignore=3)
+    total, count = upsampled_cross_entropy(torch.zeros(1, 4, 1, 1), torch.tensor([[[3, 3, 1]]]), ignore=3)
     assert total.item() == pytest.approx(math.log(4))
     assert count == 1
 

@@ -41,6 +41,13 @@ def test_what_is_asked_by_name_is_said():
         kernels.use("cuda")
 
 
+def test_without_a_gpu_triton_is_refused_in_one_sentence(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(kernels.KernelError, match="torch sees no GPU here; choose auto or torch"):
+        kernels.use("triton")
+
+
 def test_a_gpu_runs_a_kernel_where_the_table_says_that_it_won(monkeypatch):
     """Checked without a GPU: what the choice looks at is a tensor's place and torch's answer about it."""
     monkeypatch.setitem(kernels.WINS, ("cross_attention", (9, 0)), frozenset({40}))
