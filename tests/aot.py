@@ -114,8 +114,12 @@ def read(call: str, capability: int, kernel) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = subprocess.check_output([tools / "cuobjdump", "--dump-resource-usage", file.name], text=True)
-        code = subprocess.check_output([tools / "nvdisasm", "-c", file.name], text=True)
+        usage, code = (  # nvdisasm warns about every file
+            subprocess.run(
+                [tools / tool, option, file.name], capture_output=True, text=True, check=True
+            ).stdout
+            for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
+        )
     wide = r"\b(?:(?:LDG|STG)\.E\.(?:[A-Z_]+\.)*128|LDGSTS\.(?:\w+\.)*128|UTMALDG|UTMASTG)"
     return Compiled(
         call=call,
