@@ -66,7 +66,9 @@ class Prediction(NamedTuple):
     masks: tuple[Tensor, ...]  # (B, Q, H/4, W/4) logits each
 
 
-class Segment(NamedTuple):
+class Found(NamedTuple):
+    """One predicted segment."""
+
     id: int  # in the map of ids
     label: int  # class, 0..K-1
     score: float  # the class's probability; of merged stuff, the highest
@@ -76,7 +78,7 @@ class Panoptic(NamedTuple):
     """At most one segment for each pixel: ids `(H, W)` int64 from 1, 0 = void; every id is listed."""
 
     ids: Tensor
-    segments: list[Segment]
+    segments: list[Found]
 
 
 class Instances(NamedTuple):
@@ -460,9 +462,11 @@ def deformable_attention(value: Tensor, sizes: Sequence[Size], points: Tensor, w
         pixels = rearrange(pixels, "B (h w) n d -> (B n) d h w", h=sizes[level][0])
         grid = rearrange(2 * points[:, :, :, level] - 1, "B N n P xy -> (B n) P N xy")
         weight = rearrange(weights[:, :, :, level], "B N n P -> (B n) 1 P N")
-        read = F.grid_sample(pixels, grid.to(pixels.dtype), align_corners=False)  # (B n, d, P, N)
+        read = F.grid_sample(pixels.to(grid.dtype), grid, align_corners=False)  # (B n, d, P, N)
         total = total + (read * weight).sum(2)
-    return rearrange(total, "(B n) d N -> B N (n d)", B=B)
+    if total.requires_grad:  # the gradient comes transposed, and every product above would take its layout
+        total.register_hook(Tensor.contiguous)
+    return rearrange(total.to(value.dtype), "(B n) d N -> B N (n d)", B=B)
 
 
 # ---- the queries
@@ -661,7 +665,7 @@ def panoptic_segments(
             segments[number - 1] = old._replace(score=max(old.score, probability))
         elif good:
             number = len(segments) + 1
-            segments.append(Segment(number, label, probability))
+            segments.append(Found(number, label, probability))
             if not things[label]:
                 stuff[label] = number
         numbers.append(number if good else 0)

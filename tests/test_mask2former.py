@@ -18,12 +18,12 @@ from transformers.models.mask2former.image_processing_pil_mask2former import Mas
 
 from mask2former import (
     DeformableAttention,
+    Found,
     Instances,
     Mask2Former,
     MatchingError,
     Panoptic,
     Prediction,
-    Segment,
     Target,
     deformable_attention,
     match,
@@ -516,7 +516,7 @@ def plain_panoptic(classes: Tensor, masks: Tensor, score: float, overlap: float)
             number = stuff[label]
             found[number - 1] = found[number - 1]._replace(score=max(found[number - 1].score, p))
         else:
-            found.append(Segment(len(found) + 1, label, p))
+            found.append(Found(len(found) + 1, label, p))
             number = len(found)
             if not THINGS[label]:
                 stuff[label] = number
