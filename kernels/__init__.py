@@ -31,6 +31,7 @@ __all__ = [
 # upsample_cross_entropy and upsample_argmax. Empty: no GPU has been measured yet (BENCH.md).
 WINS: dict[tuple[str, tuple[int, int]], frozenset[int]] = {}
 IGNORE = 255  # the label of a pixel that has no class
+MANY = 1024  # keys from which row_attention pays on a CPU: each shape of its products costs a megabyte
 RESIDENT = 160  # keys that cross_attention holds at once; it is the default for contexts up to here alone
 
 _asked = "auto"
@@ -132,7 +133,8 @@ def upsampled_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention by torch's own operators: bfloat16 by rows of scores on a CPU, and where it won on a GPU."""
-    rows = q.device.type == "cpu" or won("row_attention", q, q.shape[-1])
+    many = k.shape[1] >= MANY
+    rows = many if q.device.type == "cpu" else won("row_attention", q, q.shape[-1])
     if rows and q.dtype == torch.bfloat16 and not torch.is_grad_enabled():
         return row_attention(q, k, v)
     return reference.attention(q, k, v)

