@@ -1,10 +1,13 @@
 """Evaluate: the mIoU of a trained model, every class's IoU, what is taken for what, how good its tags are.
 
+Where the data set has instances, also the PQ of its segments.
+
     python eval.py runs/NAME                             # its best step, the val split, the default protocol
     python eval.py runs/NAME --ms                        # "+MS": five scales, each also mirrored
     torchrun --nproc-per-node 8 eval.py runs/NAME/last   # the processes share the pictures
 
-It writes result.json, result.md, confusion.csv and confusion.png. The checkpoint knows its data set, classes,
+It writes result.json, result.md, confusion.csv and confusion.png; of mask2former also panoptic.json and the
+PNGs of panoptic/, as COCO's server takes them. The checkpoint knows its data set, classes,
 sizes and condition, so no flag asks for them. Top to bottom: reading the pictures, what was counted and what
 follows from it, the report, its files, the command line.
 """
@@ -20,6 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -29,17 +33,32 @@ import kernels
 from adapter import AdapterError
 from augment import normalise
 from checkpoint import CheckpointError, find_model, load_model, read_about, read_config
-from data import IGNORE, LAYOUTS, DataError, Dataset, Words, check, fit, open_dataset, open_words
+from data import IGNORE, DataError, Dataset, Words, check, fit, open_words
 from kernels import KernelError
-from model import ModelError, Size, Tada, TadaConfig, digest
+from mask2former import Instances, Mask2Former
+from model import ModelError, Prediction, Segmented, Size, Tada, TadaConfig, digest
+from panoptic import components
+from panoptic_data import PanopticDataset
+from panoptic_eval import Found, Judge
+from panoptic_stream import PanopticEvaluationStream
 from pictures import confusion_matrix
 from ranks import Ranks, connect, disconnect
-from recipes import stride_of
+from recipes import default_data, open_set, stride_of
 from scenes import VERSION
 from stream import EvaluationStream, Item
 from weights.load import WeightsError
 
+SCORE = OVERLAP = 0.8  # of a segment (Mask2Former's; ODISE's score is 0)
+COMPONENTS = "connected components"
 MULTISCALE = (1.0, 1.125, 1.25, 1.375, 1.5)  # VPD's "+MS"
+MEASURES = (
+    ("PQ", "PQ"),
+    ("SQ", "SQ"),
+    ("RQ", "RQ"),
+    ("PQ of things", "PQ_things"),
+    ("PQ of stuff", "PQ_stuff"),
+    ("AP of things", "AP"),
+)
 WORST = 10  # classes that the report lists again
 CHECKED = 10  # pictures and labels that are decoded before the model is loaded
 
@@ -65,13 +84,19 @@ def evaluate(
     rank: int = 0,
     world: int = 1,
     show: bool = False,
+    score: float = SCORE,
+    overlap: float = OVERLAP,
+    folder: Path | None = None,
+    instances: bool = False,
 ) -> "Result":
     """Predict the pictures `indices` (None: all) one by one, each at its own size, and count.
 
     Each is resized into `config.box` once; for other scales than 1 every size is made from the picture as it
     is. It is read in windows of `window`, whole if None. `world` processes share the pictures; each calls
-    this and gets the result of all. No global random state is touched, every module keeps its mode. Raises
-    DataError, in all processes, if one of them cannot read a picture.
+    this and gets the result of all. Of a panoptic data set, segments are judged: those of mask2former,
+    which reads pictures whole (`score`, `overlap`; `instances`: also their AP; `folder`: where they are
+    written), or the connected components of a semantic decoder's classes. No global random state is touched,
+    every module keeps its mode. Raises DataError, in all processes, if one of them cannot read a picture.
     """
     start = time.perf_counter()
     config, ranks = tada.config, Ranks(rank, world, tada.unet.conv_in.weight.device)
@@ -79,9 +104,16 @@ def evaluate(
     mine, n, K = indices[rank::world], len(indices), len(config.classes)
     once = tuple(scales) == (1.0,) or config.box is None
     box = config.box if once and config.box else (None, None)
-    items = EvaluationStream(dataset, *box, workers, ranks.device.type).items(mine)
+    panoptic = isinstance(dataset, PanopticDataset)
+    stream = PanopticEvaluationStream if panoptic else EvaluationStream
+    items = stream(dataset, *box, workers, ranks.device.type).items(mine)
     bar = tqdm(items, f"{dataset.name} {dataset.split}", len(mine), disable=None if show else True)
-    predict = partial(tada.predict, scales=scales, flip=flip, window=window, stride=stride)
+    predict, how = partial(tada.predict, scales=scales, flip=flip, window=window, stride=stride), COMPONENTS
+    if isinstance(tada.decoder, Mask2Former):
+        assert once and not flip and window is None, "Mask2Former reads a picture whole, once"
+        predict = partial(tada.segment, score=score, overlap=overlap, instances=instances)
+        how = f"mask2former, score {score:g}, overlap {overlap:g}"
+    judge = Judge(dataset, how, folder, instances) if panoptic else None
     confusion = torch.zeros(K, K, dtype=torch.int64, device=ranks.device)
     spoken = confusion.new_zeros(3)
     present, scores = torch.zeros(2, n, K, device=ranks.device)
@@ -90,12 +122,14 @@ def evaluate(
     tada.eval()
     try:
         for place, item in zip(range(rank, n, world), bar, strict=True):
-            base = None if once else fit(item.labels.shape, *config.box)
-            labels, tag_logits, some = read(tada, item, words, partial(predict, base=base))
-            confusion += count(item.labels.to(ranks.device), labels, K)
+            base = {} if once else {"base": fit(item.labels.shape, *config.box)}
+            found, some = read(tada, item, words, partial(predict, **base))
+            confusion += count(item.labels.to(ranks.device), found.labels[0], K)
             present[place, item.present] = 1
-            if tag_logits is not None:
-                scores[place] = tag_logits
+            if found.tag_logits is not None:
+                scores[place] = found.tag_logits[0]
+            if judge is not None:
+                judge.add(item, *segments_of(found, dataset))
             if some is not None:
                 right = {config.prompts[k] for k in item.present}.intersection(some)
                 spoken += spoken.new_tensor([len(right), len(set(some)), len(item.present)])
@@ -110,13 +144,15 @@ def evaluate(
     stride = stride or window
     about = describe(tada, dataset, words) | {"scales": [*scales], "flip": flip}
     about |= {"window": window and [*window], "stride": stride and [*stride]}
-    return Result(config.classes, about, confusion, present, scores, spoken, time.perf_counter() - start)
+    segments = judge and judge.end(ranks)
+    seconds = time.perf_counter() - start
+    return Result(config.classes, about, confusion, present, scores, spoken, seconds, segments)
 
 
 def read(
     tada: Tada, item: Item, words: Words, predict: partial
-) -> tuple[Tensor, Tensor | None, list[str] | None]:
-    """One picture: predicted labels `(H, W)`, the tag head's logits `(K,)`, the words it was read with."""
+) -> tuple[Prediction | Segmented, list[str] | None]:
+    """One picture: what is predicted at its own size, the words it was read with."""
     device = tada.unet.conv_in.weight.device
     image = normalise(item.image[None].to(device))  # (1, 3, h, w)
     some = words(item.path, item.present)
@@ -124,7 +160,18 @@ def read(
         if some is None and tada.config.tags == "clip":
             some = [word for word, _ in tada.tag(image)[0]]
         found = predict(image, None if some is None else [some], size=tuple(item.labels.shape))
-    return found.labels[0], None if found.tag_logits is None else found.tag_logits[0], some
+    return found, some
+
+
+def segments_of(
+    found: Prediction | Segmented, dataset: PanopticDataset
+) -> tuple[np.ndarray, Sequence, Instances | None]:
+    """One picture's ids `(H, W)`, their segments, and the things that may overlap if they were asked for."""
+    if isinstance(found, Prediction):
+        labels = found.labels[0].byte().cpu().numpy()
+        return *components(labels, dataset.categories.things), None
+    ids, segments = found.panoptic[0]
+    return ids.cpu().numpy(), segments, found.instances and found.instances[0]
 
 
 def count(truth: Tensor, predicted: Tensor, K: int) -> Tensor:
@@ -169,6 +216,7 @@ class Result:
     scores: Tensor  # (n, K) logits of the multi-label head
     spoken: Tensor  # (3,) words that name a class in their picture, words, classes in their pictures
     seconds: float
+    segments: Found | None = None  # of a panoptic data set
 
     @property
     def iou(self) -> Tensor:
@@ -233,7 +281,10 @@ class Result:
         numbers = {name: known(x) for name, x in numbers.items()}
         numbers |= {"images": len(self.present), "seconds": self.seconds}
         classes = dict(zip(self.classes, map(known, self.iou.tolist()), strict=True))
-        return {**numbers, **self.about, "classes": classes}
+        if self.segments is None:
+            return {**numbers, **self.about, "classes": classes}
+        pq = dict(zip(self.classes, map(known, self.segments.quality.classes[:, 0].tolist()), strict=True))
+        return {**numbers, **self.segments.as_json(), **self.about, "classes": classes, "classes_PQ": pq}
 
     # ---- the report
 
@@ -256,7 +307,22 @@ class Result:
             most, total = int(wrong.argmax()), int(confusion[k].sum())
             other = f"{names[most]} ({percent(int(wrong[most]) / total)} %)" if wrong.any() else "-"
             lines.append(f"| {names[k]} | {percent(iou[k])} | {other} |")
+        if self.segments is not None:
+            lines += ["", *self.segments_table()]
         return "\n".join([*lines, f"\n    {self.line()}", ""])
+
+    def segments_table(self) -> list[str]:
+        """PQ, SQ and RQ of all classes together and of each."""
+        quality, names = self.segments.quality, [name.replace("|", "\\|") for name in self.classes]
+        rows = [f"Segments: {self.segments.how}", ""]
+        rows += ["| classes | PQ % | SQ % | RQ % | how many occur |", "|---|--:|--:|--:|--:|"]
+        for which in ("all", "things", "stuff"):
+            *means, n = quality.mean(which).values()
+            rows.append(f"| {which} | {' | '.join(map(percent, means))} | {n} |")
+        rows += ["", "| class | PQ % | SQ % | RQ % |", "|---|--:|--:|--:|"]
+        for name, row in zip(names, quality.classes.tolist(), strict=True):
+            rows.append(f"| {name} | {' | '.join(map(percent, row))} |")
+        return rows
 
     def warnings(self) -> list[str]:
         """Sentences without which the numbers mislead."""
@@ -268,6 +334,8 @@ class Result:
             said.append("RANDOM WEIGHTS: no prior was used: this says nothing about the method.")
         if n < about["split_images"]:
             said.append(f"PART: {n} of the split's {about['split_images']} pictures.")
+        if self.segments is not None and self.segments.lacking:
+            said.append(self.segments.lacking)
         return said
 
     def line(self) -> str:
@@ -280,6 +348,8 @@ class Result:
         parts = [
             f"{about['dataset']}{version} {about['split']} mIoU {percent(numbers['mIoU'])}",
             f"{occur} of {len(self.classes)} classes occur",
+            *(f"{name} {percent(numbers[key])}" for name, key in MEASURES if key in numbers),
+            *([numbers["segments"]] if "segments" in numbers else []),
             f"pixel accuracy {percent(numbers['pixel_accuracy'])}",
             f"class accuracy {percent(numbers['class_accuracy'])}",
             *(f"{name} {percent(numbers[key])}" for name, key in tags if numbers[key] is not None),
@@ -367,12 +437,14 @@ def run(options: argparse.Namespace, ranks: Ranks) -> None:
     file = find_model(Path(options.checkpoint))
     config, home = read_config(read_about(file)["config"], file), run_folder(file)
     root = options.data or data_folder(home, config)
-    dataset = open_dataset(config.dataset, root, options.split)
+    decoder = "mask2former" if config.dataset == "scenes" else config.decoder  # they have instances
+    dataset = open_set(config.dataset, root, options.split, decoder)
     if tuple(dataset.classes) != config.classes:
         raise EvalError(
             f"{root} has {len(dataset.classes)} classes, such as {dataset.classes[0]}, but {file} "
             f"was trained on {len(config.classes)}, such as {config.classes[0]}: give another --data"
         )
+    refuse_flags(options, config)
     words = open_dataset_words(options.tags, config, dataset, root)
     window, stride = windows_of(options, config)
     check(dataset, CHECKED)
@@ -390,11 +462,16 @@ def run(options: argparse.Namespace, ranks: Ranks) -> None:
     protocol = {"scales": options.scales, "flip": options.flip, "window": window, "stride": stride}
     mine = {"workers": options.workers, "rank": ranks.rank, "world": ranks.world, "show": ranks.first}
     indices = [i * len(dataset) // n for i in range(n)]
+    if config.decoder == "mask2former":
+        score = SCORE if options.score is None else options.score
+        overlap = OVERLAP if options.overlap is None else options.overlap
+        mine |= {"score": score, "overlap": overlap, "folder": out / "panoptic", "instances": True}
     result = evaluate(tada, dataset, words, **protocol, indices=indices, **mine)
     if ranks.first:
         print(result.as_markdown())
         write(result, out, file)
-        print(f"written: {out}/result.json, result.md, confusion.csv, confusion.png")
+        more = ", panoptic.json, panoptic/" if config.decoder == "mask2former" else ""
+        print(f"written: {out}/result.json, result.md, confusion.csv, confusion.png{more}")
 
 
 def run_folder(file: Path) -> Path | None:
@@ -413,9 +490,9 @@ def data_folder(home: Path | None, config: TadaConfig) -> str:
             raise EvalError(f"{home / 'config.json'} cannot be read ({error}): give --data") from None
         if found:
             return found
-    if config.dataset == "folder":
+    if config.dataset in ("folder", "panoptic"):
         raise EvalError("the checkpoint does not say where its data set is: give its folder with --data")
-    return "" if config.dataset == "scenes" else f"data/{LAYOUTS[config.dataset].root}"
+    return default_data(config.dataset)
 
 
 def open_dataset_words(tags: str | None, config: TadaConfig, dataset: Dataset, root: str) -> Words:
@@ -430,9 +507,23 @@ def open_dataset_words(tags: str | None, config: TadaConfig, dataset: Dataset, r
     return open_words(config.condition, tags or config.tags, dataset.prompts, root, paths)
 
 
+def refuse_flags(options: argparse.Namespace, config: TadaConfig) -> None:
+    """What the decoder has no use for."""
+    if config.decoder == "mask2former":
+        names = ("ms", "flip", "window", "stride")
+        given = [name for name in names if getattr(options, name)]
+        given += ["scales"] if not given and options.scales != [1.0] else []
+        cure = "mask2former reads a picture whole, once; leave it out"
+    else:
+        given = [name for name in ("score", "overlap") if getattr(options, name) is not None]
+        cure = f"it is of mask2former's segments, and this model's decoder is {config.decoder}; leave it out"
+    if given:
+        raise EvalError(f"--{given[0]}: {cure}")
+
+
 def windows_of(options: argparse.Namespace, config: TadaConfig) -> tuple[Size | None, Size | None]:
     """The window and its stride that the flags ask for."""
-    if options.whole:
+    if options.whole or config.decoder == "mask2former":
         return None, None
     window = options.window or config.crop
     thirds = tuple(map(stride_of, window))
@@ -472,6 +563,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--window", **sides, metavar="N", help="its height and width (default: the crop of training)")
     steps = "from window to window (default: that of training; two thirds of --window)"
     group.add_argument("--stride", **sides, metavar="N", help=steps)
+    add = parser.add_argument_group("the segments of mask2former").add_argument
+    least = "least probability of a segment's class (default: 0.8, Mask2Former's; ODISE's is 0.0)"
+    add("--score", type=share, metavar="X", help=least)
+    kept = "least share of its mask that a segment keeps of what others claim (default: 0.8)"
+    add("--overlap", type=share, metavar="X", help=kept)
     add = parser.add_argument_group("the run").add_argument
     add("--weights", metavar="DIR", help="the frozen files (default: where training had them)")
     add("--workers", type=int, default=2, metavar="N", help="processes that load pictures (default: 2)")
@@ -497,6 +593,13 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def share(text: str) -> float:
+    x = float(text)  # argparse reports a ValueError
+    if not 0 <= x <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not in 0..1")
+    return x
 
 
 def scale(text: str) -> float:

@@ -39,7 +39,7 @@ from adapter import (
 )
 from clip import CLIP, PROMPT, TEMPLATES, CLIPConfig, Tokenizer, name_vectors, zero_shot
 from decoders import IGNORE, Logits, SemanticDecoder, SemanticFPN, UperNet, resize
-from mask2former import Mask2Former, Rand, Target
+from mask2former import Instances, Mask2Former, Panoptic, Rand, Target
 from mask2former import Prediction as Queries
 from unet import UNet, UNetConfig, alphas_cumprod
 from vae import VAE, VAEConfig
@@ -114,6 +114,15 @@ class Prediction(NamedTuple):
 
     labels: Tensor
     tag_logits: Tensor | None
+
+
+class Segmented(NamedTuple):
+    """What Mask2Former finds: `Prediction`'s labels and tag_logits, and the segments of each picture."""
+
+    labels: Tensor
+    tag_logits: Tensor | None
+    panoptic: list[Panoptic]
+    instances: list[Instances] | None  # None if they are not asked for
 
 
 class Tada(nn.Module):
@@ -248,9 +257,7 @@ class Tada(nn.Module):
         The softmax of all is averaged at `size` (VPD's and mmsegmentation's protocol). Where tags come from
         CLIP and none are given, they are those of the whole picture.
         """
-        if tags is None and self.names is not None and self.steered:
-            tags = [[name for name, _ in found] for found in self.tag(image)]
-        own = tuple(image.shape[-2:])
+        tags, own = self.own_tags(image, tags), tuple(image.shape[-2:])
         maps, tag_logits = [], []
         for scale in scales:
             wanted = tuple(max(int(scale * side + 0.5), 1) for side in base or own)
@@ -262,6 +269,34 @@ class Tada(nn.Module):
                 tag_logits.append(tag)
         tag = None if tag_logits[0] is None else torch.stack(tag_logits).mean(0)
         return Prediction(vote(maps, size or own), tag)
+
+    @torch.no_grad()
+    def segment(
+        self,
+        image: Tensor,
+        tags: Tags | None = None,
+        size: Size | None = None,
+        score: float = 0.8,
+        overlap: float = 0.8,
+        instances: bool = False,
+    ) -> Segmented:
+        """Image `(B, 3, H, W)` in [-1, 1] -> its segments at `size` (H, W), by default the image's own.
+
+        For Mask2Former alone. The picture is read whole, once: windows would cut its objects. `score` and
+        `overlap` are those of `Mask2Former.panoptic`.
+        """
+        output = self(image, self.own_tags(image, tags))
+        sizes = tuple(self.padded(image).shape[-2:]), tuple(image.shape[-2:]), size
+        labels = self.decoder.semantic(output.prediction, *sizes).argmax(1)
+        panoptic = self.decoder.panoptic(output.prediction, *sizes, score, overlap)
+        found = self.decoder.instances(output.prediction, *sizes) if instances else None
+        return Segmented(labels, output.condition.logits, panoptic, found)
+
+    def own_tags(self, image: Tensor, tags: Tags | None) -> Tags | None:
+        """The tags, or where none are given and they come from CLIP, those of the whole picture."""
+        if tags is None and self.names is not None and self.steered:
+            return [[name for name, _ in found] for found in self.tag(image)]
+        return tags
 
     def slide(
         self, image: Tensor, tags: Tags | None, window: Size, stride: Size

@@ -21,7 +21,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -40,8 +40,9 @@ from eval import Result, evaluate
 from kernels import KernelError
 from mask2former import MatchingError, Rand, Target
 from model import ModelError, Tada, build, parameter_groups
+from panoptic import Segment
 from panoptic_stream import NOBODY, PanopticBatch, PanopticTrainStream, masks_of
-from pictures import mosaic, overlay
+from pictures import mosaic, overlay, segment_overlay
 from ranks import Ranks, connect, disconnect
 from recipes import DROPS, config_of, open_set, parse, recipe
 from run import Run, RunError, open_run
@@ -235,13 +236,23 @@ def judge(
     """Evaluate, log it, draw val/, remember whether this is the best step so far; the metrics."""
     result = evaluate_val(tada, sets, run.ranks, options)
     metrics = {"mIoU": result.mIoU, "pixel_accuracy": result.pixel_accuracy}
+    measure, said = measure_of(options), ""
+    if measure == "PQ":
+        mean = result.segments.quality.mean()
+        metrics |= {name: mean[name] for name in ("PQ", "SQ", "RQ")}
+        said = f"PQ {mean['PQ']:.4f} SQ {mean['SQ']:.4f} RQ {mean['RQ']:.4f} "
     run.log({"step": state.step, "val": metrics})
-    run.say(f"step {state.step} val mIoU {result.mIoU:.4f} pixel accuracy {result.pixel_accuracy:.4f}")
+    run.say(f"step {state.step} val {said}mIoU {result.mIoU:.4f} pixel accuracy {result.pixel_accuracy:.4f}")
     if run.ranks.first:
         draw_val(run, tada, sets, state.step)
-    if not state.best or result.mIoU > state.best["mIoU"]:
-        state.best = {"step": state.step, "mIoU": result.mIoU}
+    if not state.best or metrics[measure] > state.best[measure]:
+        state.best = {"step": state.step, measure: metrics[measure]}
     return metrics
+
+
+def measure_of(options: argparse.Namespace) -> str:
+    """By what the best step is chosen."""
+    return "PQ" if options.decoder == "mask2former" else "mIoU"
 
 
 def keep(run: Run, tada: Tada, state: "State", metrics: dict[str, float], final: bool) -> None:
@@ -377,7 +388,11 @@ def draw_inputs(run: Run, sets: "Sets", batch: Batch) -> None:
     """inputs.jpg: the first pictures as the model will see them, each with its labels and its words."""
     pictures = batch.image.permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
     words = words_of(batch, sets.train_words) or [None] * len(pictures)
-    draw(run.folder / "inputs.jpg", sets.train, zip(pictures, batch.labels.numpy(), words, strict=True))
+    targets = batch.labels.numpy()
+    if isinstance(batch, PanopticBatch):  # NOBODY, -1, becomes 0, which is void
+        owned = [[Segment(i, k, False) for i, k in enumerate(x.tolist(), 1)] for x in batch.classes]
+        targets = zip(batch.owners.numpy() + 1, owned, strict=True)
+    draw(run.folder / "inputs.jpg", sets.train, zip(pictures, targets, words, strict=True))
 
 
 def draw_val(run: Run, tada: Tada, sets: "Sets", step: int) -> None:
@@ -391,21 +406,27 @@ def draw_val(run: Run, tada: Tada, sets: "Sets", step: int) -> None:
         if tada.config.tags == "clip":
             words = [word for word, _ in tada.tag(image)[0]]
         steering = None if words is None else [words]
-        seen = tada.predict(image, steering, window=tada.config.crop, stride=tada.config.stride)
-        shown.append((item.image.permute(1, 2, 0).numpy(), seen.labels[0].byte().cpu().numpy(), words))
+        if tada.config.decoder == "mask2former":
+            ids, segments = tada.segment(image, steering).panoptic[0]
+            target = ids.cpu().numpy(), segments
+        else:
+            seen = tada.predict(image, steering, window=tada.config.crop, stride=tada.config.stride)
+            target = seen.labels[0].byte().cpu().numpy()
+        shown.append((item.image.permute(1, 2, 0).numpy(), target, words))
     tada.train()
     (run.folder / "val").mkdir(exist_ok=True)
     draw(run.folder / "val" / f"step-{step:06d}.jpg", sets.val, shown)
 
 
-def draw(
-    file: Path, dataset: Dataset, shown: Iterable[tuple[np.ndarray, np.ndarray, list[str] | None]]
-) -> None:
-    """Each picture `(H, W, 3)` beside itself under its labels `(H, W)`, with its words."""
-    tiles = []
-    for picture, labels, words in shown:
+def draw(file: Path, dataset: Dataset, shown: Iterable[tuple[np.ndarray, Any, list[str] | None]]) -> None:
+    """Each picture `(H, W, 3)` beside itself under its labels `(H, W)` or (ids, segments), with its words."""
+    tiles, names = [], (dataset.palette, dataset.classes)
+    for picture, target, words in shown:
         tiles.append(Image.fromarray(picture))
-        tiles.append(overlay(picture, labels, dataset.palette, dataset.classes, words))
+        if isinstance(target, tuple):
+            tiles.append(segment_overlay(picture, *target, *names, words))
+        else:
+            tiles.append(overlay(picture, target, *names, words))
     mosaic(tiles, 4).save(file, quality=92)
 
 
@@ -477,9 +498,9 @@ def train_in(run: Run, options: argparse.Namespace) -> int:
     with Stop() as stop:
         code = loop(run, options, tada, sets, state, stop)
     if code == 0:
-        best = state.best
+        best, measure = state.best, measure_of(options)
         run.say(
-            f"done: best val mIoU {best['mIoU']:.4f} at step {best['step']}; "
+            f"done: best val {measure} {best[measure]:.4f} at step {best['step']}; "
             f"next: python eval.py {run.folder}"
         )
     return code
@@ -511,12 +532,12 @@ def evaluate_val(
     tada: Tada, sets: Sets, ranks: Ranks, options: argparse.Namespace, limit: int | None = None
 ) -> Result:
     """The protocol of `eval.py` without flags, on the validation set or its first `limit` pictures."""
+    windows = {"window": tada.config.crop, "stride": tada.config.stride}
     return evaluate(
         tada,
         sets.val,
         sets.val_words,
-        window=tada.config.crop,
-        stride=tada.config.stride,
+        **({} if options.decoder == "mask2former" else windows),
         indices=range(min(limit or len(sets.val), len(sets.val))),
         workers=options.workers,
         rank=ranks.rank,

@@ -1,5 +1,5 @@
-"""What every test shares: the interpreter for kernels, the thread count, the reference data, the error
-measure.
+"""What every test shares: the interpreter for kernels, the thread count, the reference data, a panoptic
+data set.
 """
 
 import importlib.metadata
@@ -38,3 +38,25 @@ def data() -> Path:
         message = f"the reference data is not at {DATA}"
         pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
     return DATA
+
+
+@pytest.fixture(scope="session")
+def segments(tmp_path_factory) -> Path:
+    """Eight pictures of 4:3 with their segments, in the form of COCO panoptic, and three to validate."""
+    from panoptic import annotation, write_annotations, write_ids
+    from panoptic_data import PanopticScenes
+
+    root = tmp_path_factory.mktemp("segments")
+    for split, indices in (("train", range(8)), ("val", range(3))):
+        drawn, images, entries = PanopticScenes(split), [], []
+        (root / split).mkdir()
+        for i in indices:
+            picture, ids, found = drawn.panoptic(i)
+            ids = ids[:96]
+            found = [segment for segment in found if (ids == segment.id).any()]
+            picture.crop((0, 0, 128, 96)).save(root / split / f"{i}.png")
+            write_ids(ids, root / "annotations" / f"panoptic_{split}" / f"{i}.png")
+            images.append({"id": i, "file_name": f"{i}.png", "height": 96, "width": 128})
+            entries.append(annotation(i, f"{i}.png", ids, found, drawn.categories.ids))
+        write_annotations(root / "annotations" / f"panoptic_{split}.json", drawn.categories, images, entries)
+    return root

@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import socket
+import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,10 @@ import eval as module
 from checkpoint import point, save_model, write_step
 from data import IGNORE, DataError, open_dataset, open_words
 from eval import Result, average_precision, count, evaluate, main, write
-from model import TadaConfig, build
+from mask2former import Instances, Panoptic
+from model import Segmented, TadaConfig, build
+from panoptic import compare, read_annotations, semantic
+from panoptic_data import open_panoptic
 from pictures import confusion_matrix
 
 CLASSES = ("sky", "sea", "red boat", "a|b")
@@ -649,6 +653,7 @@ def test_scenes_need_no_files_and_say_their_version(tmp_path, monkeypatch, capsy
     expected = {"dataset": "scenes", "split": "test", "split_images": 500, "scenes_version": scenes.VERSION}
     assert {key: found[key] for key in expected} == expected
     assert f"scenes version {scenes.VERSION} test mIoU" in capsys.readouterr().out
+    assert found["segments"] == "connected components" and 0 <= found["PQ"] <= 1
 
 
 def process(rank: int, folder: Path, run: Path, broken: Path, ports: list[str]) -> None:
@@ -662,17 +667,15 @@ def process(rank: int, folder: Path, run: Path, broken: Path, ports: list[str]) 
             print(main([str(run), "--whole", "--workers", "0", "--out", str(folder / "out"), *flags]))
 
 
-def test_two_processes_share_the_pictures(tada, root, dataset, finished, tmp_path):
-    """The same counts to the last digit, written once; a picture that one cannot read stops both."""
-    broken = Path(shutil.copytree(root, tmp_path / "broken"))
-    damage(broken / "images/val/3.png", "cut")
+def in_two_processes(folder: Path, run: Path, broken: Path) -> None:
+    """What `process` does, twice at once."""
     ports = []
     for _ in range(2):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             ports.append(str(free.getsockname()[1]))
     fork = multiprocessing.get_context("fork")  # no second import of torch
-    both = [fork.Process(target=process, args=(rank, tmp_path, finished, broken, ports)) for rank in (0, 1)]
+    both = [fork.Process(target=process, args=(rank, folder, run, broken, ports)) for rank in (0, 1)]
     try:
         for one in both:
             one.start()
@@ -682,6 +685,13 @@ def test_two_processes_share_the_pictures(tada, root, dataset, finished, tmp_pat
     finally:
         for one in both:
             one.kill()
+
+
+def test_two_processes_share_the_pictures(tada, root, dataset, finished, tmp_path):
+    """The same counts to the last digit, written once; a picture that one cannot read stops both."""
+    broken = Path(shutil.copytree(root, tmp_path / "broken"))
+    damage(broken / "images/val/3.png", "cut")
+    in_two_processes(tmp_path, finished, broken)
     result = evaluate(tada, dataset, words_from("classes", dataset))
     found, expected = stored(tmp_path / "out"), result.as_json()
     assert {**found, "seconds": 0} == {
@@ -750,6 +760,7 @@ def test_a_bad_input_gets_one_sentence(root, finished, tada, tmp_path, capsys):
         (["--limit", "0"], "'0' is not a whole number of at least 1"),
         (["--window", "1", "2", "3"], "--window 1 2 3: give one number, or height and width"),
         (["--workers", "-1"], "--workers -1: give 0 or more"),
+        (["--overlap", "2"], "'2' is not in 0..1"),
     ],
 )
 def test_a_wrong_flag_is_refused(flags, message, capsys):
@@ -764,7 +775,7 @@ def test_help_says_what_the_default_is(capsys):
         main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "By default a picture is resized as training said" in text
-    assert text.count("(default: ") == 14  # every option but --help
+    assert text.count("(default: ") == 16  # every option but --help
 
 
 # ---- real photographs ------------------------------------------------------------------------------------
@@ -803,3 +814,89 @@ def test_photographs_of_ade20k_and_coco(data, tmp_path):
         assert (result.words_precision, result.words_recall) == (1.0, 1.0)
         assert result.as_json()["images"] == len(dataset)
     assert sum(pixels).tolist() == expected.tolist()  # the JSON's areas
+
+
+# ---- segments --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def judged(segments, tmp_path_factory):
+    """A run folder with a random Mask2Former, the model, its data set of three pictures."""
+    dataset = open_panoptic("panoptic", segments, "val")
+    sizes = {"model": "tiny", "crop": (64, 64), "stride": (43, 43), "box": (96, 384)}
+    things = tuple(dataset.categories.things.tolist())
+    config = TadaConfig(
+        tuple(dataset.classes), dataset="panoptic", decoder="mask2former", things=things, **sizes
+    )
+    torch.manual_seed(0)
+    tada, folder = build(config).eval(), tmp_path_factory.mktemp("runs") / "segments"
+    folder.mkdir()
+    write_step(folder, 7, tada, {}, {}, {"x": torch.zeros(1)}, {})
+    (folder / "config.json").write_text(json.dumps({"data": str(segments)}))
+    return folder, tada, dataset
+
+
+def test_segments_are_judged_as_they_are_written(judged, tmp_path, capsys):
+    """PQ and its parts are those of the written files, read again."""
+    run, _, dataset = judged
+    flags = ["--workers", "0", "--score", "0", "--overlap", "0", "--out", str(tmp_path)]
+    assert main([str(run / "step-000007"), *flags]) == 0
+    found, written = stored(tmp_path), read_annotations(tmp_path / "panoptic.json")
+    again = compare(dataset.annotations, dataset.pngs, written, tmp_path / "panoptic")
+    assert again.counts[:, 2].sum() > 0, "the model finds something"
+    for which, end in (("all", ""), ("things", "_things"), ("stuff", "_stuff")):
+        mean = again.mean(which)
+        assert [found[f"{name}{end}"] for name in ("PQ", "SQ", "RQ")] == [mean["PQ"], mean["SQ"], mean["RQ"]]
+    assert found["segments"] == "mask2former, score 0, overlap 0" and 0 <= found["AP"] <= 1
+    assert "PQ of things" in capsys.readouterr().out
+    assert "| things |" in (tmp_path / "result.md").read_text()
+
+
+def test_a_perfect_model_has_all_points(judged, monkeypatch):
+    _, tada, dataset = judged
+    pictures = iter(range(len(dataset)))
+
+    def perfect(image, tags, size, **options):
+        _, ids, found = dataset.panoptic(next(pictures))
+        labels = torch.from_numpy(semantic(ids, found)).long()[None]
+        things, ids = [s for s in found if s.thing], torch.from_numpy(ids).long()
+        masks = torch.stack([ids == s.id for s in things])
+        instances = Instances(torch.tensor([s.label for s in things]), torch.ones(len(things)), masks)
+        return Segmented(labels, None, [Panoptic(ids, found)], [instances])
+
+    monkeypatch.setattr(tada, "segment", perfect)
+    found = evaluate(tada, dataset, words_from("classes", dataset), instances=True).as_json()
+    assert [found[name] for name in ("PQ", "SQ", "RQ", "PQ_things", "PQ_stuff", "mIoU")] == [1] * 6
+    assert found["AP"] == pytest.approx(1)
+
+
+def test_without_pycocotools_there_is_no_ap_and_it_says_so(judged, monkeypatch):
+    _, tada, dataset = judged
+    monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
+    result = evaluate(tada, dataset, words_from("classes", dataset), instances=True)
+    assert result.as_json()["AP"] is None and "PQ" in result.as_json()
+    assert "AP needs pycocotools: pip install pycocotools" in result.as_markdown()
+
+
+def test_two_processes_share_the_segments(judged, segments, tmp_path):
+    run, tada, dataset = judged
+    broken = Path(shutil.copytree(segments, tmp_path / "broken"))
+    damage(broken / "val/2.png", "cut")
+    in_two_processes(tmp_path, run / "step-000007", broken)
+    expected = evaluate(tada, dataset, words_from("classes", dataset), instances=True).as_json()
+    found = stored(tmp_path / "out")
+    assert {name: found[name] for name in expected} | {"seconds": 0} == {**expected, "seconds": 0}
+    written = read_annotations(tmp_path / "out" / "panoptic.json")
+    assert written.image_ids == dataset.image_ids
+
+
+def test_flags_of_another_decoder_are_refused(judged, finished, capsys):
+    run = str(judged[0] / "step-000007")
+    for flags, said in (
+        ([run, "--ms"], "--ms: mask2former reads a picture whole, once; leave it out"),
+        ([run, "--scales", "1", "2"], "--scales: mask2former reads a picture whole"),
+        ([run, "--window", "64"], "--window: mask2former reads"),
+        ([str(finished), "--score", "0.5"], "--score: .* this model's decoder is fpn; leave it out"),
+    ):
+        assert main(flags) == 2
+        assert re.match(f"eval.py: {said}", capsys.readouterr().err)

@@ -22,7 +22,6 @@ import train
 from checkpoint import load_model
 from data import Words, open_dataset
 from model import TadaConfig, build, parameter_groups
-from panoptic import annotation, write_annotations, write_ids
 from panoptic_data import PanopticScenes
 from panoptic_stream import PanopticTrainStream
 from ranks import Ranks
@@ -49,25 +48,6 @@ def folder(tmp_path_factory):
             Image.fromarray(scene.image[:96]).save(root / "images" / split / f"{i}.png")
             Image.fromarray(labels).save(root / "labels" / split / f"{i}.png")
     (root / "classes.txt").write_text("\n".join(scenes.CLASSES))
-    return root
-
-
-@pytest.fixture(scope="module")
-def segments(tmp_path_factory):
-    """Eight pictures of 4:3 with their segments, in the form of COCO panoptic."""
-    root = tmp_path_factory.mktemp("segments")
-    for split, indices in (("train", range(8)), ("val", range(3))):
-        drawn, images, entries = PanopticScenes(split), [], []
-        (root / split).mkdir()
-        for i in indices:
-            picture, ids, found = drawn.panoptic(i)
-            ids = ids[:96]
-            found = [segment for segment in found if (ids == segment.id).any()]
-            picture.crop((0, 0, 128, 96)).save(root / split / f"{i}.png")
-            write_ids(ids, root / "annotations" / f"panoptic_{split}" / f"{i}.png")
-            images.append({"id": i, "file_name": f"{i}.png", "height": 96, "width": 128})
-            entries.append(annotation(i, f"{i}.png", ids, found, drawn.categories.ids))
-        write_annotations(root / "annotations" / f"panoptic_{split}.json", drawn.categories, images, entries)
     return root
 
 
@@ -362,6 +342,9 @@ def test_a_panoptic_run_goes_on_exactly(segments, tmp_path, monkeypatch):
     torch.manual_seed(123)
     assert train.main(run) == 0
     assert same(tmp_path / "run", tmp_path / "unbroken")
+    judged = [line for line in log_of(tmp_path / "run") if "val" in line]
+    best = max(judged, key=lambda line: line["val"]["PQ"])
+    assert os.readlink(tmp_path / "run" / "best") == f"step-{best['step']:06d}"
     config = load_model(tmp_path / "run").config
     assert (config.decoder, config.things) == ("mask2former", tuple(PanopticScenes("val").categories.things))
 
