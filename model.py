@@ -282,12 +282,14 @@ class Tada(nn.Module):
     ) -> Segmented:
         """Image `(B, 3, H, W)` in [-1, 1] -> its segments at `size` (H, W), by default the image's own.
 
-        For Mask2Former alone. The picture is read whole, once: windows would cut its objects. `score` and
-        `overlap` are those of `Mask2Former.panoptic`.
+        For Mask2Former alone; the labels are those of `predict`. The picture is read whole, once: windows
+        would cut its objects. `score` and `overlap` are those of `Mask2Former.panoptic`.
         """
         output = self(image, self.own_tags(image, tags))
         sizes = tuple(self.padded(image).shape[-2:]), tuple(image.shape[-2:]), size
-        labels = self.decoder.semantic(output.prediction, *sizes).argmax(1)
+        H, W = image.shape[-2:]
+        logits = self.decoder.logits(output.prediction, sizes[0])[..., :H, :W]
+        labels = vote([logits], size or (H, W))
         panoptic = self.decoder.panoptic(output.prediction, *sizes, score, overlap)
         found = self.decoder.instances(output.prediction, *sizes) if instances else None
         return Segmented(labels, output.condition.logits, panoptic, found)

@@ -9,8 +9,11 @@ For `x.jpg` it writes into --out:
     x.png            the class of every pixel: one channel, the picture's size, upright as EXIF says
     x.overlay.jpg    the picture under its classes' colours, a legend, the words that steered the model
     x.attention.jpg  with --attention: where each word is attended to
+    x.segments.png   of mask2former: the segment of every pixel, its id as R + 256 G + 65536 B, 0 = none; the
+        overlay then has a line around each segment, and its name
     a line of predictions.jsonl: "path" of the picture, "labels" (x.png), "size" [height, width], "tags" (null
-        if the model reads none), "shares" (of each class that is seen, largest first), and what made it
+        if the model reads none), "shares" (of each class that is seen, largest first), of mask2former
+        "segments" (id, class and score of each), and what made it
 
 Folders are mirrored, and so is what a glob's wildcards match. Where two results would share a name the later
 picture keeps its suffix (1.jpg -> 1.png, 1.png -> 1.png.png); inputs that share names (a/1.jpg b/1.jpg) are
@@ -55,12 +58,14 @@ from data import (
 )
 from data import text as clean
 from model import ModelError, Size, Tada, TadaConfig, digest, windows
-from pictures import TILE, heat, mosaic, overlay, percent
+from panoptic import to_colours
+from pictures import TILE, heat, mosaic, overlay, percent, segment_overlay
 from ranks import Ranks, connect, disconnect
 from run import RunError, lock
 from weights.load import WeightsError
 
 LIST = "predictions.jsonl"
+SEGMENTS = ".segments.png"  # how the map of ids ends
 NAMES, WORDS = 10, 24  # the most class names, or words of a picture, whose attention is drawn
 
 
@@ -227,7 +232,11 @@ def predict(tada: Tada, job: Job, options: argparse.Namespace, folder: "Folder")
         if words is None and config.tags == "clip":
             words = [word for word, _ in tada.tag(image)[0]]
         tags = None if words is None else [words]
-        labels = tada.predict(seen, tags, size, small, *how).labels[0].byte().cpu().numpy()  # (H, W)
+        if config.decoder == "mask2former":
+            found = tada.segment(image, tags, size)
+        else:
+            found = tada.predict(seen, tags, size, small, *how)
+        labels = found.labels[0].byte().cpu().numpy()  # (H, W)
         maps = attention(tada, image, tags)[0].cpu().numpy() if options.attention else None  # (T, h, w)
 
     counts = Image.fromarray(labels).histogram()
@@ -236,10 +245,21 @@ def predict(tada: Tada, job: Job, options: argparse.Namespace, folder: "Folder")
     record = {"path": job.path, "labels": f"{job.name}.png", "size": [*size], "tags": words, "shares": shares}
 
     colours = config.palette or [distinct_colour(k + 1) for k in range(len(config.classes))]
-    drawn = overlay(np.asarray(picture), labels, np.array(colours, np.uint8), config.classes, words)
+    colours, ids = np.array(colours, np.uint8), None
+    if config.decoder == "mask2former":
+        ids, segments = found.panoptic[0]
+        ids = ids.cpu().numpy()
+        drawn = segment_overlay(np.asarray(picture), ids, segments, colours, config.classes, words)
+        record["segments"] = [
+            {"id": s.id, "class": config.classes[s.label], "score": s.score} for s in segments
+        ]
+    else:
+        drawn = overlay(np.asarray(picture), labels, colours, config.classes, words)
     # The label map goes first and comes last: where there is one, all that belongs to it is there.
     (folder.out / record["labels"]).unlink(missing_ok=True)
     folder.save(drawn, f"{job.name}.overlay.jpg")
+    if ids is not None:
+        folder.save(Image.fromarray(to_colours(ids)), f"{job.name}{SEGMENTS}")
     if maps is not None:
         folder.save(draw_attention(picture, maps, config, words), f"{job.name}.attention.jpg")
     folder.append(record | folder.settings(job))
@@ -283,8 +303,11 @@ def draw_attention(
 class Folder:
     """--out: every file appears whole, under its name, or not at all."""
 
-    def __init__(self, out: Path, options: argparse.Namespace, checkpoint: str, ranks: Ranks):
+    def __init__(
+        self, out: Path, options: argparse.Namespace, checkpoint: str, ranks: Ranks, segments: bool = False
+    ):
         self.out, self.options, self.checkpoint, self.ranks = out, options, checkpoint, ranks
+        self.segments = segments  # does a map of ids belong to each picture?
         self.lock = None
         self.list = out / (LIST if ranks.world == 1 else f".{ranks.rank}.{LIST}")  # each process has its own
 
@@ -327,6 +350,12 @@ class Folder:
                 raise PredictError(
                     f"{self.out / job.name}.png is there and {LIST} has no line for it: give another --out"
                 )
+            ids = f"{job.name}{SEGMENTS}"
+            if self.segments and (
+                ids.removesuffix(".png") in {*records, *names.values()}
+                or (job.name not in records and (self.out / ids).exists())
+            ):
+                raise PredictError(f"{self.out / ids} is another picture's or program's: give another --out")
         return jobs, [job for job in jobs if not self.is_done(job, records.get(job.name))]
 
     def append(self, record: dict) -> None:
@@ -355,6 +384,7 @@ class Folder:
     def is_done(self, job: Job, record: dict | None) -> bool:
         """Was all that is asked for made of this picture, and not changed since?"""
         endings = [".overlay.jpg", ".png"] + [".attention.jpg"] * self.options.attention
+        endings += [SEGMENTS] * self.segments
         files = [self.out / f"{job.name}{ending}" for ending in endings]
         if record is None or not self.settings(job).items() <= record.items() or not os.path.exists(job.path):
             return False
@@ -415,11 +445,14 @@ def run(options: argparse.Namespace, ranks: Ranks) -> int:
         raise PredictError(
             f"--attention: a model of condition {config.condition} has no words to attend to; leave it out"
         )
+    if config.decoder == "mask2former" and (options.flip or options.scales != [1.0]):
+        name = "flip" if options.flip else "scales"
+        raise PredictError(f"--{name}: mask2former reads a picture whole, once; leave it out")
     out = Path(options.out).absolute()
     found = find(options.inputs, out)
     words = read_words(config, options.tags, found)
 
-    folder = Folder(out, options, digest(file), ranks)
+    folder = Folder(out, options, digest(file), ranks, config.decoder == "mask2former")
     try:
         if ranks.first:
             folder.claim()

@@ -29,6 +29,7 @@ from augment import evaluation, normalise
 from checkpoint import load_model, save_model
 from data import LONGEST_TAG
 from model import ModelError, Tada, TadaConfig, build, digest
+from panoptic import from_colours
 from predict import main
 
 ROOT = Path(__file__).parents[1]
@@ -151,6 +152,48 @@ def test_the_label_map_is_the_model_s(steered, tada, tmp_path, ways):
     shares = {scenes.CLASSES[k]: (found == k).mean() for k in np.unique(found)}
     assert line["shares"] == pytest.approx(shares)
     assert list(line["shares"].values()) == sorted(shares.values(), reverse=True)
+
+
+def test_segments_are_the_model_s(tmp_path, monkeypatch):
+    """Of mask2former: the map of ids in COCO's colours, a line of what they are; done once."""
+    things = tuple(name in scenes.THINGS for name in scenes.CLASSES)
+    torch.manual_seed(0)
+    tada = build(replace(CONFIG, decoder="mask2former", things=things)).eval()
+    with torch.no_grad():
+        tada.decoder.class_head.weight.mul_(20)  # so that queries are sure
+    save_model(tada, tmp_path / "model.safetensors", {}, {})
+    picture, out = save(tmp_path / "1.png"), tmp_path / "out"
+    assert main([str(tmp_path / "model.safetensors"), str(picture), "--out", str(out)]) == 0
+    assert results(out) == ["1.overlay.jpg", "1.png", "1.segments.png", "predictions.jsonl"]
+
+    image = module.model_input(Image.open(picture), (64, 96))
+    found = tada.segment(image, [lines(out)[0]["tags"]], (60, 90))
+    ids, segments = found.panoptic[0]
+    assert segments, "the model finds something"
+    with Image.open(out / "1.segments.png") as written:
+        assert np.array_equal(from_colours(np.asarray(written)), ids.numpy())
+    assert np.array_equal(labels(out / "1.png"), found.labels[0].numpy())
+    said = [(x["id"], x["class"], x["score"]) for x in lines(out)[0]["segments"]]
+    assert said == [(s.id, scenes.CLASSES[s.label], pytest.approx(s.score, rel=1e-5)) for s in segments]
+
+    monkeypatch.setattr(module, "load_model", None)  # nothing is left to do
+    assert main([str(tmp_path / "model.safetensors"), str(picture), "--out", str(out)]) == 0
+    (out / "1.segments.png").unlink()
+    with pytest.raises(TypeError):
+        main([str(tmp_path / "model.safetensors"), str(picture), "--out", str(out)])
+
+
+def test_a_map_of_ids_overwrites_nothing(tmp_path, capsys):
+    """Neither another picture's labels, nor what another program wrote; and there are no windows."""
+    file = stub(tmp_path, decoder="mask2former", things=(True,) * len(scenes.CLASSES))
+    save(tmp_path / "in" / "1.png"), save(tmp_path / "in" / "1.segments.png")
+    assert main([file, str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 2
+    assert "1.segments.png is another picture's or program's" in capsys.readouterr().err
+    save(tmp_path / "other" / "1.segments.png")
+    assert main([file, str(tmp_path / "in" / "1.png"), "--out", str(tmp_path / "other")]) == 2
+    assert "give another --out" in capsys.readouterr().err
+    assert main([file, str(tmp_path / "in"), "--flip"]) == 2
+    assert "--flip: mask2former reads a picture whole" in capsys.readouterr().err
 
 
 def test_the_words_are_those_that_clip_finds(steered, tada, tmp_path):
