@@ -2,8 +2,9 @@
 
     overlay(image, labels, palette, classes, ["sea", "boat"]).save("beach.overlay.jpg")
 
-Images are `(H, W, 3)` uint8 RGB, labels `(H, W)` uint8 with 255 = ignore, as in data.py. Top to bottom: the
-overlay, its legend, the heat map, the mosaic, the confusion matrix, text that fits.
+Images are `(H, W, 3)` uint8 RGB, labels `(H, W)` uint8 with 255 = ignore, as in data.py; segments as in
+panoptic.py. Top to bottom: the overlay of classes and of segments, its legend, the heat map, the mosaic, the
+confusion matrix, text that fits.
 """
 
 import unicodedata
@@ -14,12 +15,15 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from panoptic import semantic
+
 SMALLEST = 512  # of a picture's longer side as drawn: smaller ones are enlarged, text must fit below
 WIDEST, HIGHEST = 1600, 1320  # of a picture as drawn: with its legend it is at most 1600 pixels high
 ROWS = 4  # of classes in a legend, in 2 to 4 columns
 TILE = 640  # the widest picture in a mosaic
 NAMED = 40  # classes; a confusion matrix of more is drawn without names
 COVER = 0.55  # of a class's colour over the picture
+LINE = 0.75  # of white in the line around a segment
 PAPER, INK, GREY = (250, 249, 246), (28, 32, 40), (112, 116, 124)
 HEAT = (8, 8, 24), (84, 18, 110), (188, 55, 84), (246, 136, 30), (253, 240, 170)  # rising in lightness
 
@@ -36,18 +40,66 @@ def overlay(
     palette `(K, 3)` uint8. The legend has the classes that cover most, and the `words` that the model was
     told, None if it is told none per picture. What is ignored is left as it is.
     """
+    blended, shown = covered(image, labels, palette)
+    blended[borders(shown)] *= 0.6
+    drawn = Image.fromarray(blended.round().astype(np.uint8))
+    return with_legend(drawn, Image.fromarray(labels).histogram(), palette, classes, words)
+
+
+def segment_overlay(
+    image: np.ndarray,
+    ids: np.ndarray,
+    segments: Sequence,
+    palette: np.ndarray,
+    classes: Sequence[str],
+    words: Sequence[str] | None = None,
+) -> Image.Image:
+    """As `overlay`, with a light line around each segment, and its class written on it where there is room.
+
+    ids `(H, W)`, 0 = void; segments have an `id` and a `label`.
+    """
+    labels = semantic(ids, segments)
+    blended, _ = covered(image, labels, palette)
+    h, w = blended.shape[:2]
+    shown = np.asarray(Image.fromarray(ids.astype(np.int32)).resize((w, h), Image.Resampling.NEAREST))
+    lines = borders(shown)
+    blended[lines] += LINE * (255 - blended[lines])
+    drawn = Image.fromarray(blended.round().astype(np.uint8))
+    text = min(max(w // 45, 12), 24)
+    font, draw = ImageFont.load_default(text), ImageDraw.Draw(drawn)
+    for segment in segments:
+        name = plain(classes[segment.label])
+        y, x, room = widest(shown == segment.id)
+        if font.getlength(name) <= room:
+            draw.text(
+                (x, min(max(y, text), h - text)), name, "white", font, "mm", stroke_width=2, stroke_fill=INK
+            )
+    return with_legend(drawn, Image.fromarray(labels).histogram(), palette, classes, words)
+
+
+def covered(image: np.ndarray, labels: np.ndarray, palette: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The picture under the colours, `(h, w, 3)` float32, and the labels `(h, w)`, at the size as drawn."""
     size = drawn_size(*labels.shape)
     picture = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC), np.float32)
-    full = Image.fromarray(labels)
-    shown = np.asarray(full.resize(size, Image.Resampling.NEAREST))  # (h, w)
-
+    shown = np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
     colours = np.zeros((256, 3), np.float32)
     colours[: len(palette)] = palette
     cover = np.where(shown < len(palette), np.float32(COVER), 0)[..., None]
-    blended = picture + cover * (colours[shown] - picture)
-    blended[borders(shown)] *= 0.6
-    drawn = Image.fromarray(blended.round().astype(np.uint8))
-    return with_legend(drawn, full.histogram(), palette, classes, words)
+    return picture + cover * (colours[shown] - picture), shown
+
+
+def widest(mask: np.ndarray) -> tuple[float, float, int]:
+    """The middle (y, x) and the length of a long run in a row of `mask (h, w)`, as near to its middle row as
+    nine tenths of the longest allow; length 0 if it is empty."""
+    steps = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    rows, begins = np.nonzero(steps == 1)
+    ends = np.nonzero(steps == -1)[1]
+    if not len(rows):
+        return 0, 0, 0
+    lengths = ends - begins
+    long = np.flatnonzero(lengths >= 0.9 * lengths.max())
+    best = long[np.abs(rows[long] - np.median(np.nonzero(mask)[0])).argmin()]
+    return float(rows[best]), float(begins[best] + ends[best]) / 2, int(lengths[best])
 
 
 def drawn_size(H: int, W: int) -> tuple[int, int]:

@@ -122,7 +122,7 @@ class TrainStream:
 
     def batches(self, position: int = 0) -> Iterator[Batch]:
         """Micro-batches, `accumulate` to a step, from the step that starts at global sample `position`."""
-        for batch in load_in_order(self, self.micro_batches(position), collate, self.workers, self.device):
+        for batch in load_in_order(self, self.micro_batches(position), self.merge, self.workers, self.device):
             self.seen += len(batch.paths)
             for sentence in batch.skipped:
                 self.replaced += 1
@@ -133,6 +133,14 @@ class TrainStream:
                         f"{self.tolerated:.0%}: mend the data set; the last one: {sentence}"
                     )
             yield batch
+
+    @staticmethod
+    def merge(items: list[Item | DataError]) -> Batch | DataError:
+        for item in items:
+            if isinstance(item, DataError):
+                return item
+        images, labels, *lists, skipped = map(list, zip(*items, strict=True))
+        return Batch(torch.stack(images), torch.stack(labels), *lists, list(chain(*skipped)))
 
     def micro_batches(self, position: int) -> Iterator[range]:
         while True:
@@ -223,14 +231,6 @@ def ignore_signals(worker: int) -> None:
     """Ctrl-C and SIGTERM reach the whole process group: the main process decides, its workers end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def collate(items: list[Item | DataError]) -> Batch | DataError:
-    for item in items:
-        if isinstance(item, DataError):
-            return item
-    images, labels, *lists, skipped = map(list, zip(*items, strict=True))
-    return Batch(torch.stack(images), torch.stack(labels), *lists, list(chain(*skipped)))
 
 
 def only(items: list[Item | DataError]) -> Item | DataError:

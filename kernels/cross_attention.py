@@ -275,20 +275,17 @@ def maps(q: Tensor, k: Tensor, lengths: Tensor | None) -> Tensor:
     """The mean of the heads' P, `(B, N, M)` float32."""
     (B, N, n, d), M = q.shape, k.shape[1]
     rows, warps = MAPS[split(d)[0]]
-    compiled = constants(Q=q, K=k) | {
-        "TILE": KEY_TILE,
-        "ROWS": rows,
-        "num_warps": warps,
-        "num_stages": STAGES,
-    }
+    compiled = {**constants(Q=q, K=k), "TILE": KEY_TILE, "ROWS": rows}
     sums = torch.empty(B, n, N, dtype=torch.float32, device=q.device)
     on(q, sums_kernel)[(n, triton.cdiv(N, rows), B)](
-        q, k, lengths, sums, N, M, d**-0.5 * LOG2E, *strides(q, k), **compiled
-    )
+        q, k, lengths, sums, N, M, d**-0.5 * LOG2E, *strides(q, k),
+        **compiled, num_warps=warps, num_stages=STAGES,
+    )  # fmt: skip
     a = torch.empty(B, N, M, dtype=torch.float32, device=q.device)
     on(q, maps_kernel)[(triton.cdiv(M, KEY_TILE), triton.cdiv(N, rows), B)](
-        q, k, lengths, sums, a, N, M, d**-0.5 * LOG2E, *strides(q, k), **compiled
-    )
+        q, k, lengths, sums, a, N, M, d**-0.5 * LOG2E, *strides(q, k),
+        **compiled, num_warps=warps, num_stages=STAGES,
+    )  # fmt: skip
     return a
 
 

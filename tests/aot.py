@@ -66,7 +66,6 @@ def compiled(calls: Callable[[], dict[str, Callable]], capabilities: tuple[int, 
 def compile_here(calls: dict[str, Callable], capabilities: tuple[int, ...]) -> list[Compiled]:
     """`compiled`, in the process made for it."""
     import triton
-    from torch._library.triton import set_wrap_triton_enabled
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
@@ -99,10 +98,7 @@ def compile_here(calls: dict[str, Callable], capabilities: tuple[int, ...]) -> l
     for capability in capabilities:
         triton.runtime.driver.set_active(Driver(capability))
         for name, call in calls.items():
-            with set_wrap_triton_enabled(
-                False
-            ):  # else an operator would only note its kernels on this device
-                call()
+            call()
     return list(seen.values())
 
 
@@ -114,8 +110,12 @@ def read(call: str, capability: int, kernel) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = subprocess.check_output([tools / "cuobjdump", "--dump-resource-usage", file.name], text=True)
-        code = subprocess.check_output([tools / "nvdisasm", "-c", file.name], text=True)
+        usage, code = (  # nvdisasm warns about every file
+            subprocess.run(
+                [tools / tool, option, file.name], capture_output=True, text=True, check=True
+            ).stdout
+            for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
+        )
     wide = r"\b(?:(?:LDG|STG)\.E\.(?:[A-Z_]+\.)*128|LDGSTS\.(?:\w+\.)*128|UTMALDG|UTMASTG)"
     return Compiled(
         call=call,

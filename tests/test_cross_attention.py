@@ -154,6 +154,13 @@ def test_the_gradient_is_that_of_the_kernel_itself():
         assert error((up - down) / (2 * step), (gradient * direction).sum()) <= 1e-3
 
 
+def test_the_gradient_of_a_sum_has_no_strides():
+    q, k, v, _ = make(2, 3, 5, 2, 8, torch.float32)
+    ones = results(module.cross_attention, [q, k, v, torch.ones(2, 3, 2, 8)], None)
+    expanded = results(module.cross_attention, [q, k, v, torch.ones(()).expand(2, 3, 2, 8)], None)
+    assert all(x.equal(y) for x, y in zip(ones, expanded, strict=True))
+
+
 def test_the_backward_pass_gives_the_same_bits():
     inputs = make(2, 256, 77, 2, 40, torch.float16)
     parts, _ = module.query_parts(2, 256, 2, 77, module.KEYS[32][0])
@@ -180,18 +187,27 @@ def test_tiles_cover_a_width_and_the_keys():
     assert tiles == [(64, 0, 32), (64, 64, 16), (64, 128, 0), (64, 128, 32), (64, -1, 0)]
 
 
+def exact_maps(q: Tensor, k: Tensor, lengths: Tensor) -> Tensor:
+    """In float64, image by image, without a mask."""
+    maps = torch.zeros(*q.shape[:2], k.shape[1], dtype=torch.float64, device=q.device)
+    for i, length in enumerate(lengths):
+        s = torch.einsum("Nnd,Mnd->nNM", q[i].double(), k[i, :length].double()) * q.shape[-1] ** -0.5
+        maps[i, :, :length] = s.softmax(dim=-1).mean(dim=0)
+    return maps
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("N", "M", "d"), [(17, 5, 24), (100, 77, 40), (63, 171, 160)])
 def test_maps(N, M, d, dtype):
     """As for the output; the sum of the keys is 1, and the gradient is the reference's."""
     q, k, *_ = inputs = make(2, N, M, 3, d, dtype)
     lengths = ragged(2, M)
-    exact = reference.attention_maps(q.double(), k.double(), lengths)
+    exact = exact_maps(q, k, lengths)
     _, hidden, *_ = behind(inputs, lengths, torch.nan)
     ours = module.attention_maps(q, hidden, lengths)
     plain = reference.attention_maps(q, k, lengths)
     assert ours.dtype == torch.float32 and ours.shape == (2, N, M)
-    assert error(ours, exact) <= 2 * error(plain, exact) + torch.finfo(torch.float32).eps
+    assert error(ours, exact) <= 2 * error(plain, exact)
     assert torch.allclose(ours.sum(dim=-1), torch.ones(2, N)) and not ours[1, :, 1:].any()
 
 
@@ -349,9 +365,8 @@ def test_output_and_gradients_on_a_gpu(N, M, d, dtype, gpu):
 @pytest.mark.parametrize("d", range(8, 161, 8))
 def test_every_width_on_a_gpu(d, gpu):
     for M in (16, 77, 100, 150):
-        assert (
-            excess(module.cross_attention, make(2, 100, M, 2, d, torch.bfloat16, gpu), ragged(2, M, gpu)) <= 2
-        )
+        inputs = make(2, 100, M, 2, d, torch.bfloat16, gpu)
+        assert excess(module.cross_attention, inputs, ragged(2, M, gpu)) <= 2
 
 
 @pytest.mark.gpu
@@ -372,8 +387,7 @@ def test_maps_on_a_gpu(N, M, d, dtype, gpu):
     """The products of two half-precision numbers are exact in float32: only the order of the sums differs."""
     q, k, *_ = make(2, N, M, 8, d, dtype, gpu)
     lengths = ragged(2, M, gpu)
-    exact = reference.attention_maps(q.double(), k.double(), lengths)
-    assert error(module.attention_maps(q, k, lengths), exact) <= 1e-5
+    assert error(module.attention_maps(q, k, lengths), exact_maps(q, k, lengths)) <= 1e-5
 
 
 @pytest.mark.gpu
@@ -381,7 +395,8 @@ def test_maps_on_a_gpu(N, M, d, dtype, gpu):
 def test_compiled_on_a_gpu(lengths, gpu, monkeypatch):
     """In one graph, forward and backward, with the same bits: the launches are the same."""
     monkeypatch.undo()  # of the NaN in new memory, which is no part of a graph
-    inputs, lengths = make(2, 1000, 77, 8, 40, torch.bfloat16, gpu), ragged(2, 77, gpu) if lengths else None
+    inputs = make(2, 1000, 77, 8, 40, torch.bfloat16, gpu)
+    lengths = ragged(2, 77, gpu) if lengths else None
     compiled = torch.compile(module.cross_attention, fullgraph=True)
     pairs = zip(*(results(x, inputs, lengths) for x in (compiled, module.cross_attention)), strict=True)
     assert all(x.equal(y) for x, y in pairs)

@@ -4,7 +4,21 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from pictures import HIGHEST, PAPER, WIDEST, fitting, heat, mosaic, overlay, percent, plain, wrapped
+from panoptic import Segment
+from pictures import (
+    HIGHEST,
+    PAPER,
+    WIDEST,
+    fitting,
+    heat,
+    mosaic,
+    overlay,
+    percent,
+    plain,
+    segment_overlay,
+    widest,
+    wrapped,
+)
 
 PALETTE = np.array([[255, 0, 0], [0, 0, 255], [0, 255, 0]], np.uint8)
 CLASSES = ["sea", "sky", "boat"]
@@ -52,6 +66,28 @@ def test_the_legend_shows_what_covers_most():
     assert len(place["sea"]) == 0
     assert len(place["boat"]) > 100 and len(place["sky"]) > 100
     assert place["boat"][:, 1].max() < place["sky"][:, 1].min()
+
+
+def test_segments_have_lines_around_them_and_names_on_them():
+    """Two boats that touch, each with its name; a small one has no room for it; void stays as it is."""
+    image, ids = np.full((512, 768, 3), 100, np.uint8), np.zeros((512, 768), np.int32)
+    ids[:256, :300], ids[:256, 300:600], ids[400:410, 10:20] = 70_000, 5, 9
+    segments = [Segment(70_000, 2, True), Segment(5, 2, True), Segment(9, 0, True)]
+    found = pixels(segment_overlay(image, ids, segments, PALETTE, CLASSES))
+    assert found[40, 299].min() > 180  # the line between the two
+    assert found[40, 298].tolist() == found[40, 300].tolist() == [45, 185, 45]
+    assert found[500, 700].tolist() == [100, 100, 100]
+    for left in (0, 300):
+        assert (found[100:150, left + 100 : left + 200] == 255).all(axis=2).any()  # white letters
+    assert not (found[380:430, :60] == 255).all(axis=2).any()
+
+
+def test_a_name_lies_where_its_segment_is_wide():
+    mask = np.zeros((9, 20), bool)
+    mask[1:8, 4:6] = True
+    mask[5:8, 2:14] = True
+    assert widest(mask) == (6, 8, 12)
+    assert widest(np.zeros((3, 3), bool)) == (0, 0, 0)
 
 
 def test_words_are_below_and_only_if_there_are_any_per_picture():
