@@ -65,6 +65,10 @@ class Prediction(NamedTuple):
     classes: tuple[Tensor, ...]  # (B, Q, K+1) logits each; the last class is "no object"
     masks: tuple[Tensor, ...]  # (B, Q, H/4, W/4) logits each
 
+    def picture(self, i: int) -> "Prediction":
+        """What they say of picture i alone, B = 1."""
+        return Prediction(*(tuple(x[i : i + 1] for x in part) for part in self))
+
 
 class Found(NamedTuple):
     """One predicted segment."""
@@ -166,7 +170,9 @@ class Mask2Former(nn.Module):
 
         Divide by max(count, 1), the count summed over all processes and accumulation steps: then each segment
         of the global batch weighs the same. `rand(*shape, device=)` draws uniformly from [0, 1): per layer,
-        the last one first, a set of points for each picture's matching, then those of all matched masks.
+        the last one first, a set of points for each picture's matching, then those of all matched masks. For
+        points that do not depend on a picture's neighbours, add up the losses of `Prediction.picture`s, each
+        with a generator of its own.
         """
         self.check_targets(prediction, targets)
         order = [-1, *range(len(prediction.classes) - 1)]

@@ -6,6 +6,7 @@ The reference has a tiny random configuration, and its backbone is replaced by t
 """
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -374,6 +375,19 @@ def test_a_batch_is_the_sum_of_its_pictures():
             assert error(x.grad, expected[name]) <= BAR, name
 
 
+def test_points_of_a_picture_alone():
+    """A generator for each picture: it has the same losses in any batch, at any place."""
+    decoder, features, targets = Mask2Former(**SMALL), pyramid(3), segments(2, 0, 9)
+    order = [2, 0, 1]
+    predictions = decoder(features), decoder([x[order] for x in features])
+    for i, picture in enumerate(order):
+        losses = []
+        for prediction, place in zip(predictions, (picture, i)):
+            rand = partial(torch.rand, generator=torch.Generator().manual_seed(picture))
+            losses.append(total(decoder.loss(prediction.picture(place), [targets[picture]], rand)))
+        assert error(*losses) <= 1e-5
+
+
 def test_pictures_without_segments():
     """Only crowd or void: the class loss alone, and a graph in which every parameter has a gradient."""
     decoder = Mask2Former(**SMALL)
@@ -416,11 +430,11 @@ def test_padding_has_no_loss():
     decoder = Mask2Former(**SMALL)
     prediction = decoder(pyramid(1))
     (target,) = segments(4)
-    target.masks[:, 48:], target.masks[:, :, 96:] = False, False
+    target.masks[:, 48:], target.masks[:, :, 64:] = False, False
     changed = [x.clone() for x in prediction.masks]
     for x in changed:
-        x[:, :, 13:], x[:, :, :, 25:] = 40.0, 40.0  # one cell is between them
-    for size, equal in ((None, False), ((48, 96), True)):
+        x[:, :, 13:], x[:, :, :, 17:] = 40.0, 40.0  # one cell is between them
+    for size, equal in ((None, False), ((48, 64), True)):
         losses = [
             total(decoder.loss(Prediction(prediction.classes, x), [target._replace(size=size)], steady))
             for x in (prediction.masks, tuple(changed))
