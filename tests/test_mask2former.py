@@ -266,6 +266,18 @@ def test_points_are_transformers():
         assert sorted(map(tuple, ours.tolist())) == sorted(map(tuple, theirs.tolist()))
 
 
+def test_points_are_at_most_a_quarter_of_the_pixels():
+    """12,544 are asked for; a 64x128 picture gets 2,048: for each picture's matching, then for two masks."""
+    decoder, shapes = Mask2Former(**SMALL | {"points": 12_544, "layers": 0}), []
+
+    def rand(*shape: int, device: torch.device) -> Tensor:
+        shapes.append(shape)
+        return torch.rand(shape)
+
+    decoder.loss(decoder(pyramid()), segments(2, 0), rand)
+    assert shapes == [(1, 2048, 2), (1, 2048, 2), (2, 3 * 2048, 2), (2, 512, 2)]
+
+
 def test_deformable_attention_is_a_loop():
     """Per picture, query, head, level and point: the four pixels around it; outside is 0."""
     B, N, n, d, P = 2, 5, 2, 3, 4
