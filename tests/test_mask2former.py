@@ -594,6 +594,8 @@ def test_panoptic_by_hand():
     assert read.ids.tolist() == [[1, 1, 2, 2, 2, 2, 1, 1]] * 2 + [[1, 1, 0, 0, 0, 0, 1, 1]] * 2
     (read,) = decoder.panoptic(Prediction((classes,), (masks,)), (4, 8), overlap=0.5)
     assert [x.label for x in read.segments] == [1, 0, 0] and (read.ids > 0).all()
+    (read,) = decoder.panoptic(Prediction((classes,), (masks - 20,)), (4, 8))  # sure, but nowhere
+    assert not read.segments and (read.ids == 0).all()
     (read,) = decoder.panoptic(Prediction((classes,), (masks,)), (4, 8), (3, 5), (6, 10), score=1.0)
     assert read == (read.ids, []) and read.ids.tolist() == [[0] * 10] * 6
 
