@@ -65,6 +65,10 @@ class Prediction(NamedTuple):
     classes: tuple[Tensor, ...]  # (B, Q, K+1) logits each; the last class is "no object"
     masks: tuple[Tensor, ...]  # (B, Q, H/4, W/4) logits each
 
+    def picture(self, i: int) -> "Prediction":
+        """What they say of picture i alone, B = 1."""
+        return Prediction(*(tuple(x[i : i + 1] for x in part) for part in self))
+
 
 class Found(NamedTuple):
     """One predicted segment."""
@@ -166,7 +170,9 @@ class Mask2Former(nn.Module):
 
         Divide by max(count, 1), the count summed over all processes and accumulation steps: then each segment
         of the global batch weighs the same. `rand(*shape, device=)` draws uniformly from [0, 1): per layer,
-        the last one first, a set of points for each picture's matching, then those of all matched masks.
+        the last one first, a set of points for each picture's matching, then those of all matched masks. For
+        points that do not depend on a picture's neighbours, add up the losses of `Prediction.picture`s, each
+        with a generator of its own.
         """
         self.check_targets(prediction, targets)
         order = [-1, *range(len(prediction.classes) - 1)]
@@ -461,11 +467,9 @@ def deformable_attention(value: Tensor, sizes: Sequence[Size], points: Tensor, w
     for level, pixels in enumerate(value.split([h * w for h, w in sizes], dim=1)):
         pixels = rearrange(pixels, "B (h w) n d -> (B n) d h w", h=sizes[level][0])
         grid = rearrange(2 * points[:, :, :, level] - 1, "B N n P xy -> (B n) P N xy")
-        weight = rearrange(weights[:, :, :, level], "B N n P -> (B n) 1 P N")
+        weight = rearrange(weights[:, :, :, level], "B N n P -> (B n) 1 P N").contiguous()  # or else slow
         read = F.grid_sample(pixels.to(grid.dtype), grid, align_corners=False)  # (B n, d, P, N)
         total = total + (read * weight).sum(2)
-    if total.requires_grad:  # the gradient comes transposed, and every product above would take its layout
-        total.register_hook(Tensor.contiguous)
     return rearrange(total.to(value.dtype), "(B n) d N -> B N (n d)", B=B)
 
 
