@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from decoders import CHANNELS, SemanticDecoder, resize
 
 Size = tuple[int, int]
+Rand = Callable[..., Tensor]  # `rand(*shape, device=)` draws uniformly from [0, 1)
 
 COCO_THINGS = (True,) * 80 + (False,) * 53  # panoptic_coco_categories.json, `isthing`
 LEVELS = 3  # of the pixel decoder that queries and pixels attend to: strides 32, 16, 8
@@ -164,23 +165,23 @@ class Mask2Former(nn.Module):
     # ---- the loss
 
     def loss(
-        self, prediction: Prediction, targets: Sequence[Target], rand: Callable[..., Tensor] = torch.rand
+        self, prediction: Prediction, targets: Sequence[Target], rand: Rand | Sequence[Rand] = torch.rand
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Per part, class, mask and dice: (float32 sum over all layers of its weighted losses, `counts`).
 
         Divide by max(count, 1), the count summed over all processes and accumulation steps: then each segment
-        of the global batch weighs the same. `rand(*shape, device=)` draws uniformly from [0, 1): per layer,
-        the last one first, a set of points for each picture's matching, then those of all matched masks. For
-        points that do not depend on a picture's neighbours, add up the losses of `Prediction.picture`s, each
-        with a generator of its own.
+        of the global batch weighs the same. `rand`, one for all pictures or one for each, draws the points:
+        per layer, the last one first, a set for each picture's matching, then those of its matched masks.
+        With one for each, no number depends on how the global batch is divided.
         """
         self.check_targets(prediction, targets)
+        rands = [rand] * len(targets) if callable(rand) else rand
         order = [-1, *range(len(prediction.classes) - 1)]
         parts = []
         with torch.autocast(prediction.masks[-1].device.type, enabled=False):
             for i in order:
                 classes, masks = prediction.classes[i].float(), prediction.masks[i].float()
-                parts.append(self.layer_loss(classes, masks, targets, rand))
+                parts.append(self.layer_loss(classes, masks, targets, rands))
         sums, counts = (sum(x) for x in zip(*parts)), self.counts(targets)
         return {name: (total, counts[name]) for name, total in zip(counts, sums, strict=True)}
 
@@ -201,12 +202,12 @@ class Mask2Former(nn.Module):
         }
 
     def layer_loss(
-        self, classes: Tensor, masks: Tensor, targets: Sequence[Target], rand: Callable[..., Tensor]
+        self, classes: Tensor, masks: Tensor, targets: Sequence[Target], rands: Sequence[Rand]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The three weighted sums of one layer: logits `(B, Q, K+1)` and `(B, Q, h, w)`."""
         K, (h, w) = len(self.things), masks.shape[2:]
         points = min(self.points, 4 * h * w)  # h w is a sixteenth of the pixels
-        matches = match(classes, masks, targets, points, rand)
+        matches = match(classes, masks, targets, points, rands)
 
         wanted = torch.full(classes.shape[:2], K, device=classes.device)  # (B, Q)
         for row, target, (queries, segments) in zip(wanted, targets, matches):
@@ -218,6 +219,10 @@ class Mask2Former(nn.Module):
         found = torch.cat([x[queries] for x, (queries, _) in zip(masks, matches)])  # (T, h, w)
         numbers = [len(queries) for queries, _ in matches]
         shares = torch.cat([real_share(x).expand(n, 1, 2) for x, n in zip(targets, numbers)])
+
+        def rand(T: int, *shape: int, device: torch.device) -> Tensor:
+            return torch.cat([draw(n, *shape, device=device) for draw, n in zip(rands, numbers)])
+
         places = uncertain_points(found.detach(), shares, points, rand)  # (T, points, 2)
         labels = torch.cat(
             [
@@ -550,17 +555,19 @@ def match(
     masks: Tensor,
     targets: Sequence[Target],
     points: int,
-    rand: Callable[..., Tensor] = torch.rand,
+    rand: Rand | Sequence[Rand] = torch.rand,
 ) -> list[tuple[Tensor, Tensor]]:
     """Per picture, the queries and the segments that belong together, min(Q, T) of each, int64.
 
     The assignment with the least sum of 2 (-probability of the class) + 5 (cross-entropy of the masks) + 5
     (dice of the masks), the masks read at `points` random places, the same for all pairs. Float32 logits `(B,
-    Q, K+1)` and `(B, Q, h, w)`. A cost that is not finite raises MatchingError.
+    Q, K+1)` and `(B, Q, h, w)`; `rand` as in `Mask2Former.loss`. A cost that is not finite raises
+    MatchingError.
     """
     costs = []
-    for class_logits, mask_logits, target in zip(classes, masks, targets):
-        places = rand(1, points, 2, device=masks.device) * real_share(target)
+    rands = [rand] * len(targets) if callable(rand) else rand
+    for class_logits, mask_logits, target, draw in zip(classes, masks, targets, rands):
+        places = draw(1, points, 2, device=masks.device) * real_share(target)
         logits = sample(mask_logits, places)  # (Q, P)
         labels = sample(target.masks.float(), places)  # (T, P)
 
@@ -584,7 +591,7 @@ def match(
     return matches
 
 
-def uncertain_points(logits: Tensor, shares: Tensor, points: int, rand: Callable[..., Tensor]) -> Tensor:
+def uncertain_points(logits: Tensor, shares: Tensor, points: int, rand: Rand) -> Tensor:
     """Where the losses of each mask are taken, `(T, points, 2)`: mostly where its logit is nearest to 0.
 
     Of 3 x points random places the 0.75 x points least certain ones, and the rest anew (PointRend,

@@ -39,6 +39,8 @@ from adapter import (
 )
 from clip import CLIP, PROMPT, TEMPLATES, CLIPConfig, Tokenizer, name_vectors, zero_shot
 from decoders import IGNORE, Logits, SemanticDecoder, SemanticFPN, UperNet, resize
+from mask2former import Mask2Former, Rand, Target
+from mask2former import Prediction as Queries
 from unet import UNet, UNetConfig, alphas_cumprod
 from vae import VAE, VAEConfig
 
@@ -64,7 +66,9 @@ class TadaConfig:
     dataset: str = "folder"
     model: str = "sd15"  # the sizes of all parts: or "tiny"
     weights: str = "random"  # the folder of the frozen files
-    decoder: str = "fpn"  # or "upernet"
+    things: tuple[bool, ...] = ()  # of each class, whether its instances are told apart; () = unknown
+    decoder: str = "fpn"  # or "upernet", "mask2former"
+    pixel_decoder: str = "deformable"  # of mask2former: or "fpn"
     condition: str = "tagging"  # none, caption, classes, implicit, tagging, oracle: Table 5 and Figure 1
     tags: str = "classes"  # where a picture's words come from: classes, clip, oracle, or the name of a file
     tag_tokens: str = "pooled"  # one vector a tag; or "prompt": the 77 tokens of all tags in a row
@@ -91,7 +95,7 @@ class TadaConfig:
 class Output(NamedTuple):
     """What one pass gives: the decoder's prediction for the padded picture, and what the UNet was told."""
 
-    prediction: Logits
+    prediction: Logits | Queries
     condition: Condition
 
 
@@ -127,7 +131,7 @@ class Tada(nn.Module):
         clip: CLIP,
         tokenizer: Tokenizer,
         adapter: nn.Module,
-        decoder: SemanticDecoder,
+        decoder: SemanticDecoder | Mask2Former,
         names: Tensor | None = None,
     ):
         super().__init__()
@@ -194,22 +198,34 @@ class Tada(nn.Module):
         H, W = x.shape[-2:]
         return F.pad(x, (0, -W % self.multiple, 0, -H % self.multiple), value=value)
 
-    def loss(self, output: Output, labels: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Per part, its weighted sum and how many terms it has: seg, aux (UperNet), tag (tagging, Eq. 7).
+    def loss(
+        self,
+        output: Output,
+        labels: Tensor,
+        segments: Sequence[Target] | None = None,
+        rand: Rand | Sequence[Rand] = torch.rand,
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Per part, its weighted sum and how many terms it has: seg, aux (UperNet), tag (tagging, Eq. 7); of
+        Mask2Former class, mask, dice in the place of seg.
 
-        labels `(B, H, W)` int64 of the pictures that `forward` saw, 0..K-1 or 255 = ignore. Each part is
-        divided by its count over all processes and accumulation steps (`counts`).
+        labels `(B, H, W)` int64 of the pictures that `forward` saw, 0..K-1 or 255 = ignore. Mask2Former needs
+        the segments of each picture, `padded` as it was, and draws points by `rand`. Each part is divided by
+        its count over all processes and accumulation steps (`counts`).
         """
-        losses = self.decoder.loss(output.prediction, self.padded(labels, IGNORE))
+        if segments is None:
+            losses = self.decoder.loss(output.prediction, self.padded(labels, IGNORE))
+        else:
+            losses = self.decoder.loss(output.prediction, segments, rand)
         if output.condition.logits is not None and self.config.tag_loss_weight:
             targets = present(labels, len(self.config.classes))
             total, count = asymmetric_loss(output.condition.logits, targets)
             losses["tag"] = (self.config.tag_loss_weight * total, count)
         return losses
 
-    def counts(self, labels: Tensor) -> dict[str, Tensor]:
-        """The counts of `loss`, from the labels `(B, H, W)` alone."""
-        return {**self.decoder.counts(labels), "tag": labels.new_tensor(len(labels))}
+    def counts(self, labels: Tensor, segments: Sequence[Target] | None = None) -> dict[str, Tensor]:
+        """The counts of `loss`, from its targets alone."""
+        target = labels if segments is None else segments
+        return {**self.decoder.counts(target), "tag": labels.new_tensor(len(labels))}
 
     # ---- prediction of pictures of any size
 
@@ -497,8 +513,9 @@ def make_adapter(config: TadaConfig, clip: CLIPConfig, empty: Tensor, classes: T
     )
 
 
-def make_decoder(config: TadaConfig, unet: UNetConfig, tokens: int = 77) -> SemanticDecoder:
-    """Semantic FPN (width 256; tiny 64) or UperNet (512 and 256; tiny 64 and 32).
+def make_decoder(config: TadaConfig, unet: UNetConfig, tokens: int = 77) -> SemanticDecoder | Mask2Former:
+    """Semantic FPN (width 256; tiny 64), UperNet (512 and 256; tiny 64 and 32), or Mask2Former (100 queries,
+    9 layers, width 256; tiny 20, 3, 64).
 
     With attention maps it reads one more channel per context token at strides 16 and 32; `tokens` are those
     of a prompt.
@@ -512,8 +529,18 @@ def make_decoder(config: TadaConfig, unet: UNetConfig, tokens: int = 77) -> Sema
         L = {"classes": len(config.classes), "tagging": config.queries}.get(config.condition, tokens)
         channels[1:3] = [width + L for width in channels[1:3]]
     kinds, tiny = {"fpn": SemanticFPN, "upernet": UperNet}, config.model == "tiny"
+    if config.decoder == "mask2former":
+        if len(config.things) != len(config.classes):
+            raise ModelError(
+                f"--decoder mask2former must know which of {len(config.classes)} classes are things, and is "
+                f"told of {len(config.things)}: take a data set with instances"
+            )
+        sizes = {"width": 64, "heads": 4, "queries": 20, "layers": 3, "pixel_layers": 2} if tiny else {}
+        return Mask2Former(
+            channels, config.things, pixel_decoder=config.pixel_decoder, groups=unet.groups, **sizes
+        )
     if config.decoder not in kinds:
-        raise ModelError(f"there is no decoder {config.decoder!r}: choose {' or '.join(kinds)}")
+        raise ModelError(f"there is no decoder {config.decoder!r}: choose {', '.join(kinds)} or mask2former")
     widths = {"width": 64} if tiny else {}
     if tiny and config.decoder == "upernet":
         widths["auxiliary_width"] = 32

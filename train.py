@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -34,18 +35,21 @@ import kernels
 from adapter import AdapterError
 from augment import normalise
 from checkpoint import CheckpointError
-from data import DataError, Dataset, Words, check, open_dataset, open_words
+from data import DataError, Dataset, Words, check, open_words
 from eval import Result, evaluate
 from kernels import KernelError
+from mask2former import MatchingError, Rand, Target
 from model import ModelError, Tada, build, parameter_groups
+from panoptic_stream import NOBODY, PanopticBatch, PanopticTrainStream, masks_of
 from pictures import mosaic, overlay
 from ranks import Ranks, connect, disconnect
-from recipes import config_of, parse, recipe
+from recipes import DROPS, config_of, open_set, parse, recipe
 from run import Run, RunError, open_run
 from stream import Batch, EvaluationStream, TrainStream
 from weights.load import WeightsError
 
 SHOWN = 8  # pictures in inputs.jpg and in val/
+POINTS = 3  # keeps this use of the seed apart from the order's and the samples' (stream.py)
 
 
 # ---- one step
@@ -60,23 +64,28 @@ def train_step(
     ranks: Ranks,
     clip: float | None = None,
     stopping: bool = False,
+    seed: int = 0,
 ) -> dict[str, float]:
     """One update from the micro-batches of this process: losses of the global batch, gradient norm, stop.
 
     `model` is `tada` or its DDP wrapper. Each part of the loss is divided by its count over all processes and
     micro-batches: however a batch is divided, the gradient is the same. Nothing is updated if the loss or the
-    gradient is not finite (RunError). `stop` is true if any process is `stopping`.
+    gradient is not finite (RunError). `stop` is true if any process is `stopping`. `seed` is of the points of
+    Mask2Former's loss.
     """
     labels = [batch.labels.to(ranks.device, non_blocking=True).long() for batch in batches]
-    counts = count_all(tada, labels, ranks)
+    segments = [segments_of(tada, batch, ranks.device) for batch in batches]
+    counts = count_all(tada, labels, segments, ranks)
     sums = {}
-    for i, (batch, target) in enumerate(zip(batches, labels, strict=True)):
+    for i, (batch, *target) in enumerate(zip(batches, labels, segments, strict=True)):
         last = i == len(batches) - 1
         with nullcontext() if last or model is tada else model.no_sync():
             image = normalise(batch.image.to(ranks.device, non_blocking=True))
             with torch.autocast(ranks.device.type, torch.bfloat16, enabled=ranks.device.type == "cuda"):
                 output = model(image, words_of(batch, words))
-            parts = {name: total / counts[name] for name, (total, _) in tada.loss(output, target).items()}
+            rand = [points_of(seed, position, ranks.device) for position in batch.positions]
+            losses = tada.loss(output, *target, rand)
+            parts = {name: total / counts[name] for name, (total, _) in losses.items()}
             (sum(parts.values()) * ranks.world).backward()  # DDP takes the mean over processes, we want sums
         for name, part in parts.items():
             sums[name] = sums.get(name, 0) + part.detach()
@@ -93,11 +102,33 @@ def train_step(
     return {**step, "stop": bool(stop)}
 
 
-def count_all(tada: Tada, labels: Sequence[Tensor], ranks: Ranks) -> dict[str, Tensor]:
+def count_all(
+    tada: Tada, labels: Sequence[Tensor], segments: Sequence[list[Target] | None], ranks: Ranks
+) -> dict[str, Tensor]:
     """How many terms each part of the loss has in the global batch, at least 1."""
-    counts = [tada.counts(target) for target in labels]
+    counts = [tada.counts(*target) for target in zip(labels, segments, strict=True)]
     every = ranks.sum(torch.stack([torch.stack(list(x.values())) for x in counts]).sum(dim=0))
     return dict(zip(counts[0], every.clamp(min=1), strict=True))
+
+
+def segments_of(tada: Tada, batch: Batch | PanopticBatch, device: torch.device) -> list[Target] | None:
+    """The segments of each picture as Mask2Former's loss takes them; None of a batch that has none."""
+    if not isinstance(batch, PanopticBatch):
+        return None
+    owners = tada.padded(batch.owners.to(device, non_blocking=True), NOBODY)
+    classes = [x.to(device, non_blocking=True) for x in batch.classes]
+    return [
+        Target(labels, masks_of(owner, len(labels)), tuple(size))
+        for labels, owner, size in zip(classes, owners, batch.sizes, strict=True)
+    ]
+
+
+def points_of(seed: int, position: int, device: torch.device) -> Rand:
+    """Draws the points of one sample's loss, a function of (seed, position): on every rank, in every
+    micro-batch, after every resumption the same.
+    """
+    number = np.random.default_rng((POINTS, seed, position)).integers(2**63)
+    return partial(torch.rand, generator=torch.Generator(device).manual_seed(int(number)))
 
 
 def words_of(batch: Batch, words: Words) -> list[list[str]] | None:
@@ -106,12 +137,15 @@ def words_of(batch: Batch, words: Words) -> list[list[str]] | None:
     return None if None in found else found
 
 
-def learning_rate(step: int, iterations: int, warmup: int) -> float:
+def learning_rate(step: int, iterations: int, warmup: int, drops: Sequence[float] = ()) -> float:
     """The share of the full rate at step 0, 1, ...: a line down to 0, times a warm-up from 1e-6 to 1.
 
-    mmsegmentation's poly policy of power 1 with linear warm-up (mmcv/runner/hooks/lr_updater.py).
+    mmsegmentation's poly policy of power 1 with linear warm-up (mmcv/runner/hooks/lr_updater.py). With
+    `drops`, shares of the run, no line: at each the rate falls to a tenth.
     """
     warm = min(1e-6 + (1 - 1e-6) * step / warmup, 1.0) if warmup else 1.0
+    if drops:
+        return warm * 0.1 ** sum(step >= share * iterations for share in drops)
     return warm * (1 - step / iterations)
 
 
@@ -129,26 +163,25 @@ def loop(
     if ranks.world > 1:
         devices = [ranks.device.index] if ranks.device.type == "cuda" else None
         model = DistributedDataParallel(tada, device_ids=devices, broadcast_buffers=False)
-    stream = TrainStream(
+    stream = training_stream(
+        options,
+        tada,
         sets.train,
-        tada.config.crop,
-        options.short,
-        options.long,
         options.batch,
-        options.seed,
-        ranks.rank,
-        ranks.world,
-        options.accumulate,
-        options.workers,
-        ranks.device.type,
+        rank=ranks.rank,
+        world=ranks.world,
+        accumulate=options.accumulate,
+        workers=options.workers,
+        device=ranks.device.type,
     )
+    drops = DROPS if options.decoder == "mask2former" else ()
     tada.train()
     stopping = False
     clock = Clock(options, state.step)
     micro_batches = stream.batches(state.step * options.batch)
     for step in range(state.step + 1, options.iterations + 1):
         batches = list(clock.waiting(micro_batches, options.accumulate))
-        share = learning_rate(step - 1, options.iterations, options.warmup)
+        share = learning_rate(step - 1, options.iterations, options.warmup, drops)
         for group in state.optimizer.param_groups:
             group["lr"] = group["full_lr"] * share
         made = train_step(
@@ -160,6 +193,7 @@ def loop(
             ranks,
             options.clip,
             stop.signal is not None,
+            options.seed,
         )
         state.step = step
         last = step == options.iterations
@@ -183,6 +217,16 @@ def loop(
             break
     micro_batches.close()
     return 128 + (stop.signal or signal.SIGTERM) if stopping else 0
+
+
+def training_stream(
+    options: argparse.Namespace, tada: Tada, dataset: Dataset, batch: int, **shares: int | str
+) -> TrainStream:
+    """The samples that the decoder is trained on, with segments or classes alone."""
+    crop = tada.config.crop
+    if options.decoder == "mask2former":
+        return PanopticTrainStream(dataset, crop, batch, options.seed, tuple(options.scales), **shares)
+    return TrainStream(dataset, crop, options.short, options.long, batch, options.seed, **shares)
 
 
 def judge(
@@ -260,8 +304,11 @@ class Clock:
         return reading
 
 
+LOSSES = ("loss", "seg", "aux", "class", "mask", "dice", "tag")
+
+
 def log_line(entry: dict, options: argparse.Namespace) -> str:
-    losses = " ".join(f"{name} {entry[name]:.4f}" for name in ("loss", "seg", "aux", "tag") if name in entry)
+    losses = " ".join(f"{name} {entry[name]:.4f}" for name in LOSSES if name in entry)
     eta = int(entry["eta_seconds"])
     return (
         f"step {entry['step']}/{options.iterations} {losses} lr {entry['lr']:.2e} "
@@ -397,7 +444,9 @@ def train(options: argparse.Namespace, ranks: Ranks) -> int:
 def train_in(run: Run, options: argparse.Namespace) -> int:
     """`train` in its folder: open all that is needed, what is quick first, then the loop."""
     ranks = run.ranks
-    train_set, val_set = (open_dataset(options.dataset, options.data, split) for split in ("train", "val"))
+    train_set, val_set = (
+        open_set(options.dataset, options.data, split, options.decoder) for split in ("train", "val")
+    )
     if ranks.first:
         for dataset in (train_set, val_set):
             run.say(str(check(dataset)))
@@ -451,8 +500,7 @@ def resume(run: Run, tada: Tada, state: State, folder: Path) -> None:
 def rehearse(run: Run, options: argparse.Namespace, tada: Tada, sets: Sets) -> None:
     """What would fail after hours, at once: inputs.jpg, and two evaluation batches."""
     if run.ranks.first:
-        box = options.short, options.long
-        stream = TrainStream(sets.train, tada.config.crop, *box, min(SHOWN, options.batch), options.seed)
+        stream = training_stream(options, tada, sets.train, min(SHOWN, options.batch))
         batches = stream.batches()
         draw_inputs(run, sets, next(batches))
         batches.close()
@@ -529,7 +577,7 @@ def describe(run: Run, options: argparse.Namespace, tada: Tada) -> None:
     run.say(
         f"batch {options.batch} = {world} processes x {options.accumulate} accumulated x {each} pictures, "
         f"{options.iterations:,} iterations, lr {options.lr:g}"
-        + (f"; the paper: {paper}, batch unsaid" if paper else "")
+        + (f"; the paper: {paper}" if paper else "")
         + f"; device {run.ranks.device}, {options.threads} threads, torch {torch.__version__}"
     )
     run.say(kernels.describe(run.ranks.device))
@@ -554,6 +602,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         CheckpointError,
         WeightsError,
         KernelError,
+        MatchingError,
         OSError,
     ) as error:
         print(f"train.py: {error}", file=sys.stderr)

@@ -24,6 +24,7 @@ import model
 from adapter import Condition, Text, asymmetric_loss
 from clip import TEMPLATES, CLIPConfig, name_vectors
 from decoders import Logits
+from mask2former import DeformablePixelDecoder, PyramidPixelDecoder
 from model import ModelError, Output, Tada, TadaConfig, build, parameter_groups, vote, windows
 from unet import UNetConfig
 from weights.load import WeightsError
@@ -708,6 +709,26 @@ def test_sizes_of_the_paper_s_model(decoder, size, parameters):
     assert sum(x.numel() for x in small.parameters()) < parameters / 10
 
 
+@pytest.mark.parametrize("pixels", ["deformable", "fpn"])
+def test_mask2former_is_the_paper_s(pixels):
+    """100 queries, 9 layers, width 256 for COCO's 133 classes; tiny has 20, 3 and 64."""
+    settings = config(
+        model="sd15",
+        decoder="mask2former",
+        pixel_decoder=pixels,
+        classes=tuple(map(str, range(133))),
+        things=(True,) * 80 + (False,) * 53,
+    )
+    with torch.device("meta"):
+        head = model.make_decoder(settings, UNetConfig())
+        small = model.make_decoder(replace(settings, model="tiny"), UNetConfig.tiny())
+    assert (head.query_features.shape, len(head.layers)) == ((100, 256), 9)
+    assert (small.query_features.shape, len(small.layers)) == ((20, 64), 3)
+    assert head.class_head.out_features == 134 and head.channels == tuple(UNetConfig().channels)
+    kinds = {"deformable": DeformablePixelDecoder, "fpn": PyramidPixelDecoder}
+    assert type(head.pixel_decoder) is kinds[pixels]
+
+
 @pytest.mark.parametrize(("size", "heads"), [("sd15", 8), ("tiny", 4)])
 def test_settings_of_the_adapter(size, heads):
     """Each reaches it, and none is its default."""
@@ -727,7 +748,8 @@ def test_settings_of_the_adapter(size, heads):
     [
         ({"model": "sd21"}, "there is no model 'sd21': choose sd15 or tiny"),
         ({"condition": "tags"}, "there is no condition 'tags': choose none, caption, .* or oracle"),
-        ({"decoder": "mask"}, "there is no decoder 'mask': choose fpn or upernet"),
+        ({"decoder": "mask"}, "there is no decoder 'mask': choose fpn, upernet or mask2former"),
+        ({"decoder": "mask2former"}, "--decoder mask2former must know .* 5 classes are things, .*"),
         ({"templates": 7}, "--templates 7: choose 1 or 80"),
     ],
 )

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,12 @@ import scenes
 import train
 from checkpoint import load_model
 from data import Words, open_dataset
-from model import TadaConfig, build
+from model import TadaConfig, build, parameter_groups
+from panoptic import annotation, write_annotations, write_ids
+from panoptic_data import PanopticScenes
+from panoptic_stream import PanopticTrainStream
 from ranks import Ranks
-from recipes import parse, recipe
+from recipes import open_set, parse, recipe
 from run import Run, RunError
 from stream import TrainStream
 
@@ -48,10 +52,30 @@ def folder(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def segments(tmp_path_factory):
+    """Eight pictures of 4:3 with their segments, in the form of COCO panoptic."""
+    root = tmp_path_factory.mktemp("segments")
+    for split, indices in (("train", range(8)), ("val", range(3))):
+        drawn, images, entries = PanopticScenes(split), [], []
+        (root / split).mkdir()
+        for i in indices:
+            picture, ids, found = drawn.panoptic(i)
+            ids = ids[:96]
+            found = [segment for segment in found if (ids == segment.id).any()]
+            picture.crop((0, 0, 128, 96)).save(root / split / f"{i}.png")
+            write_ids(ids, root / "annotations" / f"panoptic_{split}" / f"{i}.png")
+            images.append({"id": i, "file_name": f"{i}.png", "height": 96, "width": 128})
+            entries.append(annotation(i, f"{i}.png", ids, found, drawn.categories.ids))
+        write_annotations(root / "annotations" / f"panoptic_{split}.json", drawn.categories, images, entries)
+    return root
+
+
 def command(folder, run, *more):
     """A run of six small steps."""
+    dataset = "panoptic" if (Path(folder) / "annotations").is_dir() else "folder"
     flags = (
-        f"--dataset folder --data {folder} --model tiny --weights random --run {run} --crop 64 --short 96 "
+        f"--dataset {dataset} --data {folder} --model tiny --weights random --run {run} --crop 64 --short 96 "
     )
     flags += "--batch 4 --iterations 6 --save-every 2 --eval-every 3 --log-every 1 --workers 0 --threads 1 "
     return [*(flags + "--tags oracle --dropout 0.1").split(), *more]
@@ -73,6 +97,37 @@ def test_learning_rate_is_mmsegmentations():
         k = (1 - step / warm) * (1 - ratio) if step < warm else 0.0
         assert base * train.learning_rate(step, top, warm) == pytest.approx(regular * (1 - k), rel=1e-9)
     assert train.learning_rate(0, 10, 0) == 1
+
+
+def test_a_panoptic_run_falls_in_steps():
+    """ODISE: to a tenth at 8/9 and again at 26/27 of the run, after the warm-up."""
+    share = [train.learning_rate(i, 2700, 100, train.DROPS) for i in range(2700)]
+    assert share[0] == 1e-6 and share[100:2400] == [1] * 2300
+    assert share[2400:] == pytest.approx([0.1] * 200 + [0.01] * 100)
+
+
+def test_the_panoptic_recipe_is_the_papers():
+    """Section 4.1: 1e-4, batch 64, 9k; the rest is ODISE's, and the decoder comes by itself."""
+    o = parse(["--dataset", "coco-panoptic"])
+    assert (o.decoder, o.pixel_decoder, o.model) == ("mask2former", "deformable", "sd15")
+    assert (o.lr, o.batch, o.iterations, o.crop) == (1e-4, 64, 9000, (640, 640))
+    assert (o.weight_decay, o.clip, o.warmup, o.unet_lr_scale) == (0.05, 0.01, 250, 0.1)
+    assert (o.scales, o.data) == ((0.1, 2.0), "data/coco")
+    assert parse(["--dataset", "coco-panoptic", "--decoder", "fpn"]).clip is None
+
+
+def test_no_norm_and_no_embedding_decays(segments):
+    o = parse(["--dataset", "panoptic", "--data", str(segments), "--model", "tiny", "--weights", "random"])
+    tada = build(train.config_of(o, open_set("panoptic", segments, "train", o.decoder)))
+    groups = parameter_groups(tada, 1.0, 0.5, 0.1)
+    decayed = {name for group in groups if group["weight_decay"] for name in group["names"]}
+    still = {name for group in groups if not group["weight_decay"] for name in group["names"]}
+    assert {"decoder.query_features", "decoder.query_places", "decoder.level_embed"} <= still
+    assert {"decoder.pixel_decoder.level_embed", "decoder.norm.weight", "decoder.class_head.bias"} <= still
+    assert {"decoder.class_head.weight", "decoder.layers.0.self_attention.q.weight"} <= decayed
+    trained = {name for name, p in tada.named_parameters() if p.requires_grad}
+    assert decayed | still == trained and not decayed & still
+    assert tada.config.things == tuple(name in scenes.THINGS for name in scenes.CLASSES)
 
 
 @pytest.mark.parametrize(
@@ -120,11 +175,14 @@ def test_test_windows_are_mmsegmentations(folder):
 # ---- one step, however it is divided
 
 
-def one_step(folder, ranks=HERE, accumulate=1, steps=1, lr=None):
+def one_step(folder, ranks=HERE, accumulate=1, steps=1, lr=None, decoder="fpn"):
     """The parameters' gradient of the first step, or with `lr` the losses of some AdamW steps."""
     torch.manual_seed(0)
-    dataset = open_dataset("folder", folder, "train")
-    tada = build(TadaConfig(tuple(dataset.classes), model="tiny", tags="oracle", dropout=0.0))
+    panoptic = decoder == "mask2former"
+    dataset = open_set("panoptic" if panoptic else "folder", folder, "train", decoder)
+    things = tuple(dataset.categories.things.tolist()) if panoptic else ()
+    options = {"model": "tiny", "tags": "oracle", "dropout": 0.0, "decoder": decoder, "things": things}
+    tada = build(TadaConfig(tuple(dataset.classes), **options))
     words = Words("oracle", dataset.prompts)
     trained = [p for p in tada.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in trained]
@@ -133,7 +191,11 @@ def one_step(folder, ranks=HERE, accumulate=1, steps=1, lr=None):
         model = torch.nn.parallel.DistributedDataParallel(tada, broadcast_buffers=False)
     # A step of plain descent by 2^14 shows the gradient: the parameter it starts from is lost in rounding.
     optimizer = torch.optim.AdamW(trained, lr) if lr else torch.optim.SGD(trained, 2.0**14)
-    stream = TrainStream(dataset, (64, 64), 96, 384, 4, 0, ranks.rank, ranks.world, accumulate)
+    shares = {"rank": ranks.rank, "world": ranks.world, "accumulate": accumulate}
+    if panoptic:
+        stream = PanopticTrainStream(dataset, (64, 64), 4, 0, (0.5, 2.0), **shares)
+    else:
+        stream = TrainStream(dataset, (64, 64), 96, 384, 4, 0, **shares)
     batches = stream.batches()
     losses = []
     for _ in range(steps):
@@ -150,21 +212,29 @@ from ranks import connect, disconnect
 from test_train import one_step
 torch.set_num_threads(1)
 ranks = connect()
-result = one_step({folder!r}, ranks), one_step({folder!r}, ranks, steps=3, lr=1e-3)[0]
+decoder = {decoder!r}
+curve = one_step({folder!r}, ranks, steps=3, lr=1e-3, decoder=decoder)[0]
+result = one_step({folder!r}, ranks, decoder=decoder), curve
 if ranks.first:
     torch.save(result, {out!r})
 disconnect()
 """
 
 
-def test_two_processes_and_two_micro_batches_make_the_step_of_one(folder, tmp_path):
-    """The same loss and gradient at step 1, the same losses for three; unequally many ignored pixels."""
-    losses, gradient = one_step(folder)
-    curve, _ = one_step(folder, steps=3, lr=1e-3)
-    accumulated = one_step(folder, accumulate=2), one_step(folder, accumulate=2, steps=3, lr=1e-3)[0]
+@pytest.mark.parametrize("decoder", ["fpn", "mask2former"])
+def test_two_processes_and_two_micro_batches_make_the_step_of_one(folder, segments, tmp_path, decoder):
+    """The same loss and gradient at step 1, the same losses for three; unequally many ignored pixels, or
+    segments. The random points of Mask2Former's loss are the same too.
+    """
+    folder = segments if decoder == "mask2former" else folder
+    step = partial(one_step, folder, decoder=decoder)
+    losses, gradient = step()
+    curve, _ = step(steps=3, lr=1e-3)
+    accumulated = step(accumulate=2), step(accumulate=2, steps=3, lr=1e-3)[0]
 
     script, out = tmp_path / "worker.py", str(tmp_path / "two.pt")
-    script.write_text(WORKER.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(folder), out=out))
+    here = {"root": str(ROOT), "tests": str(ROOT / "tests"), "folder": str(folder), "out": out}
+    script.write_text(WORKER.format(**here, decoder=decoder))
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     subprocess.run(run, check=True, capture_output=True, timeout=300)
     for (other_losses, other), other_curve in (accumulated, torch.load(out)):
@@ -272,6 +342,28 @@ def test_the_same_command_goes_on_exactly(folder, unbroken, tmp_path, monkeypatc
     torch.manual_seed(123)  # whatever happened in between
     assert train.main(command(folder, tmp_path / "run")) == 0
     assert same(tmp_path / "run", unbroken)
+
+
+def test_a_panoptic_run_goes_on_exactly(segments, tmp_path, monkeypatch):
+    """Mask2Former on one's own segments, cut off after a checkpoint: the same points are drawn again."""
+    assert train.main(command(segments, tmp_path / "unbroken", "--accumulate", "2")) == 0
+    made, step = [], train.train_step
+
+    def dies(*args, **kwargs):
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append(1)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(train, "train_step", dies)
+    run = command(segments, tmp_path / "run", "--accumulate", "2")
+    assert train.main(run) == 130
+    monkeypatch.setattr(train, "train_step", step)
+    torch.manual_seed(123)
+    assert train.main(run) == 0
+    assert same(tmp_path / "run", tmp_path / "unbroken")
+    config = load_model(tmp_path / "run").config
+    assert (config.decoder, config.things) == ("mask2former", tuple(PanopticScenes("val").categories.things))
 
 
 def test_evaluation_never_touches_training(folder, unbroken, tmp_path):
@@ -385,6 +477,9 @@ def test_bad_input_is_named(folder, tmp_path, capsys, flags, said):
         ["--condition", "caption"],
         ["--condition", "none", "--tags", "clip"],
         ["--iterations", "0"],
+        ["--dataset", "ade20k", "--decoder", "mask2former"],
+        ["--pixel-decoder", "fpn"],
+        ["--dataset", "panoptic"],
     ],
 )
 def test_a_flag_that_makes_no_sense_ends_with_code_2(flags, capsys):
