@@ -66,6 +66,10 @@ class Prediction(NamedTuple):
     classes: tuple[Tensor, ...]  # (B, Q, K+1) logits each; the last class is "no object"
     masks: tuple[Tensor, ...]  # (B, Q, H/4, W/4) logits each
 
+    def picture(self, i: int) -> "Prediction":
+        """What they say of picture i alone, B = 1."""
+        return Prediction(*(tuple(x[i : i + 1] for x in part) for part in self))
+
 
 class Found(NamedTuple):
     """One predicted segment."""
@@ -468,11 +472,9 @@ def deformable_attention(value: Tensor, sizes: Sequence[Size], points: Tensor, w
     for level, pixels in enumerate(value.split([h * w for h, w in sizes], dim=1)):
         pixels = rearrange(pixels, "B (h w) n d -> (B n) d h w", h=sizes[level][0])
         grid = rearrange(2 * points[:, :, :, level] - 1, "B N n P xy -> (B n) P N xy")
-        weight = rearrange(weights[:, :, :, level], "B N n P -> (B n) 1 P N")
+        weight = rearrange(weights[:, :, :, level], "B N n P -> (B n) 1 P N").contiguous()  # or else slow
         read = F.grid_sample(pixels.to(grid.dtype), grid, align_corners=False)  # (B n, d, P, N)
         total = total + (read * weight).sum(2)
-    if total.requires_grad:  # the gradient comes transposed, and every product above would take its layout
-        total.register_hook(Tensor.contiguous)
     return rearrange(total.to(value.dtype), "(B n) d N -> B N (n d)", B=B)
 
 

@@ -227,9 +227,12 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, channels, 1) if in_channels != channels else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        h = self.conv1(norm_silu(self.norm1, x))
-        h = h.add_(self.time_emb_proj(time)[:, :, None, None])
-        h = self.conv2(norm_silu(self.norm2, h))
+        h = norm_silu(
+            self.norm1, x
+        )  # h is bound anew at each step: what is no longer needed is freed at once
+        h = self.conv1(h).add_(self.time_emb_proj(time)[:, :, None, None])
+        h = norm_silu(self.norm2, h)
+        h = self.conv2(h)
         return h.add_(self.conv_shortcut(x))
 
 

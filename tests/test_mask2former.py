@@ -6,6 +6,7 @@ The reference has a tiny random configuration, and its backbone is replaced by t
 """
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -265,6 +266,18 @@ def test_points_are_transformers():
         assert sorted(map(tuple, ours.tolist())) == sorted(map(tuple, theirs.tolist()))
 
 
+def test_points_are_at_most_a_quarter_of_the_pixels():
+    """12,544 are asked for; a 64x128 picture gets 2,048: for each picture's matching, then for two masks."""
+    decoder, shapes = Mask2Former(**SMALL | {"points": 12_544, "layers": 0}), []
+
+    def rand(*shape: int, device: torch.device) -> Tensor:
+        shapes.append(shape)
+        return torch.rand(shape)
+
+    decoder.loss(decoder(pyramid()), segments(2, 0), rand)
+    assert shapes == [(1, 2048, 2), (1, 2048, 2), (2, 3 * 2048, 2), (2, 512, 2)]
+
+
 def test_deformable_attention_is_a_loop():
     """Per picture, query, head, level and point: the four pixels around it; outside is 0."""
     B, N, n, d, P = 2, 5, 2, 3, 4
@@ -374,6 +387,19 @@ def test_a_batch_is_the_sum_of_its_pictures():
             assert error(x.grad, expected[name]) <= BAR, name
 
 
+def test_points_of_a_picture_alone():
+    """A generator for each picture: it has the same losses in any batch, at any place."""
+    decoder, features, targets = Mask2Former(**SMALL), pyramid(3), segments(2, 0, 9)
+    order = [2, 0, 1]
+    predictions = decoder(features), decoder([x[order] for x in features])
+    for i, picture in enumerate(order):
+        losses = []
+        for prediction, place in zip(predictions, (picture, i)):
+            rand = partial(torch.rand, generator=torch.Generator().manual_seed(picture))
+            losses.append(total(decoder.loss(prediction.picture(place), [targets[picture]], rand)))
+        assert error(*losses) <= 1e-5
+
+
 def test_pictures_without_segments():
     """Only crowd or void: the class loss alone, and a graph in which every parameter has a gradient."""
     decoder = Mask2Former(**SMALL)
@@ -416,11 +442,11 @@ def test_padding_has_no_loss():
     decoder = Mask2Former(**SMALL)
     prediction = decoder(pyramid(1))
     (target,) = segments(4)
-    target.masks[:, 48:], target.masks[:, :, 96:] = False, False
+    target.masks[:, 48:], target.masks[:, :, 64:] = False, False
     changed = [x.clone() for x in prediction.masks]
     for x in changed:
-        x[:, :, 13:], x[:, :, :, 25:] = 40.0, 40.0  # one cell is between them
-    for size, equal in ((None, False), ((48, 96), True)):
+        x[:, :, 13:], x[:, :, :, 17:] = 40.0, 40.0  # one cell is between them
+    for size, equal in ((None, False), ((48, 64), True)):
         losses = [
             total(decoder.loss(Prediction(prediction.classes, x), [target._replace(size=size)], steady))
             for x in (prediction.masks, tuple(changed))
@@ -568,6 +594,8 @@ def test_panoptic_by_hand():
     assert read.ids.tolist() == [[1, 1, 2, 2, 2, 2, 1, 1]] * 2 + [[1, 1, 0, 0, 0, 0, 1, 1]] * 2
     (read,) = decoder.panoptic(Prediction((classes,), (masks,)), (4, 8), overlap=0.5)
     assert [x.label for x in read.segments] == [1, 0, 0] and (read.ids > 0).all()
+    (read,) = decoder.panoptic(Prediction((classes,), (masks - 20,)), (4, 8))  # sure, but nowhere
+    assert not read.segments and (read.ids == 0).all()
     (read,) = decoder.panoptic(Prediction((classes,), (masks,)), (4, 8), (3, 5), (6, 10), score=1.0)
     assert read == (read.ids, []) and read.ids.tolist() == [[0] * 10] * 6
 
