@@ -275,7 +275,8 @@ def test_points_are_at_most_a_quarter_of_the_pixels():
         return torch.rand(shape)
 
     decoder.loss(decoder(pyramid()), segments(2, 0), rand)
-    assert shapes == [(1, 2048, 2), (1, 2048, 2), (2, 3 * 2048, 2), (2, 512, 2)]
+    drawn = [shape for shape in shapes if shape[0]]  # the second picture has no masks
+    assert drawn == [(1, 2048, 2), (1, 2048, 2), (2, 3 * 2048, 2), (2, 512, 2)]
 
 
 def test_deformable_attention_is_a_loop():
