@@ -412,7 +412,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(options, ranks)
     except KeyboardInterrupt:
         if ranks.first:
-            print("stopped: nothing was written", file=sys.stderr)
+            print("stopped: no result was written", file=sys.stderr)
         return 130
     except (
         EvalError,
