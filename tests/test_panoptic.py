@@ -377,7 +377,6 @@ def precision(instances: list[Instance]) -> dict[str, float]:
 
 def test_average_precision_by_hand():
     """All found: 1. A dog missed: recall 1/2 of its class, 51 of 101 recall levels, so (1 + 51/101) / 2."""
-    pytest.importorskip("pycocotools")
     ids, segments = scene_of_things()
     found = [Instance(0.9, s.label, ids == s.id) for s in segments if s.thing]
     assert precision(found)["AP"] == pytest.approx(1)  # what lies on the crowd counts neither way
@@ -396,7 +395,8 @@ def test_average_precision_by_hand():
 
 def test_things_as_instances_are_cocos_own_conversion(golden, data):
     """The samples in COCO's detection format, made by panopticapi: classes, areas, boxes, pixels."""
-    mask = pytest.importorskip("pycocotools.mask")
+    from pycocotools import mask
+
     truth, folder, *_ = golden
     official = json.loads((data / "panopticapi_samples/panoptic_coco_detection_format.json").read_text())
     things = {c["id"] for c in truth.categories.as_json() if c["isthing"]}
