@@ -204,10 +204,9 @@ def check(case: Case) -> list[tuple[float, float, bool]]:
 def measure(case: Case, rates: "Rates", device: torch.device) -> list[Row]:
     """Right first, then both directions' times, ours and the peers in turns."""
     rows = []
-    for (ours, plain, repeats), direction, moved, products in zip(
-        check(case), ("forward", "backward"), case.moved, case.products, strict=False
-    ):
-        floor = max(moved / rates.copy, products / rates.products) * 1e6
+    for i, (ours, plain, repeats) in enumerate(check(case)):
+        direction = ("forward", "backward")[i]
+        floor = max(case.moved[i] / rates.copy, case.products[i] / rates.products) * 1e6
         rows.append(Row(case.name, case.goal, direction, ours, plain, repeats, floor, key=case.key))
     if all(row.right for row in rows):
         for name, values in time_all(case, device).items():

@@ -35,7 +35,7 @@ from augment import normalise
 from checkpoint import CheckpointError, find_model, load_model, read_about, read_config
 from data import IGNORE, DataError, Dataset, Words, check, fit, open_words
 from kernels import KernelError
-from mask2former import Instances, Mask2Former
+from mask2former import OVERLAP, SCORE, Instances, Mask2Former
 from model import ModelError, Prediction, Segmented, Size, Tada, TadaConfig, digest
 from panoptic import components
 from panoptic_data import PanopticDataset
@@ -48,7 +48,6 @@ from scenes import VERSION
 from stream import EvaluationStream, Item
 from weights.load import WeightsError
 
-SCORE = OVERLAP = 0.8  # of a segment (Mask2Former's; ODISE's score is 0)
 COMPONENTS = "connected components"
 MULTISCALE = (1.0, 1.125, 1.25, 1.375, 1.5)  # VPD's "+MS"
 MEASURES = (

@@ -38,6 +38,7 @@ LEVELS = 3  # of the pixel decoder that queries and pixels attend to: strides 32
 SAMPLES = 4  # per head and level, of deformable attention (arXiv:2010.04159)
 # Weights and points: Mask2Former configs/coco/panoptic-segmentation/*.yaml, section MODEL.MASK_FORMER.
 CLASS_WEIGHT, MASK_WEIGHT, DICE_WEIGHT = 2.0, 5.0, 5.0  # of the loss and of the matching cost alike
+SCORE = OVERLAP = 0.8  # least of a segment that is kept (the same files, TEST; ODISE's score is 0)
 NO_OBJECT = 0.1  # weight of the queries that no segment is matched to
 OVERSAMPLE = 3  # candidates per point of the mask losses,
 IMPORTANT = 0.75  # and the share of the points that are the least certain of them
@@ -254,8 +255,8 @@ class Mask2Former(nn.Module):
         padded: Size,
         real: Size | None = None,
         size: Size | None = None,
-        score: float = 0.8,
-        overlap: float = 0.8,
+        score: float = SCORE,
+        overlap: float = OVERLAP,
     ) -> list[Panoptic]:
         """The segments of each picture, at `size`.
 

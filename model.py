@@ -39,7 +39,7 @@ from adapter import (
 )
 from clip import CLIP, PROMPT, TEMPLATES, CLIPConfig, Tokenizer, name_vectors, zero_shot
 from decoders import IGNORE, Logits, SemanticDecoder, SemanticFPN, UperNet, resize
-from mask2former import Instances, Mask2Former, Panoptic, Rand, Target
+from mask2former import OVERLAP, SCORE, Instances, Mask2Former, Panoptic, Rand, Target
 from mask2former import Prediction as Queries
 from unet import UNet, UNetConfig, alphas_cumprod
 from vae import VAE, VAEConfig
@@ -276,8 +276,8 @@ class Tada(nn.Module):
         image: Tensor,
         tags: Tags | None = None,
         size: Size | None = None,
-        score: float = 0.8,
-        overlap: float = 0.8,
+        score: float = SCORE,
+        overlap: float = OVERLAP,
         instances: bool = False,
     ) -> Segmented:
         """Image `(B, 3, H, W)` in [-1, 1] -> its segments at `size` (H, W), by default the image's own.

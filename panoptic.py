@@ -97,7 +97,7 @@ def read_ids(path: Path, segments: Sequence[Segment]) -> np.ndarray:
     if len(unlisted):
         raise DataError(f"{path} holds the id {unlisted[0]}, which its segments_info does not list: add it")
     found = np.bincount(place[place >= 0], minlength=len(segments))
-    absent = [s.id for s, count in zip(segments, found, strict=False) if not count]
+    absent = [s.id for s, count in zip(segments, found, strict=True) if not count]
     if absent:
         raise DataError(f"{path} has no pixel of the id {absent[0]} that its segments_info lists: remove it")
     return ids
