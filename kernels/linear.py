@@ -16,9 +16,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x `(B, N, C)`, weight `(D, C)`, bias `(D,)` -> `(B, N, D)`; on a CPU in float32 as a 1x1 convolution.
 
     The numbers are the same to rounding. torch gives convolutions to oneDNN and float32 products to its BLAS,
-    which takes up to twice as long, by the processor (BENCH.md; `python bench.py --only unet clip`).
+    which takes up to twice as long, by the processor (BENCH.md; `python bench.py --only unet clip`). A single
+    thread takes the product: there torch has a slow 1x1 convolution of its own (ATen Convolution.cpp).
     """
-    if x.device.type != "cpu" or x.dtype != torch.float32 or x.ndim != 3:
+    if x.device.type != "cpu" or x.dtype != torch.float32 or x.ndim != 3 or torch.get_num_threads() == 1:
         return F.linear(x, weight, bias)
     pixels = x[:, :, None].permute(0, 3, 1, 2)  # (B, C, N, 1): a view, channels-last in memory
     return F.conv2d(pixels, weight[:, :, None, None], bias)[..., 0].mT

@@ -85,8 +85,10 @@ def test_gradients_go_by_torchs_attention():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_linear_layer_as_a_convolution(bias):
-    """Values and gradients, against float64, as close as twice torch's own product."""
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_linear_layer_as_a_convolution(bias, threads, monkeypatch):
+    """Values and gradients, against float64, as close as twice torch's own product; one thread takes that."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     x, weight = torch.randn(2, 9, 24, requires_grad=True), torch.randn(40, 24, requires_grad=True)
     b, seed = torch.randn(40, requires_grad=True) if bias else None, torch.randn(2, 9, 40)
     inputs = [y for y in (x, weight, b) if y is not None]
@@ -102,3 +104,4 @@ def test_a_linear_layer_as_a_convolution(bias):
     for a, b, c in zip(ours, theirs, exact, strict=True):
         assert a.shape == c.shape
         assert error(a.double(), c) <= max(2 * error(b.double(), c), 1e-7)
+    assert ours[0].grad_fn.name().startswith("Transpose") == (threads == 2)  # behind a convolution
