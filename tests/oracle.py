@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig as ReferenceCLIPConfig
 from transformers import CLIPModel
 
+from bench_mask2former import peer_mask2former
 from clip import END, START, CLIPConfig, TowerConfig
 from unet import UNetConfig
 from vae import VAEConfig
@@ -29,6 +30,8 @@ SMALL_CLIP = CLIPConfig(
     patch=14,
     projection=48,
 )
+SMALL_MASK2FORMER = {"channels": (16, 32, 64, 128), "things": (True, False, True, True, False)}
+SMALL_MASK2FORMER |= {"width": 64, "heads": 4, "queries": 7, "layers": 4, "pixel_layers": 2, "points": 300}
 
 
 def error(ours: Tensor, reference: Tensor) -> float:
@@ -85,6 +88,33 @@ def reference_clip(config: CLIPConfig) -> CLIPModel:
     image = tower(config.image) | {"image_size": config.image_size, "patch_size": config.patch}
     reference = ReferenceCLIPConfig(projection_dim=config.projection, text_config=text, vision_config=image)
     return shake(CLIPModel(reference))
+
+
+def reference_mask2former(**options) -> nn.Module:
+    """`decoder_layers` counts the prediction before the first layer too."""
+    small = SMALL_MASK2FORMER
+    width = small["width"]
+    sizes = {
+        "feature_size": width,
+        "mask_feature_size": width,
+        "hidden_dim": width,
+        "encoder_feedforward_dim": 4 * width,
+        "dim_feedforward": 8 * width,
+        "num_attention_heads": small["heads"],
+        "encoder_layers": small["pixel_layers"],
+        "decoder_layers": small["layers"] + 1,
+        "num_queries": small["queries"],
+        "train_num_points": small["points"],
+    }
+    return wake(shake(peer_mask2former(small["channels"], len(small["things"]), **sizes | options)))
+
+
+def wake(model: nn.Module) -> nn.Module:
+    """Deformable attention starts with weights of 0, which would hide its queries."""
+    for name, x in model.named_parameters():
+        if name.endswith(("sampling_offsets.weight", "attention_weights.weight")):
+            nn.init.normal_(x, std=0.2)
+    return model
 
 
 def shake(model: nn.Module, size: float = 0.2) -> nn.Module:

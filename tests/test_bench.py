@@ -1,16 +1,27 @@
 """bench.py times nothing that is wrong, nothing on a busy machine, and counts memory in MiB."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
-from oracle import SMALL_UNET, reference_unet
+from oracle import SMALL_MASK2FORMER, SMALL_UNET, reference_mask2former, reference_unet
 
 import bench
+from mask2former import Mask2Former
 from unet import UNet
 
 
 @pytest.fixture
-def small(monkeypatch):
-    """The UNet's row at a small width, with memory measured in this process."""
+def quiet(monkeypatch):
+    """No other process, and memory measured in this one."""
+    monkeypatch.setattr(bench, "alone", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(bench, "cpu_of_others", lambda: lambda: 0.0)
+
+
+@pytest.fixture
+def small(quiet, monkeypatch):
+    """The UNet's row at a small width."""
     context = SMALL_UNET.context_width
     case = bench.Case(
         "UNet",
@@ -19,9 +30,21 @@ def small(monkeypatch):
         bench.Side(lambda: reference_unet(SMALL_UNET), lambda model, x: model(*x).sample),
     )
     monkeypatch.setitem(bench.CASES, "unet", case)
-    monkeypatch.setattr(bench, "alone", lambda function, *arguments: function(*arguments))
-    monkeypatch.setattr(bench, "cpu_of_others", lambda: lambda: 0.0)
     return case
+
+
+@pytest.fixture(params=["mask2former", "mask2former-loss"])
+def masks(request, quiet, monkeypatch):
+    """The name of one of Mask2Former's rows, at a small width."""
+    case, sizes = bench.CASES[request.param], SMALL_MASK2FORMER
+    small = replace(
+        case,
+        inputs=partial(case.inputs, channels=sizes["channels"], classes=len(sizes["things"])),
+        ours=replace(case.ours, build=lambda: Mask2Former(**sizes)),
+        peer=replace(case.peer, build=reference_mask2former),
+    )
+    monkeypatch.setitem(bench.CASES, request.param, small)
+    return request.param
 
 
 def test_a_row_compares_equal_work(small):
@@ -39,6 +62,48 @@ def test_a_wrong_result_is_not_timed(small, monkeypatch):
     assert row["verdict"] == "FAIL"
     assert "ours s" not in row
     assert bench.table([row]).count("FAIL") == 6  # in place of every number but the error
+
+
+def test_mask2former_is_compared_under_our_names(masks):
+    """Forward: class and mask logits; with the loss: it, and gradients of four maps and of the weights."""
+    case = bench.CASES[masks]
+    ours, peer = case.ours.build(), case.peer.build()
+    ours.load_state_dict(case.names(peer.state_dict()))
+    inputs = case.inputs(128)
+    with case.mode():
+        mine, theirs = case.ours.run(ours, inputs), case.peer.run(peer, inputs)
+    shapes = {"mask2former": [(1, 7, 6), (1, 7, 32, 32)], "mask2former-loss": [()] * 6}
+    assert [x.shape for x in mine] == [x.shape for x in theirs] == shapes[masks]
+    assert all(bench.relative(*x) < 1e-4 and x[0].abs().max() > 1e-3 for x in zip(mine, theirs))
+
+    row = bench.compare(masks, "float32", size=128, rounds=3)
+    assert row["error"] < 1e-4
+    assert row["ours s"] > 0 and row["peer s"] > 0 and 0.1 < row["ratio"] < 10
+
+
+@pytest.mark.parametrize("factor", [1.001, float("nan")])
+def test_every_part_of_a_result_counts(masks, factor, monkeypatch):
+    case = bench.CASES[masks]
+    for wrong in range({"mask2former": 2, "mask2former-loss": 6}[masks]):
+
+        def run(model, x, wrong=wrong):
+            return [factor * part if i == wrong else part for i, part in enumerate(case.ours.run(model, x))]
+
+        monkeypatch.setitem(bench.CASES, masks, replace(case, ours=replace(case.ours, run=run)))
+        assert bench.compare(masks, "float32", size=128, rounds=3)["verdict"] == "FAIL", wrong
+
+
+def test_mask2former_is_measured_in_float32_alone(monkeypatch, capsys):
+    """transformers' pixel decoder gives nan in bfloat16."""
+    monkeypatch.setattr(bench, "compare", lambda name, dtype, size, rounds: {"case": name, "dtype": dtype})
+    assert bench.main(["--only", "unet", "mask2former", "mask2former-loss"]) == 0
+    rows = [line.split("|")[1:4:2] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [" ".join(row).split() for row in rows[1:]] == [
+        ["unet", "float32"],
+        ["unet", "bfloat16"],
+        ["mask2former", "float32"],
+        ["mask2former-loss", "float32"],
+    ]
 
 
 def test_a_busy_machine_is_not_timed(small, monkeypatch):

@@ -1,8 +1,8 @@
 """mask2former.py equals transformers' Mask2Former and plain references: predictions, losses, gradients,
 readings.
 
-The reference has a tiny random configuration, and its backbone is replaced by the maps themselves, at strides
-4 to 32; ours get the same maps at half the size. Its weights are copied to ours by name.
+The reference has a tiny random configuration, and is given the same maps (bench_mask2former.py). Its weights
+are copied to ours by name.
 """
 
 import math
@@ -12,11 +12,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import error, shake
+from oracle import SMALL_MASK2FORMER as SMALL
+from oracle import error, shake, wake
+from oracle import reference_mask2former as reference
 from torch import Tensor, nn
-from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
+from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
+from bench_mask2former import our_names, run_peer, twice
 from mask2former import (
     DeformableAttention,
     Found,
@@ -34,100 +37,9 @@ from mask2former import (
 )
 
 BAR = 1e-4  # relative RMS error
-CHANNELS, THINGS = (16, 32, 64, 128), (True, False, True, True, False)
-K, QUERIES, LAYERS = len(THINGS), 7, 4
+CHANNELS, THINGS, LAYERS, QUERIES = (SMALL[x] for x in ("channels", "things", "layers", "queries"))
+K = len(THINGS)
 H, W = 64, 128
-SMALL = {"channels": CHANNELS, "things": THINGS, "width": 64, "heads": 4, "queries": QUERIES}
-SMALL |= {"layers": LAYERS, "pixel_layers": 2, "points": 300}
-
-
-class Maps(nn.Module):
-    """A backbone that gives what it is told to."""
-
-    def forward(self, pixels: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(feature_maps=self.maps)
-
-
-def reference(seed: int = 0, **options) -> Mask2FormerForUniversalSegmentation:
-    """transformers' model; `decoder_layers` counts the prediction before the first layer too."""
-    config = Mask2FormerConfig(
-        backbone_config=SwinConfig(
-            embed_dim=CHANNELS[0],
-            depths=[1] * 4,
-            num_heads=[1] * 4,
-            out_features=["stage1", "stage2", "stage3", "stage4"],
-        ),
-        num_labels=K,
-        **{
-            "feature_size": 64,
-            "mask_feature_size": 64,
-            "hidden_dim": 64,
-            "encoder_feedforward_dim": 256,
-            "dim_feedforward": 512,
-            "num_attention_heads": 4,
-            "encoder_layers": 2,
-            "decoder_layers": LAYERS + 1,
-            "num_queries": QUERIES,
-            "train_num_points": 300,
-        }
-        | options,
-    )
-    model = shake(Mask2FormerForUniversalSegmentation(config))
-    model.model.pixel_level_module.encoder = Maps()
-    return wake(model)
-
-
-def wake(model: nn.Module) -> nn.Module:
-    """Deformable attention starts with weights of 0, which would hide its queries."""
-    for name, x in model.named_parameters():
-        if name.endswith(("sampling_offsets.weight", "attention_weights.weight")):
-            nn.init.normal_(x, std=0.2)
-    return model
-
-
-NAMES = {  # theirs: ours, in this order
-    "model.pixel_level_module.decoder.encoder.": "pixel_decoder.",
-    "model.pixel_level_module.decoder.": "pixel_decoder.",
-    "adapter_1.1.": "lateral.2.",
-    "adapter_1.": "lateral.",
-    "layer_1.": "output.",
-    "model.transformer_module.decoder.": "",
-    "model.transformer_module.": "",
-    "queries_embedder.weight": "query_places",
-    "queries_features.weight": "query_features",
-    "level_embed.weight": "level_embed",
-    "mask_predictor.mask_embedder.0.0": "mask_head.0",
-    "mask_predictor.mask_embedder.1.0": "mask_head.2",
-    "mask_predictor.mask_embedder.2.0": "mask_head.4",
-    "class_predictor": "class_head",
-    "layernorm": "norm",
-    "cross_attn_layer_norm": "cross_norm",
-    "cross_attn.out_proj": "cross_attention.out",
-    "cross_attn": "cross_attention",
-    "fc1": "ffn.0",
-    "fc2": "ffn.2",
-    "final_layer_norm": "ffn_norm",
-}
-
-
-def our_names(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of the reference under our names; packed queries, keys and values are taken apart."""
-    ours = {}
-    for name, x in theirs.items():
-        for old, new in NAMES.items():
-            name = name.replace(old, new)
-        if name.startswith("pixel_decoder."):
-            name = name.replace("self_attn_layer_norm", "attention_norm").replace("self_attn", "attention")
-            if "input_projections" in name:
-                name = name.replace(".1.weight", ".2.weight").replace(".1.bias", ".2.bias")
-        else:
-            name = name.replace("self_attn_layer_norm", "self_norm").replace("self_attn", "self_attention")
-            name = name.replace("_proj.", ".")
-        if "in_proj" in name:
-            ours |= {name.replace("in_proj_", part + "."): y for part, y in zip("qkv", x.chunk(3))}
-        elif name != "criterion.empty_weight":
-            ours[name] = x
-    return ours
 
 
 def copied(model: Mask2FormerForUniversalSegmentation, **options) -> Mask2Former:
@@ -139,10 +51,6 @@ def copied(model: Mask2FormerForUniversalSegmentation, **options) -> Mask2Former
 
 def pyramid(B: int = 2, height: int = H, width: int = W, channels=CHANNELS) -> list[Tensor]:
     return [torch.randn(B, C, height // (8 << i), width // (8 << i)) for i, C in enumerate(channels)]
-
-
-def twice(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
 def segments(*numbers: int, height: int = H, width: int = W) -> list[Target]:
@@ -159,13 +67,11 @@ def segments(*numbers: int, height: int = H, width: int = W) -> list[Target]:
 
 def run_reference(model, features: list[Tensor], targets: list[Target] | None = None) -> SimpleNamespace:
     """Its output; features are at our strides."""
-    model.model.pixel_level_module.encoder.maps = [twice(x) for x in features]
     labels = {}
     if targets is not None:
         labels["mask_labels"] = [x.masks.float() for x in targets]
         labels["class_labels"] = [x.classes for x in targets]
-    B, _, h, w = features[0].shape
-    return model(torch.zeros(B, 3, 8 * h, 8 * w), output_auxiliary_logits=True, **labels)
+    return run_peer(model, features, output_auxiliary_logits=True, **labels)
 
 
 def total(losses: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
