@@ -35,7 +35,7 @@ import scenes
 from augment import normalise
 from data import DataError
 from decoders import resize
-from eval import Result, count, percent
+from eval import Result, count, known, percent
 from model import (
     ModelError,
     Seen,
@@ -55,7 +55,8 @@ from weights.load import WeightsError
 
 WEIGHTS = "weights/tiny"
 STEPS, BATCH = 400, 8
-LR, WEIGHT_DECAY, WARMUP = 1e-3, 0.01, 40  # of `train.py` on scenes
+LR = 2e-3  # of 1e-3, 2e-3 and 4e-3 the best mean of none and oracle on val (seed 0)
+WEIGHT_DECAY, WARMUP = 0.01, 40
 PROBE_LR = 1e-2  # one convolution from zero
 EVALUATED = 20  # pictures at once
 SHOWN = 6  # pictures of the figure, evenly spread over the split
@@ -104,11 +105,12 @@ TABLE_7 = tuple(
     for blocks, paper in ((4, 55.20), (6, 55.43), (8, 54.94), (10, 54.73))
 )
 CONTROLS = (
-    Row("none, random UNet", {"condition": "none"}, random_unet=True),
-    Row("oracle, random UNet", ORACLE, random_unet=True),
+    Row("none, random UNet", {"condition": "none"}, 3, random_unet=True),
+    Row("oracle, random UNet", ORACLE, 3, random_unet=True),
     Row("none, nothing alike", {"condition": "none"}, 2, ambiguity=0.0),
     Row("oracle, nothing alike", ORACLE, 2, ambiguity=0.0),
     Row("none, 10 times longer", {"condition": "none"}, 1, longer=10),
+    Row("tagging from the empty prompt", TAGGING | {"tags": "clip", "adapter_start": "empty"}, 2),
 )
 PROBE = Row("CLIP's tokens alone")
 ROWS = {row.name: row for row in (*TABLE_5, *CONTROLS, PROBE, *TABLE_6, *TABLE_7)}
@@ -218,7 +220,7 @@ def order(n: int, steps: int, seed: int) -> Iterator[Tensor]:
 
 
 def train(tada: Tada, pictures: Pictures, steps: int, seed: int) -> None:
-    """`steps` updates by train.py's recipe for scenes, from the frozen views."""
+    """`steps` updates from the frozen views: AdamW, warm-up, a line down to 0."""
     optimizer = torch.optim.AdamW(parameter_groups(tada, LR, WEIGHT_DECAY), fused=True)
     tada.train()
 
@@ -306,7 +308,10 @@ def run(name: str, seed: int, split: str, steps: int, folder: Path) -> dict:
             shown = labels[spread(len(labels))].flatten(0, 1).numpy()  # one below the other
             Image.fromarray(shown).save(folder / f"{split}-{name}.png")
     entry |= {"mIoU": result.mIoU, "pixel_accuracy": result.pixel_accuracy, "tag_mAP": result.tag_mAP}
-    return entry | {"IoU": result.iou.tolist(), "seconds": round(time.perf_counter() - start, 1)}
+    return entry | {
+        "IoU": [known(x) for x in result.iou.tolist()],
+        "seconds": round(time.perf_counter() - start, 1),
+    }
 
 
 def spread(n: int) -> list[int]:
@@ -362,12 +367,16 @@ def make_all(rows: Sequence[str], seeds: int | None, split: str, steps: int, fol
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, spawn) as pool, file.open("a", encoding="utf-8") as record:
         waiting = [pool.submit(run, name, seed, split, steps, folder) for name, seed in todo]
-        for number, finished in enumerate(as_completed(waiting), 1):
-            entry = finished.result()
-            record.write(json.dumps(entry) + "\n")
-            record.flush()
-            said = f"{entry['row']}, seed {entry['seed']}: mIoU {percent(entry['mIoU'])}"
-            print(f"{number}/{len(todo)} {said}, {entry['seconds']:.0f} s", flush=True)
+        try:
+            for number, finished in enumerate(as_completed(waiting), 1):
+                entry = finished.result()
+                record.write(json.dumps(entry) + "\n")
+                record.flush()
+                said = f"{entry['row']}, seed {entry['seed']}: mIoU {percent(entry['mIoU'])}"
+                print(f"{number}/{len(todo)} {said}, {entry['seconds']:.0f} s", flush=True)
+        except BaseException:  # Ctrl-C too: what has not begun must not be waited for
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 # ---- the tables

@@ -159,7 +159,7 @@ class Tagging(nn.Module):
         heads: int = 8,
         queries: int = 32,
         blocks: int = 2,
-        start: str = "empty",
+        start: str = "random",
     ):
         super().__init__()
         P, C = empty.shape

@@ -75,7 +75,7 @@ class TadaConfig:
     templates: int = 1  # prompts averaged into a name's vector: 1 or 80
     queries: int = 32  # of the tagging adapter (section 4.1)
     blocks: int = 2
-    adapter_start: str = "empty"  # or "random"
+    adapter_start: str = "random"  # or "empty"
     tag_loss_weight: float = 1.0
     timestep: int = 0  # of the "minor noise" (section 3.2)
     noise: str = "fixed"  # or "none"

@@ -122,7 +122,7 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--queries", type=int, default=32, help="of the tagging adapter")
     model.add_argument("--blocks", type=int, default=2, help="of the tagging adapter")
     start = "the adapter's first context: the empty prompt's, or its own"
-    model.add_argument("--adapter-start", choices=["empty", "random"], default="empty", help=start)
+    model.add_argument("--adapter-start", choices=["empty", "random"], default="random", help=start)
     model.add_argument("--tag-loss-weight", type=float, default=1.0, help="of Eq. 7; 0 turns it off")
     model.add_argument("--timestep", type=int, default=0, help="of the minor noise, 0 to 999")
     model.add_argument(
