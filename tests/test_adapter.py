@@ -266,9 +266,9 @@ def test_each_picture_has_its_own_tags(empty, classes, image_tokens, text):
         assert (other.logits - together.logits).abs().amax(dim=1).min() > 0.01
 
 
-def test_tagging_starts_from_the_empty_prompt(empty, classes, image_tokens, text):
+def test_tagging_starts_from_the_empty_prompt_if_asked(empty, classes, image_tokens, text):
     """Exactly its first Q tokens, whatever picture and tags say; logits are there from the first step."""
-    adapter = Tagging(empty, classes, IMAGE, heads=HEADS, queries=Q)
+    adapter = Tagging(empty, classes, IMAGE, heads=HEADS, queries=Q, start="empty")
     context, _, logits = adapter(100 * image_tokens, None, text)
     assert torch.equal(context, torch.stack([empty[:Q], empty[:Q]]))
     assert not torch.equal(logits[0], logits[1])
@@ -276,9 +276,9 @@ def test_tagging_starts_from_the_empty_prompt(empty, classes, image_tokens, text
     assert adapter.bias == -2
 
 
-def test_tagging_starts_from_random_queries_if_asked(empty, classes, image_tokens, text):
+def test_tagging_starts_from_random_queries(empty, classes, image_tokens, text):
     """Then the context is m itself: every token has the mean and the size of SD's own, and "" is not kept."""
-    adapter = Tagging(empty, classes, IMAGE, heads=HEADS, queries=P + 1, start="random")
+    adapter = Tagging(empty, classes, IMAGE, heads=HEADS, queries=P + 1)
     context = adapter(image_tokens, None, text).context
     assert context.shape == (2, P + 1, C)
     assert_close(context.mean(dim=-1), torch.zeros(2, P + 1), **BAR)
@@ -291,7 +291,7 @@ def test_what_learns_and_when(empty, classes, image_tokens, text):
     always.
     """
     targets = torch.eye(K)[:2]
-    whole = {name for name, _ in Tagging(empty, classes, IMAGE, HEADS, Q).named_parameters()}
+    whole = {name for name, _ in Tagging(empty, classes, IMAGE, HEADS, Q, start="empty").named_parameters()}
     scalars = {"log_scale", "bias"}
 
     def moved(adapter: Tagging, by_task: bool, by_tags: bool) -> set[str]:
@@ -299,14 +299,14 @@ def test_what_learns_and_when(empty, classes, image_tokens, text):
         loss = by_task * task(context) + by_tags * asymmetric_loss(logits, targets)[0]
         return learners(adapter, loss)
 
-    adapter = Tagging(empty, classes, IMAGE, heads=HEADS, queries=Q)
+    adapter = Tagging(empty, classes, IMAGE, heads=HEADS, queries=Q, start="empty")
     assert moved(adapter, True, False) == {"g"}
     assert moved(adapter, True, False) == whole - scalars
-    adapter = Tagging(empty, classes, IMAGE, heads=HEADS, queries=Q)
+    adapter = Tagging(empty, classes, IMAGE, heads=HEADS, queries=Q, start="empty")
     assert moved(adapter, False, True) == whole - {"g"}
-    adapter = Tagging(empty, classes, IMAGE, heads=HEADS, queries=Q)
+    adapter = Tagging(empty, classes, IMAGE, heads=HEADS, queries=Q, start="empty")
     assert moved(adapter, True, True) == whole
-    adapter = Tagging(empty, classes, IMAGE, heads=HEADS, queries=Q, start="random")
+    adapter = Tagging(empty, classes, IMAGE, heads=HEADS, queries=Q)
     assert moved(adapter, True, False) == whole - scalars - {"g"}
 
 
@@ -362,15 +362,15 @@ def test_one_class_is_no_accident(empty, classes, image_tokens):
 
 
 def test_size_at_the_paper_s_width():
-    """25,612,802: queries, image projection, two blocks, output MLP and norm, g, scale and bias."""
+    """25,612,034: queries, image projection, two blocks, output MLP and norm, scale and bias."""
     W = 768
     attention = 4 * W * W + W
     block = 4 * 2 * W + 3 * attention + (W * 4 * W + 4 * W) + (4 * W * W + W)
-    expected = 32 * W + (1024 * W + W) + 2 * block + 2 * (W * W + W) + 2 * W + W + 2
+    expected = 32 * W + (1024 * W + W) + 2 * block + 2 * (W * W + W) + 2 * W + 2
     with torch.device("meta"):
         adapter = Tagging(torch.empty(77, W), torch.empty(150, W))
-    assert sum(x.numel() for x in adapter.parameters()) == expected == 25_612_802
-    assert "25,612,802" in Tagging.__doc__
+    assert sum(x.numel() for x in adapter.parameters()) == expected == 25_612_034
+    assert "25,612,034" in Tagging.__doc__
 
 
 # The start, with CLIP's real vectors of ADE20K's class names
@@ -560,7 +560,7 @@ def test_sizes_that_make_no_adapter(empty, classes):
     """One sentence each, with the value and the cure."""
     tiny = (empty, classes, IMAGE)
     with pytest.raises(AdapterError, match="10 queries start from the 9 tokens .* at most 9"):
-        Tagging(*tiny, heads=HEADS, queries=P + 1)
+        Tagging(*tiny, heads=HEADS, queries=P + 1, start="empty")
     with pytest.raises(AdapterError, match="'zero': give 'empty' or 'random'"):
         Tagging(*tiny, heads=HEADS, queries=Q, start="zero")
     with pytest.raises(AdapterError, match="3 heads do not divide .* 16"):
