@@ -6,10 +6,10 @@ Where the data set has instances, also the PQ of its segments.
     python eval.py runs/NAME --ms                        # "+MS": five scales, each also mirrored
     torchrun --nproc-per-node 8 eval.py runs/NAME/last   # the processes share the pictures
 
-It writes result.json, result.md, confusion.csv and confusion.png; of mask2former also panoptic.json and the
-PNGs of panoptic/, as COCO's server takes them. The checkpoint knows its data set, classes, sizes and
-condition, so no flag asks for them. Top to bottom: reading the pictures, what was counted and what follows
-from it, the report, its files, the command line.
+It writes result.json, result.md, confusion.csv and confusion.png; of mask2former also panoptic.json and,
+in panoptic/, the PNGs that it lists and no earlier ones, as COCO's server takes them. The checkpoint knows
+its data set, classes, sizes and condition, so no flag asks for them. Top to bottom: reading the pictures,
+what was counted and what follows from it, the report, its files, the command line.
 """
 
 import argparse
