@@ -6,10 +6,10 @@ Where the data set has instances, also the PQ of its segments.
     python eval.py runs/NAME --ms                        # "+MS": five scales, each also mirrored
     torchrun --nproc-per-node 8 eval.py runs/NAME/last   # the processes share the pictures
 
-It writes result.json, result.md, confusion.csv and confusion.png; of mask2former also panoptic.json and the
-PNGs of panoptic/, as COCO's server takes them. The checkpoint knows its data set, classes, sizes and
-condition, so no flag asks for them. Top to bottom: reading the pictures, what was counted and what follows
-from it, the report, its files, the command line.
+It writes result.json, result.md, confusion.csv and confusion.png; of mask2former also panoptic.json and,
+in panoptic/, the PNGs that it lists and no earlier ones, as COCO's server takes them. The checkpoint knows
+its data set, classes, sizes and condition, so no flag asks for them. Top to bottom: reading the pictures,
+what was counted and what follows from it, the report, its files, the command line.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from panoptic_eval import Found, Judge
 from panoptic_stream import PanopticEvaluationStream
 from pictures import confusion_matrix
 from ranks import Ranks, connect, disconnect
-from recipes import default_data, open_set, stride_of
+from recipes import add_segment_flags, default_data, open_set, segment_options, stride_of
 from scenes import VERSION
 from stream import EvaluationStream, Item
 from weights.load import WeightsError
@@ -444,6 +444,7 @@ def run(options: argparse.Namespace, ranks: Ranks) -> None:
             f"was trained on {len(config.classes)}, such as {config.classes[0]}: give another --data"
         )
     refuse_flags(options, config)
+    reading = segment_options(options, config.decoder)
     words = open_dataset_words(options.tags, config, dataset, root)
     window, stride = windows_of(options, config)
     check(dataset, CHECKED)
@@ -462,9 +463,7 @@ def run(options: argparse.Namespace, ranks: Ranks) -> None:
     mine = {"workers": options.workers, "rank": ranks.rank, "world": ranks.world, "show": ranks.first}
     indices = [i * len(dataset) // n for i in range(n)]
     if config.decoder == "mask2former":
-        score = SCORE if options.score is None else options.score
-        overlap = OVERLAP if options.overlap is None else options.overlap
-        mine |= {"score": score, "overlap": overlap, "folder": out / "panoptic", "instances": True}
+        mine |= {**reading, "folder": out / "panoptic", "instances": True}
     result = evaluate(tada, dataset, words, **protocol, indices=indices, **mine)
     if ranks.first:
         print(result.as_markdown())
@@ -507,17 +506,11 @@ def open_dataset_words(tags: str | None, config: TadaConfig, dataset: Dataset, r
 
 
 def refuse_flags(options: argparse.Namespace, config: TadaConfig) -> None:
-    """What the decoder has no use for."""
-    if config.decoder == "mask2former":
-        names = ("ms", "flip", "window", "stride")
-        given = [name for name in names if getattr(options, name)]
-        given += ["scales"] if not given and options.scales != [1.0] else []
-        cure = "mask2former reads a picture whole, once; leave it out"
-    else:
-        given = [name for name in ("score", "overlap") if getattr(options, name) is not None]
-        cure = f"it is of mask2former's segments, and this model's decoder is {config.decoder}; leave it out"
-    if given:
-        raise EvalError(f"--{given[0]}: {cure}")
+    """What mask2former has no use for."""
+    given = [name for name in ("ms", "flip", "window", "stride") if getattr(options, name)]
+    given += ["scales"] if not given and options.scales != [1.0] else []
+    if given and config.decoder == "mask2former":
+        raise EvalError(f"--{given[0]}: mask2former reads a picture whole, once; leave it out")
 
 
 def windows_of(options: argparse.Namespace, config: TadaConfig) -> tuple[Size | None, Size | None]:
@@ -562,11 +555,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--window", **sides, metavar="N", help="its height and width (default: the crop of training)")
     steps = "from window to window (default: that of training; two thirds of --window)"
     group.add_argument("--stride", **sides, metavar="N", help=steps)
-    add = parser.add_argument_group("the segments of mask2former").add_argument
-    least = "least probability of a segment's class (default: 0.8, Mask2Former's; ODISE's is 0.0)"
-    add("--score", type=share, metavar="X", help=least)
-    kept = "least share of its mask that a segment keeps of what others claim (default: 0.8)"
-    add("--overlap", type=share, metavar="X", help=kept)
+    add_segment_flags(parser)
     add = parser.add_argument_group("the run").add_argument
     add("--weights", metavar="DIR", help="the frozen files (default: where training had them)")
     add("--workers", type=int, default=2, metavar="N", help="processes that load pictures (default: 2)")
@@ -592,13 +581,6 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
-
-
-def share(text: str) -> float:
-    x = float(text)  # argparse reports a ValueError
-    if not 0 <= x <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not in 0..1")
-    return x
 
 
 def scale(text: str) -> float:

@@ -24,13 +24,18 @@ more than half of it lies on void and on the crowd of its class. All of it is co
 github.com/cocodataset/panopticapi (evaluation.py at 7bb4655) counts, but for one thing: where nothing occurs
 at all, their mean stops with a division by zero and ours is NaN.
 
-Top to bottom: segments, the ids of a PNG, the JSON read and written, counting, PQ, AP, and panoptic
-segments from a map of classes. Nothing here knows of a model.
+    python panoptic.py TRUTH.json PREDICTION.json  # PQ, SQ, RQ of a prediction that any program wrote
+
+Top to bottom: segments, the ids of a PNG, the JSON read and written, counting, PQ, AP, panoptic segments from
+a map of classes, and the command line. Nothing here knows of a model.
 """
 
+import argparse
 import contextlib
 import io
 import json
+import math
+import sys
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +45,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from data import IGNORE, MAX_PIXELS, DataError, distinct_colour, opened
 
@@ -153,8 +159,11 @@ class Annotations:
         return read_ids(folder / self.pngs[i], self.segments(i))
 
 
-def read_annotations(file: str | Path) -> Annotations:
-    """Read a panoptic JSON of COCO's form. Raises DataError with the file, the value and the cure."""
+def read_annotations(file: str | Path, truth: Annotations | None = None) -> Annotations:
+    """Read a panoptic JSON of COCO's form. Raises DataError with the file, the value and the cure.
+
+    A prediction may have annotations alone: its categories and images are then those of the `truth`.
+    """
     file = Path(file)
     try:
         content = json.loads(file.read_bytes())
@@ -162,6 +171,10 @@ def read_annotations(file: str | Path) -> Annotations:
         raise DataError(f"{file} cannot be read ({error.strerror}): give a panoptic JSON") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not JSON ({error}): give a panoptic JSON") from None
+    if truth is not None and isinstance(content, dict):
+        names = zip(truth.image_ids, truth.pictures, strict=True)
+        images = [{"id": id, "file_name": name} for id, name in names]
+        content = {"categories": truth.categories.as_json(), "images": images} | content
     lists = [content.get(key) if isinstance(content, dict) else None for key in TOP]
     if not all(isinstance(x, list) for x in lists):
         raise DataError(f"{file} must be an object with the lists {', '.join(TOP)}")
@@ -381,7 +394,7 @@ def compare(truth: Annotations, folder: Path, predicted: Annotations, predicted_
         raise DataError(f"{predicted.file} has other categories than {truth.file}: take them over from there")
     place = {id: i for i, id in enumerate(predicted.image_ids)}
     counts = torch.zeros(len(truth.categories), 4, dtype=torch.float64)
-    for i, id in enumerate(truth.image_ids):
+    for i, id in enumerate(tqdm(truth.image_ids, "comparing", disable=None)):
         if id not in place:
             raise DataError(f"{predicted.file} has no annotation for the image {id!r}: every one needs it")
         j = place[id]
@@ -511,3 +524,50 @@ def components(
         ids += id_of[parts]
         segments += [Segment(id, k, bool(things[k])) for id in id_of[kept].tolist()]
     return ids, segments
+
+
+# ---- the command line ------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the quality of a written prediction, in percent; 2 if it cannot be compared."""
+    options = parse(argv)
+    try:
+        truth = read_annotations(options.truth)
+        predicted = read_annotations(options.prediction, truth)
+        folder = pngs_of(truth, options.truth_folder, "--truth-folder")
+        other = pngs_of(predicted, options.prediction_folder, "--prediction-folder")
+        quality = compare(truth, folder, predicted, other)
+    except DataError as error:
+        print(f"panoptic.py: {error}", file=sys.stderr)
+        return 2
+    print("            PQ      SQ      RQ  classes")
+    for which in ("all", "things", "stuff"):
+        *means, n = quality.mean(which).values()
+        numbers = ("-" if math.isnan(x) else f"{100 * x:.2f}" for x in means)
+        print(f"{which:6}{''.join(f'{x:>8}' for x in numbers)}{n:9}")
+    return 0
+
+
+def pngs_of(annotations: Annotations, folder: str | None, flag: str) -> Path:
+    """Where the PNGs of a JSON are: in the folder, or in one of the JSON's name."""
+    found = Path(folder) if folder else annotations.file.with_suffix("")
+    if not found.is_dir():
+        raise DataError(f"{found} is no folder: give that of the PNGs of {annotations.file} with {flag}")
+    return found
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="The panoptic quality of a prediction in COCO's format, as panopticapi counts it."
+    )
+    parser.add_argument("truth", metavar="TRUTH.json", help="a panoptic JSON, such as panoptic_val2017.json")
+    parser.add_argument("prediction", metavar="PREDICTION.json", help="such as the panoptic.json of eval.py")
+    pngs = "the folder of its PNGs (default: that of its name, without .json)"
+    parser.add_argument("--truth-folder", metavar="DIR", help=pngs)
+    parser.add_argument("--prediction-folder", metavar="DIR", help=pngs)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,6 +9,7 @@ what a panoptic decoder must beat.
 """
 
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from panoptic import (
     coco_truth,
     count,
     pycocotools,
+    read_annotations,
     write_annotations,
     write_ids,
 )
@@ -58,12 +60,17 @@ class Found:
 
 
 class Judge:
-    """Counts one process's pictures; with a `folder` it also writes their ids there, as PNGs."""
+    """Counts one process's pictures; with a `folder` it also writes their ids, as PNGs.
+
+    They lie beside the folder, in `.tmp-` and its name, until all are there: an evaluation that is stopped
+    leaves the folder and its JSON as they were.
+    """
 
     def __init__(
         self, dataset: PanopticDataset, how: str, folder: Path | None = None, instances: bool = False
     ):
         self.dataset, self.how, self.folder = dataset, how, folder
+        self.new = folder and folder.with_name(f".tmp-{folder.name}")
         self.counts = torch.zeros(len(dataset.classes), 4, dtype=torch.float64)
         self.images: list[dict] = []
         self.entries: list[dict] = []
@@ -89,7 +96,7 @@ class Judge:
         if self.folder is not None:
             files = isinstance(self.dataset, PanopticFiles)
             png = self.dataset.annotations.pngs[item.position] if files else f"{name}.png"
-            write_ids(ids, self.folder / png)
+            write_ids(ids, self.new / png)
             self.entries.append(annotation(image_id, png, ids, segments, categories))
         if self.instances and instances is not None:
             labels, scores, masks = (x.cpu() for x in instances)
@@ -98,17 +105,32 @@ class Judge:
             self.truth += coco_truth(image_id, item.ids, item.segments, categories)
 
     def end(self, ranks: Ranks) -> Found:
-        """The measures of all processes' pictures; rank 0 writes the JSON beside the folder."""
+        """The measures of all processes' pictures; rank 0 fills the folder and writes the JSON beside it."""
         counts = ranks.sum(self.counts.to(ranks.device)).cpu()
         images, entries, truth, results = (
             gathered(x, ranks) for x in (self.images, self.entries, self.truth, self.results)
         )
-        if self.folder is not None and ranks.first:
-            write_annotations(self.folder.with_suffix(".json"), self.dataset.categories, images, entries)
         precision = None
         if self.instances:
             precision = average_precision(images, truth, results, self.dataset.categories)
+        if self.folder is not None and ranks.first:
+            self.fill([entry["file_name"] for entry in entries])
+            write_annotations(self.folder.with_suffix(".json"), self.dataset.categories, images, entries)
         return Found(self.how, Quality(counts, self.dataset.categories.things), precision, self.lacking)
+
+    def fill(self, pngs: Sequence[str]) -> None:
+        """Move the new PNGs into the folder; those that an earlier JSON lists go, any other file stays."""
+        try:
+            earlier = read_annotations(self.folder.with_suffix(".json")).pngs
+        except DataError:  # there is none
+            earlier = []
+        for file in (self.folder / png for png in earlier):
+            if file.is_file() and file.resolve().is_relative_to(self.folder.resolve()):
+                file.unlink()
+        for png in pngs:
+            (self.folder / png).parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(self.new / png, self.folder / png)
+        shutil.rmtree(self.new)  # with what an evaluation that was stopped may have left there
 
 
 def gathered(part: list, ranks: Ranks) -> list:

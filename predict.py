@@ -18,7 +18,7 @@ For `x.jpg` it writes into --out:
 Folders are mirrored, and so is what a glob's wildcards match. Where two results would share a name the later
 picture keeps its suffix (1.jpg -> 1.png, 1.png -> 1.png.png); inputs that share names (a/1.jpg b/1.jpg) are
 mirrored from the folder that holds them all. What another picture or program wrote is never overwritten. What
-the same model did with the same words, scales and flip is skipped.
+the same model did with the same words, scales, flip, score and overlap is skipped.
 
 Top to bottom: which pictures, under which names, with which words; one picture; what is written; the command.
 """
@@ -61,6 +61,7 @@ from model import ModelError, Size, Tada, TadaConfig, digest, windows
 from panoptic import to_colours
 from pictures import TILE, heat, mosaic, overlay, percent, segment_overlay
 from ranks import Ranks, connect, disconnect
+from recipes import add_segment_flags, segment_options
 from run import RunError, lock
 from weights.load import WeightsError
 
@@ -233,7 +234,7 @@ def predict(tada: Tada, job: Job, options: argparse.Namespace, folder: "Folder")
             words = [word for word, _ in tada.tag(image)[0]]
         tags = None if words is None else [words]
         if config.decoder == "mask2former":
-            found = tada.segment(image, tags, size)
+            found = tada.segment(image, tags, size, **folder.reading)
         else:
             found = tada.predict(seen, tags, size, small, *how)
         labels = found.labels[0].byte().cpu().numpy()  # (H, W)
@@ -304,10 +305,15 @@ class Folder:
     """--out: every file appears whole, under its name, or not at all."""
 
     def __init__(
-        self, out: Path, options: argparse.Namespace, checkpoint: str, ranks: Ranks, segments: bool = False
+        self,
+        out: Path,
+        options: argparse.Namespace,
+        checkpoint: str,
+        ranks: Ranks,
+        reading: dict[str, float],
     ):
         self.out, self.options, self.checkpoint, self.ranks = out, options, checkpoint, ranks
-        self.segments = segments  # does a map of ids belong to each picture?
+        self.reading = reading  # how segments are read; {}: no map of ids belongs to a picture
         self.lock = None
         self.list = out / (LIST if ranks.world == 1 else f".{ranks.rank}.{LIST}")  # each process has its own
 
@@ -351,7 +357,7 @@ class Folder:
                     f"{self.out / job.name}.png is there and {LIST} has no line for it: give another --out"
                 )
             ids = f"{job.name}{SEGMENTS}"
-            if self.segments and (
+            if self.reading and (
                 ids.removesuffix(".png") in {*records, *names.values()}
                 or (job.name not in records and (self.out / ids).exists())
             ):
@@ -379,12 +385,12 @@ class Folder:
         """What a result depends on, beside its picture."""
         options = self.options
         asked = {"asked": job.words, "scales": options.scales, "flip": options.flip}
-        return {"checkpoint": self.checkpoint, **asked}
+        return {"checkpoint": self.checkpoint, **asked, **self.reading}
 
     def is_done(self, job: Job, record: dict | None) -> bool:
         """Was all that is asked for made of this picture, and not changed since?"""
         endings = [".overlay.jpg", ".png"] + [".attention.jpg"] * self.options.attention
-        endings += [SEGMENTS] * self.segments
+        endings += [SEGMENTS] * bool(self.reading)
         files = [self.out / f"{job.name}{ending}" for ending in endings]
         if record is None or not self.settings(job).items() <= record.items() or not os.path.exists(job.path):
             return False
@@ -448,11 +454,12 @@ def run(options: argparse.Namespace, ranks: Ranks) -> int:
     if config.decoder == "mask2former" and (options.flip or options.scales != [1.0]):
         name = "flip" if options.flip else "scales"
         raise PredictError(f"--{name}: mask2former reads a picture whole, once; leave it out")
+    reading = segment_options(options, config.decoder)
     out = Path(options.out).absolute()
     found = find(options.inputs, out)
     words = read_words(config, options.tags, found)
 
-    folder = Folder(out, options, digest(file), ranks, config.decoder == "mask2former")
+    folder = Folder(out, options, digest(file), ranks, reading)
     try:
         if ranks.first:
             folder.claim()
@@ -516,6 +523,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     model.add_argument("--scales", type=scale, nargs="+", metavar="X", default=[1.0], help=scales)
     model.add_argument("--flip", action="store_true", help="average with the mirrored picture's prediction")
     model.add_argument("--attention", action="store_true", help="draw where each word is attended to")
+    add_segment_flags(parser)
     options = parser.parse_intermixed_args(argv)  # pictures may follow flags too
     options.weights, options.tags = getattr(options, "weights", None), getattr(options, "tags", None)
     return options

@@ -1,7 +1,8 @@
 """The paper's settings as the defaults of train.py's command line: which data set and model gets which.
 
 Section 4.1 and the captions of Tables 1 to 3; what the paper leaves open is marked in PAPER.md. Top to
-bottom: the recipes, the flags, their values, the model they ask for.
+bottom: the recipes, the flags, their values, the model they ask for; and the flags of segments, which
+eval.py and predict.py share.
 """
 
 import argparse
@@ -12,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data import LAYOUTS, Dataset, open_dataset
-from model import TadaConfig
+from mask2former import OVERLAP, SCORE
+from model import ModelError, TadaConfig
 from panoptic_data import PANOPTIC_LAYOUTS, PanopticDataset, open_panoptic
 from panoptic_stream import SCALES
 
@@ -285,3 +287,35 @@ def config_of(options: argparse.Namespace, dataset: Dataset) -> TadaConfig:
         stride=tuple(stride_of(side) for side in options.crop),
         **{name: getattr(options, name) for name in names.split()},
     )
+
+
+# ---- the flags of segments
+
+
+def add_segment_flags(parser: argparse.ArgumentParser) -> None:
+    """--score and --overlap of eval.py and predict.py; the options lack one that is not given."""
+    add = parser.add_argument_group("the segments of mask2former").add_argument
+    some = {"type": share, "metavar": "X", "default": argparse.SUPPRESS}
+    least = f"least probability of a segment's class (default: {SCORE}, Mask2Former's; ODISE's is 0.0)"
+    add("--score", **some, help=least)
+    kept = f"least share of its mask that a segment keeps of what others claim (default: {OVERLAP})"
+    add("--overlap", **some, help=kept)
+
+
+def segment_options(options: argparse.Namespace, decoder: str) -> dict[str, float]:
+    """`score` and `overlap` of mask2former, {} of another decoder. Raises ModelError if that is given one."""
+    given = {name: value for name, value in vars(options).items() if name in ("score", "overlap")}
+    if decoder == "mask2former":
+        return {"score": SCORE, "overlap": OVERLAP} | given
+    for name in given:
+        raise ModelError(
+            f"--{name}: it is of mask2former's segments, and this model's decoder is {decoder}; leave it out"
+        )
+    return {}
+
+
+def share(text: str) -> float:
+    x = float(text)  # argparse reports a ValueError
+    if not 0 <= x <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not in 0..1")
+    return x

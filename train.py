@@ -50,6 +50,8 @@ from stream import Batch, EvaluationStream, TrainStream
 from weights.load import WeightsError
 
 SHOWN = 8  # pictures in inputs.jpg and in val/
+# This pass of torch 2.13's compiler may read a sum before it is made: all maps then have the gradient 0.
+COMPILE = {"reorder_for_peak_memory": False}
 POINTS = 3  # keeps this use of the seed apart from the order's and the samples' (stream.py)
 
 
@@ -159,8 +161,8 @@ def loop(
     """Train from `state` to the last iteration; the exit code."""
     ranks, model = run.ranks, tada
     if options.compile:
-        tada.features = torch.compile(tada.features)
-        tada.decoder.compile()
+        tada.features = torch.compile(tada.features, options=COMPILE)
+        tada.decoder.compile(options=COMPILE)
     if ranks.world > 1:
         devices = [ranks.device.index] if ranks.device.type == "cuda" else None
         model = DistributedDataParallel(tada, device_ids=devices, broadcast_buffers=False)

@@ -30,7 +30,7 @@ from data import IGNORE, DataError, open_dataset, open_words
 from eval import Result, average_precision, count, evaluate, main, write
 from mask2former import Instances, Panoptic
 from model import Segmented, TadaConfig, build
-from panoptic import compare, read_annotations, semantic
+from panoptic import annotation, compare, read_annotations, semantic, write_annotations, write_ids
 from panoptic_data import open_panoptic
 from pictures import confusion_matrix
 
@@ -789,11 +789,11 @@ def test_photographs_of_ade20k_and_coco(data, tmp_path):
     about = json.loads((samples / "panoptic_examples.json").read_text())
     index = {category["id"]: k for k, category in enumerate(about["categories"])}
     expected = np.zeros(133, np.int64)
-    for annotation in about["annotations"]:
-        name = annotation["file_name"]
+    for entry in about["annotations"]:
+        name = entry["file_name"]
         rgb = np.asarray(Image.open(samples / "panoptic_examples" / name)).astype(np.int64)
         ids, labels = rgb @ [1, 256, 65536], np.full(rgb.shape[:2], IGNORE, np.uint8)
-        for segment in annotation["segments_info"]:
+        for segment in entry["segments_info"]:
             labels[ids == segment["id"]] = index[segment["category_id"]]
             expected[index[segment["category_id"]]] += segment["area"]
         save(labels, tmp_path / "coco/labels/val" / name)
@@ -852,6 +852,37 @@ def test_segments_are_judged_as_they_are_written(judged, tmp_path, capsys):
     assert "| things |" in (tmp_path / "result.md").read_text()
 
 
+def test_the_folder_holds_what_its_json_lists(judged, tmp_path, monkeypatch):
+    """After an evaluation of more pictures, or one that was stopped; what is not of eval.py stays."""
+    run, folder = judged[0] / "step-000007", tmp_path / "panoptic"
+    command = [str(run), "--workers", "0", "--out", str(tmp_path)]
+
+    def held() -> list[str]:
+        return sorted(path.name for path in folder.iterdir())
+
+    assert main(command) == 0
+    assert held() == ["0.png", "1.png", "2.png"]
+    before = (tmp_path / "panoptic.json").read_bytes()
+    monkeypatch.setattr(module, "agree", interrupted)
+    assert main([*command, "--limit", "1", "--score", "0"]) == 130
+    assert held() == ["0.png", "1.png", "2.png"] and (tmp_path / "panoptic.json").read_bytes() == before
+    monkeypatch.undo()
+
+    for name in ("panoptic/mine.png", "panoptic/notes.txt", "mine.png", ".tmp-panoptic/7.png"):
+        (tmp_path / name).touch()
+    content = json.loads(before)
+    content["annotations"][2]["file_name"] = "../mine.png"  # nothing outside is deleted
+    (tmp_path / "panoptic.json").write_text(json.dumps(content))
+    assert main([*command, "--limit", "1"]) == 0
+    assert held() == ["0.png", "2.png", "mine.png", "notes.txt"]  # 2.png is listed no more
+    assert read_annotations(tmp_path / "panoptic.json").pngs == ["0.png"]
+    assert (tmp_path / "mine.png").exists() and not (tmp_path / ".tmp-panoptic").exists()
+
+
+def interrupted(*arguments):
+    raise KeyboardInterrupt
+
+
 def test_a_perfect_model_has_all_points(judged, monkeypatch):
     _, tada, dataset = judged
     pictures = iter(range(len(dataset)))
@@ -882,12 +913,20 @@ def test_two_processes_share_the_segments(judged, segments, tmp_path):
     run, tada, dataset = judged
     broken = Path(shutil.copytree(segments, tmp_path / "broken"))
     damage(broken / "val/2.png", "cut")
+    earlier = tmp_path / "out" / "panoptic"
+    write_ids(np.zeros((4, 4), np.int32), earlier / "earlier.png")
+    entries = [annotation(9, "earlier.png", np.zeros((4, 4)), [], dataset.categories.ids)]
+    write_annotations(
+        earlier.with_suffix(".json"), dataset.categories, [{"id": 9, "file_name": "earlier"}], entries
+    )
     in_two_processes(tmp_path, run / "step-000007", broken)
     expected = evaluate(tada, dataset, words_from("classes", dataset), instances=True).as_json()
     found = stored(tmp_path / "out")
     assert {name: found[name] for name in expected} | {"seconds": 0} == {**expected, "seconds": 0}
     written = read_annotations(tmp_path / "out" / "panoptic.json")
     assert written.image_ids == dataset.image_ids
+    assert sorted(path.name for path in earlier.iterdir()) == written.pngs
+    compare(dataset.annotations, dataset.pngs, written, earlier)  # the second evaluation, stopped, left them
 
 
 def test_flags_of_another_decoder_are_refused(judged, finished, capsys):

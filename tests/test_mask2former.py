@@ -7,6 +7,7 @@ are copied to ours by name.
 
 import math
 from functools import partial
+from shutil import which
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
+import mask2former as module
 from bench_mask2former import our_names, run_peer, twice
 from mask2former import (
     DeformableAttention,
@@ -35,6 +37,7 @@ from mask2former import (
     uncertain_points,
     visible,
 )
+from train import COMPILE
 
 BAR = 1e-4  # relative RMS error
 CHANNELS, THINGS, LAYERS, QUERIES = (SMALL[x] for x in ("channels", "things", "layers", "queries"))
@@ -400,6 +403,81 @@ def test_losses_and_readings_are_float32_under_autocast():
     assert semantic.dtype == torch.float32 and all(x.dtype == torch.float32 for x, _ in losses.values())
     full = Prediction(*(tuple(x.float() for x in part) for part in prediction))
     assert error(total(losses), total(decoder.loss(full, targets, steady))) <= 1e-6
+
+
+@pytest.mark.parametrize("pixel_decoder", ["deformable", "fpn"])
+def test_learns_in_bfloat16_as_in_float32(monkeypatch, pixel_decoder):
+    """Autocast around forward and loss: what is said, the loss and its gradient, within a few of bfloat16's
+    roundings (2^-8); the matching sees float32, and so do the losses of the masks.
+    """
+    decoder = wake(shake(Mask2Former(**SMALL, pixel_decoder=pixel_decoder)))
+    features, targets, seen = pyramid(), segments(3, 5), []
+
+    def spy(name: str):
+        called = getattr(module, name)
+
+        def told(*args):
+            seen.append({x.dtype for x in args[:2]})
+            return called(*args)
+
+        monkeypatch.setattr(module, name, told)
+
+    spy("match"), spy("mask_losses")
+    results = []
+    for enabled in (False, True):
+        decoder.zero_grad()
+        maps = [x.clone().requires_grad_() for x in features]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            prediction = decoder(maps)
+            loss = total(decoder.loss(prediction, targets, steady))
+        loss.backward()
+        gradients = [x.grad.flatten() for x in (*maps, *decoder.parameters())]
+        assert all(x.dtype == torch.float32 for x in gradients)
+        results.append((prediction, loss, torch.cat(gradients)))
+    assert prediction.masks[-1].dtype == prediction.classes[-1].dtype == torch.bfloat16
+    assert seen == [{torch.float32}] * 2 * 2 * (LAYERS + 1)
+    (full, loss, gradient), (half, other, another) = results
+    for x, y in zip((*half.classes, *half.masks), (*full.classes, *full.masks), strict=True):
+        assert error(x, y) <= 0.03
+    assert error(other, loss) <= 0.005
+    assert error(another, gradient) <= 0.05
+
+
+def compiled(pixel_decoder: str, layers: int, pixel_layers: int, **how) -> None:
+    """The decoder compiled in place, as train.py does it, learns as the plain one."""
+    sizes = SMALL | {"layers": layers, "pixel_layers": pixel_layers}
+    decoder = wake(shake(Mask2Former(**sizes, pixel_decoder=pixel_decoder)))
+    features, targets, results = pyramid(), segments(3, 5), []
+    for compile in (False, True):
+        if compile:
+            decoder.compile(**how)
+        decoder.zero_grad()
+        maps = [x.clone().requires_grad_() for x in features]
+        prediction = decoder(maps)
+        total(decoder.loss(prediction, targets, steady)).backward()
+        gradients = {name: x.grad.clone() for name, x in decoder.named_parameters()}
+        results.append((prediction, gradients | dict(enumerate(x.grad for x in maps))))
+    (plain, gradients), (other, others) = results
+    assert error(other.masks[-1], plain.masks[-1]) <= 1e-5
+    assert error(other.classes[-1], plain.classes[-1]) <= 1e-5
+    for name, x in gradients.items():
+        if not str(name).endswith("attention.k.bias"):
+            assert error(others[name], x) <= BAR, name
+
+
+@pytest.mark.parametrize("pixel_decoder", ["deformable", "fpn"])
+def test_is_one_graph(pixel_decoder):
+    """torch.compile traces forward and backward whole, whatever compiles them then."""
+    compiled(pixel_decoder, 1, 1, backend="aot_eager", fullgraph=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pixel_decoder", ["deformable", "fpn"])
+def test_learns_compiled(pixel_decoder):
+    """As train.py --compile has it: without its option, no gradient comes through the pyramid."""
+    if not which("c++"):
+        pytest.skip("torch.compile needs a C++ compiler")
+    compiled(pixel_decoder, 3, 1, options=COMPILE, fullgraph=True)
 
 
 def test_learns_two_pictures_by_heart():

@@ -1,6 +1,8 @@
 """panoptic.py: the format written and read, PQ against panopticapi's own numbers and brute force, AP."""
 
 import json
+import re
+import shutil
 import sys
 
 import numpy as np
@@ -26,6 +28,7 @@ from panoptic import (
     components,
     count,
     from_colours,
+    main,
     positions,
     read_annotations,
     read_ids,
@@ -225,6 +228,57 @@ def test_the_quality_is_that_of_panopticapi(golden):
         row = rows[truth.categories.ids.index(int(id))].tolist()
         assert row == pytest.approx([numbers[key] for key in ("pq", "sq", "rq")], abs=1e-12)
     assert quality.PQ == pytest.approx(0.539615, abs=1e-6)
+
+
+def test_the_command_prints_what_panopticapi_prints(golden, tmp_path, capsys):
+    """In percent; of a prediction too that has annotations alone, and PNGs in the folder of its name."""
+    truth, folder, predicted, predicted_folder, expected = golden
+    command = [str(truth.file), str(predicted.file), "--truth-folder", str(folder)]
+    assert main([*command, "--prediction-folder", str(predicted_folder)]) == 0
+    said = capsys.readouterr().out
+    head, *rows = (line.split() for line in said.splitlines())
+    assert head == ["PQ", "SQ", "RQ", "classes"]
+    for row, name in zip(rows, ("All", "Things", "Stuff"), strict=True):
+        numbers = [f"{100 * expected[name][key]:.2f}" for key in ("pq", "sq", "rq")]
+        assert row == [name.lower(), *numbers, str(expected[name]["n"])]
+
+    content = json.loads(predicted.file.read_text())
+    (tmp_path / "few.json").write_text(json.dumps({"annotations": content["annotations"]}))
+    shutil.copytree(predicted_folder, tmp_path / "few")
+    assert main([command[0], str(tmp_path / "few.json"), *command[2:]]) == 0
+    assert capsys.readouterr().out == said
+
+    file = str(small(tmp_path, np.array([[1]]), [Segment(1, 0, True)]).file)
+    assert main([file, file, "--truth-folder", str(tmp_path), "--prediction-folder", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "all     100.00  100.00  100.00        1",
+        "things  100.00  100.00  100.00        1",
+        "stuff        -       -       -        0",
+    ]
+
+
+def test_what_cannot_be_compared_gets_one_sentence(golden, tmp_path, capsys):
+    truth, folder, predicted, predicted_folder, _ = golden
+    (tmp_path / "half.json").write_text('{"images": [')
+    (tmp_path / "list.json").write_text("[]")
+    content = json.loads(predicted.file.read_text())
+    del content["annotations"][0]
+    (tmp_path / "less.json").write_text(json.dumps(content))
+    left, right = str(truth.file), str(predicted.file)
+    there = ["--truth-folder", str(folder), "--prediction-folder", str(predicted_folder)]
+    cases = [
+        (["none.json", right, *there], "none.json cannot be read"),
+        ([left, str(tmp_path / "half.json"), *there], "half.json is not JSON"),
+        ([left, str(tmp_path / "list.json"), *there], "list.json must be an object with the lists"),
+        ([left, right], "golden_pq/gt is no folder: give that of the PNGs of .* with --truth-folder"),
+        ([left, right, *there[:2]], "golden_pq/pr is no folder: .* with --prediction-folder"),
+        ([left, str(tmp_path / "less.json"), *there], "less.json has no annotation for the image 142238"),
+        ([left, right, *there[:3], str(tmp_path)], r".*\.png cannot be read \(No such file"),
+    ]
+    for arguments, message in cases:
+        assert main(arguments) == 2
+        out, err = capsys.readouterr()
+        assert re.match(f"panoptic.py: .*{message}", err) and err.count("\n") == 1 and not out, err
 
 
 def test_the_truth_itself_is_perfect(golden):

@@ -154,16 +154,26 @@ def test_the_label_map_is_the_model_s(steered, tada, tmp_path, ways):
     assert list(line["shares"].values()) == sorted(shares.values(), reverse=True)
 
 
-def test_segments_are_the_model_s(tmp_path, monkeypatch):
-    """Of mask2former: the map of ids in COCO's colours, a line of what they are; done once."""
+@pytest.fixture(scope="module")
+def surest(tmp_path_factory, one_thread) -> tuple[str, Tada]:
+    """A random mask2former that is sure of its segments: its file, and itself."""
     things = tuple(name in scenes.THINGS for name in scenes.CLASSES)
     torch.manual_seed(0)
     tada = build(replace(CONFIG, decoder="mask2former", things=things)).eval()
     with torch.no_grad():
-        tada.decoder.class_head.weight.mul_(20)  # so that queries are sure
-    save_model(tada, tmp_path / "model.safetensors", {}, {})
+        tada.decoder.class_head.weight.mul_(20)  # so that queries are sure,
+        for i in (0, 2, 4):
+            tada.decoder.mask_head[i].bias.normal_(std=0.5)  # and their masks large
+    file = tmp_path_factory.mktemp("surest") / "model.safetensors"
+    save_model(tada, file, {}, {})
+    return str(file), tada
+
+
+def test_segments_are_the_model_s(surest, tmp_path, monkeypatch):
+    """Of mask2former: the map of ids in COCO's colours, a line of what they are; done once."""
+    file, tada = surest
     picture, out = save(tmp_path / "1.png"), tmp_path / "out"
-    assert main([str(tmp_path / "model.safetensors"), str(picture), "--out", str(out)]) == 0
+    assert main([file, str(picture), "--out", str(out)]) == 0
     assert results(out) == ["1.overlay.jpg", "1.png", "1.segments.png", "predictions.jsonl"]
 
     image = module.model_input(Image.open(picture), (64, 96))
@@ -177,10 +187,30 @@ def test_segments_are_the_model_s(tmp_path, monkeypatch):
     assert said == [(s.id, scenes.CLASSES[s.label], pytest.approx(s.score, rel=1e-5)) for s in segments]
 
     monkeypatch.setattr(module, "load_model", None)  # nothing is left to do
-    assert main([str(tmp_path / "model.safetensors"), str(picture), "--out", str(out)]) == 0
+    assert main([file, str(picture), "--out", str(out)]) == 0
     (out / "1.segments.png").unlink()
     with pytest.raises(TypeError):
-        main([str(tmp_path / "model.safetensors"), str(picture), "--out", str(out)])
+        main([file, str(picture), "--out", str(out)])
+
+
+def test_score_and_overlap_say_what_a_segment_is(surest, tmp_path, monkeypatch):
+    """Each as `Tada.segment` takes it; read otherwise, a picture is done anew."""
+    file, tada = surest
+    picture, out = save(tmp_path / "1.png"), tmp_path / "out"
+    image = module.model_input(Image.open(picture), (64, 96))
+    usual = tada.segment(image, [["sea"]], (60, 90)).panoptic[0].ids
+    command = [file, str(picture), "--out", str(out), "--tags", "sea"]
+    for how in ({"score": 0.9999}, {"overlap": 0.1}):
+        flags = [x for name, value in how.items() for x in (f"--{name}", str(value))]
+        assert main([*command, *flags]) == 0
+        expected = tada.segment(image, [["sea"]], (60, 90), **how).panoptic[0]
+        with Image.open(out / "1.segments.png") as written:
+            assert np.array_equal(from_colours(np.asarray(written)), expected.ids.numpy())
+        assert not torch.equal(expected.ids, usual)
+    monkeypatch.setattr(module, "load_model", None)
+    assert main([*command, *flags]) == 0  # nothing is left to do
+    with pytest.raises(TypeError):
+        main(command)
 
 
 def test_a_map_of_ids_overwrites_nothing(tmp_path, capsys):
@@ -194,6 +224,23 @@ def test_a_map_of_ids_overwrites_nothing(tmp_path, capsys):
     assert "give another --out" in capsys.readouterr().err
     assert main([file, str(tmp_path / "in"), "--flip"]) == 2
     assert "--flip: mask2former reads a picture whole" in capsys.readouterr().err
+
+
+def test_how_segments_are_read_is_mask2formers_alone(tmp_path, capsys):
+    """--score and --overlap; their defaults are those of eval.py, and its sentence."""
+    picture, out = str(save(tmp_path / "x.jpg")), tmp_path / "out"
+    for flag in ("score", "overlap"):
+        assert main([stub(tmp_path), picture, "--out", str(out), "--tags", "sea", f"--{flag}", "0.8"]) == 2
+        assert capsys.readouterr().err == (
+            f"predict.py: --{flag}: it is of mask2former's segments, and this model's decoder is fpn; "
+            "leave it out\n"
+        )
+    assert not out.exists()
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "least probability of a segment's class (default: 0.8, Mask2Former's; ODISE's is 0.0)" in said
+    assert "that a segment keeps of what others claim (default: 0.8)" in said
 
 
 def test_the_words_are_those_that_clip_finds(steered, tada, tmp_path):
@@ -584,6 +631,7 @@ def test_words_from_the_file_of_training(tmp_path, monkeypatch):
         (["--out", "file"], "file cannot be written (File exists): give another --out"),
         (["--scales", "0"], "'0' is not in 0.1..10"),
         (["--scales", "big"], "invalid scale value: 'big'"),
+        (["--score", "1.1"], "'1.1' is not in 0..1"),
     ],
 )
 def test_errors_are_one_sentence_and_exit_2(tmp_path, capsys, monkeypatch, arguments, sentence):
