@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -181,11 +180,7 @@ def count(truth: Tensor, predicted: Tensor, K: int) -> Tensor:
 
 def agree(error: DataError | None, ranks: Ranks) -> None:
     """Raise an error of any process in all of them: none waits for one that has left."""
-    said = [error and str(error)]
-    if ranks.world > 1:
-        said *= ranks.world
-        dist.all_gather_object(said, error and str(error))
-    for sentence in filter(None, said):
+    for sentence in ranks.join([str(error)] if error else []):
         raise DataError(sentence)
 
 

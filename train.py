@@ -38,7 +38,7 @@ from checkpoint import CheckpointError
 from data import DataError, Dataset, Words, check, open_words
 from eval import Result, evaluate
 from kernels import KernelError
-from mask2former import MatchingError, Rand, Target
+from mask2former import Rand, Target
 from model import ModelError, Tada, build, parameter_groups
 from panoptic import Segment
 from panoptic_stream import NOBODY, PanopticBatch, PanopticTrainStream, masks_of
@@ -73,8 +73,8 @@ def train_step(
 
     `model` is `tada` or its DDP wrapper. Each part of the loss is divided by its count over all processes and
     micro-batches: however a batch is divided, the gradient is the same. Nothing is updated if the loss or the
-    gradient is not finite (RunError). `stop` is true if any process is `stopping`. `seed` is of the points of
-    Mask2Former's loss.
+    gradient is not finite, in whichever process (RunError in all). `stop` is true if any process is
+    `stopping`. `seed` is of the points of Mask2Former's loss.
     """
     labels = [batch.labels.to(ranks.device, non_blocking=True).long() for batch in batches]
     segments = [segments_of(tada, batch, ranks.device) for batch in batches]
@@ -99,7 +99,9 @@ def train_step(
     *losses, stop = ranks.sum(told).tolist()
     step = {"loss": sum(losses), **dict(zip(sums, losses, strict=True)), "grad_norm": float(norm)}
     if not all(map(math.isfinite, step.values())):
-        raise RunError(f"not finite: {step}, in {', '.join(p for batch in batches for p in batch.paths)}")
+        wrong = [] if all(x.isfinite() for x in sums.values()) else [p for x in batches for p in x.paths]
+        where = ", ".join(ranks.join(wrong)) or "the gradient alone"
+        raise RunError(f"not finite: {step}, in {where}: give a lower --lr, or the largest norm with --clip")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return {**step, "stop": bool(stop)}
@@ -625,10 +627,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         CheckpointError,
         WeightsError,
         KernelError,
-        MatchingError,
         OSError,
     ) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        if ranks.first or not isinstance(error, RunError):  # rank 0 has every one of those
+            print(f"train.py: {error}", file=sys.stderr)
         return 2
     finally:
         disconnect()
