@@ -32,14 +32,12 @@ from tqdm import tqdm
 
 import checkpoint
 import kernels
-from adapter import AdapterError
 from augment import normalise
 from checkpoint import CheckpointError
 from data import DataError, Dataset, Words, check, open_words
 from eval import Result, evaluate
-from kernels import KernelError
 from mask2former import Rand, Target
-from model import ModelError, Tada, build, parameter_groups
+from model import MODEL_ERRORS, Tada, build, parameter_groups
 from panoptic import Segment
 from panoptic_stream import NOBODY, PanopticBatch, PanopticTrainStream, masks_of
 from pictures import mosaic, overlay, segment_overlay
@@ -47,7 +45,6 @@ from ranks import Ranks, connect, disconnect
 from recipes import DROPS, config_of, open_set, parse, recipe
 from run import Run, RunError, open_run
 from stream import Batch, EvaluationStream, TrainStream
-from weights.load import WeightsError
 
 SHOWN = 8  # pictures in inputs.jpg and in val/
 # This pass of torch 2.13's compiler may read a sum before it is made: all maps then have the gradient 0.
@@ -619,16 +616,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped: the last checkpoint stays", file=sys.stderr)
         return 130
-    except (
-        RunError,
-        DataError,
-        ModelError,
-        AdapterError,
-        CheckpointError,
-        WeightsError,
-        KernelError,
-        OSError,
-    ) as error:
+    except (RunError, DataError, CheckpointError, *MODEL_ERRORS, OSError) as error:
         if ranks.first or not isinstance(error, RunError):  # rank 0 has every one of those
             print(f"train.py: {error}", file=sys.stderr)
         return 2
