@@ -25,18 +25,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
 import kernels
-from adapter import AdapterError
 from augment import normalise
 from checkpoint import CheckpointError, find_model, load_model, read_about, read_config
 from data import IGNORE, DataError, Dataset, Words, check, fit, open_words
-from kernels import KernelError
 from mask2former import OVERLAP, SCORE, Instances, Mask2Former
-from model import ModelError, Prediction, Segmented, Size, Tada, TadaConfig, digest
+from model import MODEL_ERRORS, Prediction, Segmented, Size, Tada, TadaConfig, digest
 from panoptic import components
 from panoptic_data import PanopticDataset
 from panoptic_eval import Found, Judge
@@ -46,7 +43,6 @@ from ranks import Ranks, connect, disconnect
 from recipes import add_segment_flags, default_data, open_set, segment_options, stride_of
 from scenes import VERSION
 from stream import EvaluationStream, Item
-from weights.load import WeightsError
 
 COMPONENTS = "connected components"
 MULTISCALE = (1.0, 1.125, 1.25, 1.375, 1.5)  # VPD's "+MS"
@@ -181,11 +177,7 @@ def count(truth: Tensor, predicted: Tensor, K: int) -> Tensor:
 
 def agree(error: DataError | None, ranks: Ranks) -> None:
     """Raise an error of any process in all of them: none waits for one that has left."""
-    said = [error and str(error)]
-    if ranks.world > 1:
-        said *= ranks.world
-        dist.all_gather_object(said, error and str(error))
-    for sentence in filter(None, said):
+    for sentence in ranks.join([str(error)] if error else []):
         raise DataError(sentence)
 
 
@@ -413,16 +405,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ranks.first:
             print("stopped: no result was written", file=sys.stderr)
         return 130
-    except (
-        EvalError,
-        DataError,
-        ModelError,
-        AdapterError,
-        CheckpointError,
-        WeightsError,
-        KernelError,
-        OSError,
-    ) as error:
+    except (EvalError, DataError, CheckpointError, *MODEL_ERRORS, OSError) as error:
         if ranks.first:
             print(f"eval.py: {error}", file=sys.stderr)
         return 2

@@ -12,7 +12,7 @@ order, so the loss first matches them to the queries one to one, at the least to
 
 Equal to transformers' `Mask2FormerForUniversalSegmentation` (tests/test_mask2former.py), given its `backbone`
 maps, but for three things: the maps come in at strides 8..64 and are brought to 4..32; a matching cost that
-is not finite raises; padding, where a target says so, draws no points.
+is not finite makes the loss nan; padding, where a target says so, draws no points.
 
 Top to bottom: what goes in and out, the decoder, its pixel decoders, deformable attention, the query layers,
 the matching and the sampled losses, the reading of a prediction.
@@ -42,10 +42,6 @@ SCORE = OVERLAP = 0.8  # least of a segment that is kept (the same files, TEST; 
 NO_OBJECT = 0.1  # weight of the queries that no segment is matched to
 OVERSAMPLE = 3  # candidates per point of the mask losses,
 IMPORTANT = 0.75  # and the share of the points that are the least certain of them
-
-
-class MatchingError(ValueError):
-    """A prediction that cannot be matched; one sentence with the cure."""
 
 
 class Target(NamedTuple):
@@ -173,7 +169,9 @@ class Mask2Former(nn.Module):
         Divide by max(count, 1), the count summed over all processes and accumulation steps: then each segment
         of the global batch weighs the same. `rand`, one for all pictures or one for each, draws the points:
         per layer, the last one first, a set for each picture's matching, then those of its matched masks.
-        With one for each, no number depends on how the global batch is divided.
+        With one for each, no number depends on how the global batch is divided. Where logits are nan or
+        infinite, so that nothing can be matched, the sum of `class` is nan: an error in one process would
+        leave the others waiting for its gradient.
         """
         self.check_targets(prediction, targets)
         rands = [rand] * len(targets) if callable(rand) else rand
@@ -208,7 +206,8 @@ class Mask2Former(nn.Module):
         """The three weighted sums of one layer: logits `(B, Q, K+1)` and `(B, Q, h, w)`."""
         K, (h, w) = len(self.things), masks.shape[2:]
         points = min(self.points, 4 * h * w)  # h w is a sixteenth of the pixels
-        matches = match(classes, masks, targets, points, rands)
+        costs = matching_costs(classes, masks, targets, points, rands)
+        matches = match(costs)
 
         wanted = torch.full(classes.shape[:2], K, device=classes.device)  # (B, Q)
         for row, target, (queries, segments) in zip(wanted, targets, matches):
@@ -216,6 +215,7 @@ class Mask2Former(nn.Module):
         weight = classes.new_ones(K + 1)
         weight[K] = NO_OBJECT
         by_class = F.cross_entropy(classes.flatten(0, 1), wanted.flatten(), weight, reduction="sum")
+        by_class = by_class + 0 * sum(cost.sum() for cost in costs)  # nan if one is not finite
 
         found = torch.cat([x[queries] for x, (queries, _) in zip(masks, matches)])  # (T, h, w)
         numbers = [len(queries) for queries, _ in matches]
@@ -551,19 +551,18 @@ def xavier(module: nn.Module, gain: float = 1.0) -> nn.Module:
 
 
 @torch.no_grad()
-def match(
+def matching_costs(
     classes: Tensor,
     masks: Tensor,
     targets: Sequence[Target],
     points: int,
     rand: Rand | Sequence[Rand] = torch.rand,
-) -> list[tuple[Tensor, Tensor]]:
-    """Per picture, the queries and the segments that belong together, min(Q, T) of each, int64.
+) -> list[Tensor]:
+    """What it costs in each picture to take a query for a segment: `(Q, T)` float32.
 
-    The assignment with the least sum of 2 (-probability of the class) + 5 (cross-entropy of the masks) + 5
-    (dice of the masks), the masks read at `points` random places, the same for all pairs. Float32 logits `(B,
-    Q, K+1)` and `(B, Q, h, w)`; `rand` as in `Mask2Former.loss`. A cost that is not finite raises
-    MatchingError.
+    2 (-probability of the class) + 5 (cross-entropy of the masks) + 5 (dice of the masks), the masks read at
+    `points` random places, the same for all pairs. Float32 logits `(B, Q, K+1)` and `(B, Q, h, w)`; `rand` as
+    in `Mask2Former.loss`.
     """
     costs = []
     rands = [rand] * len(targets) if callable(rand) else rand
@@ -579,16 +578,19 @@ def match(
         by_dice = 1 - (2 * p @ labels.T + 1) / (p.sum(1, keepdim=True) + labels.sum(1) + 1)
         costs.append(CLASS_WEIGHT * by_class + MASK_WEIGHT * by_mask + DICE_WEIGHT * by_dice)
 
-    every = torch.cat(costs, dim=1).cpu()  # the one wait for the device
+    return costs
+
+
+def match(costs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Per picture, the queries and the segments that belong together, min(Q, T) of each, int64.
+
+    The assignment with the least sum of its costs `(Q, T)`; one that is not finite counts as 0.
+    """
+    every = torch.cat(list(costs), dim=1).cpu()  # the one wait for the device
     matches = []
-    for i, cost in enumerate(every.split([x.shape[1] for x in costs], dim=1)):
-        if not cost.isfinite().all():
-            raise MatchingError(
-                f"the costs of matching the segments of picture {i} of the batch are not finite, since the "
-                "decoder's logits are nan or infinite: lower the learning rate or clip the gradients"
-            )
+    for cost in every.nan_to_num(0, 0, 0).split([x.shape[1] for x in costs], dim=1):
         pairs = linear_sum_assignment(cost.numpy())
-        matches.append(tuple(torch.from_numpy(x).to(masks.device) for x in pairs))
+        matches.append(tuple(torch.from_numpy(x).to(costs[0].device) for x in pairs))
     return matches
 
 

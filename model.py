@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import weights.load as official
 from adapter import (
+    AdapterError,
     Caption,
     Classes,
     Condition,
@@ -39,6 +40,7 @@ from adapter import (
 )
 from clip import CLIP, PROMPT, TEMPLATES, CLIPConfig, Tokenizer, name_vectors, zero_shot
 from decoders import IGNORE, Logits, SemanticDecoder, SemanticFPN, UperNet, resize
+from kernels import KernelError
 from mask2former import OVERLAP, SCORE, Instances, Mask2Former, Panoptic, Rand, Target
 from mask2former import Prediction as Queries
 from unet import UNet, UNetConfig, alphas_cumprod
@@ -54,6 +56,10 @@ STRIP = 2**24  # values of the softmax that are held at once when a picture is r
 
 class ModelError(ValueError):
     """A model that cannot be built or read; one sentence with the cure."""
+
+
+# What a model and its parts say of bad input. They have no common class: no part imports another for that.
+MODEL_ERRORS = (ModelError, AdapterError, KernelError, official.WeightsError)
 
 
 @dataclass(frozen=True)

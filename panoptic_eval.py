@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from data import DataError
 from mask2former import Instances
@@ -108,7 +107,7 @@ class Judge:
         """The measures of all processes' pictures; rank 0 fills the folder and writes the JSON beside it."""
         counts = ranks.sum(self.counts.to(ranks.device)).cpu()
         images, entries, truth, results = (
-            gathered(x, ranks) for x in (self.images, self.entries, self.truth, self.results)
+            ranks.join(x) for x in (self.images, self.entries, self.truth, self.results)
         )
         precision = None
         if self.instances:
@@ -131,11 +130,3 @@ class Judge:
             (self.folder / png).parent.mkdir(parents=True, exist_ok=True)
             shutil.move(self.new / png, self.folder / png)
         shutil.rmtree(self.new)  # with what an evaluation that was stopped may have left there
-
-
-def gathered(part: list, ranks: Ranks) -> list:
-    """The lists of all processes, one after the other."""
-    parts = [part] * ranks.world
-    if ranks.world > 1:
-        dist.all_gather_object(parts, part)
-    return [x for part in parts for x in part]

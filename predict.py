@@ -40,7 +40,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from adapter import AdapterError
 from augment import normalise, resize, to_tensor
 from checkpoint import CheckpointError, find_model, load_model, read_about, read_config
 from data import (
@@ -57,13 +56,12 @@ from data import (
     read_tags,
 )
 from data import text as clean
-from model import ModelError, Size, Tada, TadaConfig, digest, windows
+from model import MODEL_ERRORS, Size, Tada, TadaConfig, digest, windows
 from panoptic import to_colours
 from pictures import TILE, heat, mosaic, overlay, percent, segment_overlay
 from ranks import Ranks, connect, disconnect
 from recipes import add_segment_flags, segment_options
 from run import RunError, lock
-from weights.load import WeightsError
 
 LIST = "predictions.jsonl"
 SEGMENTS = ".segments.png"  # how the map of ids ends
@@ -426,16 +424,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ranks.first:
             print("stopped: what was written stays, the same command goes on", file=sys.stderr)
         return 130
-    except (
-        PredictError,
-        RunError,
-        DataError,
-        ModelError,
-        AdapterError,
-        CheckpointError,
-        WeightsError,
-        OSError,
-    ) as error:
+    except (PredictError, RunError, DataError, CheckpointError, *MODEL_ERRORS, OSError) as error:
         if ranks.first or isinstance(error, OSError):  # the others are the same in all processes
             print(f"predict.py: {error}", file=sys.stderr)
         return 2

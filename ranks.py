@@ -37,6 +37,13 @@ class Ranks(NamedTuple):
         dist.all_gather(every, x)
         return every
 
+    def join(self, part: list) -> list:
+        """The lists of all processes, one after the other; of any objects, so few of them."""
+        parts = [part] * self.world
+        if self.world > 1:
+            dist.all_gather_object(parts, part)
+        return [x for part in parts for x in part]
+
     def wait(self) -> None:
         """Until every process is here."""
         if self.world > 1:

@@ -32,14 +32,12 @@ from tqdm import tqdm
 
 import checkpoint
 import kernels
-from adapter import AdapterError
 from augment import normalise
 from checkpoint import CheckpointError
 from data import DataError, Dataset, Words, check, open_words
 from eval import Result, evaluate
-from kernels import KernelError
-from mask2former import MatchingError, Rand, Target
-from model import ModelError, Tada, build, parameter_groups
+from mask2former import Rand, Target
+from model import MODEL_ERRORS, Tada, build, parameter_groups
 from panoptic import Segment
 from panoptic_stream import NOBODY, PanopticBatch, PanopticTrainStream, masks_of
 from pictures import mosaic, overlay, segment_overlay
@@ -47,7 +45,6 @@ from ranks import Ranks, connect, disconnect
 from recipes import DROPS, config_of, open_set, parse, recipe
 from run import Run, RunError, open_run
 from stream import Batch, EvaluationStream, TrainStream
-from weights.load import WeightsError
 
 SHOWN = 8  # pictures in inputs.jpg and in val/
 # This pass of torch 2.13's compiler may read a sum before it is made: all maps then have the gradient 0.
@@ -73,8 +70,8 @@ def train_step(
 
     `model` is `tada` or its DDP wrapper. Each part of the loss is divided by its count over all processes and
     micro-batches: however a batch is divided, the gradient is the same. Nothing is updated if the loss or the
-    gradient is not finite (RunError). `stop` is true if any process is `stopping`. `seed` is of the points of
-    Mask2Former's loss.
+    gradient is not finite, in whichever process (RunError in all). `stop` is true if any process is
+    `stopping`. `seed` is of the points of Mask2Former's loss.
     """
     labels = [batch.labels.to(ranks.device, non_blocking=True).long() for batch in batches]
     segments = [segments_of(tada, batch, ranks.device) for batch in batches]
@@ -99,7 +96,9 @@ def train_step(
     *losses, stop = ranks.sum(told).tolist()
     step = {"loss": sum(losses), **dict(zip(sums, losses, strict=True)), "grad_norm": float(norm)}
     if not all(map(math.isfinite, step.values())):
-        raise RunError(f"not finite: {step}, in {', '.join(p for batch in batches for p in batch.paths)}")
+        wrong = [] if all(x.isfinite() for x in sums.values()) else [p for x in batches for p in x.paths]
+        where = ", ".join(ranks.join(wrong)) or "the gradient alone"
+        raise RunError(f"not finite: {step}, in {where}: give a lower --lr, or the largest norm with --clip")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return {**step, "stop": bool(stop)}
@@ -617,18 +616,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped: the last checkpoint stays", file=sys.stderr)
         return 130
-    except (
-        RunError,
-        DataError,
-        ModelError,
-        AdapterError,
-        CheckpointError,
-        WeightsError,
-        KernelError,
-        MatchingError,
-        OSError,
-    ) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+    except (RunError, DataError, CheckpointError, *MODEL_ERRORS, OSError) as error:
+        if ranks.first or not isinstance(error, RunError):  # rank 0 has every one of those
+            print(f"train.py: {error}", file=sys.stderr)
         return 2
     finally:
         disconnect()

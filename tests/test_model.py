@@ -20,7 +20,15 @@ from oracle import BAR, error, shake, tiny_folder
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import adapter
+import clip
+import decoders
+import kernels
+import mask2former
 import model
+import unet
+import vae
+import weights.load as official
 from adapter import Condition, Text, asymmetric_loss
 from clip import TEMPLATES, CLIPConfig, name_vectors
 from decoders import Logits
@@ -764,3 +772,12 @@ def test_absent_weights_are_named(weights, part):
     shutil.rmtree(weights / part)
     with pytest.raises((WeightsError, FileNotFoundError), match=rf"{part}.*weights\.(fetch|pretrain)"):
         build(config(weights=str(weights)))
+
+
+def test_no_error_of_a_part_is_forgotten():
+    """The commands turn them into a sentence: every class of errors that a part of the model has."""
+    parts = (model, adapter, clip, decoders, kernels, mask2former, unet, vae, official)
+    classes = [x for part in parts for x in vars(part).values() if isinstance(x, type)]
+    names = {part.__name__ for part in parts}
+    found = {x for x in classes if issubclass(x, Exception) and x.__module__ in names}
+    assert found == set(model.MODEL_ERRORS)

@@ -237,6 +237,35 @@ def test_a_loss_that_is_not_finite_changes_nothing(folder):
     assert all(torch.equal(p, before[name]) for name, p in tada.named_parameters())
 
 
+BROKEN = """
+import math, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import train
+from test_train import command
+step = train.train_step
+def broken(model, tada, *rest):
+    if rest[3].rank == 1:
+        tada.decoder.mask_head[-1].bias.data[0] = math.nan  # what is said of masks, and nothing else
+    return step(model, tada, *rest)
+train.train_step = broken
+sys.exit(train.main(command({folder!r}, {run!r})))
+"""
+
+
+def test_what_is_not_finite_in_one_process_ends_all(segments, tmp_path):
+    """One sentence with that process's pictures, no traceback, no wait for a gradient that never comes."""
+    script, here = tmp_path / "worker.py", {"root": str(ROOT), "tests": str(ROOT / "tests")}
+    script.write_text(BROKEN.format(**here, folder=str(segments), run=str(tmp_path / "run")))
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run += ["--redirects=3", f"--log-dir={tmp_path / 'logs'}", str(script)]
+    ended = subprocess.run(run, check=False, capture_output=True, text=True, timeout=120)
+    assert "exitcode  : 2" in ended.stderr
+    said = [next((tmp_path / "logs").rglob(f"{rank}/stderr.log")).read_text() for rank in (0, 1)]
+    (sentence,) = [line for line in "".join(said).splitlines() if line.startswith("train.py: ")]
+    assert re.search(r"not finite: .*nan.*, in \S+\.png, \S+\.png: give a lower --lr", sentence)
+    assert "Traceback" not in "".join(said)
+
+
 FULL = """
 import sys, torch
 sys.path[:0] = [{root!r}]
