@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -37,7 +37,7 @@ from data import DataError
 from decoders import resize
 from eval import Result, count, known, percent
 from model import (
-    ModelError,
+    MODEL_ERRORS,
     Seen,
     Tada,
     TadaConfig,
@@ -47,11 +47,10 @@ from model import (
     parameter_groups,
     prior_files,
 )
-from pictures import mosaic, overlay
+from pictures import INK, PAPER, mosaic, overlay, wrapped
 from stream import Order, classes_in, randomness
 from train import learning_rate
 from unet import UNet
-from weights.load import WeightsError
 
 WEIGHTS = "weights/tiny"
 STEPS, BATCH = 400, 8
@@ -59,7 +58,7 @@ LR = 2e-3  # of 1e-3, 2e-3 and 4e-3 the best mean of none and oracle on val (see
 WEIGHT_DECAY, WARMUP = 0.01, 40
 PROBE_LR = 1e-2  # one convolution from zero
 EVALUATED = 20  # pictures at once
-SHOWN = 6  # pictures of the figure, evenly spread over the split
+SHOWN, TILE = 6, 240  # pictures of the figure, evenly spread over the split, and their side in it
 LOOKALIKES = {name for pair in scenes.PAIRS for name in pair}
 OTHER = "mIoU_other"  # of a model that is told the tags of the next picture
 
@@ -457,24 +456,44 @@ def claims(found: dict[str, dict[int, dict]]) -> list[str]:
 
 
 def figure(folder: Path, split: str) -> Image.Image:
-    """The same pictures under none, tagging and oracle, beside their labels, with the words of each model."""
-    indices = scenes.SPLITS[split]
-    chosen = spread(len(indices))
-    told = read_pictures(picture_file(folder, split, 1.0))
-    names = ("none", "tagging, loss, tags", "oracle")
+    """The same pictures under none, tagging and oracle, each over the words that its model was told."""
+    names, indices = ("none", "tagging, loss, tags", "oracle"), scenes.SPLITS[split]
     missing = [file for name in names if not (file := folder / f"{split}-{name}.png").is_file()]
     if missing:
         raise AblateError(f"{missing[0]} is missing: make its row with seed 0 first")
     predicted = [np.asarray(Image.open(folder / f"{split}-{name}.png")) for name in names]
-    tiles, look = [], (scenes.PALETTE, scenes.CLASSES)
-    for place, i in enumerate(chosen):
+    told = read_pictures(picture_file(folder, split, 1.0))
+    tiles = [heading(text) for text in ("picture", "labels", *names)]
+    for place, i in enumerate(spread(len(indices))):
         scene = scenes.draw(indices[i])
-        tiles.append(overlay(scene.image, scene.labels, *look))
-        for name, labels in zip(names, predicted, strict=True):
+        tiles += [tile(Image.fromarray(scene.image)), tile(painted(scene.image, scene.labels))]
+        for name, stack in zip(names, predicted, strict=True):
             words = told.words(ROWS[name].config.get("tags", "classes"), [i])
-            part = labels[place * scenes.SIZE : (place + 1) * scenes.SIZE]
-            tiles.append(overlay(scene.image, part, *look, words and words[0]))
-    return mosaic(tiles, 1 + len(names))
+            labels = stack[place * scenes.SIZE : (place + 1) * scenes.SIZE]
+            tiles.append(tile(painted(scene.image, labels), ", ".join(words[0]) if words else "told nothing"))
+    return mosaic(tiles, 2 + len(names))
+
+
+def painted(image: np.ndarray, labels: np.ndarray) -> Image.Image:
+    """The picture under its labels, without the legend."""
+    drawn = overlay(image, labels, scenes.PALETTE, scenes.CLASSES)
+    return drawn.crop((0, 0, drawn.width, drawn.width))
+
+
+def tile(picture: Image.Image, text: str = "") -> Image.Image:
+    """A square picture over up to three lines of text."""
+    font, line = ImageFont.load_default(13), 17
+    canvas = Image.new("RGB", (TILE, TILE + 3 * line + 2), PAPER)
+    canvas.paste(picture.resize((TILE, TILE)))
+    for i, part in enumerate(wrapped(text, font, TILE, 3)):
+        ImageDraw.Draw(canvas).text((0, TILE + 2 + i * line), part, INK, font)
+    return canvas
+
+
+def heading(text: str) -> Image.Image:
+    canvas = Image.new("RGB", (TILE, 20), PAPER)
+    ImageDraw.Draw(canvas).text((0, 0), text, INK, ImageFont.load_default(16))
+    return canvas
 
 
 # ---- the command line
@@ -512,11 +531,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         shared, runs = read_record(o.out / "runs.jsonl")
         tables = report(shared, runs)
         (o.out / "tables.md").write_text(tables + "\n", encoding="utf-8")
-        figure(o.out, o.split).save(o.out / "figure.png")
+        figure(o.out, o.split).save(o.out / "figure.jpg", quality=90)
     except KeyboardInterrupt:
         print("stopped: the same command goes on", file=sys.stderr)
         return 130
-    except (AblateError, DataError, ModelError, WeightsError, OSError) as error:
+    except (AblateError, DataError, *MODEL_ERRORS, OSError) as error:
         print(f"ablate.py: {error}", file=sys.stderr)
         return 2
     print(tables)
