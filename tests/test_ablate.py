@@ -227,16 +227,27 @@ def test_tables_have_means_standard_errors_and_paired_differences():
     text = report(
         {"scenes_version": 1, "split": "val", "steps": 5}, record(none=[0.1, 0.3], oracle=[0.3, 0.6])
     )
-    assert "| none | 20.0 ± 10.0 |  | 20.0 ± 10.0 |  | 53.9 |" in text
-    assert "| oracle | 45.0 ± 15.0 | +25.0 ± 5.0 | 45.0 ± 15.0 |  |  |" in text
+    assert "| none | 2 | 20.0 ± 10.0 |  | 20.0 ± 10.0 |  | 53.9 |" in text
+    assert "| oracle | 2 | 45.0 ± 15.0 | +25.0 ± 5.0 | 45.0 ± 15.0 |  |  |" in text
     assert "- oracle - none > 10: holds, +25.0 ± 5.0" in text
-    assert "| oracle, another's tags | 15.0 ± 15.0 | -5.0 ± 5.0 |  |  |  |" in text
+    assert "| oracle, another's tags | 2 | 15.0 ± 15.0 | -5.0 ± 5.0 |  |  |  |" in text
     assert "- none - oracle, another's tags > 0: holds, +5.0 ± 5.0" in text
     assert "Table 6" not in text
 
 
 def test_a_required_difference_that_is_not_there_fails():
     assert "oracle - none > 10: FAILS, +9.0" in report(SHARED, record(none=[0.1], oracle=[0.19]))
+
+
+def test_what_telling_is_worth_is_said_beside_what_it_is_without_the_prior():
+    runs = record(none=[0.2], oracle=[0.4])
+    runs += [x | {"row": f"{x['row']}, random UNet", "mIoU": x["mIoU"] / 2} for x in runs]
+    runs += [x | {"row": f"{x['row']}, nothing alike"} for x in runs[:2]]
+    text = report(SHARED, runs)
+    assert "- what the truth is worth: +20.0\n- what the truth is worth, random UNet: +10.0\n" in text
+    assert "- none - none, random UNet > 0: holds, +10.0" in text
+    (row,) = [x for x in text.splitlines() if x.startswith("| oracle, nothing alike")]
+    assert row == "| oracle, nothing alike | 1 | 40.0 |  | 40.0 |  |  |"  # other pictures than none's
 
 
 def test_look_alikes_are_the_pairs_of_the_drawing(few):
@@ -248,11 +259,11 @@ def test_the_short_tables_take_the_seeds_that_all_their_rows_have():
     runs = record(tagging=[0.1, 0.2, 0.9]) + [x | {"row": "loss weight 5"} for x in record(x=[0.2, 0.4])]
     text = report(SHARED, runs)
     table6 = text[text.index("Table 6") :]
-    assert "| tagging | 15.0 ± 5.0 |" in table6 and "| loss weight 5 | 30.0 ± 10.0 |" in table6
+    assert "| tagging | 2 | 15.0 ± 5.0 |" in table6 and "| loss weight 5 | 2 | 30.0 ± 10.0 |" in table6
 
 
 def test_rows_are_the_papers_and_the_controls():
-    assert [row.seeds for row in ablate.TABLE_5] == [5] * 8 and len(ROWS) == 8 + 6 + 1 + 3 + 4
+    assert [row.seeds for row in ablate.TABLE_5] == [5] * 8 and len(ROWS) == 8 + 10 + 1 + 3 + 4
     assert [row.config["tag_loss_weight"] for row in ablate.TABLE_6] == [5, 10, 15]
     assert [row.config["blocks"] for row in ablate.TABLE_7] == [4, 6, 8, 10]
     assert {row.name: row.longer for row in CONTROLS}["none, 10 times longer"] == 10
