@@ -477,7 +477,9 @@ def figure(folder: Path, split: str) -> Image.Image:
     names, indices = ("none", "tagging, loss, tags", "oracle"), scenes.SPLITS[split]
     missing = [file for name in names if not (file := folder / f"{split}-{name}.png").is_file()]
     if missing:
-        raise AblateError(f"{missing[0]} is missing: make its row with seed 0 first")
+        raise AblateError(
+            f"{missing[0]} is missing: seed 0 of its row draws it; take its line out of runs.jsonl, run again"
+        )
     predicted = [np.asarray(Image.open(folder / f"{split}-{name}.png")) for name in names]
     told = read_pictures(picture_file(folder, split, 1.0))
     tiles = [heading(text) for text in ("picture", "labels", *names)]
@@ -548,6 +550,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         shared, runs = read_record(o.out / "runs.jsonl")
         tables = report(shared, runs)
         (o.out / "tables.md").write_text(tables + "\n", encoding="utf-8")
+        print(tables)
         figure(o.out, o.split).save(o.out / "figure.jpg", quality=90)
     except KeyboardInterrupt:
         print("stopped: the same command goes on", file=sys.stderr)
@@ -555,7 +558,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (AblateError, DataError, *MODEL_ERRORS, OSError) as error:
         print(f"ablate.py: {error}", file=sys.stderr)
         return 2
-    print(tables)
     return 0
 
 
