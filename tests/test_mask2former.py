@@ -6,6 +6,7 @@ are copied to ours by name.
 """
 
 import math
+import os
 from functools import partial
 from shutil import which
 from types import SimpleNamespace
@@ -479,7 +480,8 @@ def test_is_one_graph(pixel_decoder):
 def test_learns_compiled(pixel_decoder):
     """As train.py --compile has it: without its option, no gradient comes through the pyramid."""
     if not which("c++"):
-        pytest.skip("torch.compile needs a C++ compiler")
+        message = "torch.compile needs a C++ compiler"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
     compiled(pixel_decoder, 3, 1, options=COMPILE, fullgraph=True)
 
 
