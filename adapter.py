@@ -36,8 +36,8 @@ class Text(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """What the UNet attends to: context `(B, L, C)`, lengths `(B,)` as in `Text`; and Eq. 7's tag logits `(B,
-    K)`.
+    """What the UNet attends to: context `(B, L, C)`, or `(1, L, C)` where it is the same for every picture;
+    lengths `(B,)` as in `Text`; and Eq. 7's tag logits `(B, K)`.
     """
 
     context: Tensor
@@ -46,11 +46,7 @@ class Condition(NamedTuple):
 
 
 class Unconditional(nn.Module):
-    """`none`: the empty prompt for every picture (section 3.3, 1).
-
-    empty `(77, C)`: the hidden states of "". With no argument to read B from, the context has one row for all
-    pictures.
-    """
+    """`none`: the empty prompt for every picture (section 3.3, 1). empty `(77, C)`: the states of ""."""
 
     def __init__(self, empty: Tensor):
         super().__init__()
@@ -59,8 +55,7 @@ class Unconditional(nn.Module):
     def forward(
         self, image_tokens: Tensor | None, image_embedding: Tensor | None, text: Text | None
     ) -> Condition:
-        B = batch(image_tokens, image_embedding, text)
-        return Condition(self.empty.expand(B, -1, -1))  # (B, 77, C)
+        return Condition(self.empty[None])  # (1, 77, C)
 
 
 class Caption(nn.Module):
@@ -91,7 +86,6 @@ class Classes(nn.Module):
     """`classes`: T(c) = E + gamma MLP(E) over the vectors E of all K class names (Eq. 4).
 
     VPD's text adapter (vpd/models.py, `TextAdapter`): K tokens, the same for every picture. classes `(K, C)`.
-    With no argument to read B from, the context has one row for all pictures.
     """
 
     def __init__(self, classes: Tensor):
@@ -104,9 +98,8 @@ class Classes(nn.Module):
     def forward(
         self, image_tokens: Tensor | None, image_embedding: Tensor | None, text: Text | None
     ) -> Condition:
-        B = batch(image_tokens, image_embedding, text)
         context = self.classes + self.gamma * self.mlp(self.classes)
-        return Condition(context.expand(B, -1, -1))  # (B, K, C)
+        return Condition(context[None])  # (1, K, C)
 
 
 class Implicit(nn.Module):
@@ -146,10 +139,9 @@ class Tagging(nn.Module):
     it passes the empty prompt's vector.
 
     With start "random" the context is m. With start "empty" it is E("")[:Q] + g m, g from 0: at first exactly
-    the empty prompt's first Q tokens. The UNet's gradient then reaches g alone; all else has Eq. 7's, or,
-    where that has no weight, the UNet's one step later, and the small model learned less (`ablate.py --rows
-    "tagging, loss, tags" "tagging from the empty prompt"`). Whatever the start, log_scale and bias learn from
-    Eq. 7 alone.
+    the empty prompt's first Q tokens, and the UNet's gradient reaches g alone; the rest learns from Eq. 7,
+    or, where that has no weight, one step later. Whatever the start, log_scale and bias learn from Eq. 7
+    alone. Which start learns more: `ablate.py --rows "tagging, loss, tags" "tagging from the empty prompt"`.
     """
 
     def __init__(
@@ -358,9 +350,3 @@ def mlp(width: int, hidden: int) -> nn.Sequential:
 def frozen(vectors: Tensor) -> Tensor:
     """A copy that is no one else's: buffers are saved with the checkpoint, where no two may share memory."""
     return vectors.detach().clone()
-
-
-def batch(image_tokens: Tensor | None, image_embedding: Tensor | None, text: Text | None) -> int:
-    """B, from whichever argument there is; 1 where there is none."""
-    vectors = None if text is None else text.vectors
-    return next((len(x) for x in (image_tokens, image_embedding, vectors) if x is not None), 1)

@@ -106,7 +106,7 @@ class Output(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What the frozen parts make of a picture: noised latent `(B, 4, h, w)`, CLIP's image tokens `(B, N, C)`
+    """What the frozen parts make of a picture: noised latent `(B, 4, h, w)`, CLIP's image tokens `(B, M, C)`
     and embedding `(B, P)`; None where the condition does not look.
     """
 
@@ -154,7 +154,8 @@ class Tada(nn.Module):
         self.vae, self.unet, self.clip, self.adapter, self.decoder = vae, unet, clip, adapter, decoder
         self.register_buffer("names", names)
         self.vectors: dict[str, Tensor] = {}
-        self.features = unet.features  # training may put a compiled one here
+        # Training may put a compiled one here.
+        self.features = unet.features_and_attention if config.attention_maps else unet.features
         self.multiple = vae.stride * 2 ** (len(unet.config.channels) - 1)  # of the picture's sides: 64
         self.looks = isinstance(adapter, (Implicit, Tagging))  # does the adapter read CLIP's view?
         self.steered = isinstance(adapter, (Caption, Oracle, Tagging))  # does it read a picture's words?
@@ -177,22 +178,28 @@ class Tada(nn.Module):
         for the image where `see` has read it before.
         """
         with torch.no_grad():
-            latent, image_tokens, image_embedding = seen or self.see(image)
+            seen = seen or self.see(image)
             text = self.text(tags)
-        condition = self.adapter(image_tokens, image_embedding, text)
-        B = len(latent)
-        context = condition.context.expand(B, -1, -1)  # (B, L, C)
-        t = torch.full((B,), self.config.timestep, device=latent.device)
+        condition = self.adapter(seen.image_tokens, seen.image_embedding, text)
+        features = self.features(*self.unet_input(seen.latent, condition))
         if self.config.attention_maps:
-            features = with_attention(*self.unet.features_and_attention(latent, t, context))
-        else:
-            features = self.features(latent, t, context, condition.lengths)
+            features = with_attention(*features)
         return Output(self.decoder(features), condition)
 
     def see(self, image: Tensor) -> Seen:
         """The frozen view of a picture, by the VAE and, where the condition looks, CLIP's image tower."""
         latent = self.noised(self.encode(self.padded(image)))
-        return Seen(latent, *(self.clip.image(image) if self.looks else (None, None)))
+        if not self.looks:
+            return Seen(latent, None, None)
+        return Seen(latent, *self.clip.image(image))
+
+    def unet_input(
+        self, latent: Tensor, condition: Condition
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Latent, time step `(B,)`, context `(B, L, C)` and its lengths, as `UNet.features` takes them."""
+        B = len(latent)
+        t = torch.full((B,), self.config.timestep, device=latent.device)
+        return latent, t, condition.context.expand(B, -1, -1), condition.lengths
 
     def encode(self, image: Tensor) -> Tensor:
         """The latent `(B, 4, h, w)`: scaled by 0.18215 as Stable Diffusion's, or as VPD leaves it."""
@@ -200,7 +207,7 @@ class Tada(nn.Module):
         return latent if self.config.scale_latent else latent / self.vae.config.scale
 
     def noised(self, latent: Tensor) -> Tensor:
-        """Eq. 1 with the "minor noise" of section 3.2: one noise for every picture, in training and test."""
+        """Eq. 1 with the "minor noise" of section 3.2: pictures of one size have one noise, always."""
         if self.config.noise == "none":
             return latent
         seeded = torch.Generator().manual_seed(NOISE_SEED)  # on the CPU: the same on every device
@@ -334,8 +341,8 @@ class Tada(nn.Module):
 
         The words are each picture's `tags`, with 0 behind the shorter lists, or the class names.
         The mean of the UNet's maps at strides 16 and 32, those that VPD keeps, resized to the picture. Where
-        the UNet attends to the adapter's queries (tagging), a pixel's share of a query is dealt to the words
-        as the query reads them in the last block: the sum over q of A_text[q, word] A_unet[q, pixel].
+        the UNet attends to the adapter's queries (tagging): the sum over q of A_unet[q, pixel] times
+        A_text[q, word], the latter in the adapter's last block.
         """
         if not isinstance(self.adapter, (Classes, Oracle, Tagging)):
             raise ModelError(
@@ -343,11 +350,9 @@ class Tada(nn.Module):
             )
         if tags is not None and self.config.tag_tokens == "prompt":
             raise ModelError("tag_tokens 'prompt' joins the tags into one text: use a model with 'pooled'")
-        (B, _, H, W), text, seen = image.shape, self.text(tags), self.see(image)
+        (H, W), text, seen = image.shape[2:], self.text(tags), self.see(image)
         condition = self.adapter(seen.image_tokens, seen.image_embedding, text)
-        context = condition.context.expand(B, -1, -1)
-        t = torch.full((B,), self.config.timestep, device=image.device)
-        _, (_, *maps) = self.unet.features_and_attention(seen.latent, t, context, condition.lengths)
+        _, (_, *maps) = self.unet.features_and_attention(*self.unet_input(seen.latent, condition))
         if isinstance(self.adapter, Tagging):
             shares = self.adapter.attention(seen.image_tokens, text)  # (B, Q, T)
             maps = [torch.einsum("BQhw,BQT->BThw", x, shares).float() for x in maps]
@@ -381,11 +386,10 @@ class Tada(nn.Module):
         """
         new = sorted(set(words) - set(self.vectors) - {""})
         if new:
-            weights = self.config.weights if keep else "random"
-            parts = weights, self.clip, self.tokenizer
+            parts = self.config.weights if keep else None, self.clip, self.tokenizer
             self.vectors |= zip(new, word_vectors(*parts, new, self.config.templates), strict=True)
         if "" in words and "" not in self.vectors:
-            self.vectors |= {"": name_vectors(self.clip, self.tokenizer, [""], ["{}"])[0]}
+            self.vectors[""] = name_vectors(self.clip, self.tokenizer, [""], ["{}"])[0]
 
     @torch.no_grad()
     def tag(self, image: Tensor) -> list[list[tuple[str, float]]]:
@@ -593,18 +597,21 @@ def make_decoder(config: TadaConfig, unet: UNetConfig, tokens: int = 77) -> Sema
 
 
 def word_vectors(
-    weights: str,
+    weights: str | None,
     clip: CLIP,
     tokenizer: Tokenizer,
     words: Sequence[str],
     templates: int,
     shared: bool = False,
 ) -> Tensor:
-    """`name_vectors` under 1 or 80 prompts, kept in `weights/.vectors` under a hash of all that made them."""
+    """`name_vectors` under 1 or 80 prompts, kept in `weights/.vectors` under a hash of all that made them.
+
+    Nothing is kept where `weights` is None, or "random".
+    """
     if templates not in (1, 80):
         raise ModelError(f"--templates {templates}: choose 1 or 80")
     prompts = (PROMPT,) if templates == 1 else TEMPLATES
-    if weights == "random":
+    if weights in (None, "random"):
         return name_vectors(clip, tokenizer, words, prompts, shared)
     made_by = [Path(weights, file) for file in prior_files(weights, ("clip", "tokenizer"))]
     made_by = [digest_once(file, file.stat().st_size, file.stat().st_mtime_ns) for file in made_by]

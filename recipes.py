@@ -24,13 +24,13 @@ DROPS = (8 / 9, 26 / 27)  # of a panoptic run: where its rate falls to a tenth (
 
 @dataclass(frozen=True)
 class Recipe:
-    """The defaults that depend on what is trained; every one is a flag."""
+    """The defaults that depend on what is trained."""
 
     crop: tuple[int, int]
     iterations: int
     lr: float = 6e-5  # section 4.1
     batch: int = 16  # the paper does not say; mmsegmentation's and VPD's
-    weight_decay: float = 0.01  # of mmsegmentation's Swin recipe, whose 6e-5 the paper's is
+    weight_decay: float = 0.01  # of mmsegmentation's Swin recipe, which has the paper's 6e-5
     short: int | None = None  # of the box that pictures are resized into; None = the crop's short side
     whole: bool = False  # test pictures keep their own size
     dropout: float = 0.1
@@ -88,8 +88,9 @@ def stride_of(side: int) -> int:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        description="Train TADA. Defaults marked * depend on --dataset, --model and --decoder.",
+        description="Train TADA. A default marked * depends on the other flags.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # `parse` gives the value of a flag that has no default here
     )
     data = p.add_argument_group("what is trained on")
     names = [*LAYOUTS, *PANOPTIC_LAYOUTS, "scenes"]
@@ -136,7 +137,7 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--dropout", type=float, help="before the classifier; * 0.1, tiny 0")
 
     run = p.add_argument_group("the run")
-    run.add_argument("--preset", choices=["vpd"], help="VPD's own recipe; other flags still win")
+    run.add_argument("--preset", choices=["vpd"], help="VPD's own recipe; flags with a value still win")
     iterations = "* of COCO panoptic 9,000 as printed; ODISE's schedule is 92,188"
     run.add_argument("--iterations", type=int, metavar="N", help=iterations)
     run.add_argument("--batch", type=int, metavar="N", help="pictures per update, over all processes; *")
@@ -149,9 +150,7 @@ def parser() -> argparse.ArgumentParser:
     clip = "largest gradient norm; * none, of mask2former 0.01"
     run.add_argument("--clip", type=float, metavar="X", help=clip)
     run.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation and dropout")
-    run.add_argument(
-        "--threads", type=int, metavar="N", help="per process, fixed for a run; * the CPUs / processes"
-    )
+    run.add_argument("--threads", type=int, metavar="N", help="per process; * the CPUs / processes")
     kernels = "Triton kernels: where they won the benchmark, never, or by name"
     run.add_argument("--kernels", choices=["auto", "torch", "triton"], default="auto", help=kernels)
     run.add_argument("--compile", action="store_true", help="torch.compile the UNet and the decoder")
@@ -186,69 +185,95 @@ VPD = {  # fpn_vpd_sd1-5_512x512_gpu8x2.py and vpd_seg.py
 }
 
 
+SWITCHES = ("attention_maps", "freeze_unet", "compile", "checkpoint_activations", "fresh", "check")
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Every option with its value: the flags, then the preset, then the recipe."""
     p = parser()
-    first, _ = p.parse_known_args(argv)
-    if first.preset == "vpd":
+    if getattr(p.parse_known_args(argv)[0], "preset", None) == "vpd":
         p.set_defaults(**VPD)
-    o = p.parse_args(argv)
-    o.scale_latent = o.preset != "vpd"
-    o.model = o.model or ("tiny" if o.dataset == "scenes" else "sd15")
-    o.decoder = o.decoder or ("mask2former" if o.dataset in PANOPTIC_LAYOUTS else "fpn")
-    r = recipe(o.dataset, o.model, o.decoder)
-    o.scales = r.scales
-    o.crop = tuple((o.crop * 2)[:2]) if o.crop else r.crop
-    o.whole = r.whole
-    o.short = o.short or r.short or min(o.crop)
-    o.long = o.short * (
-        2 if o.dataset == "cityscapes" else 4
-    )  # mmsegmentation's boxes: 2048 x 1024, 2048 x 512
-    defaults = {"iterations": r.iterations, "batch": r.batch, "lr": r.lr, "weight_decay": r.weight_decay}
-    defaults |= {"clip": r.clip, "unet_lr_scale": r.unet_lr_scale, "dropout": r.dropout}
-    defaults |= {"pixel_decoder": "deformable"} if o.decoder == "mask2former" else {}
-    defaults |= {"log_every": 10 if o.model == "tiny" else 50}
-    defaults |= {"data": default_data(o.dataset) or "scenes"}
-    defaults |= {"tags": "clip" if o.dataset == "scenes" and o.condition == "tagging" else "classes"}
-    defaults |= {"run": f"runs/{o.dataset}-{o.model}-{o.decoder}-{o.condition}"}
-    defaults |= {"weights": f"weights/{o.model}"}
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    defaults |= {"threads": max((os.cpu_count() or 1) // local, 1)}
-    if o.dataset == "panoptic" and not o.data:
-        p.error("--dataset panoptic: give its folder with --data")
-    for name, value in defaults.items():
-        if getattr(o, name) is None:
-            setattr(o, name, value)
-    if o.condition == "oracle":
-        o.tags = "oracle"
-    o.eval_every = o.eval_every or -(-o.iterations // (2 if o.model == "tiny" else 10))
-    o.save_every = o.save_every or max(min(2000, o.iterations // 10), 1)
-    o.warmup = min(r.warmup, o.iterations // 10) if o.warmup is None else o.warmup
+    given = vars(p.parse_args(argv))
+    dataset, condition = given["dataset"], given["condition"]
+    model = given.get("model", "tiny" if dataset == "scenes" else "sd15")
+    decoder = given.get("decoder", "mask2former" if dataset in PANOPTIC_LAYOUTS else "fpn")
+    r = recipe(dataset, model, decoder)
+    iterations, tiny = given.get("iterations", r.iterations), model == "tiny"
+    crop = given.get("crop", r.crop)
+    short = given.get("short", r.short or min(crop))
+    defaults = dict.fromkeys(SWITCHES, False) | {
+        "data": default_data(dataset),
+        "model": model,
+        "weights": f"weights/{model}",
+        "decoder": decoder,
+        "pixel_decoder": "deformable" if decoder == "mask2former" else None,
+        "tags": default_tags(dataset, condition),
+        "dropout": r.dropout,
+        "preset": None,
+        "iterations": iterations,
+        "batch": r.batch,
+        "lr": r.lr,
+        "unet_lr_scale": r.unet_lr_scale,
+        "weight_decay": r.weight_decay,
+        "warmup": min(r.warmup, iterations // 10),
+        "clip": r.clip,
+        "threads": max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1),
+        "run": f"runs/{dataset}-{model}-{decoder}-{condition}",
+        "log_every": 10 if tiny else 50,
+        "save_every": max(min(2000, iterations // 10), 1),
+        "eval_every": max(math.ceil(iterations / (2 if tiny else 10)), 1),
+    }
+    o = argparse.Namespace(**defaults | given)
+    o.crop = tuple(crop) * (2 if len(crop) == 1 else 1)
+    o.scales, o.whole, o.scale_latent = r.scales, r.whole, o.preset != "vpd"
+    # mmsegmentation's boxes: 2048 x 1024, 2048 x 512
+    o.short, o.long = short, short * (2 if dataset == "cityscapes" else 4)
     refuse_nonsense(p, o)
     return o
 
 
 def default_data(dataset: str) -> str:
-    """Where a data set lies if nobody says; scenes lie nowhere."""
-    return "" if dataset == "scenes" else f"data/{(LAYOUTS | PANOPTIC_LAYOUTS)[dataset].root}"
+    """Where a data set lies if nobody says; scenes lie nowhere, and "panoptic" wherever its owner put it."""
+    if dataset in ("scenes", "panoptic"):
+        return "scenes" if dataset == "scenes" else ""
+    return f"data/{(LAYOUTS | PANOPTIC_LAYOUTS)[dataset].root}"
+
+
+def default_tags(dataset: str, condition: str) -> str:
+    """Where words come from if nobody says."""
+    if condition == "oracle":
+        return "oracle"
+    return "clip" if dataset == "scenes" and condition == "tagging" else "classes"
+
+
+LEAST = {
+    1: "iterations batch accumulate threads queries blocks short log_every save_every eval_every",
+    0: "workers seed warmup tag_loss_weight unet_lr_scale weight_decay",
+}
 
 
 def refuse_nonsense(p: argparse.ArgumentParser, o: argparse.Namespace) -> None:
     """What argparse's types let through."""
-    for name in ("iterations", "batch", "accumulate", "threads", "queries", "blocks", "log_every", "short"):
-        if getattr(o, name) < 1:
-            p.error(f"--{name.replace('_', '-')} {getattr(o, name)}: give 1 or more")
-    for name in ("eval_every", "save_every"):
-        if getattr(o, name) < 1:
-            p.error(f"--{name.replace('_', '-')} {getattr(o, name)}: give 1 or more")
-    if min(o.crop) < 1:
-        p.error(f"--crop {o.crop}: give one or two sizes in pixels")
+    if not o.data:
+        p.error(f"--dataset {o.dataset}: give its folder with --data")
+    for least, names in LEAST.items():
+        for name in names.split():
+            if not least <= getattr(o, name) < math.inf:
+                p.error(f"--{name.replace('_', '-')} {getattr(o, name)}: give {least} or more")
+    if len(o.crop) != 2 or min(o.crop) < 1:
+        p.error(f"--crop {' '.join(map(str, o.crop))}: give one or two sizes in pixels")
     if not 0 <= o.timestep < 1000:
         p.error(f"--timestep {o.timestep}: give 0 to 999")
-    if not (o.lr > 0 and math.isfinite(o.lr)):
+    if not 0 < o.lr < math.inf:
         p.error(f"--lr {o.lr}: give a positive number")
+    if o.clip is not None and not o.clip > 0:
+        p.error(f"--clip {o.clip}: give a positive number")
+    if not 0 <= o.dropout < 1:
+        p.error(f"--dropout {o.dropout}: give 0 or more, and less than 1")
     if o.tags not in WORDS and not Path(o.tags).is_file():
         p.error(f"--tags {o.tags}: choose classes, clip, oracle, or a file of JSON lines that exists")
+    if o.condition == "oracle" and o.tags != "oracle":
+        p.error(f"--condition oracle is told the true classes: leave --tags {o.tags} out")
     if o.condition == "caption" and o.tags in WORDS:
         p.error(f"--condition caption --tags {o.tags}: give a FILE.jsonl with a caption for every picture")
     if o.decoder == "mask2former" and o.dataset in LAYOUTS:

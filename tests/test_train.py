@@ -492,6 +492,17 @@ def test_bad_input_is_named(folder, tmp_path, capsys, flags, said):
         ["--dataset", "ade20k", "--decoder", "mask2former"],
         ["--pixel-decoder", "fpn"],
         ["--dataset", "panoptic"],
+        ["--condition", "oracle", "--tags", "clip"],
+        ["--crop", "64", "64", "64"],
+        ["--short", "0"],
+        ["--eval-every", "0"],
+        ["--workers", "-1"],
+        ["--seed", "-1"],
+        ["--clip", "-1"],
+        ["--dropout", "1"],
+        ["--unet-lr-scale", "-1"],
+        ["--weight-decay", "inf"],
+        ["--tag-loss-weight", "nan"],
     ],
 )
 def test_a_flag_that_makes_no_sense_ends_with_code_2(flags, capsys):
