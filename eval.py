@@ -409,8 +409,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ranks.first:
             print(f"eval.py: {error}", file=sys.stderr)
         return 2
-    finally:
-        disconnect()
+    disconnect()
     return 0
 
 

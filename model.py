@@ -398,7 +398,8 @@ class Tada(nn.Module):
         The classes that are likelier than chance, 1/K, which is one at least.
         """
         assert self.names is not None, f"the tags come from {self.config.tags}: train with --tags clip"
-        _, embedding = self.clip.image(image)
+        with torch.autocast(image.device.type, enabled=False):  # the same tags in training and test
+            _, embedding = self.clip.image(image)
         found = []
         for p in zero_shot(self.clip, embedding, self.names).cpu():
             order = p.argsort(descending=True, stable=True).tolist()

@@ -419,7 +419,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     ranks = connect()
     try:
-        return run(options, ranks)
+        code = run(options, ranks)
     except KeyboardInterrupt:
         if ranks.first:
             print("stopped: what was written stays, the same command goes on", file=sys.stderr)
@@ -428,8 +428,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ranks.first or isinstance(error, OSError):  # the others are the same in all processes
             print(f"predict.py: {error}", file=sys.stderr)
         return 2
-    finally:
-        disconnect()
+    disconnect()
+    return code
 
 
 def run(options: argparse.Namespace, ranks: Ranks) -> int:

@@ -1,6 +1,7 @@
 """The processes of one run, started by torchrun or alone: who we are, sums over all, waiting for all."""
 
 import os
+import sys
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -58,7 +59,13 @@ def connect() -> Ranks:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= gpus:
+            print(
+                f"process {local} of this machine has no GPU: give --nproc-per-node {gpus}", file=sys.stderr
+            )
+            sys.exit(2)
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
@@ -66,6 +73,10 @@ def connect() -> Ranks:
 
 
 def disconnect() -> None:
-    """Leave the others, if there are any."""
+    """Leave the others, if there are any, when all of them leave.
+
+    After an error one must not: NCCL waits here for the others, who wait for this one. It just ends, and
+    torchrun ends the others.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()

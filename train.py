@@ -304,7 +304,8 @@ class Clock:
         if torch.cuda.is_available():
             memory = torch.cuda.max_memory_allocated()
         else:
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+            unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes, Linux in KiB
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         reading = {
             "images_per_second": steps * self.options.batch / took,
             "data_share": self.waited / took,
@@ -334,9 +335,9 @@ def log_line(entry: dict, options: argparse.Namespace) -> str:
 
 
 def training_state(optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, Tensor]:
-    """AdamW's moments by parameter name, and the random state of every rank."""
+    """AdamW's moments by parameter name (rank 0 alone, which writes them), every rank's random state."""
     tensors = {}
-    for group in optimizer.param_groups:
+    for group in optimizer.param_groups if ranks.first else ():  # they are the same everywhere
         for name, p in zip(group["names"], group["params"], strict=True):
             for key, value in optimizer.state[p].items():
                 tensors[f"optimizer/{name}/{key}"] = value.detach().cpu().contiguous()
@@ -407,12 +408,13 @@ def draw_val(run: Run, tada: Tada, sets: "Sets", step: int) -> None:
         if tada.config.tags == "clip":
             words = [word for word, _ in tada.tag(image)[0]]
         steering = None if words is None else [words]
-        if tada.config.decoder == "mask2former":
-            ids, segments = tada.segment(image, steering).panoptic[0]
-            target = ids.cpu().numpy(), segments
-        else:
-            seen = tada.predict(image, steering, window=tada.config.crop, stride=tada.config.stride)
-            target = seen.labels[0].byte().cpu().numpy()
+        with torch.autocast(image.device.type, torch.bfloat16, enabled=image.is_cuda):
+            if tada.config.decoder == "mask2former":
+                ids, segments = tada.segment(image, steering).panoptic[0]
+                target = ids.cpu().numpy(), segments
+            else:
+                seen = tada.predict(image, steering, window=tada.config.crop, stride=tada.config.stride)
+                target = seen.labels[0].byte().cpu().numpy()
         shown.append((item.image.permute(1, 2, 0).numpy(), target, words))
     tada.train()
     (run.folder / "val").mkdir(exist_ok=True)
@@ -612,7 +614,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ranks = connect()
     try:
         kernels.use(options.kernels)
-        return train(options, ranks)
+        code = train(options, ranks)
     except KeyboardInterrupt:
         print("stopped: the last checkpoint stays", file=sys.stderr)
         return 130
@@ -620,8 +622,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ranks.first or not isinstance(error, RunError):  # rank 0 has every one of those
             print(f"train.py: {error}", file=sys.stderr)
         return 2
-    finally:
-        disconnect()
+    disconnect()
+    return code
 
 
 if __name__ == "__main__":

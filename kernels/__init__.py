@@ -68,7 +68,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) ->
 
     `lengths (B,)` says how many of the M keys of each image are real (1..M); None means all of them.
     """
-    if chosen("cross_attention", q, q.shape[-1], k.shape[1] <= RESIDENT):
+    if chosen("cross_attention", q, q.shape[-1], q.dtype != torch.float32 and k.shape[1] <= RESIDENT):
         from .cross_attention import cross_attention
 
         return cross_attention(q, k, v, lengths)
@@ -84,7 +84,7 @@ def wide_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def attention_maps(q: Tensor, k: Tensor, lengths: Tensor | None = None) -> Tensor:
     """What each query attends to: the softmax of `attention`, the mean of the heads; `(B, N, M)` float32."""
-    if chosen("attention_maps", q, q.shape[-1]):
+    if chosen("attention_maps", q, q.shape[-1], q.dtype != torch.float32):
         from .cross_attention import attention_maps as kernel
 
         return kernel(q, k, lengths)

@@ -19,7 +19,6 @@ from clip import END, START, CLIPConfig, TowerConfig
 from unet import UNetConfig
 from vae import VAEConfig
 
-BAR = 1e-5  # relative RMS error in float32: two orders of the same sums stay below, a wrong detail does not
 SMALL_UNET = UNetConfig(channels=(32, 64, 96, 96), heads=4, context_width=48, groups=8)
 SMALL_VAE = VAEConfig(channels=(16, 32, 64, 64), groups=8)
 SMALL_CLIP = CLIPConfig(
@@ -32,13 +31,6 @@ SMALL_CLIP = CLIPConfig(
 )
 SMALL_MASK2FORMER = {"channels": (16, 32, 64, 128), "things": (True, False, True, True, False)}
 SMALL_MASK2FORMER |= {"width": 64, "heads": 4, "queries": 7, "layers": 4, "pixel_layers": 2, "points": 300}
-
-
-def error(ours: Tensor, reference: Tensor) -> float:
-    """Relative RMS error, in float64."""
-    assert ours.shape == reference.shape, f"{tuple(ours.shape)} is not {tuple(reference.shape)}"
-    ours, reference = ours.detach().double(), reference.detach().double()
-    return ((ours - reference).norm() / reference.norm()).item()
 
 
 def reference_unet(config: UNetConfig) -> UNet2DConditionModel:

@@ -1,6 +1,6 @@
-"""What the tests of the kernels share: the three-way bar, memory that begins as NaN, mistakes to plant.
+"""What the tests share that needs no reference model: bars and errors, memory that begins as NaN, mistakes.
 
-The bar: against float64, a kernel's error is at most twice that of plain torch in the kernel's own precision.
+A kernel's bar: against float64, its error is at most twice that of plain torch in the kernel's own precision.
 """
 
 import importlib.util
@@ -11,16 +11,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ROOT = Path(__file__).parents[1]
+BAR = 1e-5  # relative RMS error in float32: two orders of the same sums stay below, a wrong detail does not
 
 
 def error(ours: Tensor, exact: Tensor) -> float:
     """Relative RMS error, in float64; NaN is infinite."""
     assert ours.shape == exact.shape, f"{tuple(ours.shape)} is not {tuple(exact.shape)}"
-    size = ((ours.detach().double() - exact.detach()).norm() / exact.norm()).item()
+    ours, exact = ours.detach().double(), exact.detach().double()
+    size = ((ours - exact).norm() / exact.norm()).item()
     return float("inf") if math.isnan(size) else size
+
+
+def gradients(loss: Tensor, model: nn.Module, **leaves: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Of a loss, by every parameter and leaf that it depends on: by name, and all in one vector."""
+    names = dict(model.named_parameters()) | leaves
+    found = torch.autograd.grad(loss, names.values(), allow_unused=True)
+    found = {name: x for name, x in sorted(zip(names, found, strict=True)) if x is not None}
+    return found, torch.cat([x.flatten() for x in found.values()])
 
 
 def results(
@@ -58,6 +68,8 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     def filled(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(*args, **kwargs) -> Tensor:
             x = allocate(*args, **kwargs)
+            if x.dtype == torch.bool:  # the compiler's own
+                return x
             return x.fill_(torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).min)
 
         return call

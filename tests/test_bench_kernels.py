@@ -64,6 +64,12 @@ def test_a_wrong_result_or_gradient_has_no_time(wrong):
     assert all(row.ours != row.ours and not row.peers for row in rows)  # NaN
 
 
+def test_a_case_says_how_wrong_it_may_be():
+    inexact = product(lambda a, b: a @ b * 1.001)
+    inexact.slack = 1e9
+    assert all(row.right for row in measure(inexact, RATES, CPU))
+
+
 def test_a_result_that_changes_is_seen():
     noisy = iter([0.0, 1e-6] * 4)
     found = check(product(lambda a, b: a @ b * (1 + next(noisy))))

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import BAR, SMALL_CLIP, error, official_folder, reference_clip
+from oracle import SMALL_CLIP, official_folder, reference_clip
 from PIL import Image
+from proof import BAR, error, gradients
 from transformers import CLIPImageProcessorPil, CLIPTokenizer
 
 from clip import CLIP, PROMPT, TEMPLATES, CLIPConfig, Tokenizer, name_vectors, pixels, zero_shot
@@ -70,6 +71,27 @@ def test_image_equals_the_reference(pair):
         tokens, embedding = ours.image(image)
         assert error(tokens, expected.last_hidden_state) <= BAR
         assert error(embedding, reference.visual_projection(expected.pooler_output)) <= BAR
+
+
+def test_gradients_equal_the_reference(pair):
+    """Of the picture and of every parameter that either tower has."""
+    reference, ours = pair
+    ids, image = prompts(), (torch.rand(2, 3, 56, 56) * 2 - 1).requires_grad_()
+    weights = [torch.randn(size) for size in ((3, 77, 64), (3, 48), (2, 17, 96), (2, 48))]
+    text, seen = reference.text_model(ids), reference.vision_model(pixels(image, 56))
+    outputs = [text.last_hidden_state, reference.text_projection(text.pooler_output)]
+    outputs += [seen.last_hidden_state, reference.visual_projection(seen.pooler_output)]
+    loss = sum((x * weight).sum() for x, weight in zip(outputs, weights, strict=True))
+    expected, whole = gradients(loss, reference, image=image)
+    hidden, pooled = ours.text(ids)
+    outputs = [hidden, ours.text_projection(pooled), *ours.image(image)]
+    loss = sum((x * weight).sum() for x, weight in zip(outputs, weights, strict=True))
+    found, ours_whole = gradients(loss, ours, image=image)
+    assert (
+        found.keys() == expected.keys() == dict(ours.named_parameters()).keys() - {"logit_scale"} | {"image"}
+    )
+    assert error(found["image"], expected["image"]) <= BAR
+    assert error(ours_whole, whole) <= BAR
 
 
 @pytest.mark.parametrize("size", [(56, 56), (300, 300), (90, 200), (31, 17)])

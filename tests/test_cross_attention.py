@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import BAR, error
+from proof import BAR, error
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 

@@ -9,7 +9,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import BAR, error, shake
+from oracle import shake
+from proof import BAR, error
 from torch import Tensor, nn
 from transformers import UperNetConfig
 from transformers.models.upernet.modeling_upernet import UperNetConvModule, UperNetFCNHead, UperNetHead

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from oracle import SMALL_UNET, error, reference_unet, tiny_folder
+from oracle import SMALL_UNET, reference_unet, tiny_folder
 from PIL import Image
+from proof import error
 
 from clip import Tokenizer
 from unet import UNet, alphas_cumprod

@@ -265,8 +265,9 @@ def test_a_hundred_runs_are_equal_to_the_bit(shape):
 
 
 @pytest.mark.gpu
-def test_compiled():
+def test_compiled(monkeypatch):
     """As one graph; the sum over images may be reordered by the compiler, the kernels not."""
+    monkeypatch.undo()  # of the NaN in new memory, which is no part of a graph
     inputs, dy = case(2, 320, 37, 53, torch.bfloat16, device="cuda")
     eager = results(partial(kernel, groups=32), inputs, dy)
     compiled = results(torch.compile(partial(kernel, groups=32), fullgraph=True), inputs, dy)

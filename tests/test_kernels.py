@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import error
+from proof import error
 
 import kernels
 from kernels import reference

@@ -15,8 +15,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import SMALL_MASK2FORMER as SMALL
-from oracle import error, shake, wake
 from oracle import reference_mask2former as reference
+from oracle import shake, wake
+from proof import error
 from torch import Tensor, nn
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil

@@ -10,16 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from oracle import (
-    BAR,
     SMALL_CLIP,
     SMALL_UNET,
     SMALL_VAE,
-    error,
     feature_maps,
     reference_clip,
     reference_unet,
     reference_vae,
 )
+from proof import BAR, error
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import BAR, error, shake, tiny_folder
+from oracle import shake, tiny_folder
+from proof import BAR, error
 from safetensors.torch import load_file
 from torch import Tensor, nn
 

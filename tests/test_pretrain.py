@@ -7,7 +7,7 @@ from random import Random
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from oracle import BAR, error
+from proof import BAR, error
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 

@@ -266,8 +266,9 @@ def test_a_hundred_runs_are_equal_to_the_bit(shape):
 
 
 @pytest.mark.gpu
-def test_compiled_under_autocast_and_checkpointing():
+def test_compiled_under_autocast_and_checkpointing(monkeypatch):
     """As one graph; the sum over cells may be reordered by the compiler, the kernels not."""
+    monkeypatch.undo()  # of the NaN in new memory, which is no part of a graph
     logits, labels = case(2, 133, 31, 17, 247, 139, torch.bfloat16, device="cuda")
     eager = results(partial(kernel, labels=labels), [logits], DTOTAL.cuda())
     compiled = results(torch.compile(partial(kernel, labels=labels), fullgraph=True), [logits], DTOTAL.cuda())

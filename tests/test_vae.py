@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from oracle import BAR, SMALL_VAE, error, official_folder, reference_vae
+from oracle import SMALL_VAE, official_folder, reference_vae
+from proof import BAR, error, gradients
 
 from vae import VAE, VAEConfig
 from weights.load import load
@@ -47,6 +48,22 @@ def test_moments_are_the_posterior(pair):
         mean, logvar = ours.moments(image)
     assert error(mean, posterior.mean) <= BAR
     assert error(logvar, posterior.logvar) <= BAR
+
+
+def test_gradients_equal_the_reference(pair):
+    """Of the picture and of every parameter, through both halves."""
+    reference, ours = pair
+    image = (torch.rand(2, 3, 40, 64) * 2 - 1).requires_grad_()
+    shown, told = torch.randn(2, 3, 40, 64), torch.randn(2, 4, 5, 8)
+    posterior = reference.encode(image).latent_dist
+    loss = (reference.decode(posterior.mean).sample * shown).sum() + (posterior.logvar * told).sum()
+    expected, whole = gradients(loss, reference, image=image)
+    mean, logvar = ours.moments(image)
+    loss = (ours.decode(mean * SCALE) * shown).sum() + (logvar * told).sum()
+    found, ours_whole = gradients(loss, ours, image=image)
+    assert found.keys() == expected.keys() and len(found) == 1 + len(list(ours.parameters()))
+    assert error(found["image"], expected["image"]) <= BAR
+    assert error(ours_whole, whole) <= BAR
 
 
 def test_log_variance_is_clamped(pair):

@@ -145,7 +145,9 @@ def train_clip(pictures: Pictures, run: Path, out: Path, stage: Stage, seed: int
         _, image = clip.image(pictures.batch(indices).to(device))
         text = clip.text_projection(clip.text(ids[:, :longest].to(device))[1])
         scale = clip.logit_scale.clamp(max=LARGEST_SCALE).exp()
-        logits = scale * F.normalize(image.float(), dim=-1) @ F.normalize(text.float(), dim=-1).T  # (B, B)
+        with torch.autocast(device, enabled=False):  # bfloat16 has steps of 0.5 at a logit of 100
+            cosine = F.normalize(image.float(), dim=-1) @ F.normalize(text.float(), dim=-1).T  # (B, B)
+        logits = scale * cosine
         own = torch.arange(len(ids), device=device)
         return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
