@@ -188,7 +188,7 @@ class Tagging(nn.Module):
         q, text, image = self.begin(image_tokens, text)
         for block in self.blocks:
             q = block(q, text, image)
-        m = self.norm(self.mlp(q))  # its norm is that of SD's own tokens
+        m = self.norm(self.mlp(q))  # (B, Q, C); its norm is that of SD's own tokens
 
         context = m if self.g is None else self.empty + self.g * m
         return Condition(context, None, self.logits(m))
@@ -202,7 +202,7 @@ class Tagging(nn.Module):
         return last.look(q, text)
 
     def begin(self, image_tokens: Tensor | None, text: Text | None) -> tuple[Tensor, Text, Tensor]:
-        """What the blocks take: queries `(B, Q, C)`, text, image `(B, N, C)`."""
+        """What the blocks take: queries `(B, Q, C)`, text, image `(B, M, C)`."""
         assert image_tokens is not None, "image_tokens is None: give CLIP's, (B, 257, 1024)"
         B = len(image_tokens)
         if text is None:
@@ -253,7 +253,7 @@ def asymmetric_loss(
     """
     assert logits.shape == targets.shape, f"{tuple(logits.shape)} logits for {tuple(targets.shape)} targets"
     logits, there = logits.float(), targets > 0.5
-    p_right = torch.where(there, logits.sigmoid(), ((-logits).sigmoid() + clip).clamp(max=1))
+    p_right = torch.where(there, logits.sigmoid(), ((-logits).sigmoid() + clip).clamp(max=1))  # (B, K)
     gamma = torch.where(there, gamma_positive, gamma_negative)
     weight = (1 - p_right.detach()) ** gamma
     loss = -weight * p_right.clamp(min=eps).log()
@@ -305,8 +305,8 @@ class Attention(nn.Module):
     """Multi-head attention of the queries `(B, Q, C)` to the tokens `(B, M, C)`, of which `lengths (B,)` are
     real.
 
-    Keys have no bias, since it would add the same to every score of a query; nor have the others, as in the
-    UNet.
+    Keys have no bias, since it would add the same to every score of a query; nor have queries and values,
+    as in the UNet.
     """
 
     def __init__(self, width: int, heads: int):

@@ -34,8 +34,8 @@ def augment(
 ) -> tuple[Tensor, Tensor]:
     """Random scale, crop, flip and colours: image `(3, H, W)` uint8, labels `(H, W)` uint8, (H, W) = crop.
 
-    mmsegmentation's order: resize into 0.5-2 times the box (short, long), crop, mirror every second picture,
-    distort its colours, pad on the right and below. Padding is 255 = ignore in the labels and 128 in the
+    mmsegmentation's order: resize into 0.5-2 times the box (short, long), crop, mirror with probability
+    1/2, distort the colours, pad on the right and below. Padding is 255 = ignore in the labels and 128 in the
     picture: 0.004 in [-1, 1], where mmsegmentation has the 0 that no uint8 gives. Resizing is antialiased and
     centred, where mmcv's is neither (see `resize` and `nearest`). `rng` should depend on the sample alone
     (`randomness` in stream.py).
@@ -114,8 +114,8 @@ def photometric(image: Tensor, rng: np.random.Generator) -> Tensor:
     """uint8 `(3, H, W)` RGB -> the same, each step with probability 1/2 and cut off at 0 and 255.
 
     Brightness +-32, contrast 0.5-1.5, saturation 0.5-1.5, hue -36..34 degrees in steps of 2 (-18..17 in
-    OpenCV's halves), and in every second picture the contrast last. mmsegmentation truncates after every
-    step; we round once.
+    OpenCV's halves), and the contrast last with probability 1/2. mmsegmentation truncates after every step;
+    we round once.
     """
     x = image.float()
     if coin(rng):

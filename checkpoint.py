@@ -12,6 +12,7 @@ model, the folder of a step.
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -170,10 +171,10 @@ def write_step(
     tensors and facts (JSON) are what training needs to go on. Raises CheckpointError if the disk is full or
     refuses; the folders that were there are untouched then.
     """
-    final, new = run / f"step-{step:06d}", run / f".tmp-step-{step:06d}"
-    require_space(run)
+    final, new = run / step_name(step), run / f".tmp-{step_name(step)}"
     shutil.rmtree(new, ignore_errors=True)
     try:
+        require_space(run)
         new.mkdir()
         save_model(tada, new / MODEL, frozen, metrics)
         save_file(tensors, new / TENSORS)
@@ -182,14 +183,19 @@ def write_step(
         (new / SUMS).write_text(json.dumps(sums, indent=1))
         for path in (*new.iterdir(), new):
             sync(path)
-        if final.exists():  # one that was refused when the run was taken up
-            remove(final)
+        old = run / f".old-{final.name}"
+        if final.exists():  # without its metrics yet, or refused when the run was taken up
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(final, old)
         os.replace(new, final)
         sync(run)
+        shutil.rmtree(old, ignore_errors=True)
         point(run, "last", final.name)
         prune(run)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)
+        with suppress(OSError):
+            bring_back(run)
         raise CheckpointError(
             f"{final} could not be written ({error}): see that its disk has room and may be written"
         ) from None
@@ -205,6 +211,14 @@ def require_space(run: Path) -> None:
         raise CheckpointError(
             f"{run} has {free >> 20:,} MiB free and a checkpoint needs {needed >> 20:,} MiB: free some space"
         )
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    new = file.with_name(f".tmp-{file.name}")
+    new.write_text(text, encoding="utf-8")
+    sync(new)
+    os.replace(new, file)
 
 
 def sync(path: Path) -> None:
@@ -223,6 +237,10 @@ def point(run: Path, name: str, target: str) -> None:
     new.symlink_to(target)
     os.replace(new, run / name)
     sync(run)
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:06d}"
 
 
 def steps(run: Path) -> list[Path]:
@@ -249,8 +267,17 @@ def remove(folder: Path) -> None:
 
 def clean(run: Path) -> None:
     """Remove what an interrupted `write_step` or `point` left behind."""
-    for path in run.glob(".tmp-*"):
+    bring_back(run)
+    for path in (*run.glob(".tmp-*"), *run.glob(".old-*")):
         path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
+
+
+def bring_back(run: Path) -> None:
+    """The step whose new writing did not come to take its name, as it was."""
+    for old in run.glob(".old-*"):
+        final = run / old.name.removeprefix(".old-")
+        if not final.exists():
+            os.replace(old, final)
 
 
 def newest_step(run: Path) -> tuple[Path | None, list[str]]:

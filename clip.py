@@ -165,9 +165,8 @@ class CLIP(nn.Module):
             f"{L} tokens, but the tower has {self.config.positions} positions: cut the text"
         )
         hidden = self.text_model(ids)
-        end = (
-            (ids == self.config.vocabulary - 1).int().argmax(dim=1)
-        )  # the first end; those behind it are padding
+        # The first end; those behind it are padding.
+        end = (ids == self.config.vocabulary - 1).int().argmax(dim=1)
         return hidden, hidden[torch.arange(T, device=ids.device), end]
 
     def image(self, image: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,15 +57,15 @@ class Target(NamedTuple):
     size: Size | None = None
 
 
-class Prediction(NamedTuple):
+class Queries(NamedTuple):
     """What the queries say, before the first layer and after each; the same in training and evaluation."""
 
     classes: tuple[Tensor, ...]  # (B, Q, K+1) logits each; the last class is "no object"
     masks: tuple[Tensor, ...]  # (B, Q, H/4, W/4) logits each
 
-    def picture(self, i: int) -> "Prediction":
+    def picture(self, i: int) -> "Queries":
         """What they say of picture i alone, B = 1."""
-        return Prediction(*(tuple(x[i : i + 1] for x in part) for part in self))
+        return Queries(*(tuple(x[i : i + 1] for x in part) for part in self))
 
 
 class Found(NamedTuple):
@@ -136,7 +136,7 @@ class Mask2Former(nn.Module):
 
     check = SemanticDecoder.check  # the border is that of every decoder
 
-    def forward(self, features: Sequence[Tensor]) -> Prediction:
+    def forward(self, features: Sequence[Tensor]) -> Queries:
         """Four maps `(B, C_i, h_i, w_i)`, finest first, at strides 8, 16, 32, 64 -> what the queries say."""
         self.check(features)
         mask_features, maps = self.pixel_decoder(features)  # (B, C, H/4, W/4), strides 32, 16, 8
@@ -152,7 +152,7 @@ class Mask2Former(nn.Module):
             x = layer(x, self.query_places, memory[level], places[level], seen)
             classes, masks = self.predict(x, mask_features)
             every.append((classes, masks))
-        return Prediction(*zip(*every))
+        return Queries(*zip(*every))
 
     def predict(self, x: Tensor, mask_features: Tensor) -> tuple[Tensor, Tensor]:
         """Queries `(B, Q, C)` -> class logits `(B, Q, K+1)`, mask logits `(B, Q, H/4, W/4)`."""
@@ -162,7 +162,7 @@ class Mask2Former(nn.Module):
     # ---- the loss
 
     def loss(
-        self, prediction: Prediction, targets: Sequence[Target], rand: Rand | Sequence[Rand] = torch.rand
+        self, prediction: Queries, targets: Sequence[Target], rand: Rand | Sequence[Rand] = torch.rand
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Per part, class, mask and dice: (float32 sum over all layers of its weighted losses, `counts`).
 
@@ -234,7 +234,7 @@ class Mask2Former(nn.Module):
         by_mask, by_dice = mask_losses(sample(found, places), labels)
         return CLASS_WEIGHT * by_class, MASK_WEIGHT * by_mask, DICE_WEIGHT * by_dice
 
-    def check_targets(self, prediction: Prediction, targets: Sequence[Target]) -> None:
+    def check_targets(self, prediction: Queries, targets: Sequence[Target]) -> None:
         """The border: one target per picture, of the right types and sizes."""
         B, _, h, w = prediction.masks[-1].shape
         assert len(targets) == B, f"{len(targets)} targets for {B} pictures: give one per picture"
@@ -251,7 +251,7 @@ class Mask2Former(nn.Module):
 
     def panoptic(
         self,
-        prediction: Prediction,
+        prediction: Queries,
         padded: Size,
         real: Size | None = None,
         size: Size | None = None,
@@ -271,7 +271,7 @@ class Mask2Former(nn.Module):
 
     def instances(
         self,
-        prediction: Prediction,
+        prediction: Queries,
         padded: Size,
         real: Size | None = None,
         size: Size | None = None,
@@ -287,7 +287,7 @@ class Mask2Former(nn.Module):
         ]
 
     def semantic(
-        self, prediction: Prediction, padded: Size, real: Size | None = None, size: Size | None = None
+        self, prediction: Queries, padded: Size, real: Size | None = None, size: Size | None = None
     ) -> Tensor:
         """`(B, K, H, W)` float32: per class, the sum over queries of its probability times the mask's."""
         classes = prediction.classes[-1].float().softmax(-1)[..., :-1]
@@ -295,11 +295,11 @@ class Mask2Former(nn.Module):
         with torch.autocast(masks.device.type, enabled=False):
             return torch.einsum("BQK,BQHW->BKHW", classes, masks)
 
-    def logits(self, prediction: Prediction, size: Size) -> Tensor:
+    def logits(self, prediction: Queries, size: Size) -> Tensor:
         """The logarithm of `semantic` at `size`: its softmax is the share of each class."""
         return self.semantic(prediction, size).clamp_(min=torch.finfo(torch.float32).tiny).log_()
 
-    def labels(self, prediction: Prediction, size: Size) -> Tensor:
+    def labels(self, prediction: Queries, size: Size) -> Tensor:
         """`(B, H, W)` int64, the strongest class of every pixel at `size`."""
         return self.semantic(prediction, size).argmax(1)
 
@@ -356,10 +356,10 @@ class PyramidPixelDecoder(nn.Module):
         self.mask_projection = xavier(nn.Conv2d(width, width, 1))
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        maps = []
-        for lateral, output, x in zip(self.laterals, self.outputs, reversed(features)):
-            x = lateral(x)
-            maps.append(output(x + resize(maps[-1], x.shape[2:]) if maps else x))
+        maps = []  # coarsest first: (B, C, h_i, w_i)
+        for to_width, smooth, x in zip(self.laterals, self.outputs, reversed(features)):
+            x = to_width(x)
+            maps.append(smooth(x + resize(maps[-1], x.shape[2:]) if maps else x))
         *maps, finest = maps
         return self.mask_projection(finest), maps
 
@@ -483,7 +483,7 @@ def deformable_attention(value: Tensor, sizes: Sequence[Size], points: Tensor, w
 
 
 class QueryLayer(nn.Module):
-    """Queries read their part of the picture, then each other, then think alone; norms after."""
+    """Masked cross-attention to the picture, self-attention, MLP, each followed by its norm."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()

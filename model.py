@@ -10,6 +10,7 @@ any size, words to vectors, building, parameter groups. checkpoint.py saves and 
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -41,8 +42,7 @@ from adapter import (
 from clip import CLIP, PROMPT, TEMPLATES, CLIPConfig, Tokenizer, name_vectors, zero_shot
 from decoders import IGNORE, Logits, SemanticDecoder, SemanticFPN, UperNet, resize
 from kernels import KernelError
-from mask2former import OVERLAP, SCORE, Instances, Mask2Former, Panoptic, Rand, Target
-from mask2former import Prediction as Queries
+from mask2former import OVERLAP, SCORE, Instances, Mask2Former, Panoptic, Queries, Rand, Target
 from unet import UNet, UNetConfig, alphas_cumprod
 from vae import VAE, VAEConfig
 
@@ -428,7 +428,7 @@ def windows(size: Size, window: Size, stride: Size) -> list[tuple[int, int, int,
     for whole, part, step in zip(size, window, stride, strict=True):
         assert 1 <= step <= part, f"a stride of {step} leaves gaps between windows of {part}: give 1..{part}"
         part = min(part, whole)
-        starts.append([min(i * step, whole - part) for i in range(-(-(whole - part) // step) + 1)])
+        starts.append([min(i * step, whole - part) for i in range(math.ceil((whole - part) / step) + 1)])
     h, w = (min(part, whole) for part, whole in zip(window, size, strict=True))
     return [(top, left, top + h, left + w) for top in starts[0] for left in starts[1]]
 

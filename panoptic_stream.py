@@ -6,7 +6,7 @@
         masks = [masks_of(x, len(classes)) for x, classes in zip(owners, batch.classes)]  # b times (T, H, W)
 
 The jitter is Mask2Former's (detectron2, data/transforms/augmentation_impl.py: RandomFlip, ResizeScale,
-FixedSizeCrop): mirror every second picture, resize it to fit into the crop times 0.1-2, cut the crop out of
+FixedSizeCrop): mirror with probability 1/2, resize it to fit into the crop times 0.1-2, cut the crop out of
 what is larger, pad what is smaller on the right and below with 128. Its colours stay. `size` is what of the
 crop is picture: beyond it no loss is to be taken. Masks travel as one map of owners, two bytes a pixel for
 any number of segments; `masks_of` makes them on the device. Order, ranks, workers, resumption and files that

@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from data import LAYOUTS, Dataset, open_dataset
 from mask2former import OVERLAP, SCORE
@@ -66,9 +65,8 @@ def recipe(dataset: str, model: str, decoder: str) -> Recipe:
         return tiny if dataset == "scenes" else replace(tiny, iterations=3000, short=180)
     if model == "tiny":
         if dataset == "scenes":
-            return Recipe(
-                (128, 128), 200, lr=1e-3, batch=8, dropout=0.0
-            )  # under three minutes on two CPU cores
+            # Under three minutes on two CPU cores.
+            return Recipe((128, 128), 200, lr=1e-3, batch=8, dropout=0.0)
         return Recipe((128, 128), 1500, lr=1e-3, short=180, dropout=0.0)  # half an hour
     if dataset == "ade20k":
         iterations = 160_000 if decoder == "upernet" else 80_000
@@ -160,7 +158,11 @@ def parser() -> argparse.ArgumentParser:
 
     out = p.add_argument_group("what it writes")
     out.add_argument(
-        "--run", metavar="DIR", help="its folder; * runs/<dataset>-<model>-<decoder>-<condition>"
+        "--run-dir",
+        "--run",  # torchrun would take it for an abbreviation of its own --run-path
+        dest="run",
+        metavar="DIR",
+        help="its folder; * runs/<dataset>-<model>-<decoder>-<condition>",
     )
     out.add_argument("--fresh", action="store_true", help="put an earlier run in that folder aside")
     out.add_argument(
@@ -270,7 +272,9 @@ def refuse_nonsense(p: argparse.ArgumentParser, o: argparse.Namespace) -> None:
         p.error(f"--clip {o.clip}: give a positive number")
     if not 0 <= o.dropout < 1:
         p.error(f"--dropout {o.dropout}: give 0 or more, and less than 1")
-    if o.tags not in WORDS and not Path(o.tags).is_file():
+    if o.seed >= 2**63:
+        p.error(f"--seed {o.seed}: give less than 2**63")
+    if o.tags not in WORDS and not os.path.isfile(o.tags):
         p.error(f"--tags {o.tags}: choose classes, clip, oracle, or a file of JSON lines that exists")
     if o.condition == "oracle" and o.tags != "oracle":
         p.error(f"--condition oracle is told the true classes: leave --tags {o.tags} out")

@@ -222,6 +222,13 @@ def load_in_order(
             if isinstance(merged, DataError):
                 raise merged
             yield merged
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"a loading process has ended ({str(error).splitlines()[0]}): free memory or enlarge /dev/shm, "
+            "or give fewer --workers"
+        ) from None
     finally:
         atexit.unregister(end)
         end()

@@ -43,7 +43,7 @@ from panoptic_stream import NOBODY, PanopticBatch, PanopticTrainStream, masks_of
 from pictures import mosaic, overlay, segment_overlay
 from ranks import Ranks, connect, disconnect
 from recipes import DROPS, config_of, open_set, parse, recipe
-from run import Run, RunError, open_run
+from run import Run, RunError, fingerprint, open_run
 from stream import Batch, EvaluationStream, TrainStream
 
 SHOWN = 8  # pictures in inputs.jpg and in val/
@@ -77,14 +77,14 @@ def train_step(
     segments = [segments_of(tada, batch, ranks.device) for batch in batches]
     counts = count_all(tada, labels, segments, ranks)
     sums = {}
-    for i, (batch, *target) in enumerate(zip(batches, labels, segments, strict=True)):
+    for i, (batch, true_labels, true_segments) in enumerate(zip(batches, labels, segments, strict=True)):
         last = i == len(batches) - 1
         with nullcontext() if last or model is tada else model.no_sync():
-            image = normalise(batch.image.to(ranks.device, non_blocking=True))
+            image = normalise(batch.image.to(ranks.device, non_blocking=True))  # (B, 3, H, W)
             with torch.autocast(ranks.device.type, torch.bfloat16, enabled=ranks.device.type == "cuda"):
                 output = model(image, words_of(batch, words))
             rand = [points_of(seed, position, ranks.device) for position in batch.positions]
-            losses = tada.loss(output, *target, rand)
+            losses = tada.loss(output, true_labels, true_segments, rand)
             parts = {name: total / counts[name] for name, (total, _) in losses.items()}
             (sum(parts.values()) * ranks.world).backward()  # DDP takes the mean over processes, we want sums
         for name, part in parts.items():
@@ -98,7 +98,9 @@ def train_step(
     if not all(map(math.isfinite, step.values())):
         wrong = [] if all(x.isfinite() for x in sums.values()) else [p for x in batches for p in x.paths]
         where = ", ".join(ranks.join(wrong)) or "the gradient alone"
-        raise RunError(f"not finite: {step}, in {where}: give a lower --lr, or the largest norm with --clip")
+        raise RunError(
+            f"not finite: {step}, in {where}: give a lower --lr, or the largest norm with --clip, and --fresh"
+        )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return {**step, "stop": bool(stop)}
@@ -179,6 +181,8 @@ def loop(
     drops = DROPS if options.decoder == "mask2former" else ()
     tada.train()
     stopping = False
+    if not state.judged:  # the run ended in between
+        judge(run, options, tada, sets, state, final=state.step == options.iterations)
     clock = Clock(options, state.step)
     micro_batches = stream.batches(state.step * options.batch)
     for step in range(state.step + 1, options.iterations + 1):
@@ -197,6 +201,7 @@ def loop(
             stop.signal is not None,
             options.seed,
         )
+        clock.worked()
         state.step = step
         last = step == options.iterations
         stopping = made.pop("stop") and not last
@@ -210,13 +215,15 @@ def loop(
             }
             run.log(entry)
             run.say(log_line(entry, options))
-        metrics = judge(run, options, tada, sets, state) if last or step % options.eval_every == 0 else {}
-        if metrics or stopping or step % options.save_every == 0:
-            keep(run, tada, state, metrics, final=last or stopping)
-            clock.pause()
+        state.judged = not (last or step % options.eval_every == 0)
+        if not state.judged or stopping or step % options.save_every == 0:
+            # Before judging, which takes long and may fail.
+            keep(run, tada, state, {}, final=last or stopping)
         if stopping:
             run.say(f"stopped at step {step}; the same command goes on from there")
             break
+        if not state.judged:
+            judge(run, options, tada, sets, state, final=last)
     micro_batches.close()
     return 128 + (stop.signal or signal.SIGTERM) if stopping else 0
 
@@ -232,9 +239,9 @@ def training_stream(
 
 
 def judge(
-    run: Run, options: argparse.Namespace, tada: Tada, sets: "Sets", state: "State"
-) -> dict[str, float]:
-    """Evaluate, log it, draw val/, remember whether this is the best step so far; the metrics."""
+    run: Run, options: argparse.Namespace, tada: Tada, sets: "Sets", state: "State", final: bool
+) -> None:
+    """Evaluate, log it, draw val/, keep the step with its metrics and whether it is the best one so far."""
     result = evaluate_val(tada, sets, run.ranks, options)
     metrics = {"mIoU": result.mIoU, "pixel_accuracy": result.pixel_accuracy}
     measure, said = measure_of(options), ""
@@ -246,9 +253,11 @@ def judge(
     run.say(f"step {state.step} val {said}mIoU {result.mIoU:.4f} pixel accuracy {result.pixel_accuracy:.4f}")
     if run.ranks.first:
         draw_val(run, tada, sets, state.step)
-    if not state.best or metrics[measure] > state.best[measure]:
+    before, state.judged = state.best, True
+    if not before or metrics[measure] > before[measure]:
         state.best = {"step": state.step, measure: metrics[measure]}
-    return metrics
+    if not keep(run, tada, state, metrics, final):
+        state.best = before
 
 
 def measure_of(options: argparse.Namespace) -> str:
@@ -256,22 +265,26 @@ def measure_of(options: argparse.Namespace) -> str:
     return "PQ" if options.decoder == "mask2former" else "mIoU"
 
 
-def keep(run: Run, tada: Tada, state: "State", metrics: dict[str, float], final: bool) -> None:
-    """Write a checkpoint. A full disk stops no run, unless nothing would be left of its end."""
-    tensors = training_state(state.optimizer, run.ranks)
+def keep(run: Run, tada: Tada, state: "State", metrics: dict[str, float], final: bool) -> bool:
+    """Write a checkpoint; false on the rank that could not. A full disk stops no run, unless nothing would be
+    left of its end.
+    """
+    tensors, written = training_state(state.optimizer, run.ranks), True
     if run.ranks.first:
-        facts = {"step": state.step, "best": state.best}
+        facts = {"step": state.step, "best": state.best, "judged": state.judged}
         try:
             folder = checkpoint.write_step(
                 run.folder, state.step, tada, state.frozen, metrics, tensors, facts
             )
             if state.best.get("step") == state.step:
                 checkpoint.point(run.folder, "best", folder.name)
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             if final:
                 raise
             run.say(f"no checkpoint at step {state.step}: {error}")
+            written = False
     run.ranks.wait()
+    return written
 
 
 class Clock:
@@ -289,17 +302,15 @@ class Clock:
         return seconds
 
     def waiting(self, batches: Iterator[Batch], count: int) -> Iterator[Batch]:
-        self.took += self.lap()
+        self.lap()  # what was done since the step ended (evaluation, checkpoints) is not training
         for _ in range(count):
             yield next(batches)
         self.waited += self.lap()
 
-    def pause(self) -> None:
-        """What was done since the step ended (evaluation, checkpoints) is not training."""
-        self.lap()
+    def worked(self) -> None:
+        self.took += self.lap()
 
     def read(self, step: int) -> dict[str, float]:
-        self.took += self.lap()
         took, steps = self.took + self.waited, step - self.step
         if torch.cuda.is_available():
             memory = torch.cuda.max_memory_allocated()
@@ -365,12 +376,17 @@ def restore_training(tensors: dict[str, Tensor], optimizer: torch.optim.Optimize
 
 
 class Stop:
-    """While it is open, SIGTERM and Ctrl-C ask for an end after this step; a second Ctrl-C ends at once."""
+    """While it is open, SIGTERM, Ctrl-C and a lost terminal ask for an end after this step; a second Ctrl-C
+    ends at once.
+    """
 
     signal: int | None = None
 
     def __enter__(self) -> Self:
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+            numbers.append(signal.SIGHUP)
+        self.before = {number: signal.signal(number, self.ask) for number in numbers}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -417,8 +433,12 @@ def draw_val(run: Run, tada: Tada, sets: "Sets", step: int) -> None:
                 target = seen.labels[0].byte().cpu().numpy()
         shown.append((item.image.permute(1, 2, 0).numpy(), target, words))
     tada.train()
-    (run.folder / "val").mkdir(exist_ok=True)
-    draw(run.folder / "val" / f"step-{step:06d}.jpg", sets.val, shown)
+    file = run.folder / "val" / f"step-{step:06d}.jpg"
+    try:
+        file.parent.mkdir(exist_ok=True)
+        draw(file, sets.val, shown)
+    except OSError as error:
+        run.say(f"{file} is not drawn ({error.strerror})")
 
 
 def draw(file: Path, dataset: Dataset, shown: Iterable[tuple[np.ndarray, Any, list[str] | None]]) -> None:
@@ -454,6 +474,7 @@ class State:
     step: int
     best: dict
     frozen: dict[str, str]
+    judged: bool = True  # has this step been evaluated, if it is to be?
 
 
 def train(options: argparse.Namespace, ranks: Ranks) -> int:
@@ -475,7 +496,8 @@ def train_in(run: Run, options: argparse.Namespace) -> int:
         for dataset in (train_set, val_set):
             run.say(str(check(dataset)))
     config = config_of(options, train_set)
-    last = open_run(run, options, config)
+    frozen = checkpoint.frozen_digests(config) if ranks.first else {}
+    last = open_run(run, options, config, fingerprint(options, train_set, frozen) if ranks.first else {})
 
     torch.manual_seed(options.seed)  # the same first weights on every rank
     tada = build(config, ranks.device)
@@ -484,13 +506,13 @@ def train_in(run: Run, options: argparse.Namespace) -> int:
     sets = Sets(train_set, val_set, train_words, val_words)
     groups = parameter_groups(tada, options.lr, options.weight_decay, options.unet_lr_scale)
     optimizer = torch.optim.AdamW([{**group, "full_lr": group["lr"]} for group in groups])
-    state = State(optimizer, 0, {}, checkpoint.frozen_digests(config) if ranks.first else {})
+    state = State(optimizer, 0, {}, frozen)
 
     torch.manual_seed(options.seed + 1 + ranks.rank)  # dropout differs between ranks
     if last is not None:
         resume(run, tada, state, last)
     describe(run, options, tada)
-    if state.step == options.iterations:
+    if state.step == options.iterations and state.judged:
         run.say(f"{run.folder} is complete: {options.iterations} steps; --fresh starts anew")
         return 0
     if last is None:
@@ -513,10 +535,11 @@ def resume(run: Run, tada: Tada, state: State, folder: Path) -> None:
     """Take up the model, the optimiser, the random states and the log as they were at a checkpoint."""
     tensors, facts = checkpoint.read_step(folder, tada)
     known = restore_training(tensors, state.optimizer, run.ranks)
-    state.step, state.best = facts["step"], facts["best"]
-    if run.ranks.first and state.best.get("step") == state.step:  # a crash may have come before the link
-        checkpoint.point(run.folder, "best", folder.name)
-    run.cut_log(state.step)
+    state.step, state.best, state.judged = facts["step"], facts["best"], facts.get("judged", True)
+    best = run.folder / checkpoint.step_name(state.best["step"]) if state.best else None
+    if run.ranks.first and best and best.is_dir():  # a crash may have come before the link, or a copy lost it
+        checkpoint.point(run.folder, "best", best.name)
+    run.cut_log(state.step + 0.5 * state.judged)
     more = "" if known else "; ranks that were not there before get new random states"
     run.say(f"going on from step {state.step} in {folder}{more}")
 
@@ -618,6 +641,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped: the last checkpoint stays", file=sys.stderr)
         return 130
+    except torch.OutOfMemoryError as error:
+        print(f"train.py: {error}: give a larger --accumulate, or --checkpoint-activations", file=sys.stderr)
+        return 2
     except (RunError, DataError, CheckpointError, *MODEL_ERRORS, OSError) as error:
         if ranks.first or not isinstance(error, RunError):  # rank 0 has every one of those
             print(f"train.py: {error}", file=sys.stderr)

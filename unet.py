@@ -32,12 +32,8 @@ TIMES = 1000  # steps of the noise schedule that Stable Diffusion was trained wi
 class UNetConfig:
     """Sizes of the UNet; the default is Stable Diffusion v1.5."""
 
-    channels: tuple[int, ...] = (
-        320,
-        640,
-        1280,
-        1280,
-    )  # per level, finest first; all levels but the last attend
+    # Per level, finest first; all levels but the last attend.
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers: int = 2  # blocks per level on the way down; one more on the way up
     heads: int = 8  # of every attention (diffusers' config calls this number `attention_head_dim`)
     context_width: int = 768
@@ -115,43 +111,44 @@ class UNet(nn.Module):
     def walk(
         self, latent: Tensor, t: Tensor, context: Tensor, lengths: Tensor | None, look: bool
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Down, through the middle and up: the four maps and, to `look` at, those of the attention."""
+        """Down, through the middle and up: the four maps and, if one is to `look`, those of the attention."""
         self.check(latent, t, context, lengths)
         time = F.silu(self.time_embedding(t))  # (B, 1280); every block starts from its SiLU
-        told = self.keys_values(context)  # what each transformer attends to, in the order in which they run
+        keys_values = self.keys_values(context)  # of each transformer, in the order in which they run
 
         x = self.conv_in(latent)  # (B, 320, h, w)
         skips = [x]
-        looks: list[list[Tensor | None]] = [[] for _ in self.down_blocks]  # of a level's layers, finest first
-        for level, seen in zip(self.down_blocks, looks, strict=True):
+        attention: list[list[Tensor | None]] = [[] for _ in self.down_blocks]  # of each level's layers
+        for level, of_level in zip(self.down_blocks, attention, strict=True):
             for i, resnet in enumerate(level.resnets):
                 x = self.run(resnet, x, time)
                 if level.attentions:
-                    x, attended = self.run(level.attentions[i], x, *next(told), lengths, look)
-                    seen.append(attended)
+                    x, attended = self.run(level.attentions[i], x, *next(keys_values), lengths, look)
+                    of_level.append(attended)
                 skips.append(x)
             if level.downsamplers:
                 x = level.downsamplers(x)
                 skips.append(x)
 
         x = self.run(self.mid_block.resnets[0], x, time)  # (B, 1280, h/8, w/8)
-        x, _ = self.run(self.mid_block.attentions[0], x, *next(told), lengths, False)
+        x, _ = self.run(self.mid_block.attentions[0], x, *next(keys_values), lengths, False)
         x = self.run(self.mid_block.resnets[1], x, time)
 
         maps = []
-        for level, seen in zip(self.up_blocks, reversed(looks), strict=True):
+        for level, of_level in zip(self.up_blocks, reversed(attention), strict=True):
             for i, resnet in enumerate(level.resnets):
                 x = torch.cat([x, skips.pop()], dim=1)
                 x = self.run(resnet, x, time)
                 if level.attentions:
-                    x, attended = self.run(level.attentions[i], x, *next(told), lengths, look)
-                    seen.append(attended)
+                    x, attended = self.run(level.attentions[i], x, *next(keys_values), lengths, look)
+                    of_level.append(attended)
                 if i == TAP:
                     maps.append(x)
             x = level.upsamplers(x)
         maps[-1] = x  # the finest level has no upsampling after it: its map is the last one
-        means = [torch.stack(seen).mean(dim=0) for seen in looks if look and seen]  # the last level has none
-        return maps[::-1], means
+        if not look:
+            return maps[::-1], []
+        return maps[::-1], [torch.stack(of_level).mean(dim=0) for of_level in attention if of_level]
 
     def keys_values(self, context: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Keys and values `(B, L, n, d)` of the context for every cross-attention layer, by one product."""
@@ -227,9 +224,7 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, channels, 1) if in_channels != channels else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        h = norm_silu(
-            self.norm1, x
-        )  # h is bound anew at each step: what is no longer needed is freed at once
+        h = norm_silu(self.norm1, x)  # rebinding h frees the last result
         h = self.conv1(h).add_(self.time_emb_proj(time)[:, :, None, None])
         h = norm_silu(self.norm2, h)
         h = self.conv2(h)
@@ -244,9 +239,8 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, config: UNetConfig, channels: int):
         super().__init__()
-        self.norm = nn.GroupNorm(
-            config.groups, channels, eps=1e-6
-        )  # CompVis attention.py `Normalize`; not 1e-5
+        # CompVis attention.py `Normalize`; not 1e-5.
+        self.norm = nn.GroupNorm(config.groups, channels, eps=1e-6)
         self.proj_in = nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(config, channels)])
         self.proj_out = nn.Conv2d(channels, channels, 1)
@@ -377,14 +371,13 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(waves)))
 
 
-def timestep_embedding(t: Tensor, width: int, longest: float = 10_000.0) -> Tensor:
+def timestep_embedding(t: Tensor, width: int) -> Tensor:
     """`(B,)` -> `(B, width)` float32: cosines first, then sines (CompVis diffusionmodules/util.py; not the
     usual order).
     """
     half = width // 2
-    frequency = torch.exp(
-        -math.log(longest) * torch.arange(half, device=t.device, dtype=torch.float32) / half
-    )
+    i = torch.arange(half, device=t.device, dtype=torch.float32)
+    frequency = torch.exp(-math.log(10_000) * i / half)
     angle = t[:, None].float() * frequency  # (B, width/2)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 

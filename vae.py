@@ -29,9 +29,7 @@ class VAEConfig:
     layers: int = 2  # residual blocks per encoder level; the decoder has one more
     latent_channels: int = 4
     groups: int = 32
-    scale: float = (
-        0.18215  # makes the latent's variance about one (CompVis v1-inference.yaml, `scale_factor`)
-    )
+    scale: float = 0.18215  # the latent's variance is then about one (v1-inference.yaml, `scale_factor`)
 
     @classmethod
     def tiny(cls) -> "VAEConfig":
@@ -75,9 +73,8 @@ class VAE(nn.Module):
             f"the picture is {H}x{W}, but the autoencoder halves it {self.stride.bit_length() - 1} times: "
             f"pad both sides to a multiple of {self.stride}"
         )
-        mean, logvar = self.quant_conv(self.encoder(image)).chunk(
-            2, dim=1
-        )  # (B, 8, h, w) -> 2 x (B, 4, h, w)
+        # (B, 8, h, w) -> 2 x (B, 4, h, w)
+        mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
         return mean, logvar.clamp(*LOGVAR_RANGE)
 
 
@@ -188,9 +185,7 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, channels, 1) if in_channels != channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = norm_silu(
-            self.norm1, x
-        )  # h is bound anew at each step: what is no longer needed is freed at once
+        h = norm_silu(self.norm1, x)  # rebinding h frees the last result
         h = self.conv1(h)
         h = norm_silu(self.norm2, h)
         h = self.conv2(h)

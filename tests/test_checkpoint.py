@@ -537,6 +537,43 @@ def test_a_crash_while_a_refused_step_is_written_again(tmp_path, monkeypatch):
     assert 20 < n < 59 and whole(run).name == "step-000002"
 
 
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_a_crash_while_a_step_is_written_again(before, tmp_path, monkeypatch):
+    """As after its evaluation: at any moment the step is there, as it was or as it is to be."""
+    for n in range(1, 60):
+        run = tmp_path / f"{n}"
+        write(run, 1), write(run, 2)
+        with monkeypatch.context() as patch:
+            crash_at(n, before, patch)
+            try:
+                write(run, 2)
+                break
+            except Crash:
+                pass
+        clean(run)
+        assert whole(run).name == "step-000002"
+        write(run, 2)
+        assert whole(run).name == "step-000002" == os.readlink(run / "last")
+        assert {path.name for path in run.iterdir()} == {"step-000001", "step-000002", "last"}
+    assert 20 < n < 59
+
+
+def test_a_full_disk_while_a_step_is_written_again(tmp_path, monkeypatch):
+    """Between its old name and its new one."""
+    folder, replace, calls = write(tmp_path, 1), os.replace, []
+
+    def refuse_second(*paths) -> None:
+        calls.append(paths)
+        return disk_full() if len(calls) == 2 else replace(*paths)
+
+    before = content(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refuse_second)
+        with pytest.raises(CheckpointError, match="could not be written"):
+            write(tmp_path, 1)
+    assert content(folder) == before and not list(tmp_path.glob(".*"))
+
+
 def test_everything_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
     """Power may fail: each file and the folder are synced before the rename, the run's folder after each."""
     events = []

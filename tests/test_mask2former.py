@@ -30,7 +30,7 @@ from mask2former import (
     Instances,
     Mask2Former,
     Panoptic,
-    Prediction,
+    Queries,
     Target,
     deformable_attention,
     match,
@@ -341,12 +341,10 @@ def test_a_perfect_prediction_costs_nothing():
     assert queries.tolist() == [2, 4] and found.tolist() == [1, 0]
 
     decoder = Mask2Former(**SMALL)
-    losses = decoder.loss(Prediction((classes,), (masks,)), [target], lambda *s, device: 0.2 * torch.rand(s))
+    losses = decoder.loss(Queries((classes,), (masks,)), [target], lambda *s, device: 0.2 * torch.rand(s))
     assert losses["class"][0] < 1e-6 and losses["mask"][1] == 2
     assert losses["mask"][0] < 0.2 * 5 * 2 * 30  # points on the border of the picture, whose outside is 0
-    sure = decoder.loss(
-        Prediction((classes,), (masks,)), [target], lambda *s, device: 0.1 + 0.2 * torch.rand(s)
-    )
+    sure = decoder.loss(Queries((classes,), (masks,)), [target], lambda *s, device: 0.1 + 0.2 * torch.rand(s))
     assert sure["mask"][0] < 1e-5 and sure["dice"][0] < 1e-4
 
 
@@ -361,7 +359,7 @@ def test_padding_has_no_loss():
         x[:, :, 13:], x[:, :, :, 17:] = 40.0, 40.0  # one cell is between them
     for size, equal in ((None, False), ((48, 64), True)):
         losses = [
-            total(decoder.loss(Prediction(prediction.classes, x), [target._replace(size=size)], steady))
+            total(decoder.loss(Queries(prediction.classes, x), [target._replace(size=size)], steady))
             for x in (prediction.masks, tuple(changed))
         ]
         assert equal == torch.equal(*losses)
@@ -406,7 +404,7 @@ def test_losses_and_readings_are_float32_under_autocast():
         semantic = decoder.semantic(prediction, (H, W))
     assert prediction.masks[-1].dtype == torch.bfloat16 and finest.dtype == torch.float32
     assert semantic.dtype == torch.float32 and all(x.dtype == torch.float32 for x, _ in losses.values())
-    full = Prediction(*(tuple(x.float() for x in part) for part in prediction))
+    full = Queries(*(tuple(x.float() for x in part) for part in prediction))
     assert error(total(losses), total(decoder.loss(full, targets, steady))) <= 1e-6
 
 
@@ -556,7 +554,7 @@ def test_panoptic_is_the_plain_one(score, overlap):
     highest, second = masks.topk(2, dim=1).values.split(1, dim=1)
     masks = 3 * (masks - torch.where(masks == highest, second, highest))  # their shares of the picture,
     masks = masks + 2 * torch.randn(6, 8, 1, 1)  # some too large, some too small
-    prediction = Prediction((classes,), (masks,))
+    prediction = Queries((classes,), (masks,))
     padded, real, size = (64, 128), (52, 100), (20, 30)
     final = F.interpolate(masks, size=padded, mode="bilinear", align_corners=False)[..., :52, :100]
     final = F.interpolate(final, size=size, mode="bilinear", align_corners=False)
@@ -579,15 +577,15 @@ def test_panoptic_by_hand():
     masks[0, 2, :2, 2:6], masks[0, 3, :, 2:6] = 9.0, 9.0  # class 0, things: one in front of half of the other
     labels, sure = torch.tensor([[1, 1, 0, 0, K]]), torch.tensor([6.0, 9.0, 9.0, 5.0, 9.0])
     classes = sure[:, None] * F.one_hot(labels)
-    (read,) = decoder.panoptic(Prediction((classes,), (masks,)), (4, 8))
+    (read,) = decoder.panoptic(Queries((classes,), (masks,)), (4, 8))
     assert [x[:2] for x in read.segments] == [(1, 1), (2, 0)]
     assert read.segments[0].score == classes[0, 1].softmax(0).max()
     assert read.ids.tolist() == [[1, 1, 2, 2, 2, 2, 1, 1]] * 2 + [[1, 1, 0, 0, 0, 0, 1, 1]] * 2
-    (read,) = decoder.panoptic(Prediction((classes,), (masks,)), (4, 8), overlap=0.5)
+    (read,) = decoder.panoptic(Queries((classes,), (masks,)), (4, 8), overlap=0.5)
     assert [x.label for x in read.segments] == [1, 0, 0] and (read.ids > 0).all()
-    (read,) = decoder.panoptic(Prediction((classes,), (masks - 20,)), (4, 8))  # sure, but nowhere
+    (read,) = decoder.panoptic(Queries((classes,), (masks - 20,)), (4, 8))  # sure, but nowhere
     assert not read.segments and (read.ids == 0).all()
-    (read,) = decoder.panoptic(Prediction((classes,), (masks,)), (4, 8), (3, 5), (6, 10), score=1.0)
+    (read,) = decoder.panoptic(Queries((classes,), (masks,)), (4, 8), (3, 5), (6, 10), score=1.0)
     assert read == (read.ids, []) and read.ids.tolist() == [[0] * 10] * 6
 
 
@@ -606,7 +604,7 @@ def test_panoptic_is_transformers():
     expected = Mask2FormerImageProcessorPil().post_process_panoptic_segmentation(
         output, threshold=0.8, label_ids_to_fuse=fused
     )
-    reads = decoder.panoptic(Prediction((classes,), (masks,)), (384, 384))
+    reads = decoder.panoptic(Queries((classes,), (masks,)), (384, 384))
     for read, theirs in zip(reads, expected, strict=True):
         label = {x["id"]: x["label_id"] for x in theirs["segments_info"]}
         assert {x.label for x in read.segments} == set(label.values()) and len(read.segments) >= 2
@@ -625,7 +623,7 @@ def test_instances_are_transformers():
     expected = Mask2FormerImageProcessorPil().post_process_instance_segmentation(
         output, threshold=0.0, return_binary_maps=True
     )
-    reads = decoder.instances(Prediction((classes,), (masks,)), (384, 384), top=Q)
+    reads = decoder.instances(Queries((classes,), (masks,)), (384, 384), top=Q)
     for read, theirs in zip(reads, expected, strict=True):
         info = theirs["segments_info"]
         order = sorted(range(len(info)), key=lambda i: -info[i]["score"])
@@ -640,13 +638,13 @@ def test_instances_by_hand():
     masks = torch.full((1, 2, 4, 8), -9.0)
     masks[0, 0, :2], masks[0, 1, :, 4:] = 2.0, 1.0
     shares = torch.tensor([[0.5, 0.3, 0.1, 0.05, 0.03, 0.02], [0.1, 0.6, 0.25, 0.02, 0.02, 0.01]])
-    (read,) = decoder.instances(Prediction((shares.log()[None],), (masks,)), (4, 8), top=4)
+    (read,) = decoder.instances(Queries((shares.log()[None],), (masks,)), (4, 8), top=4)
     assert isinstance(read, Instances)
     assert read.labels.tolist() == [0, 2]  # the pairs are .6 and .3 of class 1, stuff; .5 of 0 and .25 of 2
     certainty = torch.tensor([2.0, 1.0]).sigmoid()
     assert torch.allclose(read.scores, torch.tensor([0.5, 0.25]) * certainty)
     assert torch.equal(read.masks, masks[0] > 0)
-    (none,) = decoder.instances(Prediction((shares.log()[None],), (masks,)), (4, 8), top=1)
+    (none,) = decoder.instances(Queries((shares.log()[None],), (masks,)), (4, 8), top=1)
     assert none.masks.shape == (0, 4, 8)
 
 
@@ -654,7 +652,7 @@ def test_semantic_is_transformers():
     """Class scores at their one size; labels and logits follow from them."""
     decoder = Mask2Former(**SMALL)
     classes, masks = 2 * torch.randn(2, 6, K + 1), blobs(2, 6, 32, 32)
-    prediction = Prediction((classes,), (masks,))
+    prediction = Queries((classes,), (masks,))
     output = SimpleNamespace(class_queries_logits=classes, masks_queries_logits=masks)
     expected = Mask2FormerImageProcessorPil().post_process_semantic_segmentation(
         output, return_segmentation_scores=True

@@ -23,6 +23,7 @@ from weights.pretrain import (
     FILES,
     RECORD,
     Pictures,
+    PretrainError,
     Stage,
     average,
     caption,
@@ -136,7 +137,7 @@ def test_a_stopped_stage_goes_on_to_the_same_weights(tmp_path, monkeypatch):
 
 def test_a_stage_refuses_to_go_on_with_another_budget(tmp_path):
     fit("unet", noise_of, 10, tmp_path, STAGE, 3, "cpu")
-    with pytest.raises(SystemExit, match=r"'seed': 3.*'seed': 4.*give the same, or another --run"):
+    with pytest.raises(PretrainError, match=r"'seed': 3.*'seed': 4.*give the same, or another --run"):
         fit("unet", noise_of, 10, tmp_path, STAGE, 4, "cpu")
 
 

@@ -216,6 +216,14 @@ def test_more_than_one_percent_unreadable_stops_training(tmp_path):
         next(stream(open_dataset("folder", root, "train")).batches())
 
 
+def test_a_loading_process_that_ends_is_named(tmp_path, monkeypatch):
+    """Killed for its memory, or for want of shared memory."""
+    dataset = open_dataset("folder", folder(tmp_path, 4), "train")
+    monkeypatch.setattr(dataset, "load", lambda *arguments: os._exit(9))
+    with pytest.raises(DataError, match=r"a loading process has ended \(.*\): free memory .*--workers"):
+        next(stream(dataset, workers=1).batches())
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_wrong_labels_and_evaluation_files_are_named_in_one_sentence(tmp_path, workers):
     """Also from a worker: no traceback in the message. Evaluation does not skip an unreadable picture."""

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed.run
 from PIL import Image
 
 import scenes
@@ -25,8 +26,8 @@ from model import TadaConfig, build, parameter_groups
 from panoptic_data import PanopticScenes
 from panoptic_stream import PanopticTrainStream
 from ranks import Ranks
-from recipes import open_set, parse, recipe
-from run import Run, RunError
+from recipes import open_set, parse, parser, recipe
+from run import Run, RunError, commit
 from stream import TrainStream
 
 ROOT = Path(train.__file__).parent
@@ -415,7 +416,7 @@ def test_fresh_puts_the_earlier_run_aside(folder, unbroken, tmp_path):
     ("more", "said"),
     [
         (["--lr", "0.5"], "--lr was 0.001, is 0.5"),
-        (["--threads", "2"], "--threads was 1, is 2"),
+        (["--crop", "32"], "--crop was [64, 64], is [32, 32]"),
         (["--seed", "9"], "--seed was 0, is 9"),
     ],
 )
@@ -425,8 +426,173 @@ def test_a_run_goes_on_as_it_began_or_not_at_all(folder, unbroken, capsys, more,
     assert said in error and "--fresh" in error
 
 
+def test_another_machine_may_have_other_threads(folder, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train.main(command(folder, run, "--iterations", "1")) == 0
+    assert train.main(command(folder, run, "--iterations", "1", "--threads", "2")) == 0
+    assert "--threads was 1, is 2: the last digits may differ" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", ["picture", "class", "tags"])
+def test_a_run_goes_on_with_what_it_began_with(folder, unbroken, tmp_path, capsys, change):
+    """One picture more would change the whole order, two classes in another order every label."""
+    run, moved, tags = tmp_path / "run", tmp_path / "moved", tmp_path / "tags.jsonl"
+    paths = [
+        f"images/{split}/{i}.png" for split, n in (("train", range(8)), ("val", range(8, 11))) for i in n
+    ]
+    tags.write_text("".join(json.dumps({"image": x, "tags": [["sky", 1.0]]}) + "\n" for x in paths))
+    shutil.copytree(folder, moved)
+    more = ["--iterations", "1", "--tags", str(tags)]
+    assert train.main(command(folder, run, *more)) == 0
+    assert train.main(command(moved, run, *more)) == 0, "a data set may move"
+    if change == "picture":
+        (moved / "images" / "train" / "7.png").unlink(), (moved / "labels" / "train" / "7.png").unlink()
+        said = "the list of training pictures has changed"
+    elif change == "class":
+        (moved / "classes.txt").write_text("\n".join(reversed(scenes.CLASSES)))
+        said = "the list of classes has changed"
+    else:
+        tags.write_text(tags.read_text().replace("sky", "sea"))
+        said = "the file of tags has changed"
+    capsys.readouterr()
+    assert train.main(command(moved, run, *more)) == 2
+    error = capsys.readouterr().err
+    assert said in error and "--fresh" in error
+
+
+@pytest.mark.parametrize("text", [None, "", '{"options": '])
+def test_a_run_without_its_config_is_named(folder, tmp_path, capsys, text):
+    run = tmp_path / "run"
+    assert train.main(command(folder, run, "--iterations", "1")) == 0
+    (run / "config.json").unlink() if text is None else (run / "config.json").write_text(text)
+    assert train.main(command(folder, run, "--iterations", "1")) == 2
+    assert f"{run / 'config.json'} does not say how its run was started" in capsys.readouterr().err
+    assert train.main(command(folder, run, "--iterations", "1", "--fresh")) == 0
+    assert (tmp_path / "run.1" / "step-000001").is_dir()
+
+
+def test_a_run_without_a_whole_step_is_not_begun_anew(folder, tmp_path, capsys):
+    """The log and what is left of the steps stay."""
+    run = tmp_path / "run"
+    assert train.main(command(folder, run, "--iterations", "1")) == 0
+    before = log_of(run)
+    (run / "step-000001" / "train.json").write_text("{}")
+    assert train.main(command(folder, run, "--iterations", "1")) == 2
+    assert f"no step of {run} is whole" in capsys.readouterr().err
+    assert log_of(run) == before and (run / "step-000001" / "model.safetensors").is_file()
+
+
+def test_a_step_is_kept_before_it_is_judged(folder, unbroken, tmp_path, monkeypatch, capsys):
+    """A picture that cannot be read ends the run; mended, it goes on from there with the evaluation."""
+    run, judged, evaluate = tmp_path / "run", [], train.evaluate_val
+
+    def unreadable(*arguments, limit=None):
+        if limit is None:
+            judged.append(1)
+            raise train.DataError("images/val/8.png cannot be read")
+        return evaluate(*arguments, limit=limit)
+
+    monkeypatch.setattr(train, "evaluate_val", unreadable)
+    for _ in range(2):
+        assert train.main(command(folder, run)) == 2
+        assert os.readlink(run / "last") == "step-000003" and not (run / "best").exists()
+        assert [line["step"] for line in log_of(run)] == [1, 2, 3]
+    assert len(judged) == 2
+    monkeypatch.setattr(train, "evaluate_val", evaluate)
+    assert train.main(command(folder, run)) == 0
+    assert same(run, unbroken) and os.readlink(run / "best") == os.readlink(unbroken / "best")
+
+
+def test_a_last_step_is_judged_later_too(folder, unbroken, tmp_path, monkeypatch):
+    """The process ends between the line of the log and the checkpoint: the line is written once."""
+    run, point = tmp_path / "run", train.checkpoint.write_step
+
+    def dies(folder, step, tada, frozen, metrics, *rest):
+        if step == 6 and metrics:
+            raise KeyboardInterrupt
+        return point(folder, step, tada, frozen, metrics, *rest)
+
+    monkeypatch.setattr(train.checkpoint, "write_step", dies)
+    assert train.main(command(folder, run)) == 130
+    monkeypatch.setattr(train.checkpoint, "write_step", point)
+    assert train.main(command(folder, run)) == 0
+    assert same(run, unbroken)
+
+
+def test_the_best_step_is_one_that_was_written(folder, tmp_path, monkeypatch, capsys):
+    """A disk that is full at the first evaluation."""
+    run, write = tmp_path / "run", train.checkpoint.write_step
+
+    def full(folder, step, *rest):
+        if step == 3:
+            raise train.CheckpointError("no room")
+        return write(folder, step, *rest)
+
+    monkeypatch.setattr(train.checkpoint, "write_step", full)
+    assert train.main(command(folder, run)) == 0
+    said = capsys.readouterr().out
+    assert "no checkpoint at step 3: no room" in said and "at step 6; next" in said
+    assert os.readlink(run / "best") == "step-000006"
+
+
+def test_a_copied_run_finds_its_best_step_again(folder, tmp_path, capsys):
+    """Links are lost, or became folders."""
+    run, more = tmp_path / "run", ["--iterations", "3"]
+    assert train.main(command(folder, run, *more)) == 0
+    (run / "best").unlink(), (run / "last").unlink()
+    assert train.main(command(folder, run, *more)) == 0
+    assert os.readlink(run / "best") == "step-000003"
+    (run / "best").unlink()
+    shutil.copytree(run / "step-000003", run / "best")
+    assert train.main(command(folder, run, *more)) == 2
+    assert f"{run / 'best'} is a copy where a link to a step belongs" in capsys.readouterr().err
+
+
+def test_neither_a_full_disk_nor_a_closed_terminal_stops_the_log(tmp_path, monkeypatch, capsys):
+    run = Run(tmp_path, HERE)
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    run.log({"step": 1})
+    assert re.search(r'not in \S+log.jsonl \(No space left.*\): {"step": 1}', capsys.readouterr().out)
+
+    def closed(line: str) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("run.tqdm.write", closed)
+    run.say("a line")
+
+
+def test_a_process_that_outlives_its_run_does_not_lock_it(tmp_path):
+    """A loading process, after the run was killed."""
+    first = Run(tmp_path / "run", HERE)
+    first.claim()
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+        os._exit(0)
+    first.lock.close()  # as the system does for a process that was killed
+    try:
+        Run(tmp_path / "run", HERE).claim()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_without_git_there_is_no_commit(monkeypatch):
+    assert re.fullmatch("[0-9a-f]{40}", commit() or "")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert commit() is None
+
+
+def test_torchrun_leaves_our_flags_alone():
+    """It refuses what could be an abbreviation of its own."""
+    for action in parser()._actions:
+        flag = action.option_strings[0]
+        found = torch.distributed.run.get_args_parser().parse_args(["train.py", flag, "1"])
+        assert found.training_script_args == [flag, "1"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_leaves_a_checkpoint(folder, unbroken, tmp_path, number):
     """The whole process group gets it, loading workers too, as from a terminal or a scheduler."""
     run = tmp_path / "run"
@@ -503,6 +669,8 @@ def test_bad_input_is_named(folder, tmp_path, capsys, flags, said):
         ["--unet-lr-scale", "-1"],
         ["--weight-decay", "inf"],
         ["--tag-loss-weight", "nan"],
+        ["--seed", str(2**63)],
+        ["--tags", "x" * 300],
     ],
 )
 def test_a_flag_that_makes_no_sense_ends_with_code_2(flags, capsys):

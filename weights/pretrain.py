@@ -31,23 +31,28 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import scenes
+from checkpoint import replace_text, sync
 from clip import CLIP, END, PROMPT, START, TEMPLATES, CLIPConfig, Tokenizer
 from model import part_configs
-from run import commit
+from run import RunError, commit, lock
 from unet import TIMES, UNet, UNetConfig, alphas_cumprod
 from vae import VAE, VAEConfig
-from weights.load import load
+from weights.load import WeightsError, load
 
 PICTURES = 20_480  # of the range "pretrain", from its beginning; its end is for weights.evidence
 SAVE_SECONDS = 60  # between two saves: as much is lost when a run is killed
 WARMUP = 100  # steps until the full learning rate, which then falls to 0 as a cosine
-EMA = 0.999  # what is kept is the mean of the last thousand steps' weights, of the last ninth at the start
+EMA = 0.999  # decay of the moving average that is kept; at the start (1 + n) / (10 + n), if that is less
 KL_WEIGHT = 1e-3  # per latent value, beside the mean absolute error; CompVis' 1e-6 is on the sum of all 1024
 DROPPED = 0.2  # of the tags of a caption
 SINGLE = 0.2  # of the captions name one tag alone
 WRAPPED = 0.5  # of the captions stand in a prompt such as "a photo of a {}"
 EMPTY = 0.1  # of the captions that the UNet sees are "": what guidance needs (Ho & Salimans 2022)
 LARGEST_SCALE = math.log(100)  # of CLIP's logits (Radford et al. 2021, 2.5)
+
+
+class PretrainError(ValueError):
+    """Why a training cannot begin or go on; one sentence with the cure."""
 
 
 class Stage(NamedTuple):
@@ -299,12 +304,13 @@ class State:
             new,
             metadata={"facts": json.dumps(facts, sort_keys=True)},
         )
+        sync(new)
         os.replace(new, self.file)
 
     def load(self) -> None:
         facts = read_facts(self.file)
         if facts["budget"] != self.budget:
-            raise SystemExit(
+            raise PretrainError(
                 f"{self.file} was made with {facts['budget']}, not {self.budget}: "
                 "give the same, or another --run"
             )
@@ -381,13 +387,6 @@ def write_config(config: VAEConfig, scale: float, file: Path) -> None:
     replace_text(file, json.dumps(about, indent=1))
 
 
-def replace_text(file: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    new = file.with_suffix(".tmp")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, file)
-
-
 def read_vae(folder: Path) -> VAE:
     """The autoencoder with its measured scale."""
     return load(VAE(part_configs("tiny", folder)[0]), folder / "vae")
@@ -410,15 +409,19 @@ def main(argv: list[str] | None = None) -> int:
     if o.longer <= 0 or not 512 <= o.pictures <= len(scenes.SPLITS["pretrain"]) // 2:
         parser.error(f"--longer {o.longer} --pictures {o.pictures}: give more than 0, and 512 to 500000")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    o.run.mkdir(parents=True, exist_ok=True)
     try:
+        held = lock(o.run, "--run")
         pictures = draw_pictures(o.run, o.pictures)
         for name, train in (("vae", train_vae), ("clip", train_clip), ("unet", train_unet)):
             stage = STAGES[name]._replace(steps=max(round(o.longer * STAGES[name].steps), 1))
             train(pictures, o.run, o.out, stage, o.seed, device)
+        held.close()
     except KeyboardInterrupt:
         print("stopped: the same command goes on from the last save", file=sys.stderr)
         return 130
+    except (PretrainError, RunError, WeightsError, OSError) as error:
+        print(f"weights.pretrain: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
