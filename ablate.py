@@ -4,11 +4,11 @@
     python ablate.py --rows none oracle --seeds 1 # some of them
     python ablate.py --report weights/tiny/ablation.jsonl  # the tables of runs that were made before
 
-On drawn scenes, from weights/tiny: Tables 5, 6 and 7 and Figure 1, and the controls that the paper lacks. All
-runs have one budget, the same 512 labelled pictures in the same order, and per seed the same first decoder.
-The frozen views of all pictures, latents and CLIP's, are computed once; so pictures are mirrored but not
-resized. Each run reads the test pictures once, at its end; steps, rate and the adapter's start were chosen on
-val (README.md says how).
+On drawn scenes, from weights/tiny: Tables 5, 6 and 7 and Figure 1, and the controls that the paper lacks;
+BLIP's row of Table 5 is not among them. All runs have one budget, the same 512 labelled pictures in the same
+order, and per seed the same first decoder. The frozen views of all pictures, latents and CLIP's, are computed
+once; so pictures are mirrored but not resized. Each run reads the test pictures once, at its end; steps, rate
+and the adapter's start were chosen on val (README.md says how).
 
 Top to bottom: the rows, the pictures, one run, all runs, the tables, the figure, the command line.
 """
@@ -49,6 +49,7 @@ from model import (
     prior_files,
 )
 from pictures import INK, PAPER, mosaic, overlay, wrapped
+from run import RunError, lock
 from stream import Order, classes_in, randomness
 from train import learning_rate
 from unet import UNet
@@ -342,10 +343,24 @@ def conditions(split: str, steps: int) -> dict:
     }
 
 
+SHARED = {"split", "scenes_version", "steps"}  # what the tables need of the first line of a record,
+RUN = {"row", "seed", "mIoU", "IoU", "tag_mAP"}  # and of every other
+
+
 def read_record(file: Path) -> tuple[dict, list[dict]]:
     """The shared conditions and the runs of a record; a last line that was cut off is left out."""
-    text = file.read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    lines = []
+    for number, line in enumerate(file.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            entry = json.loads(line)
+            lacking = (RUN if lines else SHARED).difference(entry)
+        except (ValueError, TypeError):
+            lacking = SHARED
+        if lacking:
+            raise AblateError(f"{file}, line {number}, is not of ablate.py: give the runs.jsonl of an --out")
+        lines.append(entry)
     if not lines:
         raise AblateError(f"{file} has no runs: remove it, or give another --out")
     return lines[0], lines[1:]
@@ -353,15 +368,15 @@ def read_record(file: Path) -> tuple[dict, list[dict]]:
 
 def make_all(rows: Sequence[str], seeds: int | None, split: str, steps: int, folder: Path, jobs: int) -> None:
     """Every run that the record in `folder` lacks, seed by seed; each is written down when it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
     file, shared, done = folder / "runs.jsonl", conditions(split, steps), set()
     if file.is_file():
         before, runs = read_record(file)
         if before != shared:
             raise AblateError(f"{file} was made with {before}, not {shared}: give another --out")
         done = {(x["row"], x["seed"]) for x in runs}
-        text = file.read_text(encoding="utf-8")
-        file.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+        whole = file.read_bytes().rfind(b"\n") + 1
+        if whole < file.stat().st_size:  # the last line was cut off
+            os.truncate(file, whole)
     else:
         file.write_text(json.dumps(shared) + "\n", encoding="utf-8")
 
@@ -526,14 +541,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help="which"
     )
-    parser.add_argument("--seeds", type=int, metavar="N", help="of each row (default: 5, Tables 6 and 7: 2)")
+    quiet = {"default": argparse.SUPPRESS}
+    seeds = "of each row (default: its own, 1 to 5)"
+    parser.add_argument("--seeds", type=int, metavar="N", help=seeds, **quiet)
     parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help="of each run")
     which = "the pictures to judge by: val while anything may change"
     parser.add_argument("--split", choices=["val", "test"], default="test", help=which)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="runs at once")
     parser.add_argument("--out", type=Path, default=Path("runs/ablate"), metavar="DIR", help="the record")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="make no run: the tables of this record")
+    made = "make no run: the tables of this record"
+    parser.add_argument("--report", type=Path, metavar="FILE", help=made, **quiet)
     options = parser.parse_args(argv)
+    options.seeds, options.report = getattr(options, "seeds", None), getattr(options, "report", None)
     for name in ("seeds", "steps", "jobs"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -547,16 +566,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if o.report:
             print(report(*read_record(o.report)))
             return 0
-        make_all(o.rows, o.seeds, o.split, o.steps, o.out, o.jobs)
-        shared, runs = read_record(o.out / "runs.jsonl")
-        tables = report(shared, runs)
-        (o.out / "tables.md").write_text(tables + "\n", encoding="utf-8")
-        print(tables)
-        figure(o.out, o.split).save(o.out / "figure.jpg", quality=90)
+        with lock(o.out, "--out"):
+            make_all(o.rows, o.seeds, o.split, o.steps, o.out, o.jobs)
+            shared, runs = read_record(o.out / "runs.jsonl")
+            tables = report(shared, runs)
+            (o.out / "tables.md").write_text(tables + "\n", encoding="utf-8")
+            print(tables)
+            figure(o.out, o.split).save(o.out / "figure.jpg", quality=90)
     except KeyboardInterrupt:
         print("stopped: the same command goes on", file=sys.stderr)
         return 130
-    except (AblateError, DataError, *MODEL_ERRORS, OSError) as error:
+    except (AblateError, RunError, DataError, *MODEL_ERRORS, OSError) as error:
         print(f"ablate.py: {error}", file=sys.stderr)
         return 2
     return 0

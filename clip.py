@@ -88,7 +88,15 @@ class Tokenizer:
                 raise FileNotFoundError(
                     f"{file} is missing; `python -m weights.fetch` gets the tokenizer's files"
                 )
-        self.prepare(tokenizers.models.BPE.read_file(*map(str, files)), positions)
+        try:
+            self.prepare(tokenizers.models.BPE.read_file(*map(str, files)), positions)
+            if None in (self.start, self.end):
+                raise ValueError(f"{START} or {END} is missing")
+        except Exception as error:  # noqa: BLE001  tokenizers raises no other class
+            raise OSError(
+                f"{files[0]} or {files[1].name} is damaged ({error}): remove both; "
+                "`python -m weights.fetch` gets them anew"
+            ) from None
 
     @classmethod
     def spelling(cls, vocabulary: int, positions: int = 77) -> "Tokenizer":

@@ -304,12 +304,12 @@ def scan(root: Path, folder: str, suffixes: tuple[str, ...], endings: tuple[str,
     Of several files with one key, the one whose ending comes first is taken; two of one ending are refused.
     """
     found: dict[str, tuple[int, str]] = {}
-    for where, _, names in os.walk(root / folder, followlinks=True):
+    for where, _, names in walk(root / folder):
         below = Path(where).relative_to(root).as_posix()
-        for name in sorted(names):
+        for name in names:
             stem, suffix = os.path.splitext(name)
             fits = [ending for ending in endings if stem.endswith(ending)]
-            if suffix.lower() not in suffixes or name.startswith(".") or not fits:
+            if suffix.lower() not in suffixes or not fits:
                 continue
             ending = max(fits, key=len)
             key = f"{below}/{stem.removesuffix(ending)}".removeprefix(folder)
@@ -321,6 +321,26 @@ def scan(root: Path, folder: str, suffixes: tuple[str, ...], endings: tuple[str,
                 )
             found[key] = min(old, new)
     return {key: path for key, (_, path) in found.items()}
+
+
+def walk(top: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk` in order, without what is hidden. A folder that links lead to again is left out.
+
+    Raises DataError where a folder cannot be listed.
+    """
+    seen = set()
+    for where, folders, names in os.walk(top, followlinks=True, onerror=stop):
+        real = os.path.realpath(where)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:], names[:] = (sorted(x for x in some if not x.startswith(".")) for some in (folders, names))
+        yield where, folders, names
+
+
+def stop(error: OSError) -> None:
+    raise DataError(f"{error.filename} cannot be listed ({error.strerror}): leave it out") from None
 
 
 # ---- files -----------------------------------------------------------------------------------------------
@@ -368,12 +388,12 @@ def read_picture(
         image.load()
         if image.getexif().get(0x0112) in (5, 6, 7, 8):  # Orientation: the four that lie on their side
             W, H = H, W
+        image.info = {}  # exif_transpose would write EXIF anew, odd or not; convert() warns of transparency
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode == "F":
             raise Unreadable(f"{path} holds floating-point numbers (mode F): save it with 8 bits a channel")
         if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
             image = Image.fromarray((np.asarray(image).astype(np.int32) >> 8).clip(0, 255).astype(np.uint8))
-        image.info.pop("transparency", None)  # convert() warns about a palette's
         return image if image.mode == "RGB" else image.convert("RGB"), (H, W)
 
 

@@ -6,19 +6,22 @@ Where the data set has instances, also the PQ of its segments.
     python eval.py runs/NAME --ms                        # "+MS": five scales, each also mirrored
     torchrun --nproc-per-node 8 eval.py runs/NAME/last   # the processes share the pictures
 
-It writes result.json, result.md, confusion.csv and confusion.png; of mask2former also panoptic.json and,
-in panoptic/, the PNGs that it lists and no earlier ones, as COCO's server takes them. The checkpoint knows
-its data set, classes, sizes and condition, so no flag asks for them. Top to bottom: reading the pictures,
-what was counted and what follows from it, the report, its files, the command line.
+It writes result.json, result.md, confusion.csv and confusion.png; of mask2former also panoptic.json and, in
+panoptic/, the PNGs that it lists, as COCO's server takes them. Those of an earlier evaluation are moved to
+eval-val.1, eval-val.2 and so on, before the new one begins. The checkpoint knows its data set, classes, sizes
+and condition, so no flag asks for them. Top to bottom: reading the pictures, what was counted and what
+follows from it, the report, its files, the command line.
 """
 
 import argparse
 import csv
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,6 +44,7 @@ from panoptic_stream import PanopticEvaluationStream
 from pictures import confusion_matrix
 from ranks import Ranks, connect, disconnect
 from recipes import add_segment_flags, default_data, open_set, segment_options, stride_of
+from run import RunError, lock
 from scenes import VERSION
 from stream import EvaluationStream, Item
 
@@ -152,10 +156,9 @@ def read(
     image = normalise(item.image[None].to(device))  # (1, 3, h, w)
     some = words(item.path, item.present)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        if some is None and tada.config.tags == "clip":
-            some = [word for word, _ in tada.tag(image)[0]]
-        found = predict(image, None if some is None else [some], size=tuple(item.labels.shape))
-    return found, some
+        tags = tada.own_tags(image, None if some is None else [some])
+        found = predict(image, tags, size=tuple(item.labels.shape))
+    return found, tags and tags[0]
 
 
 def segments_of(
@@ -376,13 +379,34 @@ def percent(x: float | None) -> str:
 
 # ---- its files
 
+FILES = ("result.json", "result.md", "confusion.csv", "confusion.png", "panoptic.json", "panoptic")
 
-def write(result: Result, out: Path, file: Path) -> None:
-    """result.json with the sha256 of the model's `file`, result.md, confusion.csv and confusion.png."""
-    out.mkdir(parents=True, exist_ok=True)
-    entries = result.as_json() | {"checkpoint": str(file), "sha256": digest(file)}
+
+def put_aside(out: Path) -> None:
+    """Move what an earlier evaluation wrote into a new folder beside `out`; a stopped one's rest goes."""
+    shutil.rmtree(out / ".tmp-panoptic", ignore_errors=True)
+    earlier = [name for name in FILES if (out / name).exists()]
+    if not earlier:
+        return
+    number, out = 1, out.resolve()
+    while (aside := out.with_name(f"{out.name}.{number}")).exists():
+        number += 1
+    try:
+        aside.mkdir()
+    except OSError as error:
+        raise EvalError(
+            f"{aside}, for the earlier evaluation, cannot be made ({error.strerror}): give another --out"
+        ) from None
+    for name in earlier:
+        shutil.move(out / name, aside / name)
+    print(f"the earlier evaluation is now {aside}")
+
+
+def write(result: Result, out: Path, file: Path, sha256: str) -> None:
+    """result.json with the model's `file` and its hash, result.md, confusion.csv and confusion.png."""
+    entries = result.as_json() | {"checkpoint": str(file), "sha256": sha256}
     (out / "result.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
-    signed = f"{result.as_markdown()}\nCheckpoint {file}, sha256 {entries['sha256']}\n"
+    signed = f"{result.as_markdown()}\nCheckpoint {file}, sha256 {sha256}\n"
     (out / "result.md").write_text(signed, encoding="utf-8")
     with (out / "confusion.csv").open("w", newline="", encoding="utf-8") as f:
         table = csv.writer(f)
@@ -396,6 +420,7 @@ def write(result: Result, out: Path, file: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name that it cannot show stops nothing
     options = parse(argv)
     ranks = connect()
     try:
@@ -405,8 +430,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ranks.first:
             print("stopped: no result was written", file=sys.stderr)
         return 130
-    except (EvalError, DataError, CheckpointError, *MODEL_ERRORS, OSError) as error:
-        if ranks.first:
+    except (EvalError, RunError, DataError, CheckpointError, *MODEL_ERRORS, OSError) as error:
+        if ranks.first or isinstance(error, OSError):  # the others are the same in all processes
             print(f"eval.py: {error}", file=sys.stderr)
         return 2
     disconnect()
@@ -415,7 +440,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace, ranks: Ranks) -> None:
     """Open all that is needed, what is quick first; evaluate; rank 0 reports."""
-    file = find_model(Path(options.checkpoint))
+    file = find_model(Path(options.checkpoint)).resolve()  # `best` may lead elsewhere soon
     config, home = read_config(read_about(file)["config"], file), run_folder(file)
     root = options.data or data_folder(home, config)
     decoder = "mask2former" if config.dataset == "scenes" else config.decoder  # they have instances
@@ -430,28 +455,27 @@ def run(options: argparse.Namespace, ranks: Ranks) -> None:
     words = open_dataset_words(options.tags, config, dataset, root)
     window, stride = windows_of(options, config)
     check(dataset, CHECKED)
-    out = Path(options.out) if options.out else (home or Path()) / f"eval-{options.split}"
-    if ranks.first:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise EvalError(f"{out} cannot be made ({error.strerror}): give another --out") from None
-    tada = load_model(file, options.weights, ranks.device)
-    if ranks.first:
-        print(kernels.describe(ranks.device))
-
     n = min(options.limit or len(dataset), len(dataset))
     protocol = {"scales": options.scales, "flip": options.flip, "window": window, "stride": stride}
     mine = {"workers": options.workers, "rank": ranks.rank, "world": ranks.world, "show": ranks.first}
     indices = [i * len(dataset) // n for i in range(n)]
+    out = Path(options.out) if options.out else (home or Path()) / f"eval-{options.split}"
     if config.decoder == "mask2former":
         mine |= {**reading, "folder": out / "panoptic", "instances": True}
-    result = evaluate(tada, dataset, words, **protocol, indices=indices, **mine)
-    if ranks.first:
-        print(result.as_markdown())
-        write(result, out, file)
-        more = ", panoptic.json, panoptic/" if config.decoder == "mask2former" else ""
-        print(f"written: {out}/result.json, result.md, confusion.csv, confusion.png{more}")
+
+    with lock(out, "--out") if ranks.first else nullcontext():
+        sha256 = digest(file)
+        tada = load_model(file, options.weights, ranks.device)
+        if ranks.first:
+            print(kernels.describe(ranks.device))
+            put_aside(out)
+        ranks.wait()  # only now may files appear
+        result = evaluate(tada, dataset, words, **protocol, indices=indices, **mine)
+        if ranks.first:
+            print(result.as_markdown())
+            write(result, out, file, sha256)
+            more = ", panoptic.json, panoptic/" if config.decoder == "mask2former" else ""
+            print(f"written: {out}/result.json, result.md, confusion.csv, confusion.png{more}")
 
 
 def run_folder(file: Path) -> Path | None:
@@ -567,8 +591,8 @@ def positive(text: str) -> int:
 
 def scale(text: str) -> float:
     x = float(text)  # argparse reports a ValueError
-    if not 0.01 <= x <= 100:
-        raise argparse.ArgumentTypeError(f"{text!r} is not in 0.01..100")
+    if not 0.1 <= x <= 10:
+        raise argparse.ArgumentTypeError(f"{text!r} is not in 0.1..10")
     return x
 
 

@@ -196,6 +196,10 @@ def read_annotations(file: str | Path, truth: Annotations | None = None) -> Anno
                         raise ValueError(f"there is no image with the id {id!r}")
                     if id in rows:
                         raise ValueError(f"the image {id!r} has two annotations")
+                    if Path(png).is_absolute() or ".." in Path(png).parts:
+                        raise ValueError(
+                            f"the file_name {png!r} leads out of the PNGs' folder: give one that lies in it"
+                        )
                     rows[id] = read_segments(infos, label_of)
                     found.append((names[id], id, png))
                 case _:

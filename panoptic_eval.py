@@ -9,7 +9,7 @@ what a panoptic decoder must beat.
 """
 
 import math
-import shutil
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,6 @@ from panoptic import (
     coco_truth,
     count,
     pycocotools,
-    read_annotations,
     write_annotations,
     write_ids,
 )
@@ -61,8 +60,7 @@ class Found:
 class Judge:
     """Counts one process's pictures; with a `folder` it also writes their ids, as PNGs.
 
-    They lie beside the folder, in `.tmp-` and its name, until all are there: an evaluation that is stopped
-    leaves the folder and its JSON as they were.
+    They lie beside the folder, in `.tmp-` and its name, until all are there: neither may be there before.
     """
 
     def __init__(
@@ -104,7 +102,7 @@ class Judge:
             self.truth += coco_truth(image_id, item.ids, item.segments, categories)
 
     def end(self, ranks: Ranks) -> Found:
-        """The measures of all processes' pictures; rank 0 fills the folder and writes the JSON beside it."""
+        """The measures of all processes' pictures; rank 0 names the folder and writes the JSON beside it."""
         counts = ranks.sum(self.counts.to(ranks.device)).cpu()
         images, entries, truth, results = (
             ranks.join(x) for x in (self.images, self.entries, self.truth, self.results)
@@ -113,20 +111,6 @@ class Judge:
         if self.instances:
             precision = average_precision(images, truth, results, self.dataset.categories)
         if self.folder is not None and ranks.first:
-            self.fill([entry["file_name"] for entry in entries])
+            os.rename(self.new, self.folder)
             write_annotations(self.folder.with_suffix(".json"), self.dataset.categories, images, entries)
         return Found(self.how, Quality(counts, self.dataset.categories.things), precision, self.lacking)
-
-    def fill(self, pngs: Sequence[str]) -> None:
-        """Move the new PNGs into the folder; those that an earlier JSON lists go, any other file stays."""
-        try:
-            earlier = read_annotations(self.folder.with_suffix(".json")).pngs
-        except DataError:  # there is none
-            earlier = []
-        for file in (self.folder / png for png in earlier):
-            if file.is_file() and file.resolve().is_relative_to(self.folder.resolve()):
-                file.unlink()
-        for png in pngs:
-            (self.folder / png).parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(self.new / png, self.folder / png)
-        shutil.rmtree(self.new)  # with what an evaluation that was stopped may have left there

@@ -13,12 +13,14 @@ For `x.jpg` it writes into --out:
         overlay then has a line around each segment, and its name
     a line of predictions.jsonl: "path" of the picture, "labels" (x.png), "size" [height, width], "tags" (null
         if the model reads none), "shares" (of each class that is seen, largest first), of mask2former
-        "segments" (id, class and score of each), and what made it
+        "segments" (id, class and score of each), what made it, and "bytes" and "mtime_ns" of the picture's
+        file as it was then
 
 Folders are mirrored, and so is what a glob's wildcards match. Where two results would share a name the later
 picture keeps its suffix (1.jpg -> 1.png, 1.png -> 1.png.png); inputs that share names (a/1.jpg b/1.jpg) are
 mirrored from the folder that holds them all. What another picture or program wrote is never overwritten. What
-the same model did with the same words, scales, flip, score and overlap is skipped.
+the same model did with the same words, scales, flip, score and overlap is skipped, if the picture's file has
+the same size and time.
 
 Top to bottom: which pictures, under which names, with which words; one picture; what is written; the command.
 """
@@ -40,6 +42,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+import kernels
 from augment import normalise, resize, to_tensor
 from checkpoint import CheckpointError, find_model, load_model, read_about, read_config
 from data import (
@@ -54,8 +57,10 @@ from data import (
     fit,
     read_picture,
     read_tags,
+    walk,
 )
 from data import text as clean
+from eval import scale
 from model import MODEL_ERRORS, Size, Tada, TadaConfig, digest, windows
 from panoptic import to_colours
 from pictures import TILE, heat, mosaic, overlay, percent, segment_overlay
@@ -65,6 +70,7 @@ from run import RunError, lock
 
 LIST = "predictions.jsonl"
 SEGMENTS = ".segments.png"  # how the map of ids ends
+ENDINGS = (".png", ".overlay.jpg", ".attention.jpg", SEGMENTS)  # of all results
 NAMES, WORDS = 10, 24  # the most class names, or words of a picture, whose attention is drawn
 
 
@@ -110,29 +116,21 @@ def find(inputs: Iterable[str], out: Path) -> dict[str, str]:
 
 
 def below(root: str, out: Path) -> Iterator[str]:
-    """The file `root`, or the pictures below the folder `root`; a link that leads back is followed once."""
+    """The file `root`, or the pictures below the folder `root`."""
     out = Path(os.path.realpath(out))
     if not os.path.isdir(root):
         if not Path(os.path.realpath(root)).is_relative_to(out):
             yield root
         return
-    seen = set()
-    for where, folders, names in os.walk(root, followlinks=True, onerror=stop):
-        real = os.path.realpath(where)
-        if real in seen or Path(real).is_relative_to(out):
+    for where, folders, names in walk(root):
+        if Path(os.path.realpath(where)).is_relative_to(out):
             folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (os.path.join(where, name) for name in sorted(names) if is_picture(name))
+        else:
+            yield from (os.path.join(where, name) for name in names if is_picture(name))
 
 
 def is_picture(path: str) -> bool:
     return path.lower().endswith(PICTURES) and not os.path.basename(path).startswith(".")
-
-
-def stop(error: OSError) -> None:
-    raise PredictError(f"{error.filename} cannot be listed ({error.strerror}): leave it out") from None
 
 
 def name_results(found: dict[str, str], taken: dict[str, str]) -> dict[str, str]:
@@ -220,17 +218,15 @@ def look_up(config: TadaConfig, paths: list[str]) -> dict[str, list[str]]:
 def predict(tada: Tada, job: Job, options: argparse.Namespace, folder: "Folder") -> dict:
     """Read the picture, write its results; its line of predictions.jsonl. Raises Unreadable."""
     config, device = tada.config, folder.ranks.device
+    before = on_disk(job.path)
     picture, size = read_picture(job.path)
     small = fit(size, *config.box) if config.box else size
     image = model_input(picture, small).to(device)  # (1, 3, h, w)
     # As eval.py does: for other scales than 1 every size is made from the picture as it is.
     seen = image if options.scales == [1.0] else model_input(picture, size).to(device)
     how = config.crop, config.stride, options.scales, options.flip
-    words = job.words
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        if words is None and config.tags == "clip":
-            words = [word for word, _ in tada.tag(image)[0]]
-        tags = None if words is None else [words]
+        tags = tada.own_tags(image, None if job.words is None else [job.words])
         if config.decoder == "mask2former":
             found = tada.segment(image, tags, size, **folder.reading)
         else:
@@ -238,6 +234,7 @@ def predict(tada: Tada, job: Job, options: argparse.Namespace, folder: "Folder")
         labels = found.labels[0].byte().cpu().numpy()  # (H, W)
         maps = attention(tada, image, tags)[0].cpu().numpy() if options.attention else None  # (T, h, w)
 
+    words = tags and tags[0]
     counts = Image.fromarray(labels).histogram()
     order = sorted((k for k in range(len(config.classes)) if counts[k]), key=lambda k: -counts[k])
     shares = {config.classes[k]: counts[k] / labels.size for k in order}
@@ -255,15 +252,25 @@ def predict(tada: Tada, job: Job, options: argparse.Namespace, folder: "Folder")
     else:
         drawn = overlay(np.asarray(picture), labels, colours, config.classes, words)
     # The label map goes first and comes last: where there is one, all that belongs to it is there.
+    # The line comes before any file: it says whose they are, also after a crash.
     (folder.out / record["labels"]).unlink(missing_ok=True)
+    folder.append(record | folder.settings(job) | before)
     folder.save(drawn, f"{job.name}.overlay.jpg")
     if ids is not None:
         folder.save(Image.fromarray(to_colours(ids)), f"{job.name}{SEGMENTS}")
     if maps is not None:
         folder.save(draw_attention(picture, maps, config, words), f"{job.name}.attention.jpg")
-    folder.append(record | folder.settings(job))
     folder.save(Image.fromarray(labels), record["labels"])
     return record
+
+
+def on_disk(path: str) -> dict[str, int]:
+    """Size and time of a picture's file, by which a change is seen; {} where there is none."""
+    try:
+        about = os.stat(path)
+    except OSError:
+        return {}
+    return {"bytes": about.st_size, "mtime_ns": about.st_mtime_ns}
 
 
 def model_input(picture: Image.Image, size: Size) -> Tensor:
@@ -325,7 +332,8 @@ class Folder:
         self.lock = lock(self.out, "--out")
         try:
             for left in self.out.rglob(".tmp-*"):
-                left.unlink()
+                if re.fullmatch(rf"\.tmp-(\d+|{re.escape(LIST)})", left.name) and left.is_file():
+                    left.unlink()
             self.merge()
         except OSError as error:
             raise PredictError(
@@ -333,33 +341,34 @@ class Folder:
             ) from None
 
     def merge(self) -> None:
-        """One list out of those of all processes: a line for every label map that is there."""
+        """One list out of those of all processes: a line for every picture of which some result is there."""
         records, parts = {}, sorted(self.out.glob(f".*.{LIST}"))
         for file in (self.out / LIST, *parts):
             records |= read_list(file)
-        lines = [json.dumps(records[name]) for name in sorted(records) if (self.out / name).is_file()]
+        lines = [json.dumps(records[name]) for name in sorted(records) if self.is_there(name)]
         new = self.out / f".tmp-{LIST}"
         new.write_text("".join(f"{line}\n" for line in lines))
         os.replace(new, self.out / LIST)
         for file in parts:
             file.unlink()
 
+    def is_there(self, labels: str) -> bool:
+        """Is the label map there, or another result of its picture?"""
+        name = labels.removesuffix(".png")
+        return any(os.path.exists(self.out / f"{name}{ending}") for ending in ENDINGS)
+
     def plan(self, found: dict[str, str], words: dict[str, list[str] | None]) -> tuple[list[Job], list[Job]]:
-        """All jobs, and those that are not done. Raises PredictError where a label map is somebody else's."""
+        """All jobs, and those that are not done. Raises PredictError where a file is somebody else's."""
         records = {name.removesuffix(".png"): x for name, x in read_list(self.out / LIST).items()}
         names = name_results(found, {name.lower(): record["path"] for name, record in records.items()})
         jobs = [Job(path, name, words[path]) for path, name in names.items()]
         for job in jobs:
-            if job.name not in records and (self.out / f"{job.name}.png").exists():
-                raise PredictError(
-                    f"{self.out / job.name}.png is there and {LIST} has no line for it: give another --out"
-                )
+            there = [file for file in self.files(job) if job.name not in records and file.exists()]
+            if there:
+                raise PredictError(f"{there[0]} is there and {LIST} has no line for it: give another --out")
             ids = f"{job.name}{SEGMENTS}"
-            if self.reading and (
-                ids.removesuffix(".png") in {*records, *names.values()}
-                or (job.name not in records and (self.out / ids).exists())
-            ):
-                raise PredictError(f"{self.out / ids} is another picture's or program's: give another --out")
+            if self.reading and ids.removesuffix(".png") in {*records, *names.values()}:
+                raise PredictError(f"{self.out / ids} is another picture's label map: give another --out")
         return jobs, [job for job in jobs if not self.is_done(job, records.get(job.name))]
 
     def append(self, record: dict) -> None:
@@ -387,25 +396,27 @@ class Folder:
 
     def is_done(self, job: Job, record: dict | None) -> bool:
         """Was all that is asked for made of this picture, and not changed since?"""
-        endings = [".overlay.jpg", ".png"] + [".attention.jpg"] * self.options.attention
-        endings += [SEGMENTS] * bool(self.reading)
-        files = [self.out / f"{job.name}{ending}" for ending in endings]
-        if record is None or not self.settings(job).items() <= record.items() or not os.path.exists(job.path):
+        now = on_disk(job.path)
+        if not record or not now or not (self.settings(job) | now).items() <= record.items():
             return False
-        changed = os.path.getmtime(job.path)
-        return all(file.is_file() and file.stat().st_mtime >= changed for file in files)
+        return all(file.is_file() for file in self.files(job))
+
+    def files(self, job: Job) -> list[Path]:
+        """All that is asked for of this picture."""
+        endings = [".png", ".overlay.jpg"] + [".attention.jpg"] * self.options.attention
+        return [self.out / f"{job.name}{ending}" for ending in endings + [SEGMENTS] * bool(self.reading)]
 
 
 def read_list(file: Path) -> dict[str, dict]:
     """Label map -> its line, the last if there are several. A last line that a crash cut off is left out."""
-    lines = file.read_text().splitlines() if file.is_file() else []
+    lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
     records = {}
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
             records[record["labels"]] = record | {"path": record["path"]}
         except (ValueError, KeyError, TypeError):
-            if number < len(lines):
+            if line.endswith(b"\n"):
                 raise PredictError(
                     f"{file}, line {number}, is not of predict.py: give another --out"
                 ) from None
@@ -416,6 +427,7 @@ def read_list(file: Path) -> dict[str, dict]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name that it cannot show stops nothing
     options = parse(argv)
     ranks = connect()
     try:
@@ -434,7 +446,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace, ranks: Ranks) -> int:
     """Plan, what can be refused first; predict this process's share; 1 if some picture could not be read."""
-    file = find_model(Path(options.checkpoint))
+    file = find_model(Path(options.checkpoint)).resolve()  # `best` may lead elsewhere soon
     config = read_config(read_about(file)["config"], file)
     if options.attention and config.condition in ("none", "caption", "implicit"):
         raise PredictError(
@@ -453,20 +465,26 @@ def run(options: argparse.Namespace, ranks: Ranks) -> int:
         if ranks.first:
             folder.claim()
         ranks.wait()
-        return predict_all(folder, found, words, config)
+        return predict_all(folder, found, words, config, file)
     finally:
         folder.release()
 
 
 def predict_all(
-    folder: Folder, found: dict[str, str], words: dict[str, list[str] | None], config: TadaConfig
+    folder: Folder,
+    found: dict[str, str],
+    words: dict[str, list[str] | None],
+    config: TadaConfig,
+    file: Path,
 ) -> int:
     """This process's share of the pictures that are not done; 1 if some picture could not be read."""
     options, ranks, out = folder.options, folder.ranks, folder.out
     jobs, todo = folder.plan(found, words)
     ranks.wait()  # only now may files appear
     if todo:
-        tada = load_model(options.checkpoint, options.weights, ranks.device)
+        tada = load_model(file, options.weights, ranks.device)
+        if ranks.first:
+            print(kernels.describe(ranks.device))
     if ranks.first and config.weights == "random":
         print("random weights: this model knows nothing but what it was trained on")
 
@@ -516,13 +534,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_intermixed_args(argv)  # pictures may follow flags too
     options.weights, options.tags = getattr(options, "weights", None), getattr(options, "tags", None)
     return options
-
-
-def scale(value: str) -> float:
-    x = float(value)  # argparse reports a ValueError
-    if not 0.1 <= x <= 10:
-        raise argparse.ArgumentTypeError(f"{value!r} is not in 0.1..10")
-    return x
 
 
 if __name__ == "__main__":

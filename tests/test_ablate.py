@@ -1,6 +1,8 @@
 """ablate.py: cached views are what the model sees, runs are paired, a record goes on, tables are right."""
 
+import fcntl
 import json
+import os
 
 import numpy as np
 import pytest
@@ -202,6 +204,34 @@ def test_a_record_goes_on_where_it_was_cut_off(few, tmp_path, capsys):
     assert "give another --out" in capsys.readouterr().err
 
 
+@pytest.fixture
+def nothing_to_run(few, monkeypatch):
+    """Only the record is made."""
+    monkeypatch.setattr(ablate, "keep_pictures", lambda *arguments: None)
+    monkeypatch.setattr(ablate, "figure", lambda *arguments: Image.new("RGB", (1, 1)))
+
+
+def test_a_whole_record_is_never_rewritten_and_of_a_cut_one_only_the_end_goes(nothing_to_run, tmp_path):
+    """So that no full disk or kill can empty it."""
+    command = ["--rows", "none", "--seeds", "1", "--split", "val", "--steps", "2", "--out", str(tmp_path)]
+    file = tmp_path / "runs.jsonl"
+    whole = json.dumps(ablate.conditions("val", 2)) + "\n" + json.dumps(record(none=[0.5])[0]) + "\n"
+    file.write_text(whole)
+    os.utime(file, (1e9, 1e9))
+    assert main(command) == 0 and file.stat().st_mtime == 1e9
+    with file.open("a") as f:
+        f.write('{"row": "no')
+    assert main(command) == 0 and file.read_text() == whole
+
+
+def test_a_record_in_use_is_refused(nothing_to_run, tmp_path, capsys):
+    with open(tmp_path / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(["--rows", "none", "--split", "val", "--out", str(tmp_path)]) == 2
+    assert "is being written by another process: wait, or give another --out" in capsys.readouterr().err
+    assert not (tmp_path / "runs.jsonl").exists()
+
+
 def test_the_figure_names_what_is_missing(folder, few):
     with pytest.raises(AblateError, match="val-none.png is missing"):
         figure(folder, "val")
@@ -276,3 +306,28 @@ def test_nonsense_is_refused_in_one_sentence(tmp_path, capsys):
     empty = tmp_path / "runs.jsonl"
     empty.write_text("")
     assert main(["--report", str(empty)]) == 2 and "has no runs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "number"),
+    [
+        (b"not JSON\n", 1),
+        (b"\xff\xfe\n", 1),
+        (b"[1]\n", 1),
+        (b'{"split": "val"}\n', 1),
+        (json.dumps(SHARED).encode() + b'\n{"row": "none"}\n', 2),
+    ],
+)
+def test_what_is_no_record_is_named_with_its_line(tmp_path, capsys, content, number):
+    file = tmp_path / "other.jsonl"
+    file.write_bytes(content)
+    assert main(["--report", str(file)]) == 2
+    said = f"ablate.py: {file}, line {number}, is not of ablate.py: give the runs.jsonl of an --out\n"
+    assert capsys.readouterr().err == said
+
+
+def test_the_help_names_no_default_that_is_none(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "of each row (default: its own, 1 to 5)" in text and "None" not in text

@@ -247,6 +247,17 @@ def test_missing_vocabulary_is_named(tmp_path):
         Tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("vocabulary", "merges"),
+    [("<html>", ""), ('{"a": 0}', "no pair of tokens\n"), ('{"a": 0}', "a b\n"), ('{"a": 0}', "")],
+)
+def test_a_damaged_vocabulary_is_named(tmp_path, vocabulary, merges):
+    (tmp_path / "vocab.json").write_text(vocabulary)
+    (tmp_path / "merges.txt").write_text(merges)
+    with pytest.raises(OSError, match=r"vocab\.json or merges\.txt is damaged \(.*\): .*weights\.fetch"):
+        Tokenizer(tmp_path)
+
+
 def spelled(texts: list[str]) -> torch.Tensor:
     """The ids of the tokenizer without files, for the tiny CLIP's vocabulary."""
     with warnings.catch_warnings():

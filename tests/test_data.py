@@ -427,6 +427,37 @@ def damage(path: Path, how: str) -> None:
     )
 
 
+def test_an_odd_exif_entry_stops_nothing(tmp_path):
+    """A negative number of bits, which Pillow reads and cannot write: the picture is turned all the same."""
+    turned, odd = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0), struct.pack(">HHIhh", 0x0102, 8, 1, -5, 0)
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + turned + odd + struct.pack(">I", 0)
+    for name in ("x.jpg", "x.png", "x.webp"):
+        path = save(noise(8, 12), tmp_path / name, exif=exif)
+        assert read_picture(path)[0].size == (8, 12) and read_picture(path)[1] == (12, 8)
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    """Nothing is left out silently."""
+    root, real = folder(tmp_path), os.scandir
+    save(noise(8, 12), root / "images/train/deep/1.png")
+
+    def refuses(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refuses)
+    with pytest.raises(DataError, match=r"train/deep cannot be listed \(Permission denied\): "):
+        open_dataset("folder", root, "train")
+
+
+def test_a_link_that_leads_back_multiplies_nothing(tmp_path):
+    root = folder(tmp_path)
+    for part in ("images", "labels"):
+        (root / part / "train/back").symlink_to(root / part / "train")
+    assert len(open_dataset("folder", root, "train")) == 4
+
+
 @pytest.mark.parametrize("how", ["empty", "cut", "page", "bits"])
 @pytest.mark.parametrize("part", ["images", "labels"])
 def test_a_damaged_file_is_named(tmp_path, part, how):

@@ -1,6 +1,7 @@
 """eval.py: counts against loops and numbers worked out by hand, ways to read a picture, the command."""
 
 import csv
+import fcntl
 import json
 import multiprocessing
 import os
@@ -27,12 +28,13 @@ from test_data import damage, noise, save
 import eval as module
 from checkpoint import point, save_model, write_step
 from data import IGNORE, DataError, open_dataset, open_words
-from eval import Result, average_precision, count, evaluate, main, write
+from eval import EvalError, Result, average_precision, count, evaluate, main, write
 from mask2former import Instances, Panoptic
-from model import Segmented, TadaConfig, build
-from panoptic import annotation, compare, read_annotations, semantic, write_annotations, write_ids
+from model import Segmented, TadaConfig, build, digest
+from panoptic import compare, read_annotations, semantic
 from panoptic_data import open_panoptic
 from pictures import confusion_matrix
+from ranks import Ranks
 
 CLASSES = ("sky", "sea", "red boat", "a|b")
 SIZES = [(40, 66), (87, 60), (47, 126), (65, 87)]  # none is a multiple of 64
@@ -514,12 +516,10 @@ def test_only_the_ten_worst_are_listed_again():
 
 def test_files_hold_the_numbers(tmp_path):
     """Non-English names too; the sha256 is that of the model's file."""
-    result = result_of([[3, 1], [0, 2]], ["größe", 'a "b", c'], random_weights=True)
-    (tmp_path / "model").write_bytes(b"abc")
-    write(result, tmp_path / "new/out", tmp_path / "model")
-    out = tmp_path / "new/out"
+    result, out = result_of([[3, 1], [0, 2]], ["größe", 'a "b", c'], random_weights=True), tmp_path
+    sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    write(result, out, tmp_path / "model", sha256)
     stored = json.loads((out / "result.json").read_text(encoding="utf-8"))
-    sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # of "abc", FIPS 180-2
     assert stored == result.as_json() | {"checkpoint": str(tmp_path / "model"), "sha256": sha256}
     text = (out / "result.md").read_text(encoding="utf-8")
     assert text.startswith(result.as_markdown())
@@ -582,13 +582,103 @@ def test_the_command_reports_what_evaluate_counts(tada, dataset, finished, capsy
     found, expected = stored(out), result.as_json()
     assert found.pop("seconds") > 0
     expected.pop("seconds")
-    assert found.pop("checkpoint") == str(finished / "best/model.safetensors")
+    assert found.pop("checkpoint") == str(finished / "step-000007/model.safetensors")
     assert len(found.pop("sha256")) == 64
     assert found == expected
     assert found["random_weights"] is True
     assert result.line() in printed
     assert result.as_markdown() in printed
     assert (out / "result.md").read_text().startswith(result.as_markdown())
+
+
+@pytest.fixture
+def uncounted(monkeypatch):
+    """The command without its model: every evaluation finds the same at once."""
+    result = result_of([[3, 1], [0, 2]], ["sky", "sea"])
+    monkeypatch.setattr(module, "evaluate", lambda *arguments, **options: result)
+    monkeypatch.setattr(module, "load_model", lambda *arguments: None)
+
+
+def test_an_earlier_evaluation_is_put_aside(finished, uncounted, tmp_path, capsys):
+    """Its own files alone, and none is deleted; the newest result has the name without a number."""
+    out = tmp_path / "out"
+    command = [str(finished), "--workers", "0", "--out", str(out)]
+    assert main(command) == 0
+    assert "earlier evaluation is" not in capsys.readouterr().out
+    (out / "notes.txt").write_text("mine")
+    (out / "result.md").write_text("the first")
+    assert main([*command, "--limit", "1"]) == 0
+    assert f"the earlier evaluation is now {out}.1\n" in capsys.readouterr().out
+    (out / "result.md").write_text("the second")
+    assert main([*command, "--flip"]) == 0
+    said = [(tmp_path / name / "result.md").read_text() for name in ("out.1", "out.2")]
+    assert said == ["the first", "the second"] and stored(out)["checkpoint"]
+    names = ["confusion.csv", "confusion.png", "result.json", "result.md"]
+    assert sorted(path.name for path in (tmp_path / "out.2").iterdir()) == names
+    assert sorted(path.name for path in out.iterdir()) == [".lock", *names[:2], "notes.txt", *names[2:]]
+
+
+def test_an_evaluation_that_cannot_be_put_aside_stays(finished, uncounted, tmp_path, monkeypatch, capsys):
+    command = [str(finished), "--workers", "0", "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    before = (tmp_path / "out" / "result.json").read_bytes()
+    monkeypatch.setattr(Path, "mkdir", refuses_numbers)
+    assert main(command) == 2
+    assert "out.1, for the earlier evaluation, cannot be made (Read-only): give" in capsys.readouterr().err
+    assert (tmp_path / "out" / "result.json").read_bytes() == before
+
+
+def refuses_numbers(path: Path, *arguments, **options) -> None:
+    """A folder whose own parent may not be written; what is there needs not be made."""
+    if path.suffix == ".1":
+        raise OSError(30, "Read-only")
+
+
+def test_the_hash_is_that_of_the_model_that_was_evaluated(tada, finished, uncounted, tmp_path, monkeypatch):
+    """Training may write a better step meanwhile, and remove this one."""
+    run = Path(shutil.copytree(finished, tmp_path / "run", symlinks=True))
+    before = digest(run / "best/model.safetensors")
+    finds = module.evaluate
+
+    def overtaken(*arguments, **options):
+        write_step(run, 8, tada, {}, {"mIoU": 0.6}, {"x": torch.zeros(1)}, {})
+        point(run, "best", "step-000008")
+        shutil.rmtree(run / "step-000007")
+        return finds()
+
+    monkeypatch.setattr(module, "evaluate", overtaken)
+    assert main([str(run), "--workers", "0"]) == 0
+    found = stored(run / "eval-val")
+    assert found["sha256"] == before != digest(run / "best/model.safetensors")
+    assert found["checkpoint"] == str(run / "step-000007/model.safetensors")
+
+
+def test_a_folder_in_use_is_refused(finished, uncounted, tmp_path, capsys):
+    with open(tmp_path / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main([str(finished), "--workers", "0", "--out", str(tmp_path)]) == 2
+    assert "is being written by another process: wait, or give another --out" in capsys.readouterr().err
+
+
+def test_a_process_whose_own_files_fail_says_so(monkeypatch, capsys):
+    """What another process cannot know: its disk, its machine. Of the rest rank 0 speaks for all."""
+    monkeypatch.setattr(module, "connect", lambda: Ranks(1, 2, torch.device("cpu")))
+    for error, said in ((OSError("no room"), "eval.py: no room\n"), (EvalError("wrong"), "")):
+
+        def fails(*arguments, error=error):
+            raise error
+
+        monkeypatch.setattr(module, "run", fails)
+        assert main(["run"]) == 2
+        assert capsys.readouterr().err == said
+
+
+def test_names_that_the_terminal_cannot_show_stop_nothing(finished, monkeypatch, tmp_path):
+    file = tmp_path / "said"
+    with file.open("w", encoding="ascii") as narrow, redirect_stdout(narrow):
+        monkeypatch.setattr(module, "run", lambda *arguments: print("größe"))
+        assert main([str(finished)]) == 0
+    assert file.read_text() == "gr\\xf6\\xdfe\n"
 
 
 def test_flags_change_the_protocol(tada, dataset, finished, tmp_path):
@@ -693,7 +783,7 @@ def test_two_processes_share_the_pictures(tada, root, dataset, finished, tmp_pat
     damage(broken / "images/val/3.png", "cut")
     in_two_processes(tmp_path, finished, broken)
     result = evaluate(tada, dataset, words_from("classes", dataset))
-    found, expected = stored(tmp_path / "out"), result.as_json()
+    found, expected = stored(tmp_path / "out.1"), result.as_json()
     assert {**found, "seconds": 0} == {
         **expected,
         "seconds": 0,
@@ -703,7 +793,7 @@ def test_two_processes_share_the_pictures(tada, root, dataset, finished, tmp_pat
     said, error = ([(tmp_path / f"{rank}.{kind}").read_text() for rank in (0, 1)] for kind in ("out", "err"))
     first = "kernels: plain torch, as on every CPU\n"
     assert said[0].startswith(first + result.as_markdown())
-    assert said[0].endswith(f"\n0\n{first}2\n")
+    assert said[0].endswith(f"\n0\n{first}the earlier evaluation is now {tmp_path / 'out.1'}\n2\n")
     assert said[1] == "0\n2\n"  # the second process says nothing itself
     assert error[1] == ""
     assert re.fullmatch(r"eval\.py: \S*broken/images/val/3\.png cannot be read .*\n", error[0])
@@ -737,7 +827,7 @@ def test_a_bad_input_gets_one_sentence(root, finished, tada, tmp_path, capsys):
         ([run, "--tags", "clip"], "--tags clip: the model was trained with tags classes"),
         ([str(classes), *there, "--tags", "oracle"], "condition classes reads no words"),
         ([run, "--stride", "70"], r"--stride \(70, 70\) leaves gaps between windows of \(48, 64\)"),
-        ([run, "--out", str(tmp_path / "file")], r"file cannot be made \(.*\): give another --out"),
+        ([run, "--out", str(tmp_path / "file")], r"file cannot be written \(.*\): give another --out"),
         ([str(alone)], "does not say where its data set is: give its folder with --data"),
         ([str(muddled)], r"config.json cannot be read \(.*\): give --data"),
     ]
@@ -754,9 +844,9 @@ def test_a_bad_input_gets_one_sentence(root, finished, tada, tmp_path, capsys):
         (["--whole", "--stride", "3"], "there are no windows with --whole"),
         (["--whole", "--window", "3"], "not allowed with argument"),
         (["--ms", "--scales", "1"], "not allowed with argument"),
-        (["--scales", "0"], "'0' is not in 0.01..100"),
+        (["--scales", "0.05"], "'0.05' is not in 0.1..10"),
         (["--scales", "x"], "invalid scale value: 'x'"),
-        (["--scales", "nan"], "is not in 0.01..100"),
+        (["--scales", "nan"], "is not in 0.1..10"),
         (["--limit", "0"], "'0' is not a whole number of at least 1"),
         (["--window", "1", "2", "3"], "--window 1 2 3: give one number, or height and width"),
         (["--workers", "-1"], "--workers -1: give 0 or more"),
@@ -853,30 +943,22 @@ def test_segments_are_judged_as_they_are_written(judged, tmp_path, capsys):
 
 
 def test_the_folder_holds_what_its_json_lists(judged, tmp_path, monkeypatch):
-    """After an evaluation of more pictures, or one that was stopped; what is not of eval.py stays."""
-    run, folder = judged[0] / "step-000007", tmp_path / "panoptic"
-    command = [str(run), "--workers", "0", "--out", str(tmp_path)]
-
-    def held() -> list[str]:
-        return sorted(path.name for path in folder.iterdir())
-
+    """Also after an evaluation of more pictures, which is put aside, or one that was stopped."""
+    run, folder = judged[0] / "step-000007", tmp_path / "out" / "panoptic"
+    command = [str(run), "--workers", "0", "--out", str(folder.parent)]
     assert main(command) == 0
-    assert held() == ["0.png", "1.png", "2.png"]
-    before = (tmp_path / "panoptic.json").read_bytes()
+    before = folder.with_suffix(".json").read_bytes()
+    (folder.parent / "mine.png").touch()
     monkeypatch.setattr(module, "agree", interrupted)
-    assert main([*command, "--limit", "1", "--score", "0"]) == 130
-    assert held() == ["0.png", "1.png", "2.png"] and (tmp_path / "panoptic.json").read_bytes() == before
+    assert main([*command, "--score", "0"]) == 130
     monkeypatch.undo()
-
-    for name in ("panoptic/mine.png", "panoptic/notes.txt", "mine.png", ".tmp-panoptic/7.png"):
-        (tmp_path / name).touch()
-    content = json.loads(before)
-    content["annotations"][2]["file_name"] = "../mine.png"  # nothing outside is deleted
-    (tmp_path / "panoptic.json").write_text(json.dumps(content))
     assert main([*command, "--limit", "1"]) == 0
-    assert held() == ["0.png", "2.png", "mine.png", "notes.txt"]  # 2.png is listed no more
-    assert read_annotations(tmp_path / "panoptic.json").pngs == ["0.png"]
-    assert (tmp_path / "mine.png").exists() and not (tmp_path / ".tmp-panoptic").exists()
+    assert [path.name for path in folder.iterdir()] == ["0.png"]
+    assert read_annotations(folder.with_suffix(".json")).pngs == ["0.png"]
+    assert (folder.parent / "mine.png").exists() and not (folder.parent / ".tmp-panoptic").exists()
+    aside = tmp_path / "out.1"
+    assert sorted(path.name for path in (aside / "panoptic").iterdir()) == ["0.png", "1.png", "2.png"]
+    assert (aside / "panoptic.json").read_bytes() == before and not (tmp_path / "out.2").exists()
 
 
 def interrupted(*arguments):
@@ -913,20 +995,15 @@ def test_two_processes_share_the_segments(judged, segments, tmp_path):
     run, tada, dataset = judged
     broken = Path(shutil.copytree(segments, tmp_path / "broken"))
     damage(broken / "val/2.png", "cut")
-    earlier = tmp_path / "out" / "panoptic"
-    write_ids(np.zeros((4, 4), np.int32), earlier / "earlier.png")
-    entries = [annotation(9, "earlier.png", np.zeros((4, 4)), [], dataset.categories.ids)]
-    write_annotations(
-        earlier.with_suffix(".json"), dataset.categories, [{"id": 9, "file_name": "earlier"}], entries
-    )
     in_two_processes(tmp_path, run / "step-000007", broken)
     expected = evaluate(tada, dataset, words_from("classes", dataset), instances=True).as_json()
-    found = stored(tmp_path / "out")
+    out = tmp_path / "out.1"  # put aside by the second evaluation, which was stopped
+    found = stored(out)
     assert {name: found[name] for name in expected} | {"seconds": 0} == {**expected, "seconds": 0}
-    written = read_annotations(tmp_path / "out" / "panoptic.json")
+    written = read_annotations(out / "panoptic.json")
     assert written.image_ids == dataset.image_ids
-    assert sorted(path.name for path in earlier.iterdir()) == written.pngs
-    compare(dataset.annotations, dataset.pngs, written, earlier)  # the second evaluation, stopped, left them
+    assert sorted(path.name for path in (out / "panoptic").iterdir()) == written.pngs
+    compare(dataset.annotations, dataset.pngs, written, out / "panoptic")
 
 
 def test_flags_of_another_decoder_are_refused(judged, finished, capsys):

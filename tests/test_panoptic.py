@@ -138,6 +138,10 @@ def annotated(*infos: dict, image_id=1) -> list[dict]:
     return [{"image_id": image_id, "file_name": "a.png", "segments_info": [*infos]}]
 
 
+def named(png: str) -> list[dict]:
+    return [annotated({"id": 5, "category_id": 7})[0] | {"file_name": png}]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -161,6 +165,8 @@ def annotated(*infos: dict, image_id=1) -> list[dict]:
         ),
         (sample(annotations=annotated({"id": 0, "category_id": 7})), 'an "id" in 1..16777215'),
         (sample(annotations=annotated(*2 * [{"id": 5, "category_id": 7}])), "the id 5 is there twice"),
+        (sample(annotations=named("/tmp/a.png")), r"annotations\[0\]: the file_name '/tmp/a.png' leads out"),
+        (sample(annotations=named("b/../../a.png")), "'b/../../a.png' leads out of the PNGs' folder"),
     ],
 )
 def test_a_wrong_json_is_refused(tmp_path, content, message):

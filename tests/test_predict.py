@@ -218,7 +218,7 @@ def test_a_map_of_ids_overwrites_nothing(tmp_path, capsys):
     file = stub(tmp_path, decoder="mask2former", things=(True,) * len(scenes.CLASSES))
     save(tmp_path / "in" / "1.png"), save(tmp_path / "in" / "1.segments.png")
     assert main([file, str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 2
-    assert "1.segments.png is another picture's or program's" in capsys.readouterr().err
+    assert "1.segments.png is another picture's label map" in capsys.readouterr().err
     save(tmp_path / "other" / "1.segments.png")
     assert main([file, str(tmp_path / "in" / "1.png"), "--out", str(tmp_path / "other")]) == 2
     assert "give another --out" in capsys.readouterr().err
@@ -409,11 +409,26 @@ def test_what_another_run_or_program_wrote_stays(steered, tmp_path, capsys):
     assert "mine.png is there and predictions.jsonl has no line for it" in capsys.readouterr().err
     assert (out / "mine.png").read_bytes() == drawing
 
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "predictions.jsonl").write_text('{"id": 1}\n{"id": 2}\n')
-    assert main([steered, str(pictures[0]), "--out", str(tmp_path / "other"), "--tags", "sea"]) == 2
+
+@pytest.mark.parametrize("content", [b'{"id": 1}\n{"id": 2}\n', b'{"id": 1}\n', b"gr\xf6\xdfe\n"])
+def test_a_list_that_another_program_wrote_stays(tmp_path, capsys, content):
+    file = tmp_path / "out" / "predictions.jsonl"
+    file.parent.mkdir()
+    file.write_bytes(content)
+    command = [stub(tmp_path), str(save(tmp_path / "1.jpg")), "--out", str(file.parent), "--tags", "sea"]
+    assert main(command) == 2
     assert "predictions.jsonl, line 1, is not of predict.py" in capsys.readouterr().err
-    assert (tmp_path / "other" / "predictions.jsonl").read_text() == '{"id": 1}\n{"id": 2}\n'
+    assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("ending", [".png", ".overlay.jpg", ".attention.jpg"])
+def test_no_file_of_another_program_is_overwritten(tmp_path, capsys, ending):
+    foreign = save(tmp_path / "out" / f"1{ending}")
+    before = foreign.read_bytes()
+    command = [stub(tmp_path), str(save(tmp_path / "1.jpg")), "--out", str(tmp_path / "out"), "--tags", "sea"]
+    assert main([*command, "--attention"]) == 2
+    sentence = f"{foreign} is there and predictions.jsonl has no line for it: give another --out"
+    assert sentence in capsys.readouterr().err and foreign.read_bytes() == before
 
 
 def test_results_are_no_inputs(steered, tmp_path, capsys):
@@ -446,9 +461,13 @@ def test_what_is_done_is_skipped(steered, tmp_path, capsys):
     (out / "1.overlay.jpg").unlink()
     assert again(inputs=pictures) == "1 predicted, 1 done before, 0 unreadable"
     assert before == {name: (out / name).stat().st_mtime_ns for name in before}
-    os.utime(pictures[0], (2e9, 2e9))
-    assert again() == new
+    for time in (2e9, 1e9):  # replaced by a newer one, by an older one
+        os.utime(pictures[0], (time, time))
+        assert again() == new
+        assert again() == old
+    save(pictures[0], noise(9, 13))  # by one that lies about its age
     os.utime(pictures[0], (1e9, 1e9))
+    assert again() == new
     assert again("--attention") == new
     assert again() == old
     assert again(tags="sea,boat") == new
@@ -474,14 +493,36 @@ def test_after_a_crash(steered, tmp_path, capsys):
     (out / "predictions.jsonl").write_text(text[0] + text[2][:30])
     (out / ".1.predictions.jsonl").write_text(text[1] + text[2])
     (out / "2.png").unlink()
-    (out / ".tmp-7").write_text("half a picture")
-    assert main([steered, str(tmp_path / "in" / "0.jpg"), *arguments[2:]]) == 0
-    assert lines(out) == complete[:2]
+    (out / "0.png").unlink(), (out / "0.overlay.jpg").unlink()
+    for name in (".tmp-7", ".tmp-predictions.jsonl"):
+        (out / name).write_text("half a file")
+    (out / ".tmp-mine").write_text("another program's")
+    assert main([steered, str(tmp_path / "in" / "1.jpg"), *arguments[2:]]) == 0
+    assert lines(out) == complete[1:]  # of 2 the overlay is there: it is ours
     capsys.readouterr()
     assert main(arguments) == 0
-    assert "1 predicted, 2 done before" in capsys.readouterr().out
+    assert "2 predicted, 1 done before" in capsys.readouterr().out
     assert lines(out) == complete
-    assert sorted(path.name for path in out.glob(".*")) == [".lock"]
+    assert sorted(path.name for path in out.glob(".*")) == [".lock", ".tmp-mine"]
+
+
+def test_a_crash_between_two_files_is_gone_on_from(steered, tmp_path, monkeypatch):
+    """The overlay is there and no label map: it is known as ours."""
+    arguments = [steered, str(save(tmp_path / "1.jpg")), "--out", str(tmp_path / "out"), "--tags", "sea"]
+    real = module.Folder.save
+
+    def crash(folder, image, name):
+        if name == "1.png":
+            raise SystemExit
+        real(folder, image, name)
+
+    monkeypatch.setattr(module.Folder, "save", crash)
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert results(tmp_path / "out") == ["1.overlay.jpg", "predictions.jsonl"]
+    monkeypatch.undo()
+    assert main(arguments) == 0
+    assert results(tmp_path / "out") == ["1.overlay.jpg", "1.png", "predictions.jsonl"]
 
 
 def test_ctrl_c_keeps_what_is_done(steered, tmp_path, capsys, monkeypatch):
@@ -652,6 +693,40 @@ def test_no_checkpoint(tmp_path, capsys):
     assert "holds no model.safetensors" in capsys.readouterr().err
     assert main([picture, picture]) == 2
     assert "is not a whole safetensors file" in capsys.readouterr().err
+
+
+def test_the_model_is_the_one_whose_hash_was_taken(steered, tmp_path, monkeypatch, capsys):
+    """Though `best` leads elsewhere meanwhile. Which kernels run is said."""
+    run, loaded = tmp_path / "run", []
+    for i in (1, 2):
+        (run / f"step-{i}").mkdir(parents=True)
+        os.link(steered, run / f"step-{i}" / "model.safetensors")
+    (run / "best").symlink_to("step-1")
+
+    def overtaken(folder: module.Folder) -> None:
+        (run / "best").unlink()
+        (run / "best").symlink_to("step-2")
+        claim(folder)
+
+    def load(file: Path, *rest: object) -> Tada:
+        loaded.append(file)
+        return load_model(steered)
+
+    claim = module.Folder.claim
+    monkeypatch.setattr(module.Folder, "claim", overtaken)
+    monkeypatch.setattr(module, "load_model", load)
+    assert (
+        main([str(run), str(save(tmp_path / "x.jpg")), "--out", str(tmp_path / "out"), "--tags", "sea"]) == 0
+    )
+    assert loaded == [run / "step-1" / "model.safetensors"]
+    assert capsys.readouterr().out.startswith("kernels: plain torch, as on every CPU\n")
+
+
+def test_names_that_the_terminal_cannot_show_stop_nothing(monkeypatch, tmp_path):
+    with (tmp_path / "said").open("w", encoding="ascii") as narrow, redirect_stdout(narrow):
+        monkeypatch.setattr(module, "run", lambda *arguments: print("größe \udcff"))
+        main(["run", "x.jpg"])
+    assert (tmp_path / "said").read_text() == "gr\\xf6\\xdfe \\udcff\n"
 
 
 def test_a_folder_in_use_is_refused(steered, tmp_path, capsys):

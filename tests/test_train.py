@@ -565,10 +565,13 @@ def test_a_process_that_outlives_its_run_does_not_lock_it(tmp_path):
     """A loading process, after the run was killed."""
     first = Run(tmp_path / "run", HERE)
     first.claim()
+    ours, its = os.pipe()
     child = os.fork()
     if not child:
+        os.write(its, b"I am here")
         time.sleep(60)
         os._exit(0)
+    os.read(ours, 9)
     first.lock.close()  # as the system does for a process that was killed
     try:
         Run(tmp_path / "run", HERE).claim()
