@@ -43,16 +43,15 @@ from model import (
     Tada,
     TadaConfig,
     build,
-    digest,
     make_decoder,
     parameter_groups,
-    prior_files,
 )
 from pictures import INK, PAPER, mosaic, overlay, wrapped
 from run import RunError, lock
 from stream import Order, classes_in, randomness
 from train import learning_rate
 from unet import UNet
+from weights.words import digest, prior_files
 
 WEIGHTS = "weights/tiny"
 STEPS, BATCH = 400, 8

@@ -23,9 +23,10 @@ from torch import Tensor
 
 import weights.load as official
 from clip import CLIP, Tokenizer
-from model import SCALE_FILE, Tada, TadaConfig, assemble, digest, part_configs, prior_files
+from model import SCALE_FILE, Tada, TadaConfig, assemble, part_configs
 from unet import UNet
 from vae import VAE
+from weights.words import digest, prior_files
 
 FORMAT = 1  # of a model's file; a change that older code cannot read raises it
 MODEL, TENSORS, FACTS, SUMS = "model.safetensors", "train.safetensors", "train.json", "sha256.json"
@@ -75,6 +76,9 @@ def load_model(path: str | Path, weights: str | None = None, device: torch.devic
     """
     file = find_model(Path(path))
     about = read_about(file)
+    sums = file.with_name(SUMS)
+    if sums.is_file() and json.loads(sums.read_text())[MODEL] != digest(file):
+        raise CheckpointError(f"{file} changed after it was written: take another step")
     config = read_config(about["config"], file)
     if weights and config.weights != "random":
         config = replace(config, weights=str(weights))

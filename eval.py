@@ -36,7 +36,7 @@ from augment import normalise
 from checkpoint import CheckpointError, find_model, load_model, read_about, read_config
 from data import IGNORE, DataError, Dataset, Words, check, fit, open_words
 from mask2former import OVERLAP, SCORE, Instances, Mask2Former
-from model import MODEL_ERRORS, Prediction, Segmented, Size, Tada, TadaConfig, digest
+from model import MODEL_ERRORS, Prediction, Segmented, Size, Tada, TadaConfig
 from panoptic import components
 from panoptic_data import PanopticDataset
 from panoptic_eval import Found, Judge
@@ -47,6 +47,7 @@ from recipes import add_segment_flags, default_data, open_set, segment_options, 
 from run import RunError, lock
 from scenes import VERSION
 from stream import EvaluationStream, Item
+from weights.words import digest
 
 COMPONENTS = "connected components"
 MULTISCALE = (1.0, 1.125, 1.25, 1.375, 1.5)  # VPD's "+MS"

@@ -8,21 +8,15 @@ Top to bottom: the choices that make a model, the model (its `forward` is Figure
 any size, words to vectors, building, parameter groups. checkpoint.py saves and loads a trained model.
 """
 
-import hashlib
 import json
 import math
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import weights.load as official
@@ -39,12 +33,13 @@ from adapter import (
     asymmetric_loss,
     present,
 )
-from clip import CLIP, PROMPT, TEMPLATES, CLIPConfig, Tokenizer, name_vectors, zero_shot
+from clip import CLIP, CLIPConfig, Tokenizer, name_vectors, zero_shot
 from decoders import IGNORE, Logits, SemanticDecoder, SemanticFPN, UperNet, resize
 from kernels import KernelError
 from mask2former import OVERLAP, SCORE, Instances, Mask2Former, Panoptic, Queries, Rand, Target
 from unet import UNet, UNetConfig, alphas_cumprod
 from vae import VAE, VAEConfig
+from weights.words import word_vectors
 
 Size = tuple[int, int]  # height, width
 Tags = Sequence[Sequence[str]]  # the words of each picture; for captions one whole sentence each
@@ -509,6 +504,8 @@ def build(config: TadaConfig, device: torch.device | str = "cpu") -> Tada:
     vae, unet, clip, tokenizer = prior(config.model, config.weights)
     clip.to(device)
     words = config.weights, clip, tokenizer, config.prompts
+    if config.templates not in (1, 80):
+        raise ModelError(f"--templates {config.templates}: choose 1 or 80")
     classes = word_vectors(*words, config.templates)  # (K, C)
     names = word_vectors(*words, 80, shared=True) if config.tags == "clip" else None  # (K, P)
     with torch.no_grad():
@@ -595,65 +592,6 @@ def make_decoder(config: TadaConfig, unet: UNetConfig, tokens: int = 77) -> Sema
     return kinds[config.decoder](
         channels, len(config.classes), groups=unet.groups, dropout=config.dropout, **widths
     )
-
-
-def word_vectors(
-    weights: str | None,
-    clip: CLIP,
-    tokenizer: Tokenizer,
-    words: Sequence[str],
-    templates: int,
-    shared: bool = False,
-) -> Tensor:
-    """`name_vectors` under 1 or 80 prompts, kept in `weights/.vectors` under a hash of all that made them.
-
-    Nothing is kept where `weights` is None, or "random".
-    """
-    if templates not in (1, 80):
-        raise ModelError(f"--templates {templates}: choose 1 or 80")
-    prompts = (PROMPT,) if templates == 1 else TEMPLATES
-    if weights in (None, "random"):
-        return name_vectors(clip, tokenizer, words, prompts, shared)
-    made_by = [Path(weights, file) for file in prior_files(weights, ("clip", "tokenizer"))]
-    made_by = [digest_once(file, file.stat().st_size, file.stat().st_mtime_ns) for file in made_by]
-    key = hashlib.sha256(json.dumps([made_by, words, prompts, shared]).encode()).hexdigest()
-    file = Path(weights, ".vectors", f"{key[:32]}.safetensors")
-    with suppress(OSError, SafetensorError):  # not there, or cut off by a crash: made anew
-        return load_file(file)["vectors"].to(clip.logit_scale.device)
-    vectors = name_vectors(clip, tokenizer, words, prompts, shared)
-    new = file.with_suffix(f".{os.getpid()}")  # several processes may write at once
-    with suppress(OSError, SafetensorError):  # a shared folder may be read-only or full: nothing is kept
-        file.parent.mkdir(exist_ok=True)
-        save_file({"vectors": vectors.cpu().contiguous()}, new)
-        os.replace(new, file)
-    with suppress(OSError):  # what a full disk left
-        new.unlink()
-    return vectors
-
-
-def prior_files(weights: str, parts: Sequence[str]) -> list[str]:
-    """The files, relative to the folder `weights`, that hold vae, unet, clip or the tokenizer."""
-    files = []
-    for part in parts:
-        if part == "tokenizer":
-            files += ["tokenizer/vocab.json", "tokenizer/merges.txt"]
-        else:
-            kind = {"vae": VAE, "unet": UNet, "clip": CLIP}[part]
-            file = official.find(Path(weights, part), official.OFFICIAL[kind])
-            files.append(file.relative_to(weights).as_posix())
-    return files
-
-
-def digest(file: Path) -> str:
-    """The file's sha256."""
-    with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-@cache
-def digest_once(file: Path, size: int, changed: int) -> str:
-    """`digest`, remembered: CLIP's file has 1.7 GB, and every new word asks for it."""
-    return digest(file)
 
 
 def parameter_groups(tada: Tada, lr: float, weight_decay: float, unet_scale: float = 1.0) -> list[dict]:

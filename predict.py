@@ -61,12 +61,13 @@ from data import (
 )
 from data import text as clean
 from eval import scale
-from model import MODEL_ERRORS, Size, Tada, TadaConfig, digest, windows
+from model import MODEL_ERRORS, Size, Tada, TadaConfig, windows
 from panoptic import to_colours
 from pictures import TILE, heat, mosaic, overlay, percent, segment_overlay
 from ranks import Ranks, connect, disconnect
 from recipes import add_segment_flags, segment_options
 from run import RunError, lock
+from weights.words import digest
 
 LIST = "predictions.jsonl"
 SEGMENTS = ".segments.png"  # how the map of ids ends

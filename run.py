@@ -25,8 +25,9 @@ from tqdm import tqdm
 import scenes
 from checkpoint import clean, newest_step, replace_text, steps
 from data import Dataset
-from model import TadaConfig, digest
+from model import TadaConfig
 from ranks import Ranks
+from weights.words import digest
 
 
 class RunError(ValueError):

@@ -30,11 +30,12 @@ from checkpoint import point, save_model, write_step
 from data import IGNORE, DataError, open_dataset, open_words
 from eval import EvalError, Result, average_precision, count, evaluate, main, write
 from mask2former import Instances, Panoptic
-from model import Segmented, TadaConfig, build, digest
+from model import Segmented, TadaConfig, build
 from panoptic import compare, read_annotations, semantic
 from panoptic_data import open_panoptic
 from pictures import confusion_matrix
 from ranks import Ranks
+from weights.words import digest
 
 CLASSES = ("sky", "sea", "red boat", "a|b")
 SIZES = [(40, 66), (87, 60), (47, 126), (65, 87)]  # none is a multiple of 64

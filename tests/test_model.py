@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import shake, tiny_folder
 from proof import BAR, error
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import adapter
@@ -30,6 +30,7 @@ import model
 import unet
 import vae
 import weights.load as official
+import weights.words as vectors_file
 from adapter import Condition, Text, asymmetric_loss
 from clip import TEMPLATES, CLIPConfig, name_vectors
 from decoders import Logits
@@ -621,8 +622,8 @@ def test_vectors_are_kept(weights, monkeypatch):
     assert len(before) == 3 and all(re.fullmatch(r"[0-9a-f]{32}\.safetensors", name) for name in before)
 
     asked = []
-    compute = model.name_vectors
-    monkeypatch.setattr(model, "name_vectors", lambda *a: asked.append(a[2]) or compute(*a))
+    compute = vectors_file.name_vectors
+    monkeypatch.setattr(vectors_file, "name_vectors", lambda *a: asked.append(a[2]) or compute(*a))
     again = build(config(**options))
     again.learn(["harbour", "car"], keep=True)
     assert not asked and kept(weights) == before
@@ -638,7 +639,7 @@ def test_vectors_are_kept(weights, monkeypatch):
     assert asked == [("snow", "sea"), ("sea", "snow")] and len(kept(weights)) == 5
 
     other = build(config())  # another CLIP in the same folder
-    model.save_file(other.clip.state_dict(), weights / "clip" / "model.safetensors")
+    save_file(other.clip.state_dict(), weights / "clip" / "model.safetensors")
     third = build(config(**options | {"tags": "classes"}))
     assert len(asked) == 4 and error(third.adapter.classes, first.adapter.classes) > 0.1
 
@@ -652,8 +653,8 @@ def test_vectors_are_kept(weights, monkeypatch):
 
 def test_files_are_hashed_once(weights, monkeypatch):
     """CLIP's has 1.7 GB: lists of words are many, and must not read it again."""
-    read, digest = [], model.digest
-    monkeypatch.setattr(model, "digest", lambda file: read.append(file.name) or digest(file))
+    read, digest = [], vectors_file.digest
+    monkeypatch.setattr(vectors_file, "digest", lambda file: read.append(file.name) or digest(file))
     tada = build(config(weights=str(weights), tags="clip"))
     tada.learn(["car", "harbour"], keep=True)
     assert sorted(read) == ["merges.txt", "model.safetensors", "vocab.json"]
@@ -680,7 +681,7 @@ def test_vectors_that_cannot_be_kept_are_no_error(weights, fault, monkeypatch):
             file.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(model, "save_file", full)
+        monkeypatch.setattr(vectors_file, "save_file", full)
     tada = build(config(weights=str(weights)))
     weights.chmod(0o755)
     expected = tada.clip.text(tada.tokenizer([f"a photo of a {name}" for name in NAMES]))[1]

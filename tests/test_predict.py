@@ -28,9 +28,10 @@ from adapter import Caption, Implicit, Unconditional
 from augment import evaluation, normalise
 from checkpoint import load_model, save_model
 from data import LONGEST_TAG
-from model import ModelError, Tada, TadaConfig, build, digest
+from model import ModelError, Tada, TadaConfig, build
 from panoptic import from_colours
 from predict import main
+from weights.words import digest
 
 ROOT = Path(__file__).parents[1]
 CONFIG = TadaConfig(

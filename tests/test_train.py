@@ -548,6 +548,16 @@ def test_a_copied_run_finds_its_best_step_again(folder, tmp_path, capsys):
     assert f"{run / 'best'} is a copy where a link to a step belongs" in capsys.readouterr().err
 
 
+def test_a_model_that_changed_on_the_disk_is_not_used(unbroken, tmp_path):
+    step = shutil.copytree(unbroken / "best", tmp_path / "step-000003")
+    file = step / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 0x11
+    file.write_bytes(content)
+    with pytest.raises(train.CheckpointError, match="model.safetensors changed after it was written"):
+        load_model(step)
+
+
 def test_neither_a_full_disk_nor_a_closed_terminal_stops_the_log(tmp_path, monkeypatch, capsys):
     run = Run(tmp_path, HERE)
     (tmp_path / "log.jsonl").symlink_to("/dev/full")
