@@ -235,9 +235,9 @@ def load_in_order(
 
 
 def ignore_signals(worker: int) -> None:
-    """Ctrl-C and SIGTERM reach the whole process group: the main process decides, its workers end with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """These reach the whole process group: the main process decides, its workers end with it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def only(items: list[Item | DataError]) -> Item | DataError:

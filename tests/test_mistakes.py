@@ -96,11 +96,7 @@ MISTAKES = {
     "GEGLU halves swapped": ("unet.py", "value, gate =", "gate, value ="),
     "GEGLU with tanh": ("unet.py", "F.gelu(gate)", "F.gelu(gate, approximate='tanh')"),
     "sines before cosines": ("unet.py", "[angle.cos(), angle.sin()]", "[angle.sin(), angle.cos()]"),
-    "frequencies divided by half - 1": (
-        "unet.py",
-        "dtype=torch.float32) / half",
-        "dtype=torch.float32) / (half - 1)",
-    ),
+    "frequencies divided by half - 1": ("unet.py", "* i / half", "* i / (half - 1)"),
     "heads split wrongly": ("unet.py", "B N (n d) -> B N n d", "B N (d n) -> B N n d"),
     "eps of the transformer's GroupNorm": ("unet.py", "eps=1e-6", "eps=1e-5"),
     "eps of the residual blocks' GroupNorm": (

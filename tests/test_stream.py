@@ -139,6 +139,9 @@ def test_no_global_random_state_is_read_or_moved(tmp_path, workers):
     assert found[0] == found[1]
 
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 class Handlers:
     """A data set that tells how its process treats signals."""
 
@@ -146,16 +149,16 @@ class Handlers:
         return 4
 
     def path(self, i):
-        return str([signal.getsignal(number) == signal.SIG_IGN for number in (signal.SIGINT, signal.SIGTERM)])
+        return str([signal.getsignal(number) == signal.SIG_IGN for number in STOPPING])
 
     def load(self, i, short=None, long=None):
         return Image.new("RGB", (30, 20)), np.zeros((20, 30), np.uint8)
 
 
 def test_workers_ignore_the_signals_that_stop_the_main_process():
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    assert next(stream(Handlers(), workers=1).batches()).paths == ["[True, True]"] * 4
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    before = [signal.getsignal(number) for number in STOPPING]
+    assert next(stream(Handlers(), workers=1).batches()).paths == ["[True, True, True]"] * 4
+    assert [signal.getsignal(number) for number in STOPPING] == before
 
 
 def test_memory_is_pinned_for_cuda_alone(monkeypatch):

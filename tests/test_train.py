@@ -610,9 +610,11 @@ def test_a_signal_leaves_a_checkpoint(folder, unbroken, tmp_path, number):
     """The whole process group gets it, loading workers too, as from a terminal or a scheduler."""
     run = tmp_path / "run"
     line = [sys.executable, "-u", str(ROOT / "train.py"), *command(folder, run, "--workers", "2")]
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     process = subprocess.Popen(
         line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
+    signal.signal(signal.SIGHUP, before)
     said = ""
     for text in process.stdout:
         said += text
