@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import scenes
+from checkpoint import replace_text
 from clip import CLIP, TEMPLATES, Tokenizer, name_vectors, zero_shot
 from eval import average_precision
 from model import prior
@@ -30,7 +31,7 @@ from pictures import INK, PAPER, mosaic
 from unet import TIMES, UNet, alphas_cumprod
 from vae import VAE
 from weights.draw import ddim_times, sample
-from weights.pretrain import FILES, RECORD, Pictures, caption, draw_pictures, replace_text
+from weights.pretrain import FILES, RECORD, Pictures, caption, draw_pictures
 
 HELD_OUT = 1_900_000  # from here on, the range "pretrain" is not trained on
 COUNT = 512
