@@ -1,6 +1,6 @@
 """A Stable Diffusion that fits in a repository: the `tiny` VAE, CLIP and UNet, trained on drawn scenes.
 
-    python -m weights.pretrain                    # weights/tiny; about 80 minutes on 2 cores
+    python -m weights.pretrain                    # weights/tiny; an hour to an hour and a half on 2 cores
     python -m weights.pretrain --longer 10        # ten times the steps: for a GPU, which it takes by itself
 
 The pictures are `scenes` of the range "pretrain", their captions are lists of tags; a label map is never
