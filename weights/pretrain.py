@@ -410,12 +410,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--longer {o.longer} --pictures {o.pictures}: give more than 0, and 512 to 500000")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        held = lock(o.run, "--run")
-        pictures = draw_pictures(o.run, o.pictures)
-        for name, train in (("vae", train_vae), ("clip", train_clip), ("unet", train_unet)):
-            stage = STAGES[name]._replace(steps=max(round(o.longer * STAGES[name].steps), 1))
-            train(pictures, o.run, o.out, stage, o.seed, device)
-        held.close()
+        with lock(o.run, "--run"):
+            pictures = draw_pictures(o.run, o.pictures)
+            for name, train in (("vae", train_vae), ("clip", train_clip), ("unet", train_unet)):
+                stage = STAGES[name]._replace(steps=max(round(o.longer * STAGES[name].steps), 1))
+                train(pictures, o.run, o.out, stage, o.seed, device)
     except KeyboardInterrupt:
         print("stopped: the same command goes on from the last save", file=sys.stderr)
         return 130
