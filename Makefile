@@ -7,7 +7,7 @@ BIN := .venv/bin
 demo: .venv/.run
 	$(BIN)/python train.py --run runs/demo
 	$(BIN)/python eval.py runs/demo
-	$(BIN)/python scenes.py --count 6 --out runs/demo/pictures
+	$(BIN)/python -m images.scenes --count 6 --out runs/demo/pictures
 	$(BIN)/python predict.py runs/demo runs/demo/pictures --attention --out runs/demo/predicted
 	$(BIN)/python predict.py runs/demo runs/demo/pictures --tags "sea, boat" --out runs/demo/steered
 	@echo "Look at runs/demo: inputs.jpg, val/, eval-val/result.md and confusion.png, predicted/ with each tag's attention,"

@@ -17,11 +17,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from errors import ModelError
+
 IGNORE = 255  # the label of pixels that belong to no class
-
-
-class AdapterError(ValueError):
-    """Sizes that make no adapter; one sentence with the cure."""
 
 
 class Text(NamedTuple):
@@ -141,7 +139,8 @@ class Tagging(nn.Module):
     With start "random" the context is m. With start "empty" it is E("")[:Q] + g m, g from 0: at first exactly
     the empty prompt's first Q tokens, and the UNet's gradient reaches g alone; the rest learns from Eq. 7,
     or, where that has no weight, one step later. Whatever the start, log_scale and bias learn from Eq. 7
-    alone. Which start learns more: `ablate.py --rows "tagging, loss, tags" "tagging from the empty prompt"`.
+    alone. Which start learns more: `python -m lab.ablate --rows
+    "tagging, loss, tags" "tagging from the empty prompt"`.
     """
 
     def __init__(
@@ -157,13 +156,11 @@ class Tagging(nn.Module):
         super().__init__()
         P, C = empty.shape
         if start not in ("empty", "random"):
-            raise AdapterError(f"the adapter starts from {start!r}: give 'empty' or 'random'")
+            raise ModelError(f"the adapter starts from {start!r}: give 'empty' or 'random'")
         if queries < 1 or blocks < 1:
-            raise AdapterError(
-                f"{queries} queries and {blocks} blocks are no adapter: give 1 of each or more"
-            )
+            raise ModelError(f"{queries} queries and {blocks} blocks are no adapter: give 1 of each or more")
         if start == "empty" and queries > P:
-            raise AdapterError(
+            raise ModelError(
                 f"{queries} queries start from the {P} tokens of the empty prompt: give at most {P}, "
                 "or start 'random'"
             )
@@ -312,7 +309,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         if width % heads:
-            raise AdapterError(f"{heads} heads do not divide the adapter's width of {width}: give a divisor")
+            raise ModelError(f"{heads} heads do not divide the adapter's width of {width}: give a divisor")
         self.heads = heads
         self.to_q = nn.Linear(width, width, bias=False)
         self.to_k = nn.Linear(width, width, bias=False)

@@ -32,21 +32,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 import kernels
-from augment import normalise
-from checkpoint import CheckpointError, find_model, load_model, read_about, read_config
-from data import IGNORE, DataError, Dataset, Words, check, fit, open_words
+from data import Dataset, check
+from errors import DataError, TadaError
+from images.draw import confusion_matrix
+from images.panoptic import components
+from images.read import IGNORE, fit
+from images.scenes import VERSION
+from loading.augment import normalise
+from loading.jitter import PanopticEvaluationStream
+from loading.stream import EvaluationStream, Item
+from loading.tags import Words, open_words
 from mask2former import OVERLAP, SCORE, Instances, Mask2Former
-from model import MODEL_ERRORS, Prediction, Segmented, Size, Tada, TadaConfig
-from panoptic import components
+from metrics.judge import Found, Judge
+from model import Prediction, Segmented, Size, Tada, TadaConfig
 from panoptic_data import PanopticDataset
-from panoptic_eval import Found, Judge
-from panoptic_stream import PanopticEvaluationStream
-from pictures import confusion_matrix
-from ranks import Ranks, connect, disconnect
-from recipes import add_segment_flags, default_data, open_set, segment_options, stride_of
-from run import RunError, lock
-from scenes import VERSION
-from stream import EvaluationStream, Item
+from run.checkpoint import find_model, load_model, read_about, read_config
+from run.folder import lock
+from run.ranks import Ranks, connect, disconnect
+from run.recipes import add_segment_flags, default_data, open_set, segment_options, stride_of
 from weights.words import digest
 
 COMPONENTS = "connected components"
@@ -61,10 +64,6 @@ MEASURES = (
 )
 WORST = 10  # classes that the report lists again
 CHECKED = 10  # pictures and labels that are decoded before the model is loaded
-
-
-class EvalError(ValueError):
-    """What cannot be evaluated; one sentence with the cure."""
 
 
 # ---- reading the pictures
@@ -395,7 +394,7 @@ def put_aside(out: Path) -> None:
     try:
         aside.mkdir()
     except OSError as error:
-        raise EvalError(
+        raise TadaError(
             f"{aside}, for the earlier evaluation, cannot be made ({error.strerror}): give another --out"
         ) from None
     for name in earlier:
@@ -431,7 +430,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ranks.first:
             print("stopped: no result was written", file=sys.stderr)
         return 130
-    except (EvalError, RunError, DataError, CheckpointError, *MODEL_ERRORS, OSError) as error:
+    except (TadaError, OSError) as error:
         if ranks.first or isinstance(error, OSError):  # the others are the same in all processes
             print(f"eval.py: {error}", file=sys.stderr)
         return 2
@@ -447,7 +446,7 @@ def run(options: argparse.Namespace, ranks: Ranks) -> None:
     decoder = "mask2former" if config.dataset == "scenes" else config.decoder  # they have instances
     dataset = open_set(config.dataset, root, options.split, decoder)
     if tuple(dataset.classes) != config.classes:
-        raise EvalError(
+        raise TadaError(
             f"{root} has {len(dataset.classes)} classes, such as {dataset.classes[0]}, but {file} "
             f"was trained on {len(config.classes)}, such as {config.classes[0]}: give another --data"
         )
@@ -492,20 +491,20 @@ def data_folder(home: Path | None, config: TadaConfig) -> str:
         try:
             found = json.loads((home / "config.json").read_text()).get("data")
         except (OSError, ValueError, AttributeError) as error:
-            raise EvalError(f"{home / 'config.json'} cannot be read ({error}): give --data") from None
+            raise TadaError(f"{home / 'config.json'} cannot be read ({error}): give --data") from None
         if found:
             return found
     if config.dataset in ("folder", "panoptic"):
-        raise EvalError("the checkpoint does not say where its data set is: give its folder with --data")
+        raise TadaError("the checkpoint does not say where its data set is: give its folder with --data")
     return default_data(config.dataset)
 
 
 def open_dataset_words(tags: str | None, config: TadaConfig, dataset: Dataset, root: str) -> Words:
     """The words of training, or those that --tags names instead."""
     if tags and config.condition not in ("caption", "tagging", "oracle"):
-        raise EvalError(f"--tags {tags}: a model of condition {config.condition} reads no words of a picture")
+        raise TadaError(f"--tags {tags}: a model of condition {config.condition} reads no words of a picture")
     if tags in ("classes", "clip") and tags != config.tags:
-        raise EvalError(
+        raise TadaError(
             f"--tags {tags}: the model was trained with tags {config.tags}; give a file or oracle"
         )
     paths = [dataset.path(i) for i in range(len(dataset))]
@@ -517,7 +516,7 @@ def refuse_flags(options: argparse.Namespace, config: TadaConfig) -> None:
     given = [name for name in ("ms", "flip", "window", "stride") if getattr(options, name)]
     given += ["scales"] if not given and options.scales != [1.0] else []
     if given and config.decoder == "mask2former":
-        raise EvalError(f"--{given[0]}: mask2former reads a picture whole, once; leave it out")
+        raise TadaError(f"--{given[0]}: mask2former reads a picture whole, once; leave it out")
 
 
 def windows_of(options: argparse.Namespace, config: TadaConfig) -> tuple[Size | None, Size | None]:
@@ -528,7 +527,7 @@ def windows_of(options: argparse.Namespace, config: TadaConfig) -> tuple[Size | 
     thirds = tuple(map(stride_of, window))
     stride = options.stride or (thirds if options.window else config.stride)
     if any(step > side for step, side in zip(stride, window, strict=True)):
-        raise EvalError(f"--stride {stride} leaves gaps between windows of {window}: give at most the window")
+        raise TadaError(f"--stride {stride} leaves gaps between windows of {window}: give at most the window")
     return window, stride
 
 

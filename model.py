@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 import weights.load as official
 from adapter import (
-    AdapterError,
     Caption,
     Classes,
     Condition,
@@ -35,7 +34,7 @@ from adapter import (
 )
 from clip import CLIP, CLIPConfig, Tokenizer, name_vectors, zero_shot
 from decoders import IGNORE, Logits, SemanticDecoder, SemanticFPN, UperNet, resize
-from kernels import KernelError
+from errors import ModelError, WeightsError
 from mask2former import OVERLAP, SCORE, Instances, Mask2Former, Panoptic, Queries, Rand, Target
 from unet import UNet, UNetConfig, alphas_cumprod
 from vae import VAE, VAEConfig
@@ -47,14 +46,6 @@ Tags = Sequence[Sequence[str]]  # the words of each picture; for captions one wh
 NOISE_SEED = 42  # ours; ODISE too takes one noise for every picture
 SCALE_FILE = "vae/config.json"  # below the folder of tiny's weights
 STRIP = 2**24  # values of the softmax that are held at once when a picture is read: 64 MiB
-
-
-class ModelError(ValueError):
-    """A model that cannot be built or read; one sentence with the cure."""
-
-
-# What a model and its parts say of bad input. They have no common class: no part imports another for that.
-MODEL_ERRORS = (ModelError, AdapterError, KernelError, official.WeightsError)
 
 
 @dataclass(frozen=True)
@@ -476,8 +467,8 @@ def measured_scale(file: Path) -> float:
     try:
         return float(json.loads(file.read_text())["scaling_factor"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise official.WeightsError(
-            f"{file} gives no scaling_factor ({type(error).__name__}): `python -m weights.pretrain` writes it"
+        raise WeightsError(
+            f"{file} gives no scaling_factor ({type(error).__name__}): `python -m lab.pretrain` writes it"
         ) from None
 
 

@@ -42,8 +42,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from data import PICTURES, DataError, Dataset, Sample, prompt, read_picture
-from panoptic import Categories, Segment, read_annotations, semantic
+from data import Dataset, Sample, prompt
+from errors import DataError
+from images.panoptic import Categories, Segment, read_annotations, semantic
+from images.read import PICTURES, read_picture
 
 
 class PanopticSample(NamedTuple):
@@ -153,7 +155,7 @@ class PanopticScenes(PanopticDataset):
     """The drawn data set with its instances as segments and each class of stuff as one; nothing is void."""
 
     def __init__(self, split: str):
-        import scenes
+        from images import scenes
 
         if split not in scenes.SPLITS:
             raise DataError(f"scenes has no split {split!r}: choose {', '.join(scenes.SPLITS)}")
@@ -169,7 +171,7 @@ class PanopticScenes(PanopticDataset):
         return []
 
     def panoptic(self, i: int, short: int | None = None, long: int | None = None) -> PanopticSample:
-        import scenes
+        from images import scenes
 
         scene = scenes.draw(self.image_ids[i])
         n = int(scene.instances.max())  # the instances are 1..n; stuff comes after them, by class

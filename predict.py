@@ -43,40 +43,25 @@ from torch import Tensor
 from tqdm import tqdm
 
 import kernels
-from augment import normalise, resize, to_tensor
-from checkpoint import CheckpointError, find_model, load_model, read_about, read_config
-from data import (
-    LONGEST_CAPTION,
-    LONGEST_TAG,
-    MOST_TAGS,
-    PICTURES,
-    DataError,
-    DataWarning,
-    Unreadable,
-    distinct_colour,
-    fit,
-    read_picture,
-    read_tags,
-    walk,
-)
-from data import text as clean
+from errors import DataError, DataWarning, TadaError, Unreadable
 from eval import scale
-from model import MODEL_ERRORS, Size, Tada, TadaConfig, windows
-from panoptic import to_colours
-from pictures import TILE, heat, mosaic, overlay, percent, segment_overlay
-from ranks import Ranks, connect, disconnect
-from recipes import add_segment_flags, segment_options
-from run import RunError, lock
+from images.draw import TILE, heat, mosaic, overlay, percent, segment_overlay
+from images.panoptic import to_colours
+from images.read import PICTURES, distinct_colour, fit, read_picture, walk
+from loading.augment import normalise, resize, to_tensor
+from loading.tags import LONGEST_CAPTION, LONGEST_TAG, MOST_TAGS, read_tags
+from loading.tags import text as clean
+from model import Size, Tada, TadaConfig, windows
+from run.checkpoint import find_model, load_model, read_about, read_config
+from run.folder import lock
+from run.ranks import Ranks, connect, disconnect
+from run.recipes import add_segment_flags, segment_options
 from weights.words import digest
 
 LIST = "predictions.jsonl"
 SEGMENTS = ".segments.png"  # how the map of ids ends
 ENDINGS = (".png", ".overlay.jpg", ".attention.jpg", SEGMENTS)  # of all results
 NAMES, WORDS = 10, 24  # the most class names, or words of a picture, whose attention is drawn
-
-
-class PredictError(ValueError):
-    """What cannot be predicted or written; one sentence with the cure."""
 
 
 class Job(NamedTuple):
@@ -105,10 +90,10 @@ def find(inputs: Iterable[str], out: Path) -> dict[str, str]:
             base, roots = os.path.dirname(asked[: wild.start()]), sorted(glob.glob(asked, recursive=True))
             roots = [root for root in roots if os.path.isdir(root) or is_picture(root)]
         else:
-            raise PredictError(f"{asked} does not exist: give a picture, a folder or a quoted glob")
+            raise TadaError(f"{asked} does not exist: give a picture, a folder or a quoted glob")
         new = [path for root in roots for path in below(root, out)]
         if not new:
-            raise PredictError(
+            raise TadaError(
                 f"{asked} has no picture ({' '.join(PICTURES)}) outside of --out {out}: change one of them"
             )
         for path in new:
@@ -149,7 +134,7 @@ def name_results(found: dict[str, str], taken: dict[str, str]) -> dict[str, str]
         stem = os.path.splitext(whole)[0]
         free = [name for name in (stem, whole) if taken.get(name.lower(), path) == path]
         if not free:
-            raise PredictError(f"{path} and {taken[stem.lower()]} would share {stem}.png: give another --out")
+            raise TadaError(f"{path} and {taken[stem.lower()]} would share {stem}.png: give another --out")
         names[path] = free[0]
         taken[free[0].lower()] = path
     return names
@@ -162,7 +147,7 @@ def read_words(config: TadaConfig, given: str | None, paths: Iterable[str]) -> d
     """Path of each picture -> its words, from --tags or the file of training; None where neither is read."""
     if given is not None:
         if config.tags == "classes":
-            raise PredictError(
+            raise TadaError(
                 f"--tags {given!r}: this model reads no words of a picture "
                 f"(condition {config.condition}, tags {config.tags}); leave --tags out"
             )
@@ -170,7 +155,7 @@ def read_words(config: TadaConfig, given: str | None, paths: Iterable[str]) -> d
     if config.tags in ("classes", "clip"):
         return dict.fromkeys(paths)
     if config.tags == "oracle":
-        raise PredictError(
+        raise TadaError(
             "this model was told what is in each picture (tags oracle): say it, as in --tags 'sea, boat'"
         )
     return look_up(config, list(paths))
@@ -184,9 +169,9 @@ def parse_words(config: TadaConfig, given: str) -> list[str]:
         words = [clean(word, LONGEST_TAG) for word in given.split(",") if word.strip()]
         words = list(dict.fromkeys(words))
     except ValueError as error:
-        raise PredictError(f"--tags: {error}") from None
+        raise TadaError(f"--tags: {error}") from None
     if not 1 <= len(words) <= MOST_TAGS:
-        raise PredictError(f"--tags {given[:80]!r} has {len(words)} words: give 1 to {MOST_TAGS}")
+        raise TadaError(f"--tags {given[:80]!r} has {len(words)} words: give 1 to {MOST_TAGS}")
     return words
 
 
@@ -199,14 +184,14 @@ def look_up(config: TadaConfig, paths: list[str]) -> dict[str, list[str]]:
             warnings.simplefilter("ignore", DataWarning)  # it has lines for many other pictures
             tags, captions, _ = read_tags(config.tags, "/", {end for some in ends.values() for end in some})
     except DataError as error:
-        raise PredictError(f"the words of training are not there ({error}): {cure}") from None
+        raise TadaError(f"the words of training are not there ({error}): {cure}") from None
     known = {path: [caption] for path, caption in captions.items()}
     if config.condition != "caption":
         known = {path: [tag for tag, _ in pairs] for path, pairs in tags.items()}
     words = {path: next((known[end] for end in ends[path] if end in known), None) for path in paths}
     lacking = [path for path in paths if words[path] is None]
     if lacking:
-        raise PredictError(
+        raise TadaError(
             f"{config.tags} lacks {len(lacking)} of {len(paths)} pictures, such as {lacking[0]}: {cure}"
         )
     return words
@@ -337,9 +322,7 @@ class Folder:
                     left.unlink()
             self.merge()
         except OSError as error:
-            raise PredictError(
-                f"{self.out} cannot be written ({error.strerror}): give another --out"
-            ) from None
+            raise TadaError(f"{self.out} cannot be written ({error.strerror}): give another --out") from None
 
     def merge(self) -> None:
         """One list out of those of all processes: a line for every picture of which some result is there."""
@@ -359,17 +342,17 @@ class Folder:
         return any(os.path.exists(self.out / f"{name}{ending}") for ending in ENDINGS)
 
     def plan(self, found: dict[str, str], words: dict[str, list[str] | None]) -> tuple[list[Job], list[Job]]:
-        """All jobs, and those that are not done. Raises PredictError where a file is somebody else's."""
+        """All jobs, and those that are not done. Raises TadaError where a file is somebody else's."""
         records = {name.removesuffix(".png"): x for name, x in read_list(self.out / LIST).items()}
         names = name_results(found, {name.lower(): record["path"] for name, record in records.items()})
         jobs = [Job(path, name, words[path]) for path, name in names.items()]
         for job in jobs:
             there = [file for file in self.files(job) if job.name not in records and file.exists()]
             if there:
-                raise PredictError(f"{there[0]} is there and {LIST} has no line for it: give another --out")
+                raise TadaError(f"{there[0]} is there and {LIST} has no line for it: give another --out")
             ids = f"{job.name}{SEGMENTS}"
             if self.reading and ids.removesuffix(".png") in {*records, *names.values()}:
-                raise PredictError(f"{self.out / ids} is another picture's label map: give another --out")
+                raise TadaError(f"{self.out / ids} is another picture's label map: give another --out")
         return jobs, [job for job in jobs if not self.is_done(job, records.get(job.name))]
 
     def append(self, record: dict) -> None:
@@ -418,9 +401,7 @@ def read_list(file: Path) -> dict[str, dict]:
             records[record["labels"]] = record | {"path": record["path"]}
         except (ValueError, KeyError, TypeError):
             if line.endswith(b"\n"):
-                raise PredictError(
-                    f"{file}, line {number}, is not of predict.py: give another --out"
-                ) from None
+                raise TadaError(f"{file}, line {number}, is not of predict.py: give another --out") from None
     return records
 
 
@@ -437,7 +418,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ranks.first:
             print("stopped: what was written stays, the same command goes on", file=sys.stderr)
         return 130
-    except (PredictError, RunError, DataError, CheckpointError, *MODEL_ERRORS, OSError) as error:
+    except (TadaError, OSError) as error:
         if ranks.first or isinstance(error, OSError):  # the others are the same in all processes
             print(f"predict.py: {error}", file=sys.stderr)
         return 2
@@ -450,12 +431,12 @@ def run(options: argparse.Namespace, ranks: Ranks) -> int:
     file = find_model(Path(options.checkpoint)).resolve()  # `best` may lead elsewhere soon
     config = read_config(read_about(file)["config"], file)
     if options.attention and config.condition in ("none", "caption", "implicit"):
-        raise PredictError(
+        raise TadaError(
             f"--attention: a model of condition {config.condition} has no words to attend to; leave it out"
         )
     if config.decoder == "mask2former" and (options.flip or options.scales != [1.0]):
         name = "flip" if options.flip else "scales"
-        raise PredictError(f"--{name}: mask2former reads a picture whole, once; leave it out")
+        raise TadaError(f"--{name}: mask2former reads a picture whole, once; leave it out")
     reading = segment_options(options, config.decoder)
     out = Path(options.out).absolute()
     found = find(options.inputs, out)

@@ -30,21 +30,22 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import checkpoint
 import kernels
-from augment import normalise
-from checkpoint import CheckpointError
-from data import DataError, Dataset, Words, check, open_words
+from data import Dataset, check
+from errors import CheckpointError, RunError, TadaError
 from eval import Result, evaluate
+from images.draw import mosaic, overlay, segment_overlay
+from images.panoptic import Segment
+from loading.augment import normalise
+from loading.jitter import NOBODY, PanopticBatch, PanopticTrainStream, masks_of
+from loading.stream import Batch, EvaluationStream, TrainStream
+from loading.tags import Words, open_words
 from mask2former import Rand, Target
-from model import MODEL_ERRORS, Tada, build, parameter_groups
-from panoptic import Segment
-from panoptic_stream import NOBODY, PanopticBatch, PanopticTrainStream, masks_of
-from pictures import mosaic, overlay, segment_overlay
-from ranks import Ranks, connect, disconnect
-from recipes import DROPS, config_of, open_set, parse, recipe
-from run import Run, RunError, fingerprint, open_run
-from stream import Batch, EvaluationStream, TrainStream
+from model import Tada, build, parameter_groups
+from run import checkpoint
+from run.folder import Run, fingerprint, open_run
+from run.ranks import Ranks, connect, disconnect
+from run.recipes import DROPS, config_of, open_set, parse, recipe
 
 SHOWN = 8  # pictures in inputs.jpg and in val/
 # This pass of torch 2.13's compiler may read a sum before it is made: all maps then have the gradient 0.
@@ -644,7 +645,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:
         print(f"train.py: {error}: give a larger --accumulate, or --checkpoint-activations", file=sys.stderr)
         return 2
-    except (RunError, DataError, CheckpointError, *MODEL_ERRORS, OSError) as error:
+    except (TadaError, OSError) as error:
         if ranks.first or not isinstance(error, RunError):  # rank 0 has every one of those
             print(f"train.py: {error}", file=sys.stderr)
         return 2

@@ -10,12 +10,14 @@ import os
 import torch
 from torch import Tensor, nn
 
+from errors import ModelError
+
 from . import reference
 from .row_attention import row_attention
 
 __all__ = [
     "IGNORE",
-    "KernelError",
+    "ModelError",
     "attention",
     "attention_maps",
     "describe",
@@ -26,7 +28,7 @@ __all__ = [
     "wide_attention",
 ]
 
-# (kernel, compute capability) -> the sizes at which `python bench.py --suite kernels` saw it win. The size is
+# (kernel, compute capability) -> the sizes at which `python -m lab.bench --suite kernels` saw it win. The size is
 # the head width for the kinds of attention, the number of channels for group_norm_silu, that of classes for
 # upsample_cross_entropy and upsample_argmax. Empty: no GPU has been measured yet (BENCH.md).
 WINS: dict[tuple[str, tuple[int, int]], frozenset[int]] = {}
@@ -37,16 +39,12 @@ RESIDENT = 160  # keys that cross_attention holds at once; it is the default for
 _asked = "auto"
 
 
-class KernelError(ValueError):
-    """Kernels that cannot run here; one sentence with the cure."""
-
-
 def use(which: str) -> None:
     """Choose for this process: "auto" (by WINS), "torch" (the reference), or "triton" (the kernels)."""
     global _asked
     assert which in ("auto", "torch", "triton"), f"there is no {which!r}: choose auto, torch or triton"
     if which == "triton" and not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
-        raise KernelError("kernels triton: torch sees no GPU here; choose auto or torch")
+        raise ModelError("kernels triton: torch sees no GPU here; choose auto or torch")
     _asked = which
 
 

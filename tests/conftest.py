@@ -43,7 +43,7 @@ def data() -> Path:
 @pytest.fixture(scope="session")
 def segments(tmp_path_factory) -> Path:
     """Eight pictures of 4:3 with their segments, in the form of COCO panoptic, and three to validate."""
-    from panoptic import annotation, write_annotations, write_ids
+    from images.panoptic import annotation, write_annotations, write_ids
     from panoptic_data import PanopticScenes
 
     root = tmp_path_factory.mktemp("segments")

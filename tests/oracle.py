@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import CLIPConfig as ReferenceCLIPConfig
 from transformers import CLIPModel
 
-from bench_mask2former import peer_mask2former
 from clip import END, START, CLIPConfig, TowerConfig
+from lab.bench_mask2former import peer_mask2former
 from unet import UNetConfig
 from vae import VAEConfig
 

@@ -13,18 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from adapter import (
-    AdapterError,
-    Caption,
-    Classes,
-    Implicit,
-    Oracle,
-    Tagging,
-    Text,
-    Unconditional,
-    asymmetric_loss,
-    present,
-)
+from adapter import Caption, Classes, Implicit, Oracle, Tagging, Text, Unconditional, asymmetric_loss, present
+from errors import ModelError
 
 C, K, P, N, T, Q, HEADS = 16, 5, 9, 6, 4, 3, 2  # width, classes, tokens of "", image tokens, tags, queries
 IMAGE, EMBEDDING = 12, 10  # widths of the image tokens and of the image embedding
@@ -555,16 +545,16 @@ def test_present_in_ignored_crops():
 def test_sizes_that_make_no_adapter(empty, classes):
     """One sentence each, with the value and the cure."""
     tiny = (empty, classes, IMAGE)
-    with pytest.raises(AdapterError, match="10 queries start from the 9 tokens .* at most 9"):
+    with pytest.raises(ModelError, match="10 queries start from the 9 tokens .* at most 9"):
         Tagging(*tiny, heads=HEADS, queries=P + 1, start="empty")
-    with pytest.raises(AdapterError, match="'zero': give 'empty' or 'random'"):
+    with pytest.raises(ModelError, match="'zero': give 'empty' or 'random'"):
         Tagging(*tiny, heads=HEADS, queries=Q, start="zero")
-    with pytest.raises(AdapterError, match="3 heads do not divide .* 16"):
+    with pytest.raises(ModelError, match="3 heads do not divide .* 16"):
         Tagging(*tiny, heads=3, queries=Q)
     for queries, blocks in ((0, 2), (3, 0)):
-        with pytest.raises(AdapterError, match=f"{queries} queries and {blocks} blocks"):
+        with pytest.raises(ModelError, match=f"{queries} queries and {blocks} blocks"):
             Tagging(*tiny, heads=HEADS, queries=queries, blocks=blocks)
-    assert issubclass(AdapterError, ValueError)
+    assert issubclass(ModelError, ValueError)
 
 
 def test_missing_and_misshapen_inputs(empty, classes, image_tokens, text):

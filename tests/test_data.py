@@ -14,21 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import (
-    CheckError,
-    DataError,
-    DataWarning,
-    Unreadable,
-    check,
-    distinct_colour,
-    fit,
-    open_dataset,
-    read_labels,
-    read_picture,
-    read_tags,
-    values,
-)
-from stream import TrainStream
+from data import CheckError, check, open_dataset
+from errors import DataError, DataWarning, Unreadable
+from images.read import distinct_colour, fit, read_labels, read_picture, values
+from loading.stream import TrainStream
+from loading.tags import read_tags
 
 ANY = values(range(255), ())  # a table that refuses nothing
 
@@ -623,7 +613,7 @@ def test_check_decodes_a_sample_and_looks_at_everything(tmp_path, monkeypatch):
 
 def test_scenes_are_a_data_set(tmp_path):
     """Paths hold the index that `scenes.draw` takes; pictures, labels, names and colours are its own."""
-    import scenes
+    from images import scenes
 
     for split in ("train", "val", "test"):
         dataset = open_dataset("scenes", tmp_path, split)

@@ -26,15 +26,19 @@ from PIL import Image
 from test_data import damage, noise, save
 
 import eval as module
-from checkpoint import point, save_model, write_step
-from data import IGNORE, DataError, open_dataset, open_words
-from eval import EvalError, Result, average_precision, count, evaluate, main, write
+from data import open_dataset
+from errors import DataError, TadaError
+from eval import Result, average_precision, count, evaluate, main, write
+from images.draw import confusion_matrix
+from images.panoptic import read_annotations, semantic
+from images.read import IGNORE
+from loading.tags import open_words
 from mask2former import Instances, Panoptic
+from metrics.quality import compare
 from model import Segmented, TadaConfig, build
-from panoptic import compare, read_annotations, semantic
 from panoptic_data import open_panoptic
-from pictures import confusion_matrix
-from ranks import Ranks
+from run.checkpoint import point, save_model, write_step
+from run.ranks import Ranks
 from weights.words import digest
 
 CLASSES = ("sky", "sea", "red boat", "a|b")
@@ -664,7 +668,7 @@ def test_a_folder_in_use_is_refused(finished, uncounted, tmp_path, capsys):
 def test_a_process_whose_own_files_fail_says_so(monkeypatch, capsys):
     """What another process cannot know: its disk, its machine. Of the rest rank 0 speaks for all."""
     monkeypatch.setattr(module, "connect", lambda: Ranks(1, 2, torch.device("cpu")))
-    for error, said in ((OSError("no room"), "eval.py: no room\n"), (EvalError("wrong"), "")):
+    for error, said in ((OSError("no room"), "eval.py: no room\n"), (TadaError("wrong"), "")):
 
         def fails(*arguments, error=error):
             raise error
@@ -727,7 +731,7 @@ def test_a_limit_is_spread_over_the_split(finished, monkeypatch):
 
 def test_scenes_need_no_files_and_say_their_version(tmp_path, monkeypatch, capsys):
     """A model's file that lies alone: the report goes to the current folder."""
-    import scenes
+    from images import scenes
 
     config = TadaConfig(
         classes=tuple(scenes.CLASSES),

@@ -44,7 +44,7 @@ def test_what_is_asked_by_name_is_said():
 def test_without_a_gpu_triton_is_refused_in_one_sentence(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(kernels.KernelError, match="torch sees no GPU here; choose auto or torch"):
+    with pytest.raises(kernels.ModelError, match="torch sees no GPU here; choose auto or torch"):
         kernels.use("triton")
 
 

@@ -23,7 +23,7 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
 import mask2former as module
-from bench_mask2former import our_names, run_peer, twice
+from lab.bench_mask2former import our_names, run_peer, twice
 from mask2former import (
     DeformableAttention,
     Found,

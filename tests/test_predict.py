@@ -23,14 +23,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import predict as module
-import scenes
 from adapter import Caption, Implicit, Unconditional
-from augment import evaluation, normalise
-from checkpoint import load_model, save_model
-from data import LONGEST_TAG
-from model import ModelError, Tada, TadaConfig, build
-from panoptic import from_colours
+from errors import ModelError
+from images import scenes
+from images.panoptic import from_colours
+from loading.augment import evaluation, normalise
+from loading.tags import LONGEST_TAG
+from model import Tada, TadaConfig, build
 from predict import main
+from run.checkpoint import load_model, save_model
 from weights.words import digest
 
 ROOT = Path(__file__).parents[1]
@@ -657,11 +658,9 @@ def test_words_from_the_file_of_training(tmp_path, monkeypatch):
     expected = [["a cow"], ["a boat at sea"], ["nothing"]]
     assert module.read_words(config, None, paths) == dict(zip(paths, expected, strict=True))
     assert module.read_words(config, " a dog, on  grass", paths[:1]) == {paths[0]: ["a dog, on grass"]}
-    with pytest.raises(
-        module.PredictError, match=r"lacks 1 of 2 pictures, such as .*new.jpg: say what is in"
-    ):
+    with pytest.raises(module.TadaError, match=r"lacks 1 of 2 pictures, such as .*new.jpg: say what is in"):
         module.read_words(config, None, [paths[0], str(tmp_path / "new.jpg")])
-    with pytest.raises(module.PredictError, match=r"the words of training are not there.*--tags"):
+    with pytest.raises(module.TadaError, match=r"the words of training are not there.*--tags"):
         module.read_words(config, None, ["/a/new.jpg"])
 
 

@@ -18,17 +18,19 @@ import torch
 import torch.distributed.run
 from PIL import Image
 
-import scenes
 import train
-from checkpoint import load_model
-from data import Words, open_dataset
+from data import open_dataset
+from errors import RunError
+from images import scenes
+from loading.jitter import PanopticTrainStream
+from loading.stream import TrainStream
+from loading.tags import Words
 from model import TadaConfig, build, parameter_groups
 from panoptic_data import PanopticScenes
-from panoptic_stream import PanopticTrainStream
-from ranks import Ranks
-from recipes import open_set, parse, parser, recipe
-from run import Run, RunError, commit
-from stream import TrainStream
+from run.checkpoint import load_model
+from run.folder import Run, commit
+from run.ranks import Ranks
+from run.recipes import open_set, parse, parser, recipe
 
 ROOT = Path(train.__file__).parent
 HERE = Ranks(0, 1, torch.device("cpu"))
@@ -189,7 +191,7 @@ def one_step(folder, ranks=HERE, accumulate=1, steps=1, lr=None, decoder="fpn"):
 WORKER = """
 import sys, torch
 sys.path[:0] = [{root!r}, {tests!r}]
-from ranks import connect, disconnect
+from run.ranks import connect, disconnect
 from test_train import one_step
 torch.set_num_threads(1)
 ranks = connect()
@@ -270,10 +272,10 @@ def test_what_is_not_finite_in_one_process_ends_all(segments, tmp_path):
 FULL = """
 import sys, torch
 sys.path[:0] = [{root!r}]
-from data import Words
+from loading.tags import Words
 from model import TadaConfig, build, parameter_groups
-from ranks import Ranks
-from stream import Batch
+from run.ranks import Ranks
+from loading.stream import Batch
 from train import train_step
 torch.manual_seed(0)
 tada = build(TadaConfig(tuple(f"class {{i}}" for i in range(150))))

@@ -1,1 +1,0 @@
-"""The official weights: getting them, loading them, drawing a picture with them."""

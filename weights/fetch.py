@@ -25,6 +25,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from errors import WeightsError
+
 
 @dataclass(frozen=True)
 class File:
@@ -66,10 +68,6 @@ def official(variant: str) -> tuple[File, ...]:
         File(*CLIP, "vocab.json", "tokenizer/vocab.json", *PINNED["vocab"]),
         File(*CLIP, "merges.txt", "tokenizer/merges.txt", *PINNED["merges"]),
     )
-
-
-class FetchError(Exception):
-    """What went wrong and what helps, as one sentence for the user."""
 
 
 def amount(size: int) -> str:
@@ -125,10 +123,10 @@ def find(file: File, places: Iterable[Path]) -> Path | None:
 
 
 def require_space(folder: Path, size: int) -> None:
-    """Raises FetchError unless `size` bytes are free on the disk of `folder`."""
+    """Raises WeightsError unless `size` bytes are free on the disk of `folder`."""
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise FetchError(
+        raise WeightsError(
             f"{amount(size)} are needed in {folder} and {amount(free)} are free: "
             "free some space, or choose another place with --to DIR"
         )
@@ -148,7 +146,7 @@ def copy(path: Path, folder: Path) -> Path:
 def download(file: File, folder: Path, endpoint: str | None) -> Path:
     """`file` from the Hub at `endpoint` into `folder`, not yet verified.
 
-    Raises FetchError if the Hub cannot be reached, lacks the file or has it in another size; OSError if the
+    Raises WeightsError if the Hub cannot be reached, lacks the file or has it in another size; OSError if the
     disk fails. huggingface_hub resumes by itself with a Range request after a timeout or an early end
     (`file_download.http_get`), but drops the file when the connection is reset: hence the attempts here.
     """
@@ -165,7 +163,7 @@ def download(file: File, folder: Path, endpoint: str | None) -> Path:
             # Asked first: hf_hub_download would try an unreachable Hub for 23 s before it says so.
             listed = get_hf_file_metadata(url, endpoint=endpoint).size
             if listed not in (None, file.size):
-                raise FetchError(f"{url} is not the pinned file: size {listed}, expected {file.size}")
+                raise WeightsError(f"{url} is not the pinned file: size {listed}, expected {file.size}")
             return Path(hf_hub_download(file.repo, file.remote, local_dir=folder, tqdm_class=bar, **pinned))
         except (OSError, HTTPError, RuntimeError) as error:  # RuntimeError: hf-xet's, for a lost network
             if getattr(error, "errno", None):  # the disk is full, read-only, ...
@@ -174,7 +172,7 @@ def download(file: File, folder: Path, endpoint: str | None) -> Path:
             status = getattr(getattr(cause, "response", None), "status_code", None)
             reason = f"HTTP status {status}" if status else str(cause) or type(cause).__name__
             if attempt == ATTEMPTS or (status and status < 500):
-                raise FetchError(
+                raise WeightsError(
                     f"cannot download {url} ({reason}): check the connection, or give the files that you "
                     "have already with --from DIR"
                 ) from error
@@ -186,11 +184,11 @@ def fetch(files: Sequence[File], root: Path, source: Path | None = None, endpoin
     """Bring `files` below `root`: what is there is kept, then `source` is searched, then the Hub is asked.
 
     `source` may hold a file under our name for it or under its repository's: `DIR/clip/model.safetensors` or
-    `DIR/model.safetensors`. `endpoint` is the Hub's address, None the library's default. Raises FetchError or
+    `DIR/model.safetensors`. `endpoint` is the Hub's address, None the library's default. Raises WeightsError or
     OSError; what was complete by then stays.
     """
     if source and not source.is_dir():
-        raise FetchError(f"--from {source}: there is no such folder")
+        raise WeightsError(f"--from {source}: there is no such folder")
     say(f"{len(files)} files, {amount(sum(file.size for file in files))}, into {root}")
     scratch = root / SCRATCH
     if scratch.exists():
@@ -216,7 +214,7 @@ def fetch(files: Sequence[File], root: Path, source: Path | None = None, endpoin
                 wrong = fault(path, file)
                 if wrong:
                     path.unlink()
-                    raise FetchError(
+                    raise WeightsError(
                         f"{file.local} came with {wrong}, and was removed: run the command again, and if "
                         "this repeats, compare the published file with the table in weights/fetch.py"
                     )
@@ -245,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: complete files are kept, run the command again for the rest", file=sys.stderr)
         return 130
-    except FetchError as error:
+    except WeightsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from clip import CLIP, TextTower
+from errors import WeightsError
 from unet import UNet
 from vae import VAE
 
@@ -26,10 +27,6 @@ FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # what a c
 FILES += tuple(name.replace(".safetensors", ".fp16.safetensors") for name in FILES)
 IGNORED = r"(^|\.)position_ids$"  # a buffer 0, 1, 2, ... that older CLIP files carry
 KIND = ("resnets", "attentions")  # the two parts of a CompVis block: .0 and .1
-
-
-class WeightsError(ValueError):
-    """A file that cannot be loaded; the message is one sentence with the file, the fault and the cure."""
 
 
 # CompVis numbers the blocks of all levels through, three to a level: two blocks and the change of size on

@@ -1,0 +1,262 @@
+"""Pictures for people: labels drawn over a photograph, where a word is attended to, many pictures in one.
+
+    overlay(image, labels, palette, classes, ["sea", "boat"]).save("beach.overlay.jpg")
+
+Images are `(H, W, 3)` uint8 RGB, labels `(H, W)` uint8 with 255 = ignore, as in data.py; segments as in
+panoptic.py. Top to bottom: the overlay of classes and of segments, its legend, the heat map, the mosaic, the
+confusion matrix, text that fits.
+"""
+
+import unicodedata
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from images.panoptic import semantic
+
+SMALLEST = 512  # of a picture's longer side as drawn: smaller ones are enlarged, text must fit below
+WIDEST, HIGHEST = 1600, 1320  # of a picture as drawn: with its legend it is at most 1600 pixels high
+ROWS = 4  # of classes in a legend, in 2 to 4 columns
+TILE = 640  # the widest picture in a mosaic
+NAMED = 40  # classes; a confusion matrix of more is drawn without names
+COVER = 0.55  # of a class's colour over the picture
+LINE = 0.75  # of white in the line around a segment
+PAPER, INK, GREY = (250, 249, 246), (28, 32, 40), (112, 116, 124)
+HEAT = (8, 8, 24), (84, 18, 110), (188, 55, 84), (246, 136, 30), (253, 240, 170)  # rising in lightness
+
+
+def overlay(
+    image: np.ndarray,
+    labels: np.ndarray,
+    palette: np.ndarray,
+    classes: Sequence[str],
+    words: Sequence[str] | None = None,
+) -> Image.Image:
+    """The picture under the colours of its labels `(H, W)`, over a legend; at most 1600 pixels wide and high.
+
+    palette `(K, 3)` uint8. The legend has the classes that cover most, and the `words` that the model was
+    told, None if it is told none per picture. What is ignored is left as it is.
+    """
+    blended, shown = covered(image, labels, palette)
+    blended[borders(shown)] *= 0.6
+    drawn = Image.fromarray(blended.round().astype(np.uint8))
+    return with_legend(drawn, Image.fromarray(labels).histogram(), palette, classes, words)
+
+
+def segment_overlay(
+    image: np.ndarray,
+    ids: np.ndarray,
+    segments: Sequence,
+    palette: np.ndarray,
+    classes: Sequence[str],
+    words: Sequence[str] | None = None,
+) -> Image.Image:
+    """As `overlay`, with a light line around each segment, and its class written on it where there is room.
+
+    ids `(H, W)`, 0 = void; segments have an `id` and a `label`.
+    """
+    labels = semantic(ids, segments)
+    blended, _ = covered(image, labels, palette)
+    h, w = blended.shape[:2]
+    shown = np.asarray(Image.fromarray(ids.astype(np.int32)).resize((w, h), Image.Resampling.NEAREST))
+    lines = borders(shown)
+    blended[lines] += LINE * (255 - blended[lines])
+    drawn = Image.fromarray(blended.round().astype(np.uint8))
+    text = min(max(w // 45, 12), 24)
+    font, draw = ImageFont.load_default(text), ImageDraw.Draw(drawn)
+    for segment in segments:
+        name = plain(classes[segment.label])
+        y, x, room = widest(shown == segment.id)
+        if font.getlength(name) <= room:
+            draw.text(
+                (x, min(max(y, text), h - text)), name, "white", font, "mm", stroke_width=2, stroke_fill=INK
+            )
+    return with_legend(drawn, Image.fromarray(labels).histogram(), palette, classes, words)
+
+
+def covered(image: np.ndarray, labels: np.ndarray, palette: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The picture under the colours, `(h, w, 3)` float32, and the labels `(h, w)`, at the size as drawn."""
+    size = drawn_size(*labels.shape)
+    picture = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC), np.float32)
+    shown = np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
+    colours = np.zeros((256, 3), np.float32)
+    colours[: len(palette)] = palette
+    cover = np.where(shown < len(palette), np.float32(COVER), 0)[..., None]
+    return picture + cover * (colours[shown] - picture), shown
+
+
+def widest(mask: np.ndarray) -> tuple[float, float, int]:
+    """The middle (y, x) and the length of a long run in a row of `mask (h, w)`, as near to its middle row as
+    nine tenths of the longest allow; length 0 if it is empty."""
+    steps = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    rows, begins = np.nonzero(steps == 1)
+    ends = np.nonzero(steps == -1)[1]
+    if not len(rows):
+        return 0, 0, 0
+    lengths = ends - begins
+    long = np.flatnonzero(lengths >= 0.9 * lengths.max())
+    best = long[np.abs(rows[long] - np.median(np.nonzero(mask)[0])).argmin()]
+    return float(rows[best]), float(begins[best] + ends[best]) / 2, int(lengths[best])
+
+
+def drawn_size(H: int, W: int) -> tuple[int, int]:
+    """(width, height) of a picture as drawn, Pillow's order."""
+    scale = min(max(SMALLEST / max(H, W), 1), WIDEST / W, HIGHEST / H)
+    return max(round(scale * W), 1), max(round(scale * H), 1)
+
+
+def borders(labels: np.ndarray) -> np.ndarray:
+    """Where the pixel to the right or below has another label, `(H, W)` bool."""
+    line = np.zeros(labels.shape, bool)
+    line[:, :-1] |= labels[:, :-1] != labels[:, 1:]
+    line[:-1] |= labels[:-1] != labels[1:]
+    return line
+
+
+def with_legend(
+    picture: Image.Image,
+    counts: Sequence[int],
+    palette: np.ndarray,
+    classes: Sequence[str],
+    words: Sequence[str] | None,
+) -> Image.Image:
+    """The picture over a table of its classes and the words; `counts` has the pixels of each label 0..255."""
+    width = max(picture.width, SMALLEST)
+    text = min(max(width // 40, 14), 24)
+    font, line, margin, box = ImageFont.load_default(text), round(1.6 * text), text, text
+
+    seen = sorted((k for k in range(len(classes)) if counts[k]), key=lambda k: -counts[k])
+    entries = [f"{classes[k]}  {percent(counts[k] / sum(counts))}" for k in seen]
+    room = width - 2 * margin
+    cell = max((font.getlength(plain(entry)) for entry in entries), default=room) + 3 * box
+    columns = min(max(int(room / cell), 2), 4)
+    cell = room / columns
+    if len(seen) > ROWS * columns:
+        entries[ROWS * columns - 1 :] = [f"and {len(seen) - ROWS * columns + 1} more"]
+    rows = -(-len(entries) // columns)
+    told = []
+    if words is not None:
+        told = wrapped(f"words: {', '.join(words) or 'none'}", font, room, lines=2)
+
+    height = 2 * margin + line * (rows + len(told))
+    canvas = Image.new("RGB", (width, picture.height + height), PAPER)
+    canvas.paste(picture, ((width - picture.width) // 2, 0))
+    draw = ImageDraw.Draw(canvas)
+    for i, entry in enumerate(entries):
+        x, y = margin + i % columns * cell, picture.height + margin + i // columns * line
+        if i < ROWS * columns - 1 or len(entries) == len(seen):
+            draw.rectangle((x, y, x + box, y + box), tuple(map(int, palette[seen[i]])), GREY)
+        draw.text((x + 1.5 * box, y + box / 2), fitting(entry, font, cell - 2 * box), INK, font, "lm")
+    for i, sentence in enumerate(told, rows):
+        draw.text((margin, picture.height + margin + i * line + box / 2), sentence, GREY, font, "lm")
+    return canvas
+
+
+def heat(image: np.ndarray, strength: np.ndarray, title: str) -> Image.Image:
+    """Where `strength (h, w)` is high: its lowest to its highest value as a glow over the grey picture."""
+    size = drawn_size(*image.shape[:2])
+    size = tuple(max(round(side * min(TILE / size[0], 1)), 1) for side in size)
+    grey = np.asarray(Image.fromarray(image).convert("L").resize(size, Image.Resampling.BICUBIC), np.float32)
+    low, high = float(strength.min()), float(strength.max())
+    level = (strength.astype(np.float32) - low) / max(high - low, 1e-12)
+    level = np.asarray(Image.fromarray(level).resize(size, Image.Resampling.BICUBIC)).clip(0, 1)
+    stops = np.linspace(0, 1, len(HEAT))
+    colours = np.stack([np.interp(level, stops, channel) for channel in zip(*HEAT, strict=True)], axis=-1)
+    drawn = Image.fromarray((0.45 * grey[..., None] + 0.65 * colours).clip(0, 255).astype(np.uint8))
+
+    font = ImageFont.load_default(20)
+    canvas = Image.new("RGB", (max(drawn.width, 160), drawn.height + 36), PAPER)
+    canvas.paste(drawn, ((canvas.width - drawn.width) // 2, 0))
+    place = canvas.width / 2, drawn.height + 18
+    ImageDraw.Draw(canvas).text(place, fitting(title, font, canvas.width - 8), INK, font, "mm")
+    return canvas
+
+
+def mosaic(images: Sequence[Image.Image], columns: int) -> Image.Image:
+    """The pictures in rows, each as wide as the widest or 640 pixels; a row is as high as its highest."""
+    gap, width = 12, min(max(image.width for image in images), TILE)
+    columns = min(columns, len(images))
+    tiles = [image.resize((width, max(round(image.height * width / image.width), 1))) for image in images]
+    rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
+    heights = [max(tile.height for tile in row) for row in rows]
+    canvas = Image.new("RGB", (columns * (width + gap) + gap, sum(heights) + gap * (len(rows) + 1)), PAPER)
+    top = gap
+    for row, height in zip(rows, heights, strict=True):
+        for i, tile in enumerate(row):
+            canvas.paste(tile, (gap + i * (width + gap), top))
+        top += height + gap
+    return canvas
+
+
+def confusion_matrix(confusion: Tensor, names: Sequence[str]) -> Image.Image:
+    """The share of each row, from white to dark blue as its root, so that rare confusions show.
+
+    confusion `(K, K)` pixels [truth, prediction]. Up to 40 classes have their names, and percentages in the
+    cells. A row without pixels is grey.
+    """
+    K, font = len(names), ImageFont.load_default(14)
+    names = names if K <= NAMED else []
+    side = 32 if names else max(1200 // K, 2)
+    margin = 16 + int(max(map(font.getlength, [*names, "column: prediction"])))
+    shares = confusion.double() / confusion.sum(1, keepdim=True)  # NaN without pixels
+    shade = shares.sqrt()[..., None]
+    colour = (255 + shade * torch.tensor([8 - 255, 48 - 255, 107 - 255])).nan_to_num(225)  # (K, K, 3)
+    matrix = Image.fromarray(colour.round().to(torch.uint8).numpy())
+    picture = Image.new("RGB", (margin + K * side + 16, margin + K * side + 16), "white")
+    picture.paste(matrix.resize((K * side, K * side), Image.Resampling.NEAREST), (margin, margin))
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((margin - 1, margin - 1, margin + K * side, margin + K * side), outline="lightgray")
+    draw.multiline_text((margin - 8, margin - 40), "row: truth\ncolumn: prediction", "gray", font, "ra")
+    above = Image.new("RGB", (margin, K * side), "white")  # the columns' names, before they are turned
+    for k, name in enumerate(names):
+        middle = (k + 0.5) * side
+        draw.text((margin - 8, margin + middle), name, "black", font, anchor="rm")
+        ImageDraw.Draw(above).text((8, middle), name, "black", font, anchor="lm")
+        for column in (shares[k] >= 0.01).nonzero().flatten().tolist():
+            place = margin + (column + 0.5) * side, margin + middle
+            ink = "white" if shares[k, column] > 0.25 else "black"
+            draw.text(place, f"{100 * shares[k, column]:.0f}", ink, font, anchor="mm")
+    if names:
+        picture.paste(above.rotate(90, expand=True), (margin, 0))
+    return picture
+
+
+# ---- text
+
+
+def percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.01 else "<1%"
+
+
+def plain(text: str) -> str:
+    """ASCII, which is all that Pillow's own font has: accents are dropped, other letters become "?"."""
+    letters = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return "".join(letters).encode("ascii", "replace").decode()
+
+
+def fitting(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """The text, cut off where it is wider than `width`."""
+    text = plain(text)
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
+
+
+def wrapped(text: str, font: ImageFont.FreeTypeFont, width: float, lines: int) -> list[str]:
+    """At most so many lines; what does not fit is cut off."""
+    rows, words = [""], plain(text).split()
+    for i, word in enumerate(words):
+        longer = f"{rows[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            rows[-1] = longer
+        elif len(rows) == lines or not rows[-1]:
+            rows[-1] = fitting(" ".join([rows[-1], *words[i:]]), font, width)
+            break
+        else:
+            rows.append(word)
+    return rows

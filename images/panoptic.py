@@ -1,0 +1,312 @@
+"""Panoptic segmentation: its format on disk.
+
+A panoptic picture (Kirillov et al. 2019, arXiv:1801.00868) is a map of ids `(H, W)` int32 and a list of
+segments. Each pixel has the id of one segment, or 0 = void: nobody says what is there. A segment of a thing
+is one object; a segment of stuff is all that the picture shows of its class; a crowd is a group of things
+that nobody told apart. COCO writes the ids of a picture as the colours of a PNG,
+
+    id = R + 256 G + 65536 B,
+
+and the segments of all pictures into one JSON: `images`, `categories`, and for each picture an annotation
+{"image_id", "file_name": PNG, "segments_info": [{"id", "category_id", "iscrowd", "area", "bbox"}, ...]}.
+
+Top to bottom: segments, the ids of a PNG, the JSON read and written, panoptic segments from a map of classes.
+The measures are in metrics/quality.py.
+"""
+
+import json
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from errors import DataError
+from images.read import IGNORE, MAX_PIXELS, distinct_colour, opened
+
+VOID = 0  # the id of pixels without a segment
+LARGEST_ID = 256**3 - 1  # that a colour can hold
+
+
+class Segment(NamedTuple):
+    """One segment of a picture, of the truth or of a prediction."""
+
+    id: int  # in the map of ids, 1..LARGEST_ID
+    label: int  # class 0..K-1
+    thing: bool
+    crowd: bool = False
+
+
+def positions(ids: np.ndarray, segments: Sequence) -> np.ndarray:
+    """`(H, W)` int32: the place in `segments` of each pixel's segment, -1 where it is none of them."""
+    known = np.array([s.id for s in segments] or [-1])  # no id is negative
+    order = known.argsort()
+    place = order[np.searchsorted(known, ids, sorter=order).clip(max=len(known) - 1)]
+    return np.where(known[place] == ids, place, -1).astype(np.int32)
+
+
+def semantic(ids: np.ndarray, segments: Sequence[Segment]) -> np.ndarray:
+    """The classes `(H, W)` uint8 of a map of ids, crowds included; 255 = ignore where no segment is."""
+    table = np.array([s.label for s in segments] + [IGNORE], np.uint8)  # the last one is that of -1
+    return table[positions(ids, segments)]
+
+
+# ---- the PNG ---------------------------------------------------------------------------------------------
+
+
+def from_colours(colours: np.ndarray) -> np.ndarray:
+    """RGB `(H, W, 3)` uint8 -> ids `(H, W)` int32."""
+    r, g, b = np.moveaxis(colours.astype(np.int32), 2, 0)
+    return r + 256 * g + 65536 * b
+
+
+def to_colours(ids: np.ndarray) -> np.ndarray:
+    """Ids `(H, W)` in 0..LARGEST_ID -> RGB `(H, W, 3)` uint8."""
+    return np.stack([ids, ids >> 8, ids >> 16], axis=2).astype(np.uint8)
+
+
+def read_ids(path: Path, segments: Sequence[Segment]) -> np.ndarray:
+    """The ids `(H, W)` int32 of a PNG. Raises DataError if its ids are not those of `segments`."""
+    with opened(path, MAX_PIXELS) as image:
+        if image.mode != "RGB":
+            raise DataError(
+                f"{path} has mode {image.mode}: a panoptic PNG is RGB, its id is R + 256 G + 65536 B"
+            )
+        ids = from_colours(np.asarray(image))
+    place = positions(ids, segments)
+    unlisted = np.unique(ids[(place < 0) & (ids != VOID)])
+    if len(unlisted):
+        raise DataError(f"{path} holds the id {unlisted[0]}, which its segments_info does not list: add it")
+    found = np.bincount(place[place >= 0], minlength=len(segments))
+    absent = [s.id for s, count in zip(segments, found, strict=True) if not count]
+    if absent:
+        raise DataError(f"{path} has no pixel of the id {absent[0]} that its segments_info lists: remove it")
+    return ids
+
+
+# ---- the JSON --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Categories:
+    """The K classes of a panoptic JSON in its order, which is that of the labels 0..K-1."""
+
+    names: list[str]
+    ids: list[int]  # `category_id`: COCO's go to 200 with gaps
+    palette: np.ndarray  # (K, 3) uint8
+    things: np.ndarray  # (K,) bool
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def as_json(self) -> list[dict]:
+        return [
+            {"id": id, "name": name, "isthing": int(thing), "color": list(map(int, colour))}
+            for id, name, thing, colour in zip(self.ids, self.names, self.things, self.palette, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """A panoptic JSON: n pictures that have an annotation, by the names of the pictures' files.
+
+    The segments of all of them are one array: millions of small objects would be copied into every process
+    that loads pictures.
+    """
+
+    file: Path
+    categories: Categories
+    image_ids: list[int | str]
+    pictures: list[str]  # `file_name` of the image
+    pngs: list[str]  # `file_name` of the annotation
+    table: np.ndarray  # (all segments, 3) int32: id, label, crowd
+    starts: np.ndarray  # (n + 1,) where the segments of a picture begin
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def segments(self, i: int) -> list[Segment]:
+        rows = self.table[self.starts[i] : self.starts[i + 1]].tolist()
+        return [Segment(id, k, bool(self.categories.things[k]), bool(crowd)) for id, k, crowd in rows]
+
+    def ids(self, i: int, folder: Path) -> np.ndarray:
+        """The map of ids of picture i, `(H, W)` int32."""
+        return read_ids(folder / self.pngs[i], self.segments(i))
+
+
+def read_annotations(file: str | Path, truth: Annotations | None = None) -> Annotations:
+    """Read a panoptic JSON of COCO's form. Raises DataError with the file, the value and the cure.
+
+    A prediction may have annotations alone: its categories and images are then those of the `truth`.
+    """
+    file = Path(file)
+    try:
+        content = json.loads(file.read_bytes())
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror}): give a panoptic JSON") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file} is not JSON ({error}): give a panoptic JSON") from None
+    if truth is not None and isinstance(content, dict):
+        names = zip(truth.image_ids, truth.pictures, strict=True)
+        images = [{"id": id, "file_name": name} for id, name in names]
+        content = {"categories": truth.categories.as_json(), "images": images} | content
+    lists = [content.get(key) if isinstance(content, dict) else None for key in TOP]
+    if not all(isinstance(x, list) for x in lists):
+        raise DataError(f"{file} must be an object with the lists {', '.join(TOP)}")
+    categories = read_categories(lists[0], file)
+    names = {}
+    for i, entry in enumerate(lists[1]):
+        match entry:
+            case {"id": int(id) | str(id), "file_name": str(name)}:
+                names[id] = name
+            case _:
+                raise DataError(f'{file}, images[{i}] must have "id" and "file_name": {str(entry)[:80]}')
+    label_of = {id: k for k, id in enumerate(categories.ids)}
+    rows, found = {}, []
+    for i, entry in enumerate(lists[2]):
+        try:
+            match entry:
+                case {"image_id": int(id) | str(id), "file_name": str(png), "segments_info": list(infos)}:
+                    if id not in names:
+                        raise ValueError(f"there is no image with the id {id!r}")
+                    if id in rows:
+                        raise ValueError(f"the image {id!r} has two annotations")
+                    if Path(png).is_absolute() or ".." in Path(png).parts:
+                        raise ValueError(
+                            f"the file_name {png!r} leads out of the PNGs' folder: give one that lies in it"
+                        )
+                    rows[id] = read_segments(infos, label_of)
+                    found.append((names[id], id, png))
+                case _:
+                    raise ValueError('give "image_id", "file_name" and "segments_info"')
+        except ValueError as error:
+            raise DataError(f"{file}, annotations[{i}]: {error}") from None
+    if not found:
+        raise DataError(f"{file} has no annotation: it needs one for each picture")
+    found.sort(key=lambda entry: (entry[0], str(entry[1])))
+    pictures, image_ids, pngs = map(list, zip(*found, strict=True))
+    tables = [rows[id] for id in image_ids]
+    starts = np.cumsum([0, *map(len, tables)])
+    return Annotations(file, categories, image_ids, pictures, pngs, np.concatenate(tables), starts)
+
+
+TOP = ("categories", "images", "annotations")
+
+
+def read_categories(entries: list, file: Path) -> Categories:
+    """The `categories`; a class without a "color" gets its own."""
+    names, ids, palette, things = [], [], [], []
+    for i, entry in enumerate(entries):
+        match entry:
+            case {"id": int(id), "name": str(name), "isthing": (0 | 1) as thing}:
+                colour = entry.get("color") or distinct_colour(i + 1)
+            case _:
+                raise DataError(
+                    f'{file}, categories[{i}] must have "id", "name" and "isthing" 0 or 1: {str(entry)[:80]}'
+                )
+        match colour:
+            case [int(r), int(g), int(b)] if 0 <= min(r, g, b) and max(r, g, b) <= 255:
+                palette.append([r, g, b])
+            case _:
+                raise DataError(f'{file}, categories[{i}]: "color" must be [r, g, b] in 0..255, not {colour}')
+        if name in names or id in ids:
+            raise DataError(f"{file}, categories[{i}]: the id {id} or the name {name!r} was there before")
+        names.append(name)
+        ids.append(id)
+        things.append(bool(thing))
+    if not 1 <= len(names) <= IGNORE:
+        raise DataError(f"{file} has {len(names)} categories: give 1 to {IGNORE}")
+    return Categories(names, ids, np.array(palette, np.uint8), np.array(things))
+
+
+def read_segments(infos: list, label_of: dict[int, int]) -> np.ndarray:
+    """`segments_info` as rows (id, label, crowd) int32; a ValueError says what is wrong with it."""
+    rows, ids = [], set()
+    for info in infos:
+        match info:
+            case {"id": int(id), "category_id": int(category)} if 1 <= id <= LARGEST_ID:
+                if category not in label_of:
+                    raise ValueError(f"the segment {id} has the category_id {category}, which is no category")
+                if id in ids:
+                    raise ValueError(f"the id {id} is there twice")
+                ids.add(id)
+                rows.append((id, label_of[category], info.get("iscrowd", 0) == 1))
+            case _:
+                raise ValueError(
+                    f'a segment needs "category_id" and an "id" in 1..{LARGEST_ID}: {str(info)[:80]}'
+                )
+    return np.array(rows, np.int32).reshape(-1, 3)
+
+
+def write_ids(ids: np.ndarray, path: Path) -> None:
+    """The map of ids as a PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(to_colours(ids)).save(path)
+
+
+def annotation(
+    image_id: int | str,
+    png: str,
+    ids: np.ndarray,
+    segments: Sequence,
+    category_ids: Sequence[int],
+    crowds: Collection[int] = (),
+) -> dict:
+    """The JSON entry of one picture whose ids `write_ids` wrote as `png`.
+
+    `segments` is anything with `id` and `label`, such as what a decoder found; `crowds` are the crowds' ids.
+    """
+    place, infos = positions(ids, segments), []
+    for i, s in enumerate(segments):
+        mask = place == i
+        info = {"id": int(s.id), "category_id": int(category_ids[s.label]), "iscrowd": int(s.id in crowds)}
+        infos.append(info | {"area": int(mask.sum()), "bbox": box(mask)})
+    return {"image_id": image_id, "file_name": png, "segments_info": infos}
+
+
+def write_annotations(
+    file: Path, categories: Categories, images: Iterable[dict], entries: Iterable[dict]
+) -> None:
+    """A panoptic JSON: `images` {"id", "file_name", "height", "width"}, `entries` from `annotation`.
+
+    This and the folder of PNGs with the JSON's name are what COCO's server takes.
+    """
+    content = {"images": [*images], "annotations": [*entries], "categories": categories.as_json()}
+    Path(file).write_text(json.dumps(content), encoding="utf-8")
+
+
+def box(mask: np.ndarray) -> list[int]:
+    """Left, top, width, height of what is true in `(H, W)`; zeros if nothing is."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return [0, 0, 0, 0]
+    top, left, bottom, right = rows[0], columns[0], rows[-1] + 1, columns[-1] + 1
+    return [int(left), int(top), int(right - left), int(bottom - top)]
+
+
+# ---- segments from classes -------------------------------------------------------------------------------
+
+
+def components(
+    labels: np.ndarray, things: Sequence[bool], smallest: int = 1
+) -> tuple[np.ndarray, list[Segment]]:
+    """A map of classes `(H, W)` as a panoptic prediction: every connected part of a thing is an instance.
+
+    Stuff is one segment a class; pixels of 255, and parts below `smallest` pixels, become void. This is what
+    a semantic decoder can say, and what a panoptic one must beat. Things that touch are one to it.
+    """
+    from scipy.ndimage import label as connected
+
+    ids, segments = np.zeros(labels.shape, np.int32), []
+    for k in np.unique(labels[labels != IGNORE]).tolist():
+        mask = labels == k
+        parts = connected(mask)[0] if things[k] else mask.astype(np.int32)  # 0 outside, then 1, 2, ...
+        sizes = np.bincount(parts.ravel())
+        kept = np.flatnonzero(sizes[1:] >= smallest) + 1
+        id_of = np.zeros(len(sizes), np.int32)
+        id_of[kept] = len(segments) + np.arange(1, len(kept) + 1)
+        ids += id_of[parts]
+        segments += [Segment(id, k, bool(things[k])) for id in id_of[kept].tolist()]
+    return ids, segments

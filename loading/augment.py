@@ -1,0 +1,149 @@
+"""Random scale, crop, flip and colours for training, one resize for evaluation: picture and labels together.
+
+The recipe is mmsegmentation's, as in VPD (mmseg/datasets/pipelines/transforms.py of its 0.x); where we differ
+on purpose, the function says so. Pictures leave as uint8 `(3, H, W)`, RGB, labels as uint8 `(H, W)`, classes
+0..K-1 and 255 = ignore. All randomness comes from the generator that the caller gives.
+
+Top to bottom: `normalise` (bytes to the model's floats), `augment`, `evaluation`, and their parts: the window
+that is cropped, resizing, colours.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from images.read import IGNORE, Size, fit
+
+RATIOS = (0.5, 2.0)  # of the base box; mmsegmentation's `ratio_range`
+LARGEST_SHARE = 0.75  # of one class in a crop; mmsegmentation's `cat_max_ratio`
+TRIES = 10
+PAD = 128  # grey; see `augment`
+
+Window = tuple[int, int, int, int]  # top, left, bottom, right in pixels of the resized picture
+
+
+def normalise(image: Tensor) -> Tensor:
+    """uint8 `(B, 3, H, W)` -> float32 in [-1, 1], the range of every image in this repository."""
+    return image.float().div_(127.5).sub_(1)
+
+
+def augment(
+    image: Image.Image, labels: np.ndarray, crop: Size, short: int, long: int, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Random scale, crop, flip and colours: image `(3, H, W)` uint8, labels `(H, W)` uint8, (H, W) = crop.
+
+    mmsegmentation's order: resize into 0.5-2 times the box (short, long), crop, mirror with probability
+    1/2, distort the colours, pad on the right and below. Padding is 255 = ignore in the labels and 128 in the
+    picture: 0.004 in [-1, 1], where mmsegmentation has the 0 that no uint8 gives. Resizing is antialiased and
+    centred, where mmcv's is neither (see `resize` and `nearest`). `rng` should depend on the sample alone
+    (`randomness` in stream.py).
+    """
+    ratio = rng.uniform(*RATIOS)  # the first number drawn: stream.py looks at it ahead
+    size = fit(labels.shape, int(short * ratio), int(long * ratio))
+    window = choose_window(labels, size, crop, rng)
+    pixels = to_tensor(resize(image, labels.shape, size, window))
+    target = torch.from_numpy(nearest(labels, size, window))
+    if coin(rng):
+        pixels, target = pixels.flip(2), target.flip(1)
+    pixels = photometric(pixels, rng)
+    right, below = crop[1] - target.shape[1], crop[0] - target.shape[0]
+    return F.pad(pixels, (0, right, 0, below), value=PAD), F.pad(target, (0, right, 0, below), value=IGNORE)
+
+
+def evaluation(
+    image: Image.Image, labels: np.ndarray, short: int | None, long: int | None
+) -> tuple[Tensor, Tensor]:
+    """Image `(3, h, w)` uint8 resized into the box (not if `short` is None); labels `(H, W)` as they are."""
+    size = fit(labels.shape, short, long) if short else labels.shape
+    return to_tensor(resize(image, labels.shape, size, (0, 0, *size))), torch.from_numpy(labels)
+
+
+def choose_window(labels: np.ndarray, size: Size, crop: Size, rng: np.random.Generator) -> Window:
+    """A window in which no class has 75 % of the labelled pixels; the 11th one in any case."""
+    for _ in range(TRIES):
+        window = draw_window(size, crop, rng)
+        count = np.bincount(nearest(labels, size, window).ravel(), minlength=256)[:IGNORE]
+        if count.max() < LARGEST_SHARE * count.sum():
+            return window
+        if window == (0, 0, *size):  # all of the picture: there is no other
+            return window
+    return draw_window(size, crop, rng)
+
+
+def draw_window(size: Size, crop: Size, rng: np.random.Generator) -> Window:
+    """A window of `crop`, anywhere in a picture of `size`; where the picture is smaller, all of it."""
+    top, left = (int(rng.integers(max(whole - part, 0) + 1)) for whole, part in zip(size, crop, strict=True))
+    return top, left, min(top + crop[0], size[0]), min(left + crop[1], size[1])
+
+
+def nearest(labels: np.ndarray, size: Size, window: Window) -> np.ndarray:
+    """The window of the labels resized to `size`: each pixel takes the label below its centre.
+
+    Computed in whole numbers, so a window equals that part of the whole. mmcv takes the label below the
+    pixel's corner, which shifts the labels against the picture by up to half a pixel.
+    """
+    top, left, bottom, right = window
+    rows = (2 * np.arange(top, bottom) + 1) * labels.shape[0] // (2 * size[0])
+    columns = (2 * np.arange(left, right) + 1) * labels.shape[1] // (2 * size[1])
+    return labels[rows][:, columns]
+
+
+def resize(image: Image.Image, original: Size, size: Size, window: Window) -> Image.Image:
+    """The window of the picture resized to `size`, bilinear and antialiased (mmcv's aliases when it shrinks).
+
+    Only the window is computed; Pillow's filter reads beyond its box, so this is that part of the whole, to
+    rounding. `original` (H, W) is the picture's own size, of which `image` may be a half, a quarter or an
+    eighth, rounded up.
+    """
+    reductions = [f for f in (1, 2, 4, 8) if image.size == (-(-original[1] // f), -(-original[0] // f))]
+    assert reductions, f"the picture is {image.size}, but (W, H) of its labels is {original[::-1]}"
+    y, x = (whole / (shown * reductions[0]) for whole, shown in zip(original, size, strict=True))
+    top, left, bottom, right = window
+    box = left * x, top * y, min(right * x, image.width), min(bottom * y, image.height)
+    return image.resize((right - left, bottom - top), Image.Resampling.BILINEAR, box=box)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB -> uint8 `(3, H, W)`."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def photometric(image: Tensor, rng: np.random.Generator) -> Tensor:
+    """uint8 `(3, H, W)` RGB -> the same, each step with probability 1/2 and cut off at 0 and 255.
+
+    Brightness +-32, contrast 0.5-1.5, saturation 0.5-1.5, hue -36..34 degrees in steps of 2 (-18..17 in
+    OpenCV's halves), and the contrast last with probability 1/2. mmsegmentation truncates after every step;
+    we round once.
+    """
+    x = image.float()
+    if coin(rng):
+        x = x.add_(rng.uniform(-32, 32)).clamp_(0, 255)
+    early = coin(rng)
+    if early and coin(rng):
+        x = x.mul_(rng.uniform(0.5, 1.5)).clamp_(0, 255)
+    saturation = rng.uniform(0.5, 1.5) if coin(rng) else 1.0
+    hue = int(rng.integers(-18, 18)) if coin(rng) else 0
+    if saturation != 1 or hue != 0:
+        x = recolour(x, saturation, 2 * hue)
+    if not early and coin(rng):
+        x = x.mul_(rng.uniform(0.5, 1.5)).clamp_(0, 255)
+    return x.round_().to(torch.uint8)
+
+
+def coin(rng: np.random.Generator) -> bool:
+    return rng.random() < 0.5
+
+
+def recolour(x: Tensor, saturation: float, degrees: float) -> Tensor:
+    """Scale the saturation and turn the hue of `(3, H, W)` >= 0 in the HSV hexagon; the value stays."""
+    r, g, b = x
+    value = x.amax(0)
+    chroma = value - x.amin(0)
+    unit = chroma.clamp(min=1e-6)
+    hue = torch.where(value == g, 2 + (b - r) / unit, 4 + (r - g) / unit)
+    hue = torch.where(value == r, (g - b) / unit, hue) + degrees / 60  # in sides of the hexagon
+    chroma = torch.minimum(chroma * saturation, value)  # a saturation of at most 1
+    away = [(hue + n).remainder_(6) for n in (5, 3, 1)]  # R, G, B are lowest at 1..3 in the middle of 0..4
+    return torch.stack([value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1) for k in away])

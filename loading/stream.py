@@ -1,0 +1,246 @@
+"""The order of samples, and batches in that order: the same for any number of ranks, workers and restarts.
+
+    stream = TrainStream(dataset, crop=(512, 512), short=512, long=2048, batch=16, seed=0, rank=0, world=1)
+    for batch in stream.batches(position): ...  # `position`: global samples done, for resuming
+
+Nothing here reads or moves a global random state: a sample is a function of (seed, epoch, index), the order
+one of (seed, position). Pictures and labels stay bytes; `normalise` in augment.py makes the model's floats.
+
+Top to bottom: the order and each rank's share of it, a sample and a batch, training, evaluation, the loader
+that both use.
+"""
+
+import atexit
+import signal
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from data import Dataset
+from errors import DataError, DataWarning, Unreadable
+from images.read import IGNORE, Size
+from loading.augment import RATIOS, augment, evaluation
+
+ORDER, SAMPLE = 1, 2  # keep the two uses of a seed apart
+
+
+def randomness(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The generator of one sample: on any rank, in any worker, after any resumption the same."""
+    return np.random.default_rng((SAMPLE, seed, epoch, index))
+
+
+@lru_cache(maxsize=4)
+def permutation(length: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((ORDER, seed, epoch)).permutation(length)
+
+
+@dataclass(frozen=True)
+class Order:
+    """Position in global samples -> (epoch, index): one permutation of 0..length-1 after the other."""
+
+    length: int
+    seed: int
+
+    def __call__(self, position: int) -> tuple[int, int]:
+        epoch, place = divmod(position, self.length)
+        return epoch, int(permutation(self.length, self.seed, epoch)[place])
+
+
+def shard(start: int, count: int, rank: int, world: int, accumulate: int = 1) -> list[range]:
+    """The positions that `rank` loads for the step of `count` samples from `start`, one range a micro-batch.
+
+    The ranges of all ranks and micro-batches are disjoint, equally long, and together start..start+count-1:
+    however a batch is divided, the step sees the same samples.
+    """
+    size, rest = divmod(count, world * accumulate)
+    if rest or not size:
+        raise DataError(
+            f"a batch of {count} cannot be divided into {world} ranks x {accumulate} micro-batches: "
+            f"use a multiple of {world * accumulate}"
+        )
+    firsts = [start + (a * world + rank) * size for a in range(accumulate)]
+    return [range(first, first + size) for first in firsts]
+
+
+class Item(NamedTuple):
+    """One sample. `skipped` has a sentence for every unreadable file that this sample stands in for."""
+
+    image: Tensor  # (3, H, W) uint8
+    labels: Tensor  # (H, W) uint8
+    present: list[int]  # the classes of the whole picture, of which training sees a crop
+    position: int  # in global samples; in evaluation the index
+    path: str
+    skipped: list[str]
+
+
+class Batch(NamedTuple):
+    """One micro-batch of one rank, b items; bytes travel to the device, then `normalise` and `.long()`."""
+
+    image: Tensor  # (b, 3, H, W) uint8
+    labels: Tensor  # (b, H, W) uint8
+    present: list[list[int]]
+    positions: list[int]
+    paths: list[str]
+    skipped: list[str]
+
+
+class TrainStream:
+    """The training samples of one rank in their global order, from any position on, for ever.
+
+    A file that cannot be decoded is named in a DataWarning and the next index takes its place; `seen` and
+    `replaced` count. More than 1 % of the samples that this rank has seen (and more than one) is a DataError;
+    so is a label file with wrong content.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        crop: Size,
+        short: int,
+        long: int,
+        batch: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        accumulate: int = 1,
+        workers: int = 0,
+        device: str = "cpu",
+        tolerated: float = 0.01,
+    ):
+        shard(0, batch, rank, world, accumulate)  # refuses a batch that cannot be divided
+        self.dataset, self.crop, self.short, self.long = dataset, crop, short, long
+        self.batch, self.seed, self.order = batch, seed, Order(len(dataset), seed)
+        self.rank, self.world, self.accumulate = rank, world, accumulate
+        self.workers, self.device, self.tolerated = workers, device, tolerated
+        self.seen = self.replaced = 0
+
+    def batches(self, position: int = 0) -> Iterator[Batch]:
+        """Micro-batches, `accumulate` to a step, from the step that starts at global sample `position`."""
+        for batch in load_in_order(self, self.micro_batches(position), self.merge, self.workers, self.device):
+            self.seen += len(batch.paths)
+            for sentence in batch.skipped:
+                self.replaced += 1
+                warnings.warn(f"{sentence}; another picture takes its place", DataWarning, stacklevel=2)
+                if self.replaced > max(1, self.tolerated * self.seen):
+                    raise DataError(
+                        f"{self.replaced} of the first {self.seen} samples could not be read, more than "
+                        f"{self.tolerated:.0%}: mend the data set; the last one: {sentence}"
+                    )
+            yield batch
+
+    @staticmethod
+    def merge(items: list[Item | DataError]) -> Batch | DataError:
+        for item in items:
+            if isinstance(item, DataError):
+                return item
+        images, labels, *lists, skipped = map(list, zip(*items, strict=True))
+        return Batch(torch.stack(images), torch.stack(labels), *lists, list(chain(*skipped)))
+
+    def micro_batches(self, position: int) -> Iterator[range]:
+        while True:
+            yield from shard(position, self.batch, self.rank, self.world, self.accumulate)
+            position += self.batch
+
+    def __getitem__(self, position: int) -> Item | DataError:
+        epoch, index = self.order(position)
+        skipped: list[str] = []
+        for i in range(index, index + min(len(self.dataset), 100)):
+            try:
+                return self.sample(position, epoch, i % len(self.dataset), skipped)
+            except Unreadable as error:
+                skipped.append(str(error))
+            except DataError as error:
+                return error  # raised in the main process: a worker would wrap it into a traceback
+        return DataError(f"{len(skipped)} pictures in a row cannot be read, such as: {skipped[-1]}")
+
+    def sample(self, position: int, epoch: int, index: int, skipped: list[str]) -> Item:
+        ratio = randomness(self.seed, epoch, index).uniform(*RATIOS)  # what `augment` will draw first
+        box = int(self.short * ratio), int(self.long * ratio)
+        image, labels = self.dataset.load(index, *box)
+        present = classes_in(labels)
+        rng = randomness(self.seed, epoch, index)
+        image, labels = augment(image, labels, self.crop, self.short, self.long, rng)
+        return Item(image, labels, present, position, self.dataset.path(index), skipped)
+
+
+def classes_in(labels: np.ndarray | Tensor) -> list[int]:
+    """The classes of a label map, in order."""
+    return np.flatnonzero(np.bincount(np.asarray(labels).ravel(), minlength=256)[:IGNORE]).tolist()
+
+
+@dataclass
+class EvaluationStream:
+    """Pictures resized into a box (not if `short` is None) with their labels at the original size."""
+
+    dataset: Dataset
+    short: int | None
+    long: int | None
+    workers: int = 0
+    device: str = "cpu"
+
+    def items(self, indices: Iterable[int]) -> Iterator[Item]:
+        """One Item per index, in this order; a file that cannot be read is a DataError with its path."""
+        yield from load_in_order(self, ([i] for i in indices), only, self.workers, self.device)
+
+    def __getitem__(self, i: int) -> Item | DataError:
+        try:
+            image, labels = evaluation(*self.dataset.load(i, self.short, self.long), self.short, self.long)
+        except DataError as error:
+            return error
+        return Item(image, labels, classes_in(labels), i, self.dataset.path(i), [])
+
+
+def load_in_order(
+    items: "TrainStream | EvaluationStream",
+    groups: Iterable[Iterable[int]],
+    merge: Callable[[list], Any],
+    workers: int,
+    device: str,
+) -> Iterator:
+    """merge([items[i] for i in group]) of each group, made ahead by `workers`; raises any DataError there."""
+    loader = DataLoader(
+        items,
+        batch_sampler=groups,
+        collate_fn=merge,
+        num_workers=workers,
+        worker_init_fn=ignore_signals,
+        pin_memory=torch.device(device).type == "cuda",
+        generator=torch.Generator(),  # without one, opening the iterator draws from the global generator
+    )
+    batches = iter(loader)
+    # Workers that ignore SIGTERM must be told to end, or Python would wait for them for ever at its exit.
+    end = batches._shutdown_workers if workers else lambda: None
+    atexit.register(end)
+    try:
+        for merged in batches:
+            if isinstance(merged, DataError):
+                raise merged
+            yield merged
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"a loading process has ended ({str(error).splitlines()[0]}): free memory or enlarge /dev/shm, "
+            "or give fewer --workers"
+        ) from None
+    finally:
+        atexit.unregister(end)
+        end()
+
+
+def ignore_signals(worker: int) -> None:
+    """These reach the whole process group: the main process decides, its workers end with it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def only(items: list[Item | DataError]) -> Item | DataError:
+    return items[0]

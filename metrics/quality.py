@@ -1,0 +1,279 @@
+"""The quality of panoptic predictions: PQ, SQ, RQ, and AP of things.
+
+A segment of the prediction and one of the truth match if both have the same class and
+
+    IoU = |p and t| / (|p| + |t| - |p and t| - |p and void of the truth|) > 1/2,
+
+so that each has at most one partner. Over all pictures, per class, with TP matches, FP segments of the
+prediction and FN of the truth without a partner:
+
+    PQ = sum of IoU / (TP + FP/2 + FN/2) = SQ * RQ,   SQ = sum of IoU / TP,   RQ = TP / (TP + FP/2 + FN/2).
+
+A crowd of the truth is never matched and never FN. A segment of the prediction without a partner is not FP if
+more than half of it lies on void and on the crowd of its class. All of it is counted as
+github.com/cocodataset/panopticapi (evaluation.py at 7bb4655) counts, but for one thing: where nothing occurs
+at all, their mean stops with a division by zero and ours is NaN.
+
+    python -m metrics.quality TRUTH.json PREDICTION.json  # PQ, SQ, RQ of a prediction that any program wrote
+
+Top to bottom: counting, PQ, AP, the command line. Nothing here knows of a model.
+"""
+
+import argparse
+import contextlib
+import io
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from errors import DataError
+from images.panoptic import VOID, Annotations, Categories, Segment, box, positions, read_annotations
+
+# ---- PQ --------------------------------------------------------------------------------------------------
+
+
+def count(
+    truth: np.ndarray,
+    truths: Sequence[Segment],
+    predicted: np.ndarray,
+    predictions: Sequence,
+    K: int,
+) -> Tensor:
+    """One picture's `(K, 4)` float64: sum of IoU, TP, FP, FN of each class. Sums of them are `Quality`'s.
+
+    `truth` and `predicted` are maps of ids `(H, W)` with their segments; those of the prediction are anything
+    with `id` and `label`. Raises ValueError if its ids are not exactly those of its segments.
+    """
+    if truth.shape != predicted.shape:
+        raise ValueError(f"the prediction is {predicted.shape}, but the truth {truth.shape}")
+    listed = [s.id for s in predictions]
+    found = set(np.unique(predicted).tolist()) - {VOID}
+    if found != set(listed) or len(listed) != len(set(listed)):
+        odd = sorted(found.symmetric_difference(listed)) or listed
+        raise ValueError(f"the ids of the prediction and of its segments differ, such as {odd[0]}")
+    # Pixels by [segment of the truth, of the prediction]. After the listed segments come void and, in the
+    # truth alone, what is neither listed nor void.
+    rows, columns = positions(truth, truths).astype(np.int64), positions(predicted, predictions)
+    T, P = len(truths), len(predictions)
+    rows[rows < 0] = np.where(truth[rows < 0] == VOID, T, T + 1)
+    columns = np.where(columns < 0, P, columns)
+    shared = np.bincount((rows * (P + 1) + columns).ravel(), minlength=(T + 2) * (P + 1))
+    shared = shared.reshape(T + 2, P + 1)
+    areas, void = shared.sum(0), shared[T]
+
+    counts = np.zeros((K, 4))
+    matched, partners = set(), set()
+    for i, j in np.argwhere(shared[:T, :P]).tolist():
+        if truths[i].crowd or truths[i].label != predictions[j].label:
+            continue
+        iou = shared[i, j] / (shared[i].sum() + areas[j] - shared[i, j] - void[j])
+        if iou > 0.5:
+            counts[truths[i].label, :2] += iou, 1
+            matched.add(i)
+            partners.add(j)
+    crowds = {s.label: i for i, s in enumerate(truths) if s.crowd}  # the last one of a class, as panopticapi
+    for j, s in enumerate(predictions):
+        excused = void[j] + (shared[crowds[s.label], j] if s.label in crowds else 0)
+        counts[s.label, 2] += j not in partners and excused <= 0.5 * areas[j]
+    for i, s in enumerate(truths):
+        counts[s.label, 3] += i not in matched and not s.crowd
+    return torch.from_numpy(counts)
+
+
+@dataclass
+class Quality:
+    """PQ, SQ and RQ from counts of any number of pictures. Fractions are in 0..1."""
+
+    counts: Tensor  # (K, 4) float64: sum of IoU, TP, FP, FN; the sum of `count` over pictures and processes
+    things: Sequence[bool]  # (K,)
+
+    @property
+    def classes(self) -> Tensor:
+        """`(K, 3)` PQ, SQ, RQ of each class; NaN where it occurs neither in the truth nor the prediction."""
+        iou, tp, fp, fn = self.counts.double().unbind(1)
+        whole = tp + fp / 2 + fn / 2
+        sq = torch.where(whole > 0, iou / tp.clamp(min=1), torch.nan)  # 0 without a match
+        return torch.stack([iou / whole, sq, tp / whole], dim=1)
+
+    def mean(self, which: str = "all") -> dict[str, float]:
+        """Means over the classes that occur, of "all", "things" or "stuff": PQ, SQ, RQ and how many, n."""
+        things = torch.as_tensor(self.things)
+        chosen = {"all": things | ~things, "things": things, "stuff": ~things}[which]
+        rows = self.classes[chosen.to(self.counts.device)]
+        pq, sq, rq = rows.nanmean(0).tolist()
+        return {"PQ": pq, "SQ": sq, "RQ": rq, "n": int((~rows[:, 0].isnan()).sum())}
+
+    @property
+    def PQ(self) -> float:
+        return self.mean()["PQ"]
+
+
+def compare(truth: Annotations, folder: Path, predicted: Annotations, predicted_folder: Path) -> Quality:
+    """The quality of a written prediction: JSON and PNGs in `predicted_folder`, the truth's in `folder`.
+
+    Pictures belong together by their `image_id`, classes by their `category_id`. Raises DataError if the
+    prediction lacks a picture of the truth, has other categories or another size.
+    """
+    if truth.categories.ids != predicted.categories.ids:
+        raise DataError(f"{predicted.file} has other categories than {truth.file}: take them over from there")
+    place = {id: i for i, id in enumerate(predicted.image_ids)}
+    counts = torch.zeros(len(truth.categories), 4, dtype=torch.float64)
+    for i, id in enumerate(tqdm(truth.image_ids, "comparing", disable=None)):
+        if id not in place:
+            raise DataError(f"{predicted.file} has no annotation for the image {id!r}: every one needs it")
+        j = place[id]
+        try:
+            counts += count(
+                truth.ids(i, folder),
+                truth.segments(i),
+                predicted.ids(j, predicted_folder),
+                predicted.segments(j),
+                len(counts),
+            )
+        except DataError:
+            raise
+        except ValueError as error:
+            raise DataError(f"{predicted_folder / predicted.pngs[j]}: {error}") from None
+    return Quality(counts, truth.categories.things)
+
+
+# ---- AP of things ----------------------------------------------------------------------------------------
+
+
+class Instance(NamedTuple):
+    """One thing that a model found; instances may overlap."""
+
+    score: float
+    label: int  # class 0..K-1
+    mask: np.ndarray  # (H, W) bool
+
+
+def coco_results(
+    image_id: int | str, instances: Iterable[Instance], category_ids: Sequence[int]
+) -> list[dict]:
+    """A picture's instances, or plain (score, label, mask), as COCO's results; masks as run lengths."""
+    return [
+        {
+            "image_id": image_id,
+            "category_id": int(category_ids[label]),
+            "score": float(score),
+            "segmentation": run_lengths(mask),
+        }
+        for score, label, mask in instances
+    ]
+
+
+def coco_truth(
+    image_id: int | str, ids: np.ndarray, segments: Sequence[Segment], category_ids: Sequence[int]
+) -> list[dict]:
+    """A picture's things, crowds too, in COCO's format of instances, from its panoptic map."""
+    place = positions(ids, segments)
+    found = []
+    for i, s in enumerate(segments):
+        if s.thing:
+            mask = place == i
+            entry = {"image_id": image_id, "category_id": int(category_ids[s.label]), "iscrowd": int(s.crowd)}
+            entry |= {"area": int(mask.sum()), "bbox": box(mask), "segmentation": run_lengths(mask)}
+            found.append(entry)
+    return found
+
+
+def run_lengths(mask: np.ndarray) -> dict:
+    encoded = pycocotools("mask").encode(np.asfortranarray(mask, np.uint8))
+    return {"size": encoded["size"], "counts": encoded["counts"].decode("ascii")}
+
+
+def average_precision(
+    images: Sequence[dict], truth: Iterable[dict], results: Sequence[dict], categories: Categories
+) -> dict[str, float]:
+    """AP of the things as COCO defines it: mean over classes and IoU 0.50, 0.55, ..., 0.95; AP50, AP75, and
+    APs, APm, APl by the things' areas. NaN where the truth has none.
+
+    `images` {"id", "height", "width"}; `truth` from `coco_truth`, or the annotations of COCO's own
+    instances_val2017.json, on which published numbers rest (there things may overlap); `results` from
+    `coco_results`, of all processes together. At most 100 of a picture count.
+    """
+    coco, cocoeval = pycocotools("coco"), pycocotools("cocoeval")
+    things = [c for c in categories.as_json() if c["isthing"]]
+    dataset = {"info": {}, "images": [*images], "categories": things}
+    # From 1: pycocotools takes a match with the annotation 0 for none.
+    dataset["annotations"] = [{**entry, "id": i} for i, entry in enumerate(truth, 1)]
+    if not results:  # pycocotools does not take an empty list
+        some = any(not entry["iscrowd"] for entry in dataset["annotations"])
+        return dict.fromkeys(AP, 0.0 if some else float("nan"))
+    with contextlib.redirect_stdout(io.StringIO()):
+        said = coco.COCO()
+        said.dataset = dataset
+        said.createIndex()
+        evaluation = cocoeval.COCOeval(said, said.loadRes([*results]), "segm")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    values = evaluation.stats[: len(AP)].tolist()
+    return {name: float("nan") if x < 0 else x for name, x in zip(AP, values, strict=True)}
+
+
+AP = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+def pycocotools(module: str):
+    """A module of pycocotools, which only AP needs."""
+    try:
+        return __import__(f"pycocotools.{module}", fromlist=[module])
+    except ImportError:
+        raise DataError("AP needs pycocotools: pip install pycocotools") from None
+
+
+# ---- the command line ------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the quality of a written prediction, in percent; 2 if it cannot be compared."""
+    options = parse(argv)
+    try:
+        truth = read_annotations(options.truth)
+        predicted = read_annotations(options.prediction, truth)
+        folder = pngs_of(truth, options.truth_folder, "--truth-folder")
+        other = pngs_of(predicted, options.prediction_folder, "--prediction-folder")
+        quality = compare(truth, folder, predicted, other)
+    except DataError as error:
+        print(f"metrics.quality: {error}", file=sys.stderr)
+        return 2
+    print("            PQ      SQ      RQ  classes")
+    for which in ("all", "things", "stuff"):
+        *means, n = quality.mean(which).values()
+        numbers = ("-" if math.isnan(x) else f"{100 * x:.2f}" for x in means)
+        print(f"{which:6}{''.join(f'{x:>8}' for x in numbers)}{n:9}")
+    return 0
+
+
+def pngs_of(annotations: Annotations, folder: str | None, flag: str) -> Path:
+    """Where the PNGs of a JSON are: in the folder, or in one of the JSON's name."""
+    found = Path(folder) if folder else annotations.file.with_suffix("")
+    if not found.is_dir():
+        raise DataError(f"{found} is no folder: give that of the PNGs of {annotations.file} with {flag}")
+    return found
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="The panoptic quality of a prediction in COCO's format, as panopticapi counts it."
+    )
+    parser.add_argument("truth", metavar="TRUTH.json", help="a panoptic JSON, such as panoptic_val2017.json")
+    parser.add_argument("prediction", metavar="PREDICTION.json", help="such as the panoptic.json of eval.py")
+    pngs = "the folder of its PNGs (default: that of its name, without .json)"
+    parser.add_argument("--truth-folder", metavar="DIR", help=pngs)
+    parser.add_argument("--prediction-folder", metavar="DIR", help=pngs)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

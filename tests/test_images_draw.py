@@ -1,0 +1,192 @@
+"""pictures.py: whose colour lies where, what the legend says, sizes; text that Pillow's own font can draw."""
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFont
+
+from images.draw import (
+    HIGHEST,
+    PAPER,
+    WIDEST,
+    fitting,
+    heat,
+    mosaic,
+    overlay,
+    percent,
+    plain,
+    segment_overlay,
+    widest,
+    wrapped,
+)
+from images.panoptic import Segment
+
+PALETTE = np.array([[255, 0, 0], [0, 0, 255], [0, 255, 0]], np.uint8)
+CLASSES = ["sea", "sky", "boat"]
+FONT = ImageFont.load_default(20)
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def test_each_class_has_its_colour_over_the_picture():
+    """0.55 of the palette, 0.45 of the picture; ignored pixels as they were."""
+    image = np.full((512, 1024, 3), 100, np.uint8)
+    labels = np.zeros((512, 1024), np.uint8)
+    labels[:, 400:700] = 1
+    labels[:, 700:] = 255
+    found = pixels(overlay(image, labels, PALETTE, CLASSES))
+    assert found.shape[1] == 1024
+    assert found[200, 100].tolist() == [185, 45, 45]
+    assert found[200, 500].tolist() == [45, 45, 185]
+    assert found[200, 900].tolist() == [100, 100, 100]
+    assert found[200, 399].sum() < found[200, 390].sum()  # a line along the border
+    assert found[200, 400].tolist() == [45, 45, 185]
+
+
+def test_the_picture_shows_through():
+    """A dark and a bright half under one class stay apart, each on its own side."""
+    image = np.zeros((600, 800, 3), np.uint8)
+    image[:, 400:] = 200
+    found = pixels(overlay(image, np.zeros((600, 800), np.uint8), PALETTE, CLASSES))
+    assert found[300, 700].tolist() == [230, 90, 90]
+    assert found[300, 100].tolist() == [140, 0, 0]
+
+
+def test_the_legend_shows_what_covers_most():
+    """Squares of the palette's own colours below the picture, largest first; none for what is not seen."""
+    labels = np.full((512, 512), 2, np.uint8)
+    labels[:100] = 1
+    found = pixels(overlay(np.zeros((512, 512, 3), np.uint8), labels, PALETTE, CLASSES, ["a word"]))
+    below = found[512:]
+    place = {
+        name: np.argwhere((below == colour).all(axis=2))
+        for name, colour in zip(CLASSES, PALETTE, strict=True)
+    }
+    assert len(place["sea"]) == 0
+    assert len(place["boat"]) > 100 and len(place["sky"]) > 100
+    assert place["boat"][:, 1].max() < place["sky"][:, 1].min()
+
+
+def test_segments_have_lines_around_them_and_names_on_them():
+    """Two boats that touch, each with its name; a small one has no room for it; void stays as it is."""
+    image, ids = np.full((512, 768, 3), 100, np.uint8), np.zeros((512, 768), np.int32)
+    ids[:256, :300], ids[:256, 300:600], ids[400:410, 10:20] = 70_000, 5, 9
+    segments = [Segment(70_000, 2, True), Segment(5, 2, True), Segment(9, 0, True)]
+    found = pixels(segment_overlay(image, ids, segments, PALETTE, CLASSES))
+    assert found[40, 299].min() > 180  # the line between the two
+    assert found[40, 298].tolist() == found[40, 300].tolist() == [45, 185, 45]
+    assert found[500, 700].tolist() == [100, 100, 100]
+    for left in (0, 300):
+        assert (found[100:150, left + 100 : left + 200] == 255).all(axis=2).any()  # white letters
+    assert not (found[380:430, :60] == 255).all(axis=2).any()
+
+
+def test_a_name_lies_where_its_segment_is_wide():
+    mask = np.zeros((9, 20), bool)
+    mask[1:8, 4:6] = True
+    mask[5:8, 2:14] = True
+    assert widest(mask) == (6, 8, 12)
+    assert widest(np.zeros((3, 3), bool)) == (0, 0, 0)
+
+
+def test_words_are_below_and_only_if_there_are_any_per_picture():
+    image, labels = np.zeros((512, 512, 3), np.uint8), np.zeros((512, 512), np.uint8)
+    without, none, some, many = (
+        overlay(image, labels, PALETTE, CLASSES, words)
+        for words in (None, [], ["boat"], ["a rather long word"] * 40)
+    )
+    assert without.height < none.height == some.height < many.height
+    assert not np.array_equal(none, some)
+    assert many.height - some.height == some.height - without.height  # two lines at most
+
+
+def test_many_classes_do_not_run_over():
+    """150 classes: four rows, the last entry counts the rest."""
+    labels = np.arange(512, dtype=np.uint16).repeat(512).reshape(512, 512) % 150
+    palette = np.full((150, 3), 7, np.uint8)
+    all_of_them = overlay(np.zeros((512, 512, 3), np.uint8), labels.astype(np.uint8), palette, ["x"] * 150)
+    four = overlay(np.zeros((512, 512, 3), np.uint8), (labels % 16).astype(np.uint8), palette, ["x"] * 150)
+    assert all_of_them.height == four.height
+    squares = (pixels(all_of_them)[512:] == 7).all(axis=2).sum()
+    assert squares == (pixels(four)[512:] == 7).all(axis=2).sum() * 15 // 16
+
+
+@pytest.mark.parametrize(
+    ("size", "drawn"),
+    [
+        ((1, 1), (512, 512)),
+        ((1, 400), (1, 512)),
+        ((400, 1), (512, 1)),
+        ((128, 96), (512, 384)),
+        ((700, 900), (700, 900)),
+        ((3000, 4000), (1200, 1600)),
+        ((4000, 3000), (1320, 990)),
+    ],
+)
+def test_small_pictures_are_enlarged_and_huge_ones_reduced(size, drawn):
+    labels = np.zeros(size, np.uint8)
+    found = overlay(np.zeros((*size, 3), np.uint8), labels, PALETTE, CLASSES, ["sea"] * 99)
+    covered = (pixels(found) == [140, 0, 0]).all(axis=2)  # PALETTE's red over black
+    rows, columns = covered.any(axis=1), covered.any(axis=0)
+    assert (rows.sum(), columns.sum()) == drawn
+    assert max(found.size) <= 1600
+    assert drawn[0] <= HIGHEST and drawn[1] <= WIDEST
+
+
+def test_labels_may_be_larger_than_the_picture():
+    """The model's picture with the labels of the file: they cover the same ground."""
+    labels = np.zeros((2000, 3000), np.uint8)
+    labels[:, 1500:] = 1
+    found = pixels(overlay(np.full((128, 192, 3), 100, np.uint8), labels, PALETTE, CLASSES))
+    assert found[500, 790].tolist() == [185, 45, 45]
+    assert found[500, 810].tolist() == [45, 45, 185]
+
+
+def test_heat_rises_with_strength():
+    """Over a grey picture: dark where it is lowest, bright where it is highest, whatever the scale."""
+    image = np.full((600, 800, 3), 100, np.uint8)
+    strength = np.linspace(0.2, 0.3, 8)[None].repeat(6, axis=0)
+    found = pixels(heat(image, strength, "sea"))
+    light = found[200, 40:620:20].sum(axis=1)
+    assert (np.diff(light) >= -1).all() and light[-1] > light[0] + 300
+    assert np.array_equal(found, pixels(heat(image, 1000 * strength, "sea")))
+    flat = pixels(heat(image, np.full((6, 8), 0.5), "sea"))
+    assert len(np.unique(flat[:480].reshape(-1, 3), axis=0)) == 1  # nothing to see
+
+
+def test_a_mosaic_keeps_order_and_aspect():
+    """Row by row; narrow pictures are enlarged to the width of the others, or to 640."""
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    images = [Image.new("RGB", size, c) for size, c in zip([(200, 100), (100, 150), (200, 40)], colours)]
+    found = pixels(mosaic(images, 2))
+    assert found.shape[:2] == (300 + 40 + 36, 400 + 36)
+    assert found[12, 12].tolist() == [255, 0, 0] and found[111, 211].tolist() == [255, 0, 0]
+    assert found[112, 12].tolist() == list(PAPER)  # lower than its neighbour
+    assert found[311, 423].tolist() == [0, 255, 0]
+    assert found[324, 12].tolist() == [0, 0, 255] and found[363, 211].tolist() == [0, 0, 255]
+    assert found[324, 230].tolist() == list(PAPER)
+    assert mosaic([Image.new("RGB", (4000, 1000))], 4).size == (640 + 24, 160 + 24)
+
+
+def test_text_is_what_the_font_has():
+    assert plain("Café Ångström 字") == "Cafe Angstrom ?"
+    assert FONT.getlength("...") > 0
+
+
+def test_text_fits():
+    assert fitting("sea", FONT, 200) == "sea"
+    short = fitting("a very long name of a class", FONT, 100)
+    assert short.endswith("...") and "a very long name of a class".startswith(short[:-3])
+    assert FONT.getlength(short) <= 100 < FONT.getlength("a very long n...")
+    text = "words: sea, boat, a sandy beach, sky, cloud, sun, people"
+    lines = wrapped(text, FONT, 160, lines=9)
+    assert " ".join(lines) == text and len(lines) > 2
+    assert all(FONT.getlength(line) <= 160 for line in lines)
+    two = wrapped(text, FONT, 160, lines=2)
+    assert two[0] == lines[0] and two[1].endswith("...") and FONT.getlength(two[1]) <= 160
+    assert wrapped("w" * 99, FONT, 160, lines=2)[0].endswith("...")
+
+
+def test_a_share_is_never_rounded_to_nothing():
+    assert [percent(x) for x in (1.0, 0.426, 0.01, 0.0099, 1e-6)] == ["100%", "43%", "1%", "<1%", "<1%"]

@@ -1,0 +1,719 @@
+"""checkpoint.py: a model's file gives the same model back; a crash at any moment leaves whole steps alone."""
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import re
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import tiny_folder
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from errors import CheckpointError
+from model import SCALE_FILE, Tada, TadaConfig, build, parameter_groups
+from run import checkpoint
+from run.checkpoint import (
+    clean,
+    fault_of,
+    find_model,
+    frozen_digests,
+    load_model,
+    newest_step,
+    point,
+    read_about,
+    read_step,
+    save_model,
+    steps,
+    write_step,
+)
+
+CONDITIONS = ("none", "caption", "classes", "implicit", "tagging", "oracle")
+QUICK = ("none", "classes", "tagging")  # the others are like them: in the slow tests
+NAMES = ("sea", "snow", "tall tree", "boat", "cloud")
+TAGS = [["boat"], ["tall tree", "cloud", "sea"]]
+
+
+def config(**options) -> TadaConfig:
+    sizes = {"crop": (128, 128), "box": (128, 512), "stride": (85, 85)}
+    colours = tuple((i, 2 * i, 255 - i) for i in range(len(NAMES)))
+    return TadaConfig(
+        **{"classes": NAMES, "model": "tiny", "dataset": "scenes", "palette": colours, **sizes, **options}
+    )
+
+
+def make(**options) -> Tada:
+    """A tiny model as training might leave it: everything that is trained has moved off its start."""
+    tada = build(config(**options))
+    with torch.no_grad():
+        for parameter in tada.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return tada.eval()
+
+
+@torch.no_grad()
+def predictions(tada: Tada) -> list[Tensor]:
+    """Logits of two pictures told words, and labels of two told none if that can be."""
+    image = torch.rand(2, 3, 40, 60, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    steers = tada.config.condition in ("caption", "oracle")
+    labels = tada.predict(image, TAGS if steers else None, window=(64, 40), stride=(64, 20)).labels
+    return [tada(image, TAGS).prediction.main, labels]
+
+
+def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+# The file of a trained model
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in CONDITIONS],
+)
+def test_saved_and_loaded_is_the_same(condition, tmp_path):
+    """Bit-equal predictions, the same settings, the same parameters trained."""
+    decoder = "upernet" if condition in ("none", "oracle") else "fpn"
+    tada = make(condition=condition, decoder=decoder, tags="clip" if condition == "tagging" else "classes")
+    save_model(tada, tmp_path / "model.safetensors", {}, {"mIoU": 0.5})
+    torch.manual_seed(9)
+    before = torch.get_rng_state()
+    loaded = load_model(tmp_path / "model.safetensors")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert equal(predictions(loaded), predictions(tada))
+    assert loaded.config == tada.config and isinstance(loaded.config.palette[0], tuple)
+    assert not loaded.training
+    assert {name: p.requires_grad for name, p in loaded.named_parameters()} == {
+        name: p.requires_grad for name, p in tada.named_parameters()
+    }
+    if condition == "tagging":
+        picture = torch.rand(1, 3, 50, 60)
+        assert loaded.tag(picture) == tada.tag(picture)
+
+
+def test_equal_models_make_equal_files(tmp_path):
+    """Byte by byte, wherever and whenever they are written; all that is said is one key of sorted JSON."""
+    files = []
+    for run in ("a", "another run"):
+        torch.manual_seed(3)
+        file = tmp_path / run / "model.safetensors"
+        file.parent.mkdir()
+        save_model(make(), file, {"vae/x": "0" * 64}, {"pixel_accuracy": 0.75, "mIoU": 0.25})
+        files.append(file)
+    assert files[0].read_bytes() == files[1].read_bytes()
+    with safe_open(files[0], "pt") as f:
+        metadata = f.metadata()
+    assert list(metadata) == ["tada"]
+    about = json.loads(metadata["tada"])
+    assert metadata["tada"] == json.dumps(about, sort_keys=True)
+    assert about == read_about(files[0]) and sorted(about) == ["config", "format", "frozen", "metrics"]
+    assert about["config"]["classes"] == list(NAMES) and about["metrics"]["mIoU"] == 0.25
+    assert str(tmp_path) not in metadata["tada"]
+
+
+def test_random_weights_travel_with_the_model(tmp_path):
+    """There is no file to get them from: everything is in the model's own."""
+    tada = make()
+    assert frozen_digests(tada.config) == {}
+    save_model(tada, tmp_path / "model.safetensors", {}, {})
+    state = load_file(tmp_path / "model.safetensors")
+    assert state.keys() == tada.state_dict().keys()
+    assert {name.split(".")[0] for name in state} == {"vae", "unet", "clip", "adapter", "decoder"}
+    load_model(tmp_path / "model.safetensors", weights="elsewhere")  # nothing is looked for there
+
+
+# Weights from a folder
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """A folder of `tiny` weights in the official layout."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_folder(folder)
+    return folder
+
+
+@pytest.fixture
+def weights(tiny, tmp_path) -> Path:
+    """The same files, to be changed."""
+    return shutil.copytree(tiny, tmp_path / "weights", ignore=shutil.ignore_patterns(".vectors"))
+
+
+VAE, UNET = ("vae/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.safetensors")
+FROZEN = (VAE, SCALE_FILE, "clip/model.safetensors", "tokenizer/vocab.json", "tokenizer/merges.txt")
+
+
+@pytest.mark.parametrize("freeze_unet", [False, True])
+def test_frozen_parts_stay_in_their_files(weights, freeze_unet, tmp_path):
+    """The model's file names them with their hash; the UNet is one of them if it was not trained."""
+    tada = make(weights=str(weights), freeze_unet=freeze_unet, adapter_start="empty")
+    frozen = frozen_digests(tada.config)
+    assert set(frozen) == {*FROZEN, UNET} if freeze_unet else set(frozen) == set(FROZEN)
+    for name, found in frozen.items():
+        assert found == hashlib.sha256((weights / name).read_bytes()).hexdigest()
+    save_model(tada, tmp_path / "model.safetensors", frozen, {})
+    state = load_file(tmp_path / "model.safetensors")
+    parts = {"adapter", "decoder"} if freeze_unet else {"unet", "adapter", "decoder"}
+    assert {name.split(".")[0] for name in state} == parts
+    assert "adapter.empty" in state and "adapter.classes" in state
+    if not freeze_unet:
+        shutil.rmtree(weights / "unet")
+    loaded = load_model(tmp_path / "model.safetensors")
+    assert loaded.state_dict().keys() == tada.state_dict().keys()
+    assert equal([*loaded.state_dict().values()], [*tada.state_dict().values()])
+
+
+@pytest.fixture
+def trained(weights, tmp_path) -> tuple[Path, list[Tensor]]:
+    """The file of a model whose UNet stayed frozen, and its predictions."""
+    tada = make(weights=str(weights), freeze_unet=True)
+    file = tmp_path / "model.safetensors"
+    save_model(tada, file, frozen_digests(tada.config), {})
+    return file, predictions(tada)
+
+
+def test_a_missing_or_changed_file_is_named(trained, weights):
+    """Each by its path, with the command that gets it."""
+    file, _ = trained
+    for name in (*FROZEN, UNET):
+        refuse_without(weights / name, file)
+
+
+def refuse_without(frozen: Path, file: Path) -> None:
+    """The model is refused if a file that it needs is gone, or one bit of it is another; then put back."""
+    good = frozen.read_bytes()
+    frozen.unlink()
+    with pytest.raises(CheckpointError, match=f"^{frozen} is missing: .*weights.fetch.* --weights$"):
+        load_model(file)
+    frozen.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    sentence = f"^{frozen} is not the file that {file} was trained with: .*weights.fetch.* --weights$"
+    with pytest.raises(CheckpointError, match=sentence):
+        load_model(file)
+    frozen.write_bytes(good)
+
+
+def test_weights_may_have_moved(trained, weights, tmp_path):
+    """`weights` is where they are now: nothing is looked for where they were, not even for new words."""
+    file, expected = trained
+    moved = weights.rename(tmp_path / "moved")
+    with pytest.raises(CheckpointError, match=f"{weights}.* is missing"):
+        load_model(file)
+    loaded = load_model(file, weights=str(moved))
+    assert equal(predictions(loaded), expected)
+    loaded.learn(["owl"], keep=True)
+    assert loaded.config.weights == str(moved) and not weights.exists()
+    (moved / UNET).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=f"{moved / UNET} is not the file"):
+        load_model(file, weights=str(moved))
+
+
+def test_the_file_that_was_hashed_is_read(weights, tmp_path):
+    """Not another one beside it, though `load` would take that first."""
+    fp16 = weights / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+    (weights / UNET).rename(fp16)
+    tada = make(weights=str(weights), freeze_unet=True)
+    save_model(tada, tmp_path / "model.safetensors", frozen_digests(tada.config), {})
+    other = {name: torch.zeros_like(x) for name, x in load_file(fp16).items()}
+    save_file(other, weights / UNET)
+    assert equal(predictions(load_model(tmp_path / "model.safetensors")), predictions(tada))
+
+
+# What is no model's file
+
+
+def rewritten(file: Path, change: Callable[[dict], object], tensors: dict | None = None) -> Path:
+    """A copy whose description, and tensors if given, are others."""
+    about = read_about(file)
+    change(about)
+    new = file.with_name("changed.safetensors")
+    save_file(tensors or load_file(file), new, metadata={"tada": json.dumps(about)})
+    return new
+
+
+class Bomb:
+    """A pickle that writes a file when it is opened."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+@pytest.fixture(scope="module")
+def saved(tiny, tmp_path_factory) -> Path:
+    """A small file: all but the decoder is frozen."""
+    file = tmp_path_factory.mktemp("saved") / "model.safetensors"
+    tada = build(config(condition="none", weights=str(tiny), freeze_unet=True))
+    save_model(tada, file, frozen_digests(tada.config), {})
+    return file
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        load_model(path)
+    sentence = str(caught.value)
+    assert str(path) in sentence and "\n" not in sentence and ": " in sentence
+    return sentence
+
+
+def test_foreign_files_are_refused(tmp_path):
+    """In one sentence with the file and the cure, and a pickle is never opened."""
+    file = tmp_path / "model.safetensors"
+    assert "holds no model.safetensors: give a run folder" in refusal(tmp_path)
+    assert "holds no model.safetensors" in refusal(tmp_path / "nowhere")
+    file.write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    assert "is not a whole safetensors file" in refusal(file)
+    assert not (tmp_path / "exploded").exists()
+    torch.save({"state": torch.zeros(3)}, file)
+    assert "is not a whole safetensors file" in refusal(file)
+    for content in (b"", b"version https://git-lfs.github.com/spec/v1\n", b"<html>", b"\0" * 100):
+        file.write_bytes(content)
+        assert "is not a whole safetensors file" in refusal(file)
+    save_file({"x": torch.zeros(3)}, file)
+    assert "was not written by train.py: give a run folder" in refusal(file)
+    save_file({"x": torch.zeros(3)}, file, metadata={"format": "pt"})
+    assert "was not written by train.py" in refusal(file)
+
+
+@pytest.mark.parametrize("bytes_kept", [4, 100, -1])
+def test_cut_off_files_are_refused(saved, tmp_path, bytes_kept):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(saved.read_bytes()[:bytes_kept])
+    assert "is not a whole safetensors file" in refusal(file)
+
+
+def test_files_of_other_versions_are_refused(saved):
+    """A newer format, settings that this code does not know, tensors that do not fit the settings."""
+    newer = rewritten(saved, lambda about: about.update(format=2))
+    assert "has format 2, this code knows 1: use a newer TADA" in refusal(newer)
+    unknown = rewritten(saved, lambda about: about["config"].update(depth=3, attention="flash"))
+    assert "has the unknown settings attention, depth: use a newer TADA" in refusal(unknown)
+    state = load_file(saved)
+    extra = state | {"adapter.gate": torch.zeros(2)}
+    assert "does not fit the model it describes: adapter.gate" in refusal(
+        rewritten(saved, lambda about: None, extra)
+    )
+    name = "decoder.classifier.1.bias"
+    lacking = {key: x for key, x in state.items() if key != name}
+    assert f"does not fit the model it describes: {name}" in refusal(
+        rewritten(saved, lambda about: None, lacking)
+    )
+    other = rewritten(saved, lambda about: about["config"].update(classes=["sea"], prompts=["sea"]))
+    assert f"does not fit the model it describes: {name}" in refusal(other).replace(
+        "decoder.classifier.1.weight, ", ""
+    )
+    missing = rewritten(
+        saved, lambda about: about["config"].pop("blocks")
+    )  # of an older version: the default
+    assert load_model(missing).config.blocks == 2
+
+
+# The folder of a step. What is written is small here: `write_step` asks for no more of a model.
+
+
+class Small(nn.Module):
+    """Settings and a state."""
+
+    def __init__(self, value: float):
+        super().__init__()
+        self.config = config()
+        self.x = nn.Parameter(torch.full((300,), float(value)))
+
+
+def write(run: Path, step: int) -> Path:
+    run.mkdir(exist_ok=True)
+    tensors = {"rng/0/cpu": torch.full((50,), step % 256, dtype=torch.uint8), "step": torch.tensor(step)}
+    return write_step(run, step, Small(step), {}, {"mIoU": step / 100}, tensors, {"step": step})
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_a_step_folder(tmp_path):
+    """Four files, the last with the hashes of the others; nothing of where or when it was written."""
+    first, second = write(tmp_path / "a", 7), write(tmp_path / "b", 7)
+    assert first == tmp_path / "a" / "step-000007"
+    sums = json.loads((first / "sha256.json").read_text())
+    assert {*sums, "sha256.json"} == set(content(first))
+    for name in ("model.safetensors", "train.safetensors", "train.json"):
+        assert sums[name] == hashlib.sha256((first / name).read_bytes()).hexdigest()
+    assert content(first) == content(second)
+    assert json.loads((first / "train.json").read_text()) == {"step": 7}
+    assert read_about(first / "model.safetensors")["metrics"] == {"mIoU": 0.07}
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["last", "step-000007"]
+
+
+def test_links_are_relative(tmp_path):
+    """A run folder may be moved or copied."""
+    run = tmp_path / "run"
+    write(run, 1), write(run, 2)
+    point(run, "best", "step-000001")
+    point(run, "best", "step-000002")
+    point(run, "best", "step-000001")
+    assert os.readlink(run / "last") == "step-000002" and os.readlink(run / "best") == "step-000001"
+    moved = run.rename(tmp_path / "moved")
+    assert (moved / "last").resolve() == moved / "step-000002"
+    assert (moved / "best" / "model.safetensors").is_file()
+
+
+def test_which_file_a_path_means(tmp_path):
+    """A run means its best step, before there is one the last; all else is taken at its word."""
+    run, name = tmp_path / "run", "model.safetensors"
+    write(run, 1), write(run, 2)
+    assert find_model(run) == run / "last" / name
+    point(run, "best", "step-000001")
+    assert find_model(run) == run / "best" / name
+    for path in (run / "last", run / "best", run / "step-000001"):
+        assert find_model(path) == path / name == find_model(path / name)
+    other = shutil.copy(run / "last" / name, tmp_path / "mine.safetensors")
+    assert find_model(other) == other
+
+
+def test_two_newest_and_the_best_stay(tmp_path):
+    """In the order of their numbers, not of their letters; copies under other names are nobody's business."""
+    for step in (999_998, 999_999):
+        write(tmp_path, step)
+    point(tmp_path, "best", "step-999998")
+    (tmp_path / "step-000001.bak").mkdir()
+    (tmp_path / "step-by-step").mkdir()
+    for step in (1_000_000, 1_000_001):
+        write(tmp_path, step)
+    names = ["step-999998", "step-1000000", "step-1000001"]
+    assert [path.name for path in steps(tmp_path)] == names
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *names,
+        "last",
+        "best",
+        "step-000001.bak",
+        "step-by-step",
+    }
+    assert newest_step(tmp_path) == (tmp_path / "step-1000001", [])
+
+
+def test_a_step_is_taken_up_in_place(tmp_path):
+    """The optimiser's parameters stay the model's own; what training needs comes back as it was."""
+    tada, torch_state = make(), torch.get_rng_state()
+    optimizer = torch.optim.AdamW(parameter_groups(tada, 1e-3, 0.01))
+    own = {name: p.data_ptr() for name, p in tada.named_parameters()}
+    state = {name: x.clone() for name, x in tada.state_dict().items()}
+    tensors, facts = {"rng/0/cpu": torch_state, "step": torch.tensor(3.5)}, {"step": 5, "best": {"mIoU": 0.1}}
+    folder = write_step(tmp_path, 5, tada, {}, {}, tensors, facts)
+    with torch.no_grad():
+        for parameter in tada.parameters():
+            parameter.zero_()
+    found_tensors, found_facts = read_step(folder, tada)
+    assert all(torch.equal(x, state[name]) for name, x in tada.state_dict().items())
+    assert {name: p.data_ptr() for name, p in tada.named_parameters()} == own
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} <= set(
+        map(id, tada.parameters())
+    )
+    assert found_tensors.keys() == tensors.keys() and found_facts == facts
+    assert all(torch.equal(found_tensors[name], x) for name, x in tensors.items())
+    assert all(found_tensors[name].dtype == x.dtype for name, x in tensors.items())
+    with pytest.raises(CheckpointError, match="does not fit the model it describes"):
+        read_step(folder, build(config(condition="none")))
+
+
+# Faults
+
+
+class Crash(BaseException):
+    """The process is gone: nothing catches it."""
+
+
+CALLS = (
+    "replace",
+    "fsync",
+    "open",
+    "mkdir",
+    "symlink",
+    "unlink",
+    "rmdir",
+)  # of os; pathlib's and shutil's too
+
+
+def crash_at(n: int, before: bool, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Crash before or after the n-th change of the file system; a list that will hold the calls."""
+    calls = []
+
+    def watch(name: str, call: Callable) -> Callable:
+        def watched(*arguments, **options):
+            calls.append(name)
+            here = len(calls) == n
+            if here and before:
+                if name == "save_file":
+                    Path(arguments[1]).write_bytes(b"half of it")
+                raise Crash
+            try:
+                return call(*arguments, **options)
+            finally:
+                if here:
+                    raise Crash
+
+        return watched
+
+    for name in CALLS:
+        monkeypatch.setattr(os, name, watch(name, getattr(os, name)))
+    monkeypatch.setattr(checkpoint, "save_file", watch("save_file", save_file))
+    monkeypatch.setattr(Path, "write_text", watch("write_text", Path.write_text))
+    return calls
+
+
+def whole(run: Path) -> Path:
+    """The newest step; every step under its own name and both links are whole."""
+    folder, refused = newest_step(run)
+    assert not refused
+    assert all(fault_of(path) is None for path in steps(run))
+    for name in ("last", "best"):
+        if (run / name).is_symlink():
+            assert fault_of(run / name) is None
+    return folder
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("number", [1, 4])
+def test_a_crash_at_any_moment_leaves_whole_steps(number, before, tmp_path, monkeypatch):
+    """While the first step is written, and while one is that lets an older one go."""
+    n = 0
+    while True:
+        n += 1
+        run = tmp_path / f"{n}"
+        run.mkdir()
+        for step in range(1, number):
+            write(run, step)
+            point(run, "best", "step-000001")
+        with monkeypatch.context() as patch:
+            calls = crash_at(n, before, patch)
+            try:
+                write(run, number)
+                assert len(calls) < n
+                break
+            except Crash:
+                pass
+        folder = whole(run)
+        kept = folder and folder.name
+        assert kept in {f"step-{number:06d}", f"step-{number - 1:06d}" if number > 1 else None}, calls
+        names = {path.name for path in run.iterdir()}
+        assert number == 1 or {"step-000001", "step-000003", "last", "best"} <= names
+        clean(run)
+        assert not list(run.glob(".tmp*")) and whole(run) == folder
+        write(run, number)  # and it goes on
+        assert whole(run).name == f"step-{number:06d}" == os.readlink(run / "last")
+        assert not list(run.glob(".tmp*"))
+    assert n > 20 and {"replace", "fsync", "symlink", "save_file", "write_text"} <= set(calls)
+    assert number == 1 or "rmdir" in calls
+
+
+def test_a_crash_while_a_refused_step_is_written_again(tmp_path, monkeypatch):
+    """The bad folder in its place may be gone or not; the step before it stays."""
+    for n in range(1, 60):
+        run = tmp_path / f"{n}"
+        write(run, 1), write(run, 2)
+        (run / "step-000002" / "train.json").write_text("{}")
+        with monkeypatch.context() as patch:
+            crash_at(n, True, patch)
+            try:
+                write(run, 2)
+                break
+            except Crash:
+                pass
+        folder, refused = newest_step(run)
+        assert folder is not None and len(refused) <= 1
+        clean(run)
+        write(run, 2)
+        assert whole(run).name == "step-000002"
+    assert 20 < n < 59 and whole(run).name == "step-000002"
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_a_crash_while_a_step_is_written_again(before, tmp_path, monkeypatch):
+    """As after its evaluation: at any moment the step is there, as it was or as it is to be."""
+    for n in range(1, 60):
+        run = tmp_path / f"{n}"
+        write(run, 1), write(run, 2)
+        with monkeypatch.context() as patch:
+            crash_at(n, before, patch)
+            try:
+                write(run, 2)
+                break
+            except Crash:
+                pass
+        clean(run)
+        assert whole(run).name == "step-000002"
+        write(run, 2)
+        assert whole(run).name == "step-000002" == os.readlink(run / "last")
+        assert {path.name for path in run.iterdir()} == {"step-000001", "step-000002", "last"}
+    assert 20 < n < 59
+
+
+def test_a_full_disk_while_a_step_is_written_again(tmp_path, monkeypatch):
+    """Between its old name and its new one."""
+    folder, replace, calls = write(tmp_path, 1), os.replace, []
+
+    def refuse_second(*paths) -> None:
+        calls.append(paths)
+        return disk_full() if len(calls) == 2 else replace(*paths)
+
+    before = content(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refuse_second)
+        with pytest.raises(CheckpointError, match="could not be written"):
+            write(tmp_path, 1)
+    assert content(folder) == before and not list(tmp_path.glob(".*"))
+
+
+def test_everything_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
+    """Power may fail: each file and the folder are synced before the rename, the run's folder after each."""
+    events = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: events.append(os.fstat(handle).st_ino) or sync(handle))
+
+    def rename(old: Path, new: Path) -> None:
+        replace(old, new)
+        events.append(Path(new).name)
+
+    monkeypatch.setattr(os, "replace", rename)
+    folder = write(tmp_path / "run", 1)
+    first = events.index("step-000001")
+    assert {folder.stat().st_ino, *(path.stat().st_ino for path in folder.iterdir())} == set(events[:first])
+    home = (tmp_path / "run").stat().st_ino
+    assert events[first:] == ["step-000001", home, "last", home]
+
+
+def disk_full(*arguments: object, **options: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    "call", ["save_file", "second save_file", "write_text", "replace", "fsync", "symlink"]
+)
+def test_a_full_disk_leaves_what_was_there(call, tmp_path, monkeypatch):
+    """One sentence, no stump, all older steps as they were."""
+    write(tmp_path, 1), write(tmp_path, 2)
+    before = {path.name: content(path) for path in steps(tmp_path)}
+    with monkeypatch.context() as patch:
+        match call:
+            case "save_file" | "second save_file":
+                left = [1] if call == "second save_file" else []
+
+                def half(tensors: dict, file: Path, **options: object) -> None:
+                    if left:
+                        left.pop()
+                        return save_file(tensors, file, **options)
+                    Path(file).write_bytes(b"half of it")
+                    return disk_full()
+
+                patch.setattr(checkpoint, "save_file", half)
+            case "write_text":
+                patch.setattr(Path, "write_text", disk_full)
+            case _:
+                patch.setattr(os, call, disk_full)
+        with pytest.raises(CheckpointError) as caught:
+            write(tmp_path, 3)
+    sentence = str(caught.value)
+    assert str(tmp_path / "step-000003") in sentence and "No space left" in sentence and "\n" not in sentence
+    assert {name: content(tmp_path / name) for name in before} == before
+    assert fault_of(tmp_path / "last") is None
+    written = {path.name for path in steps(tmp_path)} - set(before)
+    assert written == ({"step-000003"} if call == "symlink" else set())  # it was whole, only `last` is behind
+    assert not list(tmp_path.glob(".tmp*"))
+    write(tmp_path, 3)
+    assert whole(tmp_path).name == "step-000003"
+
+
+def test_a_disk_that_really_refuses(tmp_path):
+    """Files of at most 1,000 bytes: the library's own error, not one that we made up."""
+    write(tmp_path, 1)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"step-000002 could not be written \(.*room"):
+            write(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert whole(tmp_path).name == "step-000001" and not list(tmp_path.glob(".tmp*"))
+
+
+def test_a_step_that_will_not_fit_is_not_begun(tmp_path, monkeypatch):
+    """1.2 times the last one must be free; the first one is tried."""
+    usage = shutil.disk_usage(tmp_path)
+    size = sum(map(len, content(write(tmp_path, 1)).values()))
+    for free, enough in ((int(1.2 * size), True), (int(1.2 * size) - 1, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        if enough:
+            write(tmp_path, 2)
+        else:
+            with pytest.raises(
+                CheckpointError, match=r"has 0 MiB free and a checkpoint needs 0 MiB: free some"
+            ):
+                write(tmp_path, 3)
+    assert whole(tmp_path).name == "step-000002" and not list(tmp_path.glob(".tmp*"))
+    write(tmp_path / "new", 1)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "train.safetensors", "train.json", "sha256.json"])
+def test_a_flipped_byte_is_seen(name, tmp_path):
+    """Anywhere in any file: the step before is taken, and a sentence says why."""
+    write(tmp_path, 1)
+    file = write(tmp_path, 2) / name
+    good = file.read_bytes()
+    for place in (0, 9, len(good) // 2, len(good) - 2):
+        file.write_bytes(good[:place] + bytes([good[place] ^ 0x11]) + good[place + 1 :])
+        folder, (sentence,) = newest_step(tmp_path)
+        assert folder == tmp_path / "step-000001"
+        assert sentence.startswith(f"{tmp_path / 'step-000002'} is not used: ") and "\n" not in sentence
+    file.write_bytes(good)
+    assert newest_step(tmp_path) == (tmp_path / "step-000002", [])
+
+
+def test_steps_that_are_not_whole_are_passed_over(tmp_path):
+    """A file gone, cut off, a bare folder, nonsense for hashes: the newest whole step is found, or none."""
+    assert newest_step(tmp_path) == (None, [])
+    for step in range(1, 7):
+        write(tmp_path, step)
+        point(tmp_path, "best", f"step-{step:06d}")
+        shutil.copytree(tmp_path / f"step-{step:06d}", tmp_path / f"keep-{step}")
+    for step in range(1, 7):
+        shutil.rmtree(tmp_path / f"step-{step:06d}", ignore_errors=True)
+        (tmp_path / f"keep-{step}").rename(tmp_path / f"step-{step:06d}")
+    (tmp_path / "step-000006" / "train.safetensors").unlink()
+    file = tmp_path / "step-000005" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    shutil.rmtree(tmp_path / "step-000004")
+    (tmp_path / "step-000004").mkdir()
+    (tmp_path / "step-000003" / "sha256.json").write_text("[1, 2]")
+    folder, refused = newest_step(tmp_path)
+    assert folder == tmp_path / "step-000002"
+    reasons = (
+        "6 .* not whole .*train.safetensors",
+        "5 .* model.safetensors changed",
+        "4 .* not whole",
+        "3 .*",
+    )
+    for sentence, reason in zip(refused, reasons, strict=True):
+        assert re.search(f"step-00000{reason}", sentence)
+    for step in (1, 2):
+        (tmp_path / f"step-{step:06d}" / "train.json").write_text("")
+    assert newest_step(tmp_path)[0] is None and len(newest_step(tmp_path)[1]) == 6
+
+
+def test_clean_removes_stumps_alone(tmp_path):
+    write(tmp_path, 1)
+    (tmp_path / ".tmp-step-000002").mkdir()
+    (tmp_path / ".tmp-step-000002" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / ".tmp-last").symlink_to("nowhere")
+    (tmp_path / "log.jsonl").write_text("{}")
+    clean(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-000001", "last", "log.jsonl"}
