@@ -1,16 +1,14 @@
-"""Download the official weights of Stable Diffusion v1.5 and CLIP ViT-L/14, and verify every byte of them.
+"""Download the official weights of Stable Diffusion v1.5 and CLIP ViT-L/14, and verify their hashes.
 
     python -m weights.fetch                      # 5.5 GB into weights/sd15
     python -m weights.fetch --variant fp16       # 3.6 GB: UNet and VAE in half precision, CLIP as before
-    python -m weights.fetch --from ~/Downloads   # takes what is there already, downloads the rest
-    python -m weights.fetch --to /data/sd15      # another place
+    python -m weights.fetch --from ~/Downloads   # use the files in this folder, download the rest
+    python -m weights.fetch --to /data/sd15      # another destination
 
-Only what the model reads is fetched: `unet/` and `vae/`, named as in the diffusers folders, `clip/` with both
-towers, and `tokenizer/`. A file gets its final name only when its size and hash are those of the table below.
-Run again after any failure: complete files are read once, to be verified, and not fetched again. Within a
-run the library resumes a connection that is cut (plain HTTP: after its last 10 MiB block); one that is reset
-starts its file anew. A killed run leaves only `.tmp-fetch`, which the next run removes: so one run at a time
-per folder.
+Only the files that the model reads: `unet/` and `vae/` as in the diffusers folders, `clip/` with both towers,
+and `tokenizer/`. huggingface_hub downloads into `.tmp-fetch`, with its own retries and progress bars; a file
+gets its final name only after its size and hash match the table below. Re-run after a failure: complete files
+are verified and kept, and leftovers in `.tmp-fetch` are deleted, so run one process per destination.
 """
 
 import argparse
@@ -18,30 +16,27 @@ import hashlib
 import os
 import shutil
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
-from errors import WeightsError
+from errors import WeightsError, run_command
 
 
 @dataclass(frozen=True)
 class File:
-    """One official file: where the Hub has it, where we keep it, and what it must be."""
+    """One official file: its place on the Hub, its place in our folder, its size and hash."""
 
     repo: str  # "owner/name" on the Hub
     revision: str  # commit of that repository, 40 hex digits
     remote: str  # path inside the repository
-    local: str  # path below our root
+    local: str  # path inside our folder
     size: int  # bytes
     digest: str  # 64 hex digits: sha256; 40: git's blob sha1, all that the Hub lists for a small text file
 
 
-# Revisions, sizes and hashes come from public listings of the two repositories; no download of ours has
-# confirmed them. So a mismatch may be the table's fault, and is reported with both values.
+# From public listings of the two repositories; no download of ours has confirmed them. A mismatch may be an
+# error of this table, so messages give both values.
 SD = ("stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14")
 CLIP = ("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41")
 PINNED = {  # size in bytes, digest
@@ -53,8 +48,7 @@ PINNED = {  # size in bytes, digest
     "vocab": (1059962, "469be27c5c010538f845f518c4f5e8574c78f7c8"),
     "merges": (524619, "76e821f1b6f0a9709293c3b6b51ed90980b3166b"),
 }
-SCRATCH = ".tmp-fetch"  # inside the root, so that the last step is a rename on one disk
-ATTEMPTS = 3  # per file, above the library's own
+SCRATCH = ".tmp-fetch"  # inside the destination: moving a complete file is a rename on one disk
 
 
 def official(variant: str) -> tuple[File, ...]:
@@ -71,34 +65,13 @@ def official(variant: str) -> tuple[File, ...]:
 
 
 def amount(size: int) -> str:
-    """`size` bytes as people say it: "5.5 GB", "0.5 MB"."""
+    """Format `size` bytes: "5.5 GB", "0.5 MB"."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
-def say(line: str) -> None:
-    print(line, flush=True)  # at once, also into a log
-
-
-class Lines(tqdm):
-    """A bar for logs and pipes: it never draws itself, but says a plain line at every tenth of a file."""
-
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs | {"disable": True})
-
-    def update(self, n: float = 1) -> None:
-        before, self.n = self.n, self.n + n
-        if self.total and 10 * self.n // self.total > 10 * before // self.total:
-            say(f"  {self.n / self.total:.0%} of {amount(self.total)}")
-
-    def update_transfer(self, n: float) -> None:
-        """Says nothing. hf-xet counts received and written bytes, and opens two bars if this is missing."""
-
-    def set_transfer_postfix_str(self, s: str, refresh: bool = True) -> None:
-        """The speed that belongs to `update_transfer`."""
-
-
-def fault(path: Path, file: File) -> str | None:
-    """None if `path` is `file` by size and hash, else the difference: "size 12, expected 34"."""
+def mismatch(path: Path, file: File) -> str | None:
+    """Compare `path` with the table: None if it is `file`, else the difference, as "size 12, expected 34"."""
+    print(f"{path}: verifying {amount(file.size)}", flush=True)
     size = path.stat().st_size
     if size != file.size:
         return f"size {size}, expected {file.size}"
@@ -106,129 +79,103 @@ def fault(path: Path, file: File) -> str | None:
     if len(file.digest) == 40:
         kind, start = "git sha1", hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
     with path.open("rb") as stream:
-        found = hashlib.file_digest(stream, lambda: start).hexdigest()
-    return None if found == file.digest else f"{kind} {found}, expected {file.digest}"
+        digest = hashlib.file_digest(stream, lambda: start).hexdigest()
+    return None if digest == file.digest else f"{kind} {digest}, expected {file.digest}"
 
 
-def find(file: File, places: Iterable[Path]) -> Path | None:
-    """The first of `places` that is `file`; what is there but differs is named with the difference."""
-    for path in places:
+def first_match(file: File, paths: Iterable[Path]) -> Path | None:
+    """Return the first of `paths` that is `file`; print why an existing one is not."""
+    for path in paths:
         if path.is_file():
-            say(f"{path}: verifying {amount(path.stat().st_size)}")
-            wrong = fault(path, file)
-            if wrong is None:
+            difference = mismatch(path, file)
+            if difference is None:
                 return path
-            say(f"{path} is not the pinned file: {wrong}")
+            print(f"{path} is not the pinned file: {difference}", flush=True)
     return None
 
 
 def require_space(folder: Path, size: int) -> None:
-    """Raises WeightsError unless `size` bytes are free on the disk of `folder`."""
+    """Raise WeightsError unless `size` bytes are free on the disk of `folder`."""
     free = shutil.disk_usage(folder).free
     if free < size:
         raise WeightsError(
-            f"{amount(size)} are needed in {folder} and {amount(free)} are free: "
-            "free some space, or choose another place with --to DIR"
+            f"{folder} needs {amount(size)} of free space and has {amount(free)}: "
+            "free some, or choose another disk with --to DIR"
         )
 
 
-def copy(path: Path, folder: Path) -> Path:
-    """A hard link to `path` in `folder`, or a copy where there can be no link."""
+def link_or_copy(path: Path, folder: Path) -> Path:
+    """Hard-link `path` into `folder`; copy it where a link is impossible (another disk)."""
     target = folder / path.name
     try:
         os.link(path.resolve(), target)  # resolved: the Hub's own cache holds symbolic links
     except OSError:
-        require_space(folder, path.stat().st_size)
         shutil.copyfile(path, target)
     return target
 
 
 def download(file: File, folder: Path, endpoint: str | None) -> Path:
-    """`file` from the Hub at `endpoint` into `folder`, not yet verified.
+    """Download `file` at its pinned revision into `folder` and verify it.
 
-    Raises WeightsError if the Hub cannot be reached, lacks the file or has it in another size; OSError if the
-    disk fails. huggingface_hub resumes by itself with a Range request after a timeout or an early end
-    (`file_download.http_get`), but drops the file when the connection is reset: hence the attempts here.
+    Raise WeightsError if huggingface_hub fails or the file differs from the table; OSError if the disk fails.
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url  # slow to import
-    from huggingface_hub.errors import HTTPError  # the root of its transport's errors
+    from huggingface_hub import hf_hub_download  # slow to import
 
-    pinned = {"revision": file.revision, "endpoint": endpoint}
-    url = hf_hub_url(file.repo, file.remote, **pinned)
-    bar = None if sys.stderr.isatty() else Lines  # None: the library's own bar
-    attempt = 0
-    while True:
-        attempt += 1
-        try:
-            # Asked first: hf_hub_download would try an unreachable Hub for 23 s before it says so.
-            listed = get_hf_file_metadata(url, endpoint=endpoint).size
-            if listed not in (None, file.size):
-                raise WeightsError(f"{url} is not the pinned file: size {listed}, expected {file.size}")
-            return Path(hf_hub_download(file.repo, file.remote, local_dir=folder, tqdm_class=bar, **pinned))
-        except (OSError, HTTPError, RuntimeError) as error:  # RuntimeError: hf-xet's, for a lost network
-            if getattr(error, "errno", None):  # the disk is full, read-only, ...
-                raise
-            cause = error.__cause__ or error
-            status = getattr(getattr(cause, "response", None), "status_code", None)
-            reason = f"HTTP status {status}" if status else str(cause) or type(cause).__name__
-            if attempt == ATTEMPTS or (status and status < 500):
-                raise WeightsError(
-                    f"cannot download {url} ({reason}): check the connection, or give the files that you "
-                    "have already with --from DIR"
-                ) from error
-        say(f"{file.local}: {reason}; trying again")
-        time.sleep(attempt)
+    print(f"{file.local}: downloading {amount(file.size)} from {file.repo}", flush=True)
+    try:
+        path = hf_hub_download(
+            file.repo, file.remote, revision=file.revision, local_dir=folder, endpoint=endpoint
+        )
+    except Exception as error:  # the library's errors have no common class
+        if isinstance(error, OSError) and error.errno:  # the disk is full, read-only, ...
+            raise
+        reason = " ".join(str(error.__cause__ or error).split())  # one line
+        raise WeightsError(
+            f"cannot download {file.remote} of {file.repo} ({reason}): check the connection and run the "
+            "command again, or give files that you already have with --from DIR"
+        ) from error
+    difference = mismatch(Path(path), file)
+    if difference:
+        raise WeightsError(
+            f"the downloaded {file.local} has {difference}, and was deleted: run the command again; if this "
+            "repeats, compare the published file with the table in weights/fetch.py"
+        )
+    return Path(path)
 
 
 def fetch(files: Sequence[File], root: Path, source: Path | None = None, endpoint: str | None = None) -> None:
-    """Bring `files` below `root`: what is there is kept, then `source` is searched, then the Hub is asked.
+    """Bring `files` into `root`: keep those already there, take others from `source`, download the rest.
 
-    `source` may hold a file under our name for it or under its repository's: `DIR/clip/model.safetensors` or
-    `DIR/model.safetensors`. `endpoint` is the Hub's address, None the library's default. Raises WeightsError or
-    OSError; what was complete by then stays.
+    `source` may hold a file under our name or the repository's: `DIR/clip/model.safetensors` or
+    `DIR/model.safetensors`. `endpoint` is the Hub's address (None: the library's default). Raise WeightsError
+    or OSError; files completed before an error are kept.
     """
     if source and not source.is_dir():
-        raise WeightsError(f"--from {source}: there is no such folder")
-    say(f"{len(files)} files, {amount(sum(file.size for file in files))}, into {root}")
+        raise WeightsError(f"--from {source} is not a folder: give one that holds downloaded files")
+    print(f"{len(files)} files, {amount(sum(file.size for file in files))}, into {root}", flush=True)
     scratch = root / SCRATCH
-    if scratch.exists():
-        say(f"removing {scratch}, which a killed run left")
-        shutil.rmtree(scratch)
+    shutil.rmtree(scratch, ignore_errors=True)  # leftovers of a killed run
     scratch.mkdir(parents=True)
     try:
-        missing = [file for file in files if not find(file, [root / file.local])]
-        owned: dict[File, Path] = {}
-        for file in missing if source else ():
-            found = find(file, dict.fromkeys((source / file.local, source / file.remote)))
-            if found:
-                owned[file] = found
-        absent = [file for file in missing if file not in owned]
+        places = {file: [root / file.local] for file in files}
+        for file in files if source else ():
+            places[file] += dict.fromkeys((source / file.local, source / file.remote))
+        absent = [file for file, paths in places.items() if not any(path.is_file() for path in paths)]
         require_space(root, sum(file.size for file in absent))
-        for file in [*owned, *absent]:
-            if file in owned:
-                path = copy(owned[file], scratch)
-            else:
-                say(f"{file.local}: downloading {amount(file.size)} from {file.repo}")
-                path = download(file, scratch, endpoint)
-                say(f"{file.local}: verifying {amount(file.size)}")
-                wrong = fault(path, file)
-                if wrong:
-                    path.unlink()
-                    raise WeightsError(
-                        f"{file.local} came with {wrong}, and was removed: run the command again, and if "
-                        "this repeats, compare the published file with the table in weights/fetch.py"
-                    )
-            target = root / file.local
+        for file, paths in places.items():
+            path, target = first_match(file, paths), root / file.local
+            if path == target:
+                continue
+            new = link_or_copy(path, scratch) if path else download(file, scratch, endpoint)
             target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, target)
-            say(f"{target}: complete")
+            os.replace(new, target)
+            print(f"{target}: complete", flush=True)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)  # and with it the library's .cache folder
-    say(f"all {len(files)} files are verified in {root}")
+        shutil.rmtree(scratch, ignore_errors=True)
+    print(f"all {len(files)} files are verified in {root}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: returns 0, or 2 after one sentence on stderr, or 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="python -m weights.fetch",
         description="Download the official weights (5.5 GB; fp16: 3.6 GB) and verify them.",
@@ -236,21 +183,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--to", type=Path, default=Path("weights/sd15"), metavar="DIR", help="default: %(default)s")
     add("--variant", choices=("fp32", "fp16"), default="fp32", help="of UNet and VAE; default: %(default)s")
-    add("--from", type=Path, dest="source", metavar="DIR", help="take the files that are there already")
-    arguments = parser.parse_args(argv)
-    try:
-        fetch(official(arguments.variant), arguments.to, arguments.source)
-    except KeyboardInterrupt:
-        print("interrupted: complete files are kept, run the command again for the rest", file=sys.stderr)
-        return 130
-    except WeightsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        where, what = error.filename or arguments.to, error.strerror or error
-        print(f"error: {where}: {what}; --to DIR chooses another place", file=sys.stderr)
-        return 2
-    return 0
+    add("--from", type=Path, dest="source", metavar="DIR", help="use the files in this folder")
+    options = parser.parse_args(argv)
+
+    def work() -> int:
+        fetch(official(options.variant), options.to, options.source)
+        return 0
+
+    interrupted = "interrupted: complete files are kept; run the command again for the rest"
+    return run_command("weights.fetch", work, interrupted)
 
 
 if __name__ == "__main__":
