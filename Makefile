@@ -1,4 +1,4 @@
-# make demo: see it work.  make test: prove it right (what CI runs).  make lint: the style.
+# make demo: train, evaluate, predict.  make test: lint and all tests that CI runs.  make lint: fix the style.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -7,13 +7,13 @@ BIN := .venv/bin
 demo: .venv/.run
 	$(BIN)/python train.py --run runs/demo
 	$(BIN)/python eval.py runs/demo
-	$(BIN)/python -m images.scenes --count 6 --out runs/demo/pictures
-	$(BIN)/python predict.py runs/demo runs/demo/pictures --attention --out runs/demo/predicted
-	$(BIN)/python predict.py runs/demo runs/demo/pictures --tags "sea, boat" --out runs/demo/steered
-	@echo "Look at runs/demo: inputs.jpg, val/, eval-val/result.md and confusion.png, predicted/ with each tag's attention,"
-	@echo "and steered/, the same pictures told that they show sea and a boat."
-	@echo "Next: $(BIN)/python train.py --help; --condition oracle tells the model the truth (the paper's Figure 1);"
-	@echo "--dataset folder --data DIR trains on your own pictures; README.md says how to get the official weights."
+	$(BIN)/python -m images.scenes --count 6 --out runs/demo/images
+	$(BIN)/python predict.py runs/demo runs/demo/images --attention --out runs/demo/predicted
+	$(BIN)/python predict.py runs/demo runs/demo/images --tags "sea, boat" --out runs/demo/steered
+	@echo "Results are in runs/demo: inputs.jpg, val/, eval-val/result.md and confusion.png, predicted/ with the attention of each tag,"
+	@echo "and steered/, the same images predicted with the tags sea and boat."
+	@echo "Next: $(BIN)/python train.py --help; --condition oracle trains with ground-truth tags (the paper's Figure 1);"
+	@echo "--dataset folder --data DIR trains on your own images; see README.md for the official weights."
 
 test: .venv/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -22,7 +22,7 @@ test: .venv/.dev
 lint: .venv/.dev
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-# The stamps are touched only after success, so an interrupted installation is taken up again.
+# The stamps are touched only after success, so an interrupted installation is resumed.
 .venv/.run: requirements.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11')"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

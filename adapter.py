@@ -182,7 +182,7 @@ class Tagging(nn.Module):
     def forward(
         self, image_tokens: Tensor | None, image_embedding: Tensor | None, text: Text | None
     ) -> Condition:
-        q, text, image = self.begin(image_tokens, text)
+        q, text, image = self.prepare(image_tokens, text)
         for block in self.blocks:
             q = block(q, text, image)
         m = self.norm(self.mlp(q))  # (B, Q, C); its norm is that of SD's own tokens
@@ -192,13 +192,13 @@ class Tagging(nn.Module):
 
     def attention(self, image_tokens: Tensor, text: Text | None) -> Tensor:
         """How much each query attends to each tag in the last block, `(B, Q, T)`, sum 1 over the tags."""
-        q, text, image = self.begin(image_tokens, text)
+        q, text, image = self.prepare(image_tokens, text)
         *first, last = self.blocks
         for block in first:
             q = block(q, text, image)
-        return last.look(q, text)
+        return last.attention_weights(q, text)
 
-    def begin(self, image_tokens: Tensor | None, text: Text | None) -> tuple[Tensor, Text, Tensor]:
+    def prepare(self, image_tokens: Tensor | None, text: Text | None) -> tuple[Tensor, Text, Tensor]:
         """What the blocks take: queries `(B, Q, C)`, text, image `(B, M, C)`."""
         assert image_tokens is not None, "image_tokens is None: give CLIP's, (B, 257, 1024)"
         B = len(image_tokens)
@@ -257,7 +257,7 @@ def asymmetric_loss(
     return loss.sum(), loss.new_full((), len(loss))
 
 
-def present(labels: Tensor, K: int) -> Tensor:
+def multi_hot(labels: Tensor, K: int) -> Tensor:
     """The multi-label target: labels of crops `(B, H, W)` int64, 0..K-1 or 255 = ignore -> `(B, K)` float32,
     0 or 1.
     """
@@ -283,19 +283,19 @@ class Block(nn.Module):
         self.mlp = mlp(width, 4 * width)
 
     def forward(self, q: Tensor, text: Text, image: Tensor) -> Tensor:
-        q = self.confer(q)
+        q = self.self_attend(q)
         q = q + self.attend_text(self.norm2(q), *text)
         q = q + self.attend_image(self.norm3(q), image)
         return q + self.mlp(self.norm4(q))
 
-    def confer(self, q: Tensor) -> Tensor:
+    def self_attend(self, q: Tensor) -> Tensor:
         """The queries, each having attended to all."""
         q_norm = self.norm1(q)
         return q + self.attend_self(q_norm, q_norm)
 
-    def look(self, q: Tensor, text: Text) -> Tensor:
+    def attention_weights(self, q: Tensor, text: Text) -> Tensor:
         """How much each query attends to each tag here, the mean of the heads `(B, Q, T)`."""
-        return self.attend_text.look(self.norm2(self.confer(q)), *text)
+        return self.attend_text.attention_weights(self.norm2(self.self_attend(q)), *text)
 
 
 class Attention(nn.Module):
@@ -322,7 +322,7 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=real(tokens, lengths))
         return self.to_out(rearrange(y, "B n Q d -> B Q (n d)"))
 
-    def look(self, x: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def attention_weights(self, x: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """The softmax inside `forward`, the mean of the heads `(B, Q, M)` float32."""
         q, k = (rearrange(y, "B M (n d) -> B n M d", n=self.heads) for y in (self.to_q(x), self.to_k(tokens)))
         scores = (q @ k.mT).float() * q.shape[-1] ** -0.5  # (B, n, Q, M)

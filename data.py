@@ -27,9 +27,9 @@ from images.read import (
     SHOWN,
     Size,
     distinct_colour,
+    label_table,
     read_labels,
     read_picture,
-    values,
     walk,
 )
 
@@ -143,7 +143,7 @@ class Files(Dataset):
         classes, palette, raw = read_classes(table)
         super().__init__(name, split, classes, palette)
         self.root, self.hint = root, layout.hint
-        self.raw_ids, self.train_ids = values(raw, layout.ignored), values(range(len(classes)), ())
+        self.raw_ids, self.train_ids = label_table(raw, layout.ignored), label_table(range(len(classes)), ())
         folder = layout.pictures.format(layout.splits[split])
         pictures = scan(root, folder, PICTURES, (layout.picture,))
         labels = scan(root, layout.labels.format(layout.splits[split]), LOSSLESS, layout.label)

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import inference
 import kernels
 from data import Dataset, check
 from errors import DataError, TadaError
@@ -38,17 +39,18 @@ from images.draw import confusion_matrix
 from images.panoptic import components
 from images.read import IGNORE, fit
 from images.scenes import VERSION
+from inference import Prediction, Segmented
 from loading.augment import normalise
 from loading.jitter import PanopticEvaluationStream
 from loading.stream import EvaluationStream, Item
-from loading.tags import Words, open_words
+from loading.tags import TagSource, open_words
 from mask2former import OVERLAP, SCORE, Instances, Mask2Former
-from metrics.judge import Found, Judge
-from model import Prediction, Segmented, Size, Tada, TadaConfig
+from metrics.judge import PanopticEvaluator, PanopticResult
+from model import Size, Tada, TadaConfig
 from panoptic_data import PanopticDataset
 from run.checkpoint import find_model, load_model, read_about, read_config
 from run.folder import lock
-from run.ranks import Ranks, connect, disconnect
+from run.ranks import Ranks, cleanup, init_distributed
 from run.recipes import add_segment_flags, default_data, open_set, segment_options, stride_of
 from weights.words import digest
 
@@ -72,7 +74,7 @@ CHECKED = 10  # pictures and labels that are decoded before the model is loaded
 def evaluate(
     tada: Tada,
     dataset: Dataset,
-    words: Words,
+    words: TagSource,
     *,
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
@@ -107,12 +109,15 @@ def evaluate(
     stream = PanopticEvaluationStream if panoptic else EvaluationStream
     items = stream(dataset, *box, workers, ranks.device.type).items(mine)
     bar = tqdm(items, f"{dataset.name} {dataset.split}", len(mine), disable=None if show else True)
-    predict, how = partial(tada.predict, scales=scales, flip=flip, window=window, stride=stride), COMPONENTS
+    predict, how = (
+        partial(inference.predict, tada, scales=scales, flip=flip, window=window, stride=stride),
+        COMPONENTS,
+    )
     if isinstance(tada.decoder, Mask2Former):
         assert once and not flip and window is None, "Mask2Former reads a picture whole, once"
-        predict = partial(tada.segment, score=score, overlap=overlap, instances=instances)
+        predict = partial(inference.segment, tada, score=score, overlap=overlap, instances=instances)
         how = f"mask2former, score {score:g}, overlap {overlap:g}"
-    judge = Judge(dataset, how, folder, instances) if panoptic else None
+    judge = PanopticEvaluator(dataset, how, folder, instances) if panoptic else None
     confusion = torch.zeros(K, K, dtype=torch.int64, device=ranks.device)
     spoken = confusion.new_zeros(3)
     present, scores = torch.zeros(2, n, K, device=ranks.device)
@@ -139,7 +144,9 @@ def evaluate(
         for module in training:
             module.training = True
     agree(error, ranks)
-    confusion, present, scores, spoken = (ranks.sum(x).cpu() for x in (confusion, present, scores, spoken))
+    confusion, present, scores, spoken = (
+        ranks.all_reduce(x).cpu() for x in (confusion, present, scores, spoken)
+    )
     stride = stride or window
     about = describe(tada, dataset, words) | {"scales": [*scales], "flip": flip}
     about |= {"window": window and [*window], "stride": stride and [*stride]}
@@ -149,14 +156,14 @@ def evaluate(
 
 
 def read(
-    tada: Tada, item: Item, words: Words, predict: partial
+    tada: Tada, item: Item, words: TagSource, predict: partial
 ) -> tuple[Prediction | Segmented, list[str] | None]:
     """One picture: what is predicted at its own size, the words it was read with."""
     device = tada.unet.conv_in.weight.device
     image = normalise(item.image[None].to(device))  # (1, 3, h, w)
     some = words(item.path, item.present)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        tags = tada.own_tags(image, None if some is None else [some])
+        tags = tada.resolve_tags(image, None if some is None else [some])
         found = predict(image, tags, size=tuple(item.labels.shape))
     return found, tags and tags[0]
 
@@ -180,11 +187,11 @@ def count(truth: Tensor, predicted: Tensor, K: int) -> Tensor:
 
 def agree(error: DataError | None, ranks: Ranks) -> None:
     """Raise an error of any process in all of them: none waits for one that has left."""
-    for sentence in ranks.join([str(error)] if error else []):
+    for sentence in ranks.all_gather_object([str(error)] if error else []):
         raise DataError(sentence)
 
 
-def describe(tada: Tada, dataset: Dataset, words: Words) -> dict:
+def describe(tada: Tada, dataset: Dataset, words: TagSource) -> dict:
     """What is evaluated. `oracle`: the model is told the truth, so the numbers are a bound and no result."""
     config = tada.config
     about = {"dataset": dataset.name, "split": dataset.split, "split_images": len(dataset)}
@@ -210,7 +217,7 @@ class Result:
     scores: Tensor  # (n, K) logits of the multi-label head
     spoken: Tensor  # (3,) words that name a class in their picture, words, classes in their pictures
     seconds: float
-    segments: Found | None = None  # of a panoptic data set
+    segments: PanopticResult | None = None  # of a panoptic data set
 
     @property
     def iou(self) -> Tensor:
@@ -422,19 +429,19 @@ def write(result: Result, out: Path, file: Path, sha256: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout.reconfigure(errors="backslashreplace")  # a name that it cannot show stops nothing
     options = parse(argv)
-    ranks = connect()
+    ranks = init_distributed()
     try:
         kernels.use(options.kernels)
         run(options, ranks)
     except KeyboardInterrupt:
-        if ranks.first:
+        if ranks.is_main:
             print("stopped: no result was written", file=sys.stderr)
         return 130
     except (TadaError, OSError) as error:
-        if ranks.first or isinstance(error, OSError):  # the others are the same in all processes
+        if ranks.is_main or isinstance(error, OSError):  # the others are the same in all processes
             print(f"eval.py: {error}", file=sys.stderr)
         return 2
-    disconnect()
+    cleanup()
     return 0
 
 
@@ -457,21 +464,21 @@ def run(options: argparse.Namespace, ranks: Ranks) -> None:
     check(dataset, CHECKED)
     n = min(options.limit or len(dataset), len(dataset))
     protocol = {"scales": options.scales, "flip": options.flip, "window": window, "stride": stride}
-    mine = {"workers": options.workers, "rank": ranks.rank, "world": ranks.world, "show": ranks.first}
+    mine = {"workers": options.workers, "rank": ranks.rank, "world": ranks.world, "show": ranks.is_main}
     indices = [i * len(dataset) // n for i in range(n)]
     out = Path(options.out) if options.out else (home or Path()) / f"eval-{options.split}"
     if config.decoder == "mask2former":
         mine |= {**reading, "folder": out / "panoptic", "instances": True}
 
-    with lock(out, "--out") if ranks.first else nullcontext():
+    with lock(out, "--out") if ranks.is_main else nullcontext():
         sha256 = digest(file)
         tada = load_model(file, options.weights, ranks.device)
-        if ranks.first:
+        if ranks.is_main:
             print(kernels.describe(ranks.device))
             put_aside(out)
-        ranks.wait()  # only now may files appear
+        ranks.barrier()  # only now may files appear
         result = evaluate(tada, dataset, words, **protocol, indices=indices, **mine)
-        if ranks.first:
+        if ranks.is_main:
             print(result.as_markdown())
             write(result, out, file, sha256)
             more = ", panoptic.json, panoptic/" if config.decoder == "mask2former" else ""
@@ -499,7 +506,7 @@ def data_folder(home: Path | None, config: TadaConfig) -> str:
     return default_data(config.dataset)
 
 
-def open_dataset_words(tags: str | None, config: TadaConfig, dataset: Dataset, root: str) -> Words:
+def open_dataset_words(tags: str | None, config: TadaConfig, dataset: Dataset, root: str) -> TagSource:
     """The words of training, or those that --tags names instead."""
     if tags and config.condition not in ("caption", "tagging", "oracle"):
         raise TadaError(f"--tags {tags}: a model of condition {config.condition} reads no words of a picture")

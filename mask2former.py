@@ -68,7 +68,7 @@ class Queries(NamedTuple):
         return Queries(*(tuple(x[i : i + 1] for x in part) for part in self))
 
 
-class Found(NamedTuple):
+class PredictedSegment(NamedTuple):
     """One predicted segment."""
 
     id: int  # in the map of ids
@@ -80,7 +80,7 @@ class Panoptic(NamedTuple):
     """At most one segment for each pixel: ids `(H, W)` int64 from 1, 0 = void; every id is listed."""
 
     ids: Tensor
-    segments: list[Found]
+    segments: list[PredictedSegment]
 
 
 class Instances(NamedTuple):
@@ -94,9 +94,8 @@ class Instances(NamedTuple):
 class Mask2Former(nn.Module):
     """Pixel decoder, then `layers` rounds of the queries' masked attention.
 
-    `things` says of each of the K classes whether its instances are told apart. `pixel_decoder`: "deformable"
-    (the paper's), or "fpn", a plain feature pyramid, lighter. `points`: sampled per mask in the loss, at most
-    a quarter of the picture's pixels.
+    `things`: whether each of the K classes has instances. `points`: sampled per mask in the loss, at most a
+    quarter of the image's pixels.
     """
 
     def __init__(
@@ -107,7 +106,6 @@ class Mask2Former(nn.Module):
         heads: int = 8,
         queries: int = 100,
         layers: int = 9,
-        pixel_decoder: str = "deformable",
         pixel_layers: int = 6,
         groups: int = 32,
         points: int = 12_544,
@@ -116,14 +114,8 @@ class Mask2Former(nn.Module):
         assert width % heads == 0 and width % 4 == 0, (
             f"width {width} is not a multiple of {heads} heads, or not of 4, which positions need"
         )
-        assert pixel_decoder in ("deformable", "fpn"), (
-            f"there is no pixel decoder {pixel_decoder!r}: choose 'deformable' or 'fpn'"
-        )
         self.channels, self.things, self.points = tuple(channels), tuple(things), points
-        if pixel_decoder == "deformable":
-            self.pixel_decoder = DeformablePixelDecoder(channels, width, heads, pixel_layers, groups)
-        else:
-            self.pixel_decoder = PyramidPixelDecoder(channels, width, groups)
+        self.pixel_decoder = DeformablePixelDecoder(channels, width, heads, pixel_layers, groups)
         self.level_embed = nn.Parameter(torch.randn(LEVELS, width))
         self.query_features = nn.Parameter(torch.randn(queries, width))
         self.query_places = nn.Parameter(torch.randn(queries, width))
@@ -344,24 +336,6 @@ class DeformablePixelDecoder(nn.Module):
             finest = self.lateral(finest)  # (B, C, H/4, W/4)
             finest = self.output(finest + resize(maps[-1], finest.shape[2:]))
             return self.mask_projection(finest), maps
-
-
-class PyramidPixelDecoder(nn.Module):
-    """The lighter one: a feature pyramid alone."""
-
-    def __init__(self, channels: Sequence[int], width: int, groups: int):
-        super().__init__()
-        self.laterals = nn.ModuleList(lateral(x, width, groups) for x in reversed(channels))
-        self.outputs = nn.ModuleList(output(width, groups) for _ in channels)
-        self.mask_projection = xavier(nn.Conv2d(width, width, 1))
-
-    def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        maps = []  # coarsest first: (B, C, h_i, w_i)
-        for to_width, smooth, x in zip(self.laterals, self.outputs, reversed(features)):
-            x = to_width(x)
-            maps.append(smooth(x + resize(maps[-1], x.shape[2:]) if maps else x))
-        *maps, finest = maps
-        return self.mask_projection(finest), maps
 
 
 def lateral(in_channels: int, width: int, groups: int, bias: bool = False) -> nn.Sequential:
@@ -679,7 +653,7 @@ def panoptic_segments(
             segments[number - 1] = old._replace(score=max(old.score, probability))
         elif good:
             number = len(segments) + 1
-            segments.append(Found(number, label, probability))
+            segments.append(PredictedSegment(number, label, probability))
             if not things[label]:
                 stuff[label] = number
         numbers.append(number if good else 0)

@@ -42,19 +42,21 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+import inference
 import kernels
 from errors import DataError, DataWarning, TadaError, Unreadable
 from eval import scale
 from images.draw import TILE, heat, mosaic, overlay, percent, segment_overlay
 from images.panoptic import to_colours
 from images.read import PICTURES, distinct_colour, fit, read_picture, walk
+from inference import windows
 from loading.augment import normalise, resize, to_tensor
 from loading.tags import LONGEST_CAPTION, LONGEST_TAG, MOST_TAGS, read_tags
 from loading.tags import text as clean
-from model import Size, Tada, TadaConfig, windows
+from model import Size, Tada, TadaConfig
 from run.checkpoint import find_model, load_model, read_about, read_config
 from run.folder import lock
-from run.ranks import Ranks, connect, disconnect
+from run.ranks import Ranks, cleanup, init_distributed
 from run.recipes import add_segment_flags, segment_options
 from weights.words import digest
 
@@ -210,13 +212,13 @@ def predict(tada: Tada, job: Job, options: argparse.Namespace, folder: "Folder")
     image = model_input(picture, small).to(device)  # (1, 3, h, w)
     # As eval.py does: for other scales than 1 every size is made from the picture as it is.
     seen = image if options.scales == [1.0] else model_input(picture, size).to(device)
-    how = config.crop, config.stride, options.scales, options.flip
+    how = {"window": config.crop, "stride": config.stride, "scales": options.scales, "flip": options.flip}
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        tags = tada.own_tags(image, None if job.words is None else [job.words])
+        tags = tada.resolve_tags(image, None if job.words is None else [job.words])
         if config.decoder == "mask2former":
-            found = tada.segment(image, tags, size, **folder.reading)
+            found = inference.segment(tada, image, tags, size=size, **folder.reading)
         else:
-            found = tada.predict(seen, tags, size, small, *how)
+            found = inference.predict(tada, seen, tags, size=size, base=small, **how)
         labels = found.labels[0].byte().cpu().numpy()  # (H, W)
         maps = attention(tada, image, tags)[0].cpu().numpy() if options.attention else None  # (T, h, w)
 
@@ -268,7 +270,7 @@ def attention(tada: Tada, image: Tensor, tags: list[list[str]] | None) -> Tensor
     """`Tada.attention` in the windows that the prediction was made in, averaged where they overlap."""
     total, count = None, image.new_zeros(image.shape[2:])
     for top, left, bottom, right in windows(image.shape[2:], tada.config.crop, tada.config.stride):
-        part = tada.attention(image[..., top:bottom, left:right], tags)
+        part = inference.attention(tada, image[..., top:bottom, left:right], tags)
         if total is None:
             total = part.new_zeros(*part.shape[:2], *image.shape[2:])  # (1, T, h, w)
         total[..., top:bottom, left:right] += part
@@ -411,18 +413,18 @@ def read_list(file: Path) -> dict[str, dict]:
 def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout.reconfigure(errors="backslashreplace")  # a name that it cannot show stops nothing
     options = parse(argv)
-    ranks = connect()
+    ranks = init_distributed()
     try:
         code = run(options, ranks)
     except KeyboardInterrupt:
-        if ranks.first:
+        if ranks.is_main:
             print("stopped: what was written stays, the same command goes on", file=sys.stderr)
         return 130
     except (TadaError, OSError) as error:
-        if ranks.first or isinstance(error, OSError):  # the others are the same in all processes
+        if ranks.is_main or isinstance(error, OSError):  # the others are the same in all processes
             print(f"predict.py: {error}", file=sys.stderr)
         return 2
-    disconnect()
+    cleanup()
     return code
 
 
@@ -444,9 +446,9 @@ def run(options: argparse.Namespace, ranks: Ranks) -> int:
 
     folder = Folder(out, options, digest(file), ranks, reading)
     try:
-        if ranks.first:
+        if ranks.is_main:
             folder.claim()
-        ranks.wait()
+        ranks.barrier()
         return predict_all(folder, found, words, config, file)
     finally:
         folder.release()
@@ -462,16 +464,16 @@ def predict_all(
     """This process's share of the pictures that are not done; 1 if some picture could not be read."""
     options, ranks, out = folder.options, folder.ranks, folder.out
     jobs, todo = folder.plan(found, words)
-    ranks.wait()  # only now may files appear
+    ranks.barrier()  # only now may files appear
     if todo:
         tada = load_model(file, options.weights, ranks.device)
-        if ranks.first:
+        if ranks.is_main:
             print(kernels.describe(ranks.device))
-    if ranks.first and config.weights == "random":
+    if ranks.is_main and config.weights == "random":
         print("random weights: this model knows nothing but what it was trained on")
 
     mine, failed = todo[ranks.rank :: ranks.world], 0
-    with tqdm(mine, "predicting", disable=None if ranks.first else True) as bar:
+    with tqdm(mine, "predicting", disable=None if ranks.is_main else True) as bar:
         for job in bar:
             try:
                 record = predict(tada, job, options, folder)
@@ -479,11 +481,11 @@ def predict_all(
                 failed += 1
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
                 continue
-            if ranks.first and bar.disable:
+            if ranks.is_main and bar.disable:
                 most = [f"{name} {percent(share)}" for name, share in [*record["shares"].items()][:3]]
                 print(f"{out / record['labels']}: {', '.join(most)}")
-    failed = int(ranks.sum(torch.tensor(failed, device=ranks.device)))  # and now all have written all
-    if ranks.first:
+    failed = int(ranks.all_reduce(torch.tensor(failed, device=ranks.device)))  # and now all have written all
+    if ranks.is_main:
         folder.merge()
         done = len(todo) - failed
         print(f"{out}: {done} predicted, {len(jobs) - len(todo)} done before, {failed} unreadable")

@@ -30,7 +30,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import inference
 import kernels
+from assemble import build, parameter_groups
 from data import Dataset, check
 from errors import CheckpointError, RunError, TadaError
 from eval import Result, evaluate
@@ -39,12 +41,12 @@ from images.panoptic import Segment
 from loading.augment import normalise
 from loading.jitter import NOBODY, PanopticBatch, PanopticTrainStream, masks_of
 from loading.stream import Batch, EvaluationStream, TrainStream
-from loading.tags import Words, open_words
+from loading.tags import TagSource, open_words
 from mask2former import Rand, Target
-from model import Tada, build, parameter_groups
+from model import Tada
 from run import checkpoint
 from run.folder import Run, fingerprint, open_run
-from run.ranks import Ranks, connect, disconnect
+from run.ranks import Ranks, cleanup, init_distributed
 from run.recipes import DROPS, config_of, open_set, parse, recipe
 
 SHOWN = 8  # pictures in inputs.jpg and in val/
@@ -61,7 +63,7 @@ def train_step(
     tada: Tada,
     optimizer: torch.optim.Optimizer,
     batches: Sequence[Batch],
-    words: Words,
+    words: TagSource,
     ranks: Ranks,
     clip: float | None = None,
     stopping: bool = False,
@@ -94,11 +96,11 @@ def train_step(
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(trained, clip or math.inf)
     told = torch.stack([*sums.values(), norm.new_tensor(float(stopping))]).double()
-    *losses, stop = ranks.sum(told).tolist()
+    *losses, stop = ranks.all_reduce(told).tolist()
     step = {"loss": sum(losses), **dict(zip(sums, losses, strict=True)), "grad_norm": float(norm)}
     if not all(map(math.isfinite, step.values())):
         wrong = [] if all(x.isfinite() for x in sums.values()) else [p for x in batches for p in x.paths]
-        where = ", ".join(ranks.join(wrong)) or "the gradient alone"
+        where = ", ".join(ranks.all_gather_object(wrong)) or "the gradient alone"
         raise RunError(
             f"not finite: {step}, in {where}: give a lower --lr, or the largest norm with --clip, and --fresh"
         )
@@ -112,7 +114,7 @@ def count_all(
 ) -> dict[str, Tensor]:
     """How many terms each part of the loss has in the global batch, at least 1."""
     counts = [tada.counts(*target) for target in zip(labels, segments, strict=True)]
-    every = ranks.sum(torch.stack([torch.stack(list(x.values())) for x in counts]).sum(dim=0))
+    every = ranks.all_reduce(torch.stack([torch.stack(list(x.values())) for x in counts]).sum(dim=0))
     return dict(zip(counts[0], every.clamp(min=1), strict=True))
 
 
@@ -136,7 +138,7 @@ def points_of(seed: int, position: int, device: torch.device) -> Rand:
     return partial(torch.rand, generator=torch.Generator(device).manual_seed(int(number)))
 
 
-def words_of(batch: Batch, words: Words) -> list[list[str]] | None:
+def words_of(batch: Batch, words: TagSource) -> list[list[str]] | None:
     """The words of each picture of a batch; None where the condition reads none per picture."""
     found = [words(path, present) for path, present in zip(batch.paths, batch.present, strict=True)]
     return None if None in found else found
@@ -163,7 +165,7 @@ def loop(
     """Train from `state` to the last iteration; the exit code."""
     ranks, model = run.ranks, tada
     if options.compile:
-        tada.features = torch.compile(tada.features, options=COMPILE)
+        tada.run_unet = torch.compile(tada.run_unet, options=COMPILE)
         tada.decoder.compile(options=COMPILE)
     if ranks.world > 1:
         devices = [ranks.device.index] if ranks.device.type == "cuda" else None
@@ -252,7 +254,7 @@ def judge(
         said = f"PQ {mean['PQ']:.4f} SQ {mean['SQ']:.4f} RQ {mean['RQ']:.4f} "
     run.log({"step": state.step, "val": metrics})
     run.say(f"step {state.step} val {said}mIoU {result.mIoU:.4f} pixel accuracy {result.pixel_accuracy:.4f}")
-    if run.ranks.first:
+    if run.ranks.is_main:
         draw_val(run, tada, sets, state.step)
     before, state.judged = state.best, True
     if not before or metrics[measure] > before[measure]:
@@ -271,7 +273,7 @@ def keep(run: Run, tada: Tada, state: "State", metrics: dict[str, float], final:
     left of its end.
     """
     tensors, written = training_state(state.optimizer, run.ranks), True
-    if run.ranks.first:
+    if run.ranks.is_main:
         facts = {"step": state.step, "best": state.best, "judged": state.judged}
         try:
             folder = checkpoint.write_step(
@@ -284,7 +286,7 @@ def keep(run: Run, tada: Tada, state: "State", metrics: dict[str, float], final:
                 raise
             run.say(f"no checkpoint at step {state.step}: {error}")
             written = False
-    run.ranks.wait()
+    run.ranks.barrier()
     return written
 
 
@@ -349,14 +351,14 @@ def log_line(entry: dict, options: argparse.Namespace) -> str:
 def training_state(optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, Tensor]:
     """AdamW's moments by parameter name (rank 0 alone, which writes them), every rank's random state."""
     tensors = {}
-    for group in optimizer.param_groups if ranks.first else ():  # they are the same everywhere
+    for group in optimizer.param_groups if ranks.is_main else ():  # they are the same everywhere
         for name, p in zip(group["names"], group["params"], strict=True):
             for key, value in optimizer.state[p].items():
                 tensors[f"optimizer/{name}/{key}"] = value.detach().cpu().contiguous()
-    for rank, state in enumerate(ranks.gather(torch.get_rng_state().to(ranks.device))):
+    for rank, state in enumerate(ranks.all_gather(torch.get_rng_state().to(ranks.device))):
         tensors[f"rng/{rank}/cpu"] = state.cpu()
     if ranks.device.type == "cuda":
-        for rank, state in enumerate(ranks.gather(torch.cuda.get_rng_state().to(ranks.device))):
+        for rank, state in enumerate(ranks.all_gather(torch.cuda.get_rng_state().to(ranks.device))):
             tensors[f"rng/{rank}/cuda"] = state.cpu()
     return tensors
 
@@ -423,14 +425,16 @@ def draw_val(run: Run, tada: Tada, sets: "Sets", step: int) -> None:
         image = normalise(item.image[None].to(run.ranks.device))
         words = sets.val_words(item.path, item.present)
         if tada.config.tags == "clip":
-            words = [word for word, _ in tada.tag(image)[0]]
+            words = [word for word, _ in tada.zero_shot_tags(image)[0]]
         steering = None if words is None else [words]
         with torch.autocast(image.device.type, torch.bfloat16, enabled=image.is_cuda):
             if tada.config.decoder == "mask2former":
-                ids, segments = tada.segment(image, steering).panoptic[0]
+                ids, segments = inference.segment(tada, image, steering).panoptic[0]
                 target = ids.cpu().numpy(), segments
             else:
-                seen = tada.predict(image, steering, window=tada.config.crop, stride=tada.config.stride)
+                seen = inference.predict(
+                    tada, image, steering, window=tada.config.crop, stride=tada.config.stride
+                )
                 target = seen.labels[0].byte().cpu().numpy()
         shown.append((item.image.permute(1, 2, 0).numpy(), target, words))
     tada.train()
@@ -463,8 +467,8 @@ class Sets:
 
     train: Dataset
     val: Dataset
-    train_words: Words
-    val_words: Words
+    train_words: TagSource
+    val_words: TagSource
 
 
 @dataclass
@@ -493,12 +497,12 @@ def train_in(run: Run, options: argparse.Namespace) -> int:
     train_set, val_set = (
         open_set(options.dataset, options.data, split, options.decoder) for split in ("train", "val")
     )
-    if ranks.first:
+    if ranks.is_main:
         for dataset in (train_set, val_set):
             run.say(str(check(dataset)))
     config = config_of(options, train_set)
-    frozen = checkpoint.frozen_digests(config) if ranks.first else {}
-    last = open_run(run, options, config, fingerprint(options, train_set, frozen) if ranks.first else {})
+    frozen = checkpoint.frozen_digests(config) if ranks.is_main else {}
+    last = open_run(run, options, config, fingerprint(options, train_set, frozen) if ranks.is_main else {})
 
     torch.manual_seed(options.seed)  # the same first weights on every rank
     tada = build(config, ranks.device)
@@ -538,7 +542,9 @@ def resume(run: Run, tada: Tada, state: State, folder: Path) -> None:
     known = restore_training(tensors, state.optimizer, run.ranks)
     state.step, state.best, state.judged = facts["step"], facts["best"], facts.get("judged", True)
     best = run.folder / checkpoint.step_name(state.best["step"]) if state.best else None
-    if run.ranks.first and best and best.is_dir():  # a crash may have come before the link, or a copy lost it
+    if (
+        run.ranks.is_main and best and best.is_dir()
+    ):  # a crash may have come before the link, or a copy lost it
         checkpoint.point(run.folder, "best", best.name)
     run.cut_log(state.step + 0.5 * state.judged)
     more = "" if known else "; ranks that were not there before get new random states"
@@ -547,7 +553,7 @@ def resume(run: Run, tada: Tada, state: State, folder: Path) -> None:
 
 def rehearse(run: Run, options: argparse.Namespace, tada: Tada, sets: Sets) -> None:
     """What would fail after hours, at once: inputs.jpg, and two evaluation batches."""
-    if run.ranks.first:
+    if run.ranks.is_main:
         stream = training_stream(options, tada, sets.train, min(SHOWN, options.batch))
         batches = stream.batches()
         draw_inputs(run, sets, next(batches))
@@ -574,16 +580,16 @@ def evaluate_val(
 
 def words_of_sets(
     run: Run, tada: Tada, options: argparse.Namespace, train_set: Dataset, val_set: Dataset
-) -> tuple[Words, Words]:
+) -> tuple[TagSource, TagSource]:
     """Where the words of training and of validation pictures come from; CLIP tags the former once, here."""
     paths = [dataset.path(i) for dataset in (train_set, val_set) for i in range(len(dataset))]
     words = open_words(options.condition, options.tags, train_set.prompts, options.data, paths)
     if options.tags != "clip":
         if words.table:
-            tada.learn(sorted({word for some in words.table.values() for word in some}), keep=True)
+            tada.cache_words(sorted({word for some in words.table.values() for word in some}), keep=True)
         return words, words
     table = tag_all(run, tada, train_set, options)
-    return Words("clip", train_set.prompts, table), words
+    return TagSource("clip", train_set.prompts, table), words
 
 
 def tag_all(run: Run, tada: Tada, dataset: Dataset, options: argparse.Namespace) -> dict[str, list[str]]:
@@ -592,18 +598,18 @@ def tag_all(run: Run, tada: Tada, dataset: Dataset, options: argparse.Namespace)
     A file of an earlier start of this run is taken as it is.
     """
     file = run.folder / "tags-train.jsonl"
-    if run.ranks.first and not file.is_file():
+    if run.ranks.is_main and not file.is_file():
         run.say(f"tagging {len(dataset):,} training pictures with CLIP")
         box = tada.config.box or (None, None)
         stream = EvaluationStream(dataset, *box, options.workers, run.ranks.device.type)
         lines = []
         for item in tqdm(stream.items(range(len(dataset))), total=len(dataset), desc="tagging", disable=None):
-            found = tada.tag(normalise(item.image[None].to(run.ranks.device)))[0]
+            found = tada.zero_shot_tags(normalise(item.image[None].to(run.ranks.device)))[0]
             lines.append(json.dumps({"image": item.path, "tags": found}) + "\n")
         new = file.with_suffix(".tmp")
         new.write_text("".join(lines))
         os.replace(new, file)
-    run.ranks.wait()
+    run.ranks.barrier()
     entries = map(json.loads, file.read_text().splitlines())
     return {entry["image"]: [tag for tag, _ in entry["tags"]] for entry in entries}
 
@@ -635,7 +641,7 @@ def describe(run: Run, options: argparse.Namespace, tada: Tada) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     torch.set_num_threads(options.threads)
-    ranks = connect()
+    ranks = init_distributed()
     try:
         kernels.use(options.kernels)
         code = train(options, ranks)
@@ -646,10 +652,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"train.py: {error}: give a larger --accumulate, or --checkpoint-activations", file=sys.stderr)
         return 2
     except (TadaError, OSError) as error:
-        if ranks.first or not isinstance(error, RunError):  # rank 0 has every one of those
+        if ranks.is_main or not isinstance(error, RunError):  # rank 0 has every one of those
             print(f"train.py: {error}", file=sys.stderr)
         return 2
-    disconnect()
+    cleanup()
     return code
 
 

@@ -96,7 +96,7 @@ class UNet(nn.Module):
         latent `(B, 4, h, w)`, h and w multiples of 8; t `(B,)` int64 in 0..999; context `(B, L, 768)`, 1 <= L
         <= 1024; lengths `(B,)`: how many context tokens of each image are real (1..L), None = all of them.
         """
-        return self.walk(latent, t, context, lengths, False)[0]
+        return self._forward(latent, t, context, lengths, False)[0]
 
     def features_and_attention(
         self, latent: Tensor, t: Tensor, context: Tensor, lengths: Tensor | None = None
@@ -106,9 +106,9 @@ class UNet(nn.Module):
         The mean over the heads and over the layers of one size, on the way down and up; the middle block is
         left out (VPD vpd/models.py, `AttentionStore`). float32, the sum over the L tokens is 1.
         """
-        return self.walk(latent, t, context, lengths, True)
+        return self._forward(latent, t, context, lengths, True)
 
-    def walk(
+    def _forward(
         self, latent: Tensor, t: Tensor, context: Tensor, lengths: Tensor | None, look: bool
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Down, through the middle and up: the four maps and, if one is to `look`, those of the attention."""
@@ -121,26 +121,30 @@ class UNet(nn.Module):
         attention: list[list[Tensor | None]] = [[] for _ in self.down_blocks]  # of each level's layers
         for level, of_level in zip(self.down_blocks, attention, strict=True):
             for i, resnet in enumerate(level.resnets):
-                x = self.run(resnet, x, time)
+                x = self._maybe_checkpoint(resnet, x, time)
                 if level.attentions:
-                    x, attended = self.run(level.attentions[i], x, *next(keys_values), lengths, look)
+                    x, attended = self._maybe_checkpoint(
+                        level.attentions[i], x, *next(keys_values), lengths, look
+                    )
                     of_level.append(attended)
                 skips.append(x)
             if level.downsamplers:
                 x = level.downsamplers(x)
                 skips.append(x)
 
-        x = self.run(self.mid_block.resnets[0], x, time)  # (B, 1280, h/8, w/8)
-        x, _ = self.run(self.mid_block.attentions[0], x, *next(keys_values), lengths, False)
-        x = self.run(self.mid_block.resnets[1], x, time)
+        x = self._maybe_checkpoint(self.mid_block.resnets[0], x, time)  # (B, 1280, h/8, w/8)
+        x, _ = self._maybe_checkpoint(self.mid_block.attentions[0], x, *next(keys_values), lengths, False)
+        x = self._maybe_checkpoint(self.mid_block.resnets[1], x, time)
 
         maps = []
         for level, of_level in zip(self.up_blocks, reversed(attention), strict=True):
             for i, resnet in enumerate(level.resnets):
                 x = torch.cat([x, skips.pop()], dim=1)
-                x = self.run(resnet, x, time)
+                x = self._maybe_checkpoint(resnet, x, time)
                 if level.attentions:
-                    x, attended = self.run(level.attentions[i], x, *next(keys_values), lengths, look)
+                    x, attended = self._maybe_checkpoint(
+                        level.attentions[i], x, *next(keys_values), lengths, look
+                    )
                     of_level.append(attended)
                 if i == TAP:
                     maps.append(x)
@@ -159,7 +163,7 @@ class UNet(nn.Module):
         parts = [rearrange(x, "B L (n d) -> B L n d", n=self.config.heads) for x in parts]
         return zip(parts[::2], parts[1::2], strict=True)
 
-    def run(self, block: nn.Module, *inputs: Tensor | bool | None) -> Any:
+    def _maybe_checkpoint(self, block: nn.Module, *inputs: Tensor | bool | None) -> Any:
         """The block's output; its activations are recomputed in the backward pass if asked."""
         if self.checkpoint_activations and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
@@ -275,7 +279,7 @@ class TransformerBlock(nn.Module):
         x = x + self.attn1(x_norm, *self.attn1.keys_values(x_norm))
         x_norm = self.norm2(x)
         x = x + self.attn2(x_norm, k, v, lengths)
-        attended = self.attn2.look(x_norm, k, lengths) if look else None  # (B, h w, L)
+        attended = self.attn2.attention_weights(x_norm, k, lengths) if look else None  # (B, h w, L)
         return x + self.ff(self.norm3(x)), attended
 
 
@@ -301,7 +305,7 @@ class Attention(nn.Module):
         """k and v `(B, M, n, d)`."""
         return self.split(self.to_k(tokens)), self.split(self.to_v(tokens))
 
-    def look(self, x: Tensor, k: Tensor, lengths: Tensor | None) -> Tensor:
+    def attention_weights(self, x: Tensor, k: Tensor, lengths: Tensor | None) -> Tensor:
         """How much each pixel attends to each token, the mean of the heads `(B, N, M)` float32."""
         return attention_maps(self.split(self.to_q(x)), k, lengths)
 

@@ -130,7 +130,7 @@ def spans(table: np.ndarray) -> str:
     return ", ".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
-def values(raw: Iterable[int], ignored: Iterable[int]) -> np.ndarray:
+def label_table(raw: Iterable[int], ignored: Iterable[int]) -> np.ndarray:
     """A table raw value 0..255 -> train id, 255 = ignore, -1 = illegal. Raw 255 always means ignore."""
     table = np.full(256, -1, np.int16)
     table[[*ignored, IGNORE]] = IGNORE

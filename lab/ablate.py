@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +33,8 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from adapter import Condition
+from assemble import build, make_decoder, parameter_groups
 from decoders import resize
 from errors import TadaError
 from eval import Result, count, known, percent
@@ -39,14 +42,7 @@ from images import scenes
 from images.draw import INK, PAPER, mosaic, overlay, wrapped
 from loading.augment import normalise
 from loading.stream import Order, classes_in, randomness
-from model import (
-    Seen,
-    Tada,
-    TadaConfig,
-    build,
-    make_decoder,
-    parameter_groups,
-)
+from model import Output, Tada, TadaConfig, Tags
 from run.folder import lock
 from train import learning_rate
 from unet import UNet
@@ -133,11 +129,35 @@ def configuration(row: Row) -> TadaConfig:
 # ---- the pictures
 
 
+class FrozenFeatures(NamedTuple):
+    """What the frozen parts make of images: noised latent `(B, 4, h, w)`, CLIP's image tokens `(B, M, C)` and
+    embedding `(B, E)`.
+    """
+
+    latent: Tensor
+    tokens: Tensor
+    embedding: Tensor
+
+
+@torch.no_grad()
+def encode_image(tada: Tada, image: Tensor) -> FrozenFeatures:
+    """The first half of `Tada.forward`, to be cached: image `(B, 3, H, W)` in [-1, 1]."""
+    return FrozenFeatures(tada.noised(tada.vae.encode(tada.padded(image))), *tada.clip.image(image))
+
+
+def forward_cached(tada: Tada, seen: FrozenFeatures, tags: Tags | None) -> Output:
+    """`Tada.forward` from cached features; a condition that does not use them ignores them."""
+    with torch.no_grad():
+        text = tada.text(tags)
+    condition: Condition = tada.adapter(seen.tokens, seen.embedding, text)
+    return Output(tada.decoder(tada.unet_features(seen.latent, condition)), condition)
+
+
 @dataclass
 class Pictures:
     """What the frozen parts make of n pictures, their labels `(n, H, W)` uint8, and CLIP's tags of each."""
 
-    seen: Seen
+    seen: FrozenFeatures
     labels: Tensor
     tags: list[list[str]]
 
@@ -160,9 +180,8 @@ def look(tada: Tada, indices: Sequence[int], ambiguity: float, mirrored: bool) -
     views, tags = [], torch.full((len(image), len(scenes.CLASSES)), -1)
     for rows in torch.arange(len(image)).split(EVALUATED):
         part = normalise(image[rows])
-        with torch.no_grad():
-            views.append(tada.see(part))
-        for i, found in zip(rows.tolist(), tada.tag(part), strict=True):
+        views.append(encode_image(tada, part))
+        for i, found in zip(rows.tolist(), tada.zero_shot_tags(part), strict=True):
             tags[i, : len(found)] = torch.tensor([scenes.CLASSES.index(word) for word, _ in found])
     latent, tokens, embedding = (torch.cat(parts).contiguous() for parts in zip(*views, strict=True))
     return {"latent": latent, "tokens": tokens, "embedding": embedding, "labels": labels, "tags": tags}
@@ -171,7 +190,7 @@ def look(tada: Tada, indices: Sequence[int], ambiguity: float, mirrored: bool) -
 def read_pictures(file: Path) -> Pictures:
     x = load_file(file)
     tags = [[scenes.CLASSES[k] for k in row if k >= 0] for row in x["tags"].tolist()]
-    return Pictures(Seen(x["latent"], x["tokens"], x["embedding"]), x["labels"], tags)
+    return Pictures(FrozenFeatures(x["latent"], x["tokens"], x["embedding"]), x["labels"], tags)
 
 
 def picture_file(folder: Path, split: str, ambiguity: float) -> Path:
@@ -225,8 +244,8 @@ def train(tada: Tada, pictures: Pictures, steps: int, seed: int) -> None:
     tada.train()
 
     def loss(rows: Tensor) -> Tensor:
-        seen = Seen(*(x[rows] for x in pictures.seen))
-        output = tada(None, pictures.words(tada.config.tags, rows.tolist()), seen)
+        seen = FrozenFeatures(*(x[rows] for x in pictures.seen))
+        output = forward_cached(tada, seen, pictures.words(tada.config.tags, rows.tolist()))
         parts = tada.loss(output, pictures.labels[rows].long())
         return sum(total / number for total, number in parts.values())
 
@@ -254,7 +273,7 @@ def judge(tada: Tada, pictures: Pictures, other: bool = False) -> tuple[Result, 
     confusion, scores, found = torch.zeros(K, K, dtype=torch.int64), torch.zeros(n, K), []
     for rows in torch.arange(n).split(EVALUATED):
         told = pictures.words(config.tags, ((rows + other) % n).tolist())
-        output = tada(None, told, Seen(*(x[rows] for x in pictures.seen)))
+        output = forward_cached(tada, FrozenFeatures(*(x[rows] for x in pictures.seen)), told)
         labels = tada.decoder.labels(output.prediction, tuple(pictures.labels.shape[1:]))
         confusion += count(pictures.labels[rows], labels, K)
         found.append(labels.byte())
@@ -267,8 +286,8 @@ def judge(tada: Tada, pictures: Pictures, other: bool = False) -> tuple[Result, 
 
 def probe(train: Pictures, test: Pictures, steps: int, seed: int) -> Result:
     """One linear layer from each of CLIP's 8x8 image tokens to the classes: what its view alone decides."""
-    side = int((train.seen.image_tokens.shape[1] - 1) ** 0.5)
-    maps = [x.seen.image_tokens[:, 1:].mT.unflatten(2, (side, side)) for x in (train, test)]  # (n, C, 8, 8)
+    side = int((train.seen.tokens.shape[1] - 1) ** 0.5)
+    maps = [x.seen.tokens[:, 1:].mT.unflatten(2, (side, side)) for x in (train, test)]  # (n, C, 8, 8)
     torch.manual_seed(seed)
     layer = nn.Conv2d(maps[0].shape[1], len(scenes.CLASSES), 1)
 

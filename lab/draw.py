@@ -20,8 +20,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from assemble import prior
 from errors import WeightsError
-from model import prior
 from unet import TIMES, UNet, alphas_cumprod
 
 FORMATS = (".png", ".jpg", ".jpeg", ".webp")

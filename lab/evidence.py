@@ -22,13 +22,13 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from assemble import prior
 from clip import CLIP, TEMPLATES, Tokenizer, name_vectors, zero_shot
 from eval import average_precision
 from images import scenes
 from images.draw import INK, PAPER, mosaic
 from lab.draw import ddim_times, sample
 from lab.pretrain import FILES, RECORD, Pictures, caption, draw_pictures
-from model import prior
 from run.checkpoint import replace_text
 from unet import TIMES, UNet, alphas_cumprod
 from vae import VAE

@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from assemble import part_configs
 from clip import CLIP, END, PROMPT, START, TEMPLATES, CLIPConfig, Tokenizer
 from errors import RunError, TadaError, WeightsError
 from images import scenes
-from model import part_configs
 from run.checkpoint import replace_text, sync
 from run.folder import commit, lock
 from unet import TIMES, UNet, UNetConfig, alphas_cumprod

@@ -61,7 +61,7 @@ def read_tags(file: str | Path, root: str | Path, known: Collection[str]) -> Tag
     return result
 
 
-class Words:
+class TagSource:
     """The words of each picture of a data set, from where `--tags` says."""
 
     def __init__(self, tags: str, prompts: Sequence[str], table: dict[str, list[str]] | None = None):
@@ -79,13 +79,13 @@ class Words:
 
 def open_words(
     condition: str, tags: str, prompts: Sequence[str], root: str | Path, paths: Collection[str]
-) -> Words:
+) -> TagSource:
     """`tags` is "classes", "clip", "oracle" or a tag file, of which condition "caption" takes the captions.
 
     Raises DataError if the file cannot be read or lacks one of the pictures at `paths`.
     """
     if tags in ("classes", "clip", "oracle"):
-        return Words(tags, prompts)
+        return TagSource(tags, prompts)
     found = read_tags(tags, root, paths)
     if condition == "caption":
         table = {path: [caption] for path, caption in found.captions.items()}
@@ -97,7 +97,7 @@ def open_words(
         raise DataError(
             f"{tags} has no {what} for {len(lacking)} of {len(paths)} pictures, such as {lacking[0]}"
         )
-    return Words(tags, prompts, table)
+    return TagSource(tags, prompts, table)
 
 
 def parse_tags(line: bytes, root: str) -> tuple[str, list[tuple[str, float]], str]:

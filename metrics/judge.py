@@ -1,8 +1,8 @@
 """What a model finds is counted: PQ, SQ, RQ, AP of things, and the files that COCO's server takes.
 
-    judge = Judge(dataset, "mask2former", folder=out / "panoptic", instances=True)
+    judge = PanopticEvaluator(dataset, "mask2former", folder=out / "panoptic", instances=True)
     judge.add(item, ids, segments, instances)  # every picture of this process, at its own size
-    found = judge.end(ranks)                   # `Found`, the same in all processes
+    found = judge.end(ranks)                   # `PanopticResult`, the same in all processes
 
 The measures are panoptic.py's. A semantic decoder is judged too, by the connected components of its classes:
 what a panoptic decoder must beat.
@@ -29,7 +29,7 @@ GROUPS = ("all", "things", "stuff")
 
 
 @dataclass
-class Found:
+class PanopticResult:
     """The segments of all pictures, measured."""
 
     how: str  # what made the segments of a picture
@@ -48,7 +48,7 @@ class Found:
         return {"segments": self.how, **known} | ({"AP": None} if self.lacking else {})
 
 
-class Judge:
+class PanopticEvaluator:
     """Counts one process's pictures; with a `folder` it also writes their ids, as PNGs.
 
     They lie beside the folder, in `.tmp-` and its name, until all are there: neither may be there before.
@@ -92,16 +92,18 @@ class Judge:
             self.results += coco_results(image_id, things, categories)
             self.truth += coco_truth(image_id, item.ids, item.segments, categories)
 
-    def end(self, ranks: Ranks) -> Found:
+    def end(self, ranks: Ranks) -> PanopticResult:
         """The measures of all processes' pictures; rank 0 names the folder and writes the JSON beside it."""
-        counts = ranks.sum(self.counts.to(ranks.device)).cpu()
+        counts = ranks.all_reduce(self.counts.to(ranks.device)).cpu()
         images, entries, truth, results = (
-            ranks.join(x) for x in (self.images, self.entries, self.truth, self.results)
+            ranks.all_gather_object(x) for x in (self.images, self.entries, self.truth, self.results)
         )
         precision = None
         if self.instances:
             precision = average_precision(images, truth, results, self.dataset.categories)
-        if self.folder is not None and ranks.first:
+        if self.folder is not None and ranks.is_main:
             os.rename(self.new, self.folder)
             write_annotations(self.folder.with_suffix(".json"), self.dataset.categories, images, entries)
-        return Found(self.how, Quality(counts, self.dataset.categories.things), precision, self.lacking)
+        return PanopticResult(
+            self.how, Quality(counts, self.dataset.categories.things), precision, self.lacking
+        )

@@ -21,10 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import weights.load as official
+import weights.load as weights_loader
+from assemble import SCALE_FILE, assemble, part_configs
 from clip import CLIP, Tokenizer
 from errors import CheckpointError
-from model import SCALE_FILE, Tada, TadaConfig, assemble, part_configs
+from model import Tada, TadaConfig
 from unet import UNet
 from vae import VAE
 from weights.words import digest, prior_files
@@ -100,7 +101,7 @@ def load_model(path: str | Path, weights: str | None = None, device: torch.devic
         tada = assemble(config, vae, unet, clip, tokenizer, empty, classes, names)
     for name in about["frozen"]:  # the very files whose hash was compared
         if name.endswith(".safetensors"):
-            official.load(getattr(tada, name.split("/")[0]), folder / name)
+            weights_loader.load(getattr(tada, name.split("/")[0]), folder / name)
     # Copies lie in memory as a built model's tensors do: on the CPU the last digits depend on that.
     own = {name: x.clone() for name, x in fitting(tada, file).items()}
     tada.load_state_dict({**tada.state_dict(), **own}, strict=True, assign=True)
@@ -143,16 +144,26 @@ def read_about(file: Path) -> dict:
     return about
 
 
+REMOVED = {"pixel_decoder": "deformable"}  # settings of older checkpoints -> the only value still supported
+
+
 def read_config(entries: dict, file: Path) -> TadaConfig:
+    """The settings of a checkpoint. Raises CheckpointError for one that this code does not have."""
+    for name, supported in REMOVED.items():
+        if entries.get(name, supported) != supported:
+            raise CheckpointError(
+                f"{file} has {name} {entries[name]!r}, only {supported!r} is still supported: use TADA 0.1.0"
+            )
+    entries = {name: as_tuples(value) for name, value in entries.items() if name not in REMOVED}
     unknown = sorted(set(entries) - {field.name for field in fields(TadaConfig)})
     if unknown:
-        raise CheckpointError(f"{file} has the unknown settings {', '.join(unknown)}: use a newer TADA")
-    return TadaConfig(**{name: tuples(value) for name, value in entries.items()})
+        raise CheckpointError(f"{file} has unknown settings {', '.join(unknown)}: use a newer TADA")
+    return TadaConfig(**entries)
 
 
-def tuples(value: object) -> object:
+def as_tuples(value: object) -> object:
     """JSON's lists as the tuples they were."""
-    return tuple(map(tuples, value)) if isinstance(value, list) else value
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
 
 
 # ---- the folder of a step

@@ -65,7 +65,7 @@ class Run:
         self.lock = None
 
     def say(self, line: str) -> None:
-        if self.ranks.first:
+        if self.ranks.is_main:
             with suppress(OSError):  # nobody listens any more: the log has it all
                 tqdm.write(line)
                 sys.stdout.flush()
@@ -82,7 +82,7 @@ class Run:
 
     def log(self, entry: dict) -> None:
         """Add a line to log.jsonl. A full disk stops no run."""
-        if self.ranks.first:
+        if self.ranks.is_main:
             try:
                 with (self.folder / "log.jsonl").open("a") as f:
                     f.write(json.dumps(entry) + "\n")
@@ -92,7 +92,7 @@ class Run:
     def cut_log(self, step: float) -> None:
         """Forget what was logged beyond `step`, in the count of `line_step`: it will be made again."""
         file = self.folder / "log.jsonl"
-        if self.ranks.first and file.is_file():
+        if self.ranks.is_main and file.is_file():
             lines = file.read_text().splitlines()
             kept = [line for line in lines if line_step(line) <= step]
             if kept != lines:
@@ -117,7 +117,7 @@ def open_run(run: Run, options: argparse.Namespace, config: TadaConfig, data: di
     options or data, or one of which no step is whole.
     """
     last = None
-    if run.ranks.first:
+    if run.ranks.is_main:
         run.claim()
         if options.fresh and (steps(run.folder) or (run.folder / "config.json").exists()):
             put_aside(run)
@@ -138,7 +138,7 @@ def open_run(run: Run, options: argparse.Namespace, config: TadaConfig, data: di
             for name in ("log.jsonl", "tags-train.jsonl"):
                 (run.folder / name).unlink(missing_ok=True)
         replace_text(run.folder / "config.json", json.dumps(now, indent=1))
-    return run.ranks.join([last] if run.ranks.first else [])[0]
+    return run.ranks.all_gather_object([last] if run.ranks.is_main else [])[0]
 
 
 def refuse_copies(folder: Path) -> None:

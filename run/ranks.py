@@ -20,17 +20,17 @@ class Ranks(NamedTuple):
     device: torch.device
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor) -> Tensor:
         """The elementwise sum over all processes."""
         if self.world > 1:
             x = x.clone()
             dist.all_reduce(x)
         return x
 
-    def gather(self, x: Tensor) -> list[Tensor]:
+    def all_gather(self, x: Tensor) -> list[Tensor]:
         """Every process's tensor, in the order of ranks; the shapes must be equal."""
         if self.world == 1:
             return [x]
@@ -38,20 +38,20 @@ class Ranks(NamedTuple):
         dist.all_gather(every, x)
         return every
 
-    def join(self, part: list) -> list:
+    def all_gather_object(self, part: list) -> list:
         """The lists of all processes, one after the other; of any objects, so few of them."""
         parts = [part] * self.world
         if self.world > 1:
             dist.all_gather_object(parts, part)
         return [x for part in parts for x in part]
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until every process is here."""
         if self.world > 1:
             dist.barrier()
 
 
-def connect() -> Ranks:
+def init_distributed() -> Ranks:
     """Join the processes that torchrun started (its RANK, WORLD_SIZE, LOCAL_RANK), or be the only one.
 
     The device is this process's own GPU, or the CPU where there is none.
@@ -72,7 +72,7 @@ def connect() -> Ranks:
     return Ranks(rank, world, device)
 
 
-def disconnect() -> None:
+def cleanup() -> None:
     """Leave the others, if there are any, when all of them leave.
 
     After an error one must not: NCCL waits here for the others, who wait for this one. It just ends, and

@@ -108,8 +108,6 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--weights", metavar="DIR", help="the prior, or `random`; * weights/<model>")
     decoders = "mask2former needs instances, as scenes have; * coco-panoptic, panoptic: mask2former, else fpn"
     model.add_argument("--decoder", choices=["fpn", "upernet", "mask2former"], help=decoders)
-    pixels = "of mask2former: its own, or a lighter one; * deformable"
-    model.add_argument("--pixel-decoder", choices=["deformable", "fpn"], help=pixels)
     conditions = ["none", "caption", "classes", "implicit", "tagging", "oracle"]
     model.add_argument(
         "--condition", choices=conditions, default="tagging", help="a row of the paper's Table 5"
@@ -209,7 +207,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "model": model,
         "weights": f"weights/{model}",
         "decoder": decoder,
-        "pixel_decoder": "deformable" if decoder == "mask2former" else None,
         "tags": default_tags(dataset, condition),
         "dropout": r.dropout,
         "preset": None,
@@ -286,8 +283,6 @@ def refuse_nonsense(p: argparse.ArgumentParser, o: argparse.Namespace) -> None:
             f"--decoder mask2former needs instances, and {o.dataset} has none: "
             f"choose --dataset {', '.join(PANOPTIC_LAYOUTS)} or scenes"
         )
-    if o.pixel_decoder and o.decoder != "mask2former":
-        p.error(f"--pixel-decoder {o.pixel_decoder} is a part of --decoder mask2former: leave it out")
     if o.condition in ("none", "classes", "implicit") and o.tags != "classes":
         p.error(f"--condition {o.condition} takes no words per picture: leave --tags {o.tags} out")
 
@@ -306,11 +301,9 @@ def config_of(options: argparse.Namespace, dataset: Dataset) -> TadaConfig:
         "tag_loss_weight timestep noise scale_latent attention_maps freeze_unet dropout crop"
     )
     things = dataset.categories.things.tolist() if isinstance(dataset, PanopticDataset) else ()
-    pixels = {"pixel_decoder": options.pixel_decoder} if options.pixel_decoder else {}
     return TadaConfig(
         classes=tuple(dataset.classes),
         things=tuple(things),
-        **pixels,
         prompts=tuple(dataset.prompts),
         palette=tuple(tuple(map(int, colour)) for colour in dataset.palette),
         box=box,

@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from adapter import Caption, Classes, Implicit, Oracle, Tagging, Text, Unconditional, asymmetric_loss, present
+from adapter import (
+    Caption,
+    Classes,
+    Implicit,
+    Oracle,
+    Tagging,
+    Text,
+    Unconditional,
+    asymmetric_loss,
+    multi_hot,
+)
 from errors import ModelError
 
 C, K, P, N, T, Q, HEADS = 16, 5, 9, 6, 4, 3, 2  # width, classes, tokens of "", image tokens, tags, queries
@@ -520,7 +530,7 @@ def test_present_lists_the_classes_of_each_crop():
     labels[0, :, :3] = 255
     labels[1] = torch.where(labels[1] == 2, 255, labels[1])
     labels[2] = K - 1
-    targets = present(labels, K)
+    targets = multi_hot(labels, K)
     assert targets.shape == (3, K) and targets.dtype == torch.float32
     for row in range(3):
         seen = set(labels[row].flatten().tolist()) - {255}
@@ -531,12 +541,12 @@ def test_present_lists_the_classes_of_each_crop():
 def test_present_in_ignored_crops():
     """A crop of ignored pixels has no class and a finite loss; 255 classes leave room for the ignored."""
     nothing = torch.full((2, 3, 5), 255)
-    assert torch.equal(present(nothing, K), torch.zeros(2, K))
-    assert torch.equal(present(nothing, 255), torch.zeros(2, 255))
-    assert present(torch.full((1, 2, 2), 254), 255)[0, 254] == 1
-    assert asymmetric_loss(torch.randn(2, K), present(nothing, K))[0].isfinite()
+    assert torch.equal(multi_hot(nothing, K), torch.zeros(2, K))
+    assert torch.equal(multi_hot(nothing, 255), torch.zeros(2, 255))
+    assert multi_hot(torch.full((1, 2, 2), 254), 255)[0, 254] == 1
+    assert asymmetric_loss(torch.randn(2, K), multi_hot(nothing, K))[0].isfinite()
     with pytest.raises(AssertionError, match="256 classes"):
-        present(nothing, 256)
+        multi_hot(nothing, 256)
 
 
 # What is refused

@@ -16,11 +16,11 @@ from PIL import Image
 
 from data import CheckError, check, open_dataset
 from errors import DataError, DataWarning, Unreadable
-from images.read import distinct_colour, fit, read_labels, read_picture, values
+from images.read import distinct_colour, fit, label_table, read_labels, read_picture
 from loading.stream import TrainStream
 from loading.tags import read_tags
 
-ANY = values(range(255), ())  # a table that refuses nothing
+ANY = label_table(range(255), ())  # a table that refuses nothing
 
 # ---- material --------------------------------------------------------------------------------------------
 

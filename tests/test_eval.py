@@ -26,16 +26,19 @@ from PIL import Image
 from test_data import damage, noise, save
 
 import eval as module
+import inference
+from assemble import build
 from data import open_dataset
 from errors import DataError, TadaError
 from eval import Result, average_precision, count, evaluate, main, write
 from images.draw import confusion_matrix
 from images.panoptic import read_annotations, semantic
 from images.read import IGNORE
+from inference import Segmented
 from loading.tags import open_words
 from mask2former import Instances, Panoptic
 from metrics.quality import compare
-from model import Segmented, TadaConfig, build
+from model import TadaConfig
 from panoptic_data import open_panoptic
 from run.checkpoint import point, save_model, write_step
 from run.ranks import Ranks
@@ -433,7 +436,7 @@ def test_the_tags_of_clip_are_those_of_the_whole_picture(dataset):
         h, w = module.fit(labels.shape, 60, 130)
         image = np.array(picture.resize((w, h), Image.Resampling.BILINEAR))
         image = torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1
-        found.append([word for word, _ in tada.tag(image)[0]])
+        found.append([word for word, _ in tada.zero_shot_tags(image)[0]])
         given += len(found[i])
         right += len(set(found[i]) & {CLASSES[k] for k in np.unique(labels) if k != IGNORE})
     result = evaluate(tada, dataset, words)
@@ -451,7 +454,7 @@ def test_the_tag_head_is_judged_by_the_whole_pictures(tada, dataset):
         h, w = module.fit(labels.shape, 60, 130)
         image = np.array(picture.resize((w, h), Image.Resampling.BILINEAR))
         image = torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1
-        rows.append(tada.predict(image, window=(80, 80)).tag_logits[0].tolist())
+        rows.append(inference.predict(tada, image, window=(80, 80)).tag_logits[0].tolist())
         there.append([k in labels for k in range(4)])
     assert torch.equal(result.scores, torch.tensor(rows))
     assert result.present.tolist() == there

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from assemble import build
 from data import Scenes
 from errors import TadaError
 from eval import evaluate
@@ -31,8 +32,7 @@ from lab.ablate import (
     report,
     train,
 )
-from loading.tags import Words
-from model import Seen, build
+from loading.tags import TagSource
 from unet import UNet
 from weights.load import load
 
@@ -72,10 +72,10 @@ def test_views_are_what_the_model_sees_and_mirrored_ones_come_last(folder):
     ):
         x = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
         with torch.no_grad():
-            for ours, theirs in zip(kept.seen, tada.see(x), strict=True):
+            for ours, theirs in zip(kept.seen, ablate.encode_image(tada, x), strict=True):
                 assert torch.allclose(ours[row], theirs[0], atol=1e-4)
         assert torch.equal(kept.labels[row], torch.from_numpy(labels.copy()))
-        assert kept.tags[row] == [word for word, _ in tada.tag(x)[0]]
+        assert kept.tags[row] == [word for word, _ in tada.zero_shot_tags(x)[0]]
 
 
 def test_words_are_none_clips_or_the_truth(folder):
@@ -104,7 +104,7 @@ def test_judging_from_views_is_eval(name, folder, few):
     source, table = tada.config.tags, None
     if source == "clip":
         table = {path: [", ".join(tags)] for path, tags in words.items()} if name == "caption" else words
-    whole = evaluate(tada, Scenes("val"), Words(source, scenes.CLASSES, table))
+    whole = evaluate(tada, Scenes("val"), TagSource(source, scenes.CLASSES, table))
     assert (found.confusion - whole.confusion).abs().sum() <= 20  # of 131,072: float32 in other batches
     assert torch.allclose(found.scores, whole.scores, atol=1e-3) and torch.equal(found.present, whole.present)
     assert labels.shape == (8, 128, 128) and labels.dtype == torch.uint8
@@ -174,7 +174,9 @@ def test_the_probe_reads_classes_from_planted_tokens():
     tokens = torch.nn.functional.one_hot(patches, 24).float().flatten(1, 2)  # (n, 64, 24)
     tokens = 5 * torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1)
     labels = patches.repeat_interleave(2, 1).repeat_interleave(2, 2).byte()
-    told = Pictures(Seen(torch.zeros(40, 4, 2, 2), tokens, torch.zeros(40, 1)), labels, [[]] * 40)
+    told = Pictures(
+        ablate.FrozenFeatures(torch.zeros(40, 4, 2, 2), tokens, torch.zeros(40, 1)), labels, [[]] * 40
+    )
     deaf = Pictures(told.seen._replace(image_tokens=torch.ones_like(tokens)), labels, [[]] * 40)
     assert probe(told, told, 400, 0).pixel_accuracy > 0.85
     assert probe(deaf, deaf, 400, 0).pixel_accuracy < 0.15

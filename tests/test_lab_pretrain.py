@@ -11,6 +11,7 @@ from proof import BAR, error
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
+from assemble import part_configs, prior
 from clip import TEMPLATES, CLIPConfig, name_vectors, zero_shot
 from errors import TadaError, WeightsError
 from images import scenes
@@ -32,7 +33,6 @@ from lab.pretrain import (
     write,
     write_config,
 )
-from model import part_configs, prior
 from unet import TIMES, alphas_cumprod
 from vae import VAE, VAEConfig
 from weights.load import load

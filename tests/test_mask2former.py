@@ -26,10 +26,10 @@ import mask2former as module
 from lab.bench_mask2former import our_names, run_peer, twice
 from mask2former import (
     DeformableAttention,
-    Found,
     Instances,
     Mask2Former,
     Panoptic,
+    PredictedSegment,
     Queries,
     Target,
     deformable_attention,
@@ -531,7 +531,7 @@ def plain_panoptic(classes: Tensor, masks: Tensor, score: float, overlap: float)
             number = stuff[label]
             found[number - 1] = found[number - 1]._replace(score=max(found[number - 1].score, p))
         else:
-            found.append(Found(len(found) + 1, label, p))
+            found.append(PredictedSegment(len(found) + 1, label, p))
             number = len(found)
             if not THINGS[label]:
                 stuff[label] = number

@@ -21,14 +21,17 @@ from proof import BAR, error
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import inference
 import model
 import weights.words as vectors_file
 from adapter import Condition, Text, asymmetric_loss
+from assemble import build, parameter_groups
 from clip import TEMPLATES, CLIPConfig, name_vectors
 from decoders import Logits
 from errors import ModelError, WeightsError
-from mask2former import DeformablePixelDecoder, PyramidPixelDecoder
-from model import Output, Tada, TadaConfig, build, parameter_groups, vote, windows
+from inference import vote, windows
+from mask2former import DeformablePixelDecoder
+from model import Output, Tada, TadaConfig
 from unet import UNetConfig
 
 CONDITIONS = ("none", "caption", "classes", "implicit", "tagging", "oracle")
@@ -209,7 +212,7 @@ def test_attention_maps_need_one_number_of_tokens():
         build(config(condition="oracle", attention_maps=True))
 
 
-# Words
+# TagSource
 
 
 @pytest.mark.parametrize("condition", ["tagging", "oracle"])
@@ -271,7 +274,7 @@ def test_prompts_are_what_the_text_tower_reads():
     prompts = ("floor", "sea")
     tada = build(config(classes=("floor-wood", "sea"), prompts=prompts, tags="clip"))
     assert error(tada.adapter.classes, pooled(tada, list(prompts))) <= BAR
-    assert {word for word, _ in tada.tag(torch.zeros(1, 3, 64, 64))[0]} <= set(prompts)
+    assert {word for word, _ in tada.zero_shot_tags(torch.zeros(1, 3, 64, 64))[0]} <= set(prompts)
     assert config().prompts == NAMES
 
 
@@ -456,10 +459,10 @@ def test_overlapping_windows_are_averaged(tagging, image):
     logits, tag_logits = tada.slide(image, TAGS, window, stride)
     assert count.max() == 4 and error(logits, total / count) <= BAR
     assert torch.equal(tag_logits, torch.stack(tags).amax(dim=0))
-    predicted = tada.predict(image, TAGS, window=window, stride=stride)
+    predicted = inference.predict(tada, image, TAGS, window=window, stride=stride)
     assert torch.equal(predicted.labels, (total / count).argmax(dim=1))
     assert torch.equal(predicted.tag_logits, tag_logits)
-    assert (predicted.labels != tada.predict(image, TAGS).labels).any()
+    assert (predicted.labels != inference.predict(tada, image, TAGS).labels).any()
 
 
 def scores(image: Tensor) -> Tensor:
@@ -497,7 +500,7 @@ def test_scales_and_flip_are_averaged(tagging, image, base):
             logits = logits.flip(3) if mirrored else logits
             mean = mean + F.interpolate(logits, size, mode="bilinear").softmax(dim=1) / 4
             tags.append(output.condition.logits)
-    predicted = tada.predict(image, TAGS, size=size, base=base, scales=(1.0, 1.5), flip=True)
+    predicted = inference.predict(tada, image, TAGS, size=size, base=base, scales=(1.0, 1.5), flip=True)
     assert predicted.labels.shape == (2, *size) and predicted.labels.dtype == torch.int64
     sure = mean.topk(2, dim=1).values.diff(dim=1)[:, 0].abs() > 1e-4
     assert torch.equal(predicted.labels[sure], mean.argmax(dim=1)[sure]) and sure.float().mean() > 0.99
@@ -537,7 +540,7 @@ def test_tags_from_clip_are_the_whole_picture_s(image, monkeypatch):
     """Those likelier than chance, best first, are told to every window, scale and mirror image."""
     tada = make(tags="clip")
     tada.clip.logit_scale.fill_(3.0)
-    found = tada.tag(image)
+    found = tada.zero_shot_tags(image)
     embedding = F.normalize(tada.clip.image(image)[1], dim=-1)
     assert error(tada.names, name_vectors(tada.clip, tada.tokenizer, NAMES, TEMPLATES, shared=True)) <= BAR
     for p, tags in zip((20.0855369 * embedding @ tada.names.T).softmax(dim=-1), found, strict=True):
@@ -553,10 +556,10 @@ def test_tags_from_clip_are_the_whole_picture_s(image, monkeypatch):
 
     monkeypatch.setattr(tada, "forward", listen)
     words = [[name for name, _ in tags] for tags in found]
-    tada.predict(image, window=(50, 60), scales=(1.0, 1.25), flip=True)
+    inference.predict(tada, image, window=(50, 60), scales=(1.0, 1.25), flip=True)
     assert len(calls) == 2 * (1 * 2 + 1 * 3) and all(call == words for call in calls)
     calls.clear()
-    tada.predict(image, TAGS)
+    inference.predict(tada, image, TAGS)
     assert calls == [TAGS]  # whoever names tags is obeyed
 
 
@@ -648,7 +651,7 @@ def test_files_are_hashed_once(weights, monkeypatch):
     read, digest = [], vectors_file.digest
     monkeypatch.setattr(vectors_file, "digest", lambda file: read.append(file.name) or digest(file))
     tada = build(config(weights=str(weights), tags="clip"))
-    tada.learn(["car", "harbour"], keep=True)
+    tada.cache_words(["car", "harbour"], keep=True)
     assert sorted(read) == ["merges.txt", "model.safetensors", "vocab.json"]
 
 

@@ -22,14 +22,16 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import inference
 import predict as module
 from adapter import Caption, Implicit, Unconditional
+from assemble import build
 from errors import ModelError
 from images import scenes
 from images.panoptic import from_colours
 from loading.augment import evaluation, normalise
 from loading.tags import LONGEST_TAG
-from model import Tada, TadaConfig, build
+from model import Tada, TadaConfig
 from predict import main
 from run.checkpoint import load_model, save_model
 from weights.words import digest
@@ -140,8 +142,8 @@ def test_the_label_map_is_the_model_s(steered, tada, tmp_path, ways):
         (small, [1.0]) if not ways else (normalise(evaluation(*whole, None, None)[0][None]), [1, 1.5])
     )
     words = [["sea", "fishing boat"]]
-    expected = tada.predict(
-        seen, words, (300, 500), (64, 107), (64, 64), (43, 43), scales, flip=bool(ways)
+    expected = inference.predict(
+        tada, seen, words, (300, 500), (64, 107), (64, 64), (43, 43), scales, flip=bool(ways)
     ).labels[0]
     found = labels(out / "beach.png")
     assert len(np.unique(found)) > 5
@@ -179,7 +181,7 @@ def test_segments_are_the_model_s(surest, tmp_path, monkeypatch):
     assert results(out) == ["1.overlay.jpg", "1.png", "1.segments.png", "predictions.jsonl"]
 
     image = module.model_input(Image.open(picture), (64, 96))
-    found = tada.segment(image, [lines(out)[0]["tags"]], (60, 90))
+    found = inference.segment(tada, image, [lines(out)[0]["tags"]], size=(60, 90))
     ids, segments = found.panoptic[0]
     assert segments, "the model finds something"
     with Image.open(out / "1.segments.png") as written:
@@ -200,12 +202,12 @@ def test_score_and_overlap_say_what_a_segment_is(surest, tmp_path, monkeypatch):
     file, tada = surest
     picture, out = save(tmp_path / "1.png"), tmp_path / "out"
     image = module.model_input(Image.open(picture), (64, 96))
-    usual = tada.segment(image, [["sea"]], (60, 90)).panoptic[0].ids
+    usual = inference.segment(tada, image, [["sea"]], size=(60, 90)).panoptic[0].ids
     command = [file, str(picture), "--out", str(out), "--tags", "sea"]
     for how in ({"score": 0.9999}, {"overlap": 0.1}):
         flags = [x for name, value in how.items() for x in (f"--{name}", str(value))]
         assert main([*command, *flags]) == 0
-        expected = tada.segment(image, [["sea"]], (60, 90), **how).panoptic[0]
+        expected = inference.segment(tada, image, [["sea"]], size=(60, 90), **how).panoptic[0]
         with Image.open(out / "1.segments.png") as written:
             assert np.array_equal(from_colours(np.asarray(written)), expected.ids.numpy())
         assert not torch.equal(expected.ids, usual)
@@ -251,9 +253,11 @@ def test_the_words_are_those_that_clip_finds(steered, tada, tmp_path):
     assert main([steered, str(picture), "--out", str(tmp_path / "a")]) == 0
     (line,) = lines(tmp_path / "a")
     image = normalise(evaluation(Image.open(picture), np.zeros((140, 400), np.uint8), 64, 128)[0][None])
-    expected = [word for word, _ in tada.tag(image)[0]]
+    expected = [word for word, _ in tada.zero_shot_tags(image)[0]]
     assert line["tags"] == expected and line["asked"] is None
-    own = tada.predict(image, [expected], (140, 400), None, (64, 64), (43, 43)).labels[0]
+    own = inference.predict(
+        tada, image, [expected], size=(140, 400), window=(64, 64), stride=(43, 43)
+    ).labels[0]
     assert np.array_equal(labels(tmp_path / "a" / "x.png"), own.numpy())
 
     assert main([steered, str(picture), "--out", str(tmp_path / "b"), "--tags", "tractor"]) == 0
@@ -777,14 +781,14 @@ def test_attention_to_tags_goes_through_the_queries(tada):
 
     maps = expected_maps(tada, image, context, None)  # (2, 32, 128, 192)
     expected = sum(reads[:, q, :, None, None] * maps[:, q, None] for q in range(32))[..., :100, :150]
-    found = tada.attention(image, TAGS)
+    found = inference.attention(tada, image, TAGS)
     assert found.shape == (2, 3, *IMAGE_SIZE) and found.dtype == torch.float32
     assert torch.allclose(found, expected, atol=1e-5)
     assert torch.allclose(found.sum(dim=1), torch.ones(2, *IMAGE_SIZE), atol=1e-5)
     assert (found[0, 2] == 0).all()
-    alone = tada.attention(image[:1], TAGS[:1])
+    alone = inference.attention(tada, image[:1], TAGS[:1])
     assert torch.allclose(found[:1, :2], alone, atol=1e-5)
-    classes = tada.attention(image)  # no words: the class names
+    classes = inference.attention(tada, image)  # no words: the class names
     assert classes.shape == (2, len(scenes.CLASSES), *IMAGE_SIZE)
 
 
@@ -823,7 +827,7 @@ def test_attention_is_that_of_the_windows(tada):
     """Of a picture larger than the crop: each window by itself, averaged where two overlap."""
     image = 2 * torch.rand(1, 3, 64, 85) - 1
     found = module.attention(tada, image, TAGS[1:])
-    left, right = (tada.attention(image[..., x : x + 64], TAGS[1:]) for x in (0, 21))
+    left, right = (inference.attention(tada, image[..., x : x + 64], TAGS[1:]) for x in (0, 21))
     expected = torch.cat([left[..., :21], (left[..., 21:] + right[..., :43]) / 2, right[..., 43:]], dim=3)
     assert torch.allclose(found, expected, atol=1e-6)
 

@@ -19,13 +19,14 @@ import torch.distributed.run
 from PIL import Image
 
 import train
+from assemble import build, parameter_groups
 from data import open_dataset
 from errors import RunError
 from images import scenes
 from loading.jitter import PanopticTrainStream
 from loading.stream import TrainStream
-from loading.tags import Words
-from model import TadaConfig, build, parameter_groups
+from loading.tags import TagSource
+from model import TadaConfig
 from panoptic_data import PanopticScenes
 from run.checkpoint import load_model
 from run.folder import Run, commit
@@ -166,7 +167,7 @@ def one_step(folder, ranks=HERE, accumulate=1, steps=1, lr=None, decoder="fpn"):
     things = tuple(dataset.categories.things.tolist()) if panoptic else ()
     options = {"model": "tiny", "tags": "oracle", "dropout": 0.0, "decoder": decoder, "things": things}
     tada = build(TadaConfig(tuple(dataset.classes), **options))
-    words = Words("oracle", dataset.prompts)
+    words = TagSource("oracle", dataset.prompts)
     trained = [p for p in tada.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in trained]
     model = tada
@@ -194,13 +195,13 @@ sys.path[:0] = [{root!r}, {tests!r}]
 from run.ranks import connect, disconnect
 from test_train import one_step
 torch.set_num_threads(1)
-ranks = connect()
+ranks = init_distributed()
 decoder = {decoder!r}
 curve = one_step({folder!r}, ranks, steps=3, lr=1e-3, decoder=decoder)[0]
 result = one_step({folder!r}, ranks, decoder=decoder), curve
-if ranks.first:
+if ranks.is_main:
     torch.save(result, {out!r})
-disconnect()
+cleanup()
 """
 
 
@@ -236,7 +237,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(folder):
     optimizer = torch.optim.AdamW([p for p in tada.parameters() if p.requires_grad])
     batch = next(TrainStream(dataset, (64, 64), 96, 384, 2, 0).batches())
     with pytest.raises(RunError, match=r"not finite.*images/train/"):
-        train.train_step(tada, tada, optimizer, [batch], Words("oracle", dataset.prompts), HERE)
+        train.train_step(tada, tada, optimizer, [batch], TagSource("oracle", dataset.prompts), HERE)
     assert all(torch.equal(p, before[name]) for name, p in tada.named_parameters())
 
 
@@ -272,8 +273,9 @@ def test_what_is_not_finite_in_one_process_ends_all(segments, tmp_path):
 FULL = """
 import sys, torch
 sys.path[:0] = [{root!r}]
-from loading.tags import Words
-from model import TadaConfig, build, parameter_groups
+from loading.tags import TagSource
+from assemble import build, parameter_groups
+from model import TadaConfig
 from run.ranks import Ranks
 from loading.stream import Batch
 from train import train_step
@@ -286,7 +288,7 @@ labels = torch.randint(0, 150, (1, 512, 512), dtype=torch.uint8)
 batch = Batch(image, labels, [[0]], [0], ["x.jpg"], [])
 before = tada.unet.up_blocks[3].resnets[2].conv2.weight.detach().clone()
 here = Ranks(0, 1, torch.device("cpu"))
-made = train_step(tada, tada, optimizer, [batch], Words("classes", tada.config.prompts), here)
+made = train_step(tada, tada, optimizer, [batch], TagSource("classes", tada.config.prompts), here)
 changed = not torch.equal(before, tada.unet.up_blocks[3].resnets[2].conv2.weight)
 peak = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 print(made["loss"], made["seg"], changed, peak / 2**20)

@@ -1,0 +1,182 @@
+"""The sizes of the parts, "sd15" and "tiny", and how a model is built from the prior's files.
+
+    tada = build(TadaConfig(classes=("sea", "sky", "sand"), weights="weights/sd15"))
+
+Top to bottom: sizes, the prior (the parts of Stable Diffusion), a new model, its adapter and decoder, the
+optimiser's parameter groups.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import weights.load as weights_loader
+from adapter import Caption, Classes, Implicit, Oracle, Tagging, Unconditional
+from clip import CLIP, CLIPConfig, Tokenizer
+from decoders import SemanticDecoder, SemanticFPN, UperNet
+from errors import ModelError, WeightsError
+from mask2former import Mask2Former
+from model import Tada, TadaConfig
+from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig
+from weights.words import word_vectors
+
+SCALE_FILE = "vae/config.json"  # below the folder of tiny's weights
+
+
+def part_configs(model: str, weights: str | Path) -> tuple[VAEConfig, UNetConfig, CLIPConfig]:
+    """The sizes of the prior, "sd15" or "tiny", and the latent scale that was measured with its weights."""
+    if model not in ("sd15", "tiny"):
+        raise ModelError(f"there is no model {model!r}: choose sd15 or tiny")
+    if model == "sd15":
+        return VAEConfig(), UNetConfig(), CLIPConfig()
+    vae = VAEConfig.tiny()
+    if str(weights) != "random":
+        weights_loader.find(Path(weights, "vae"), weights_loader.OFFICIAL[VAE])  # name a missing folder first
+        vae = replace(vae, scale=measured_scale(Path(weights, SCALE_FILE)))
+    return vae, UNetConfig.tiny(), CLIPConfig.tiny()
+
+
+def measured_scale(file: Path) -> float:
+    """`scaling_factor`, as diffusers calls it, of an autoencoder's config.json."""
+    try:
+        return float(json.loads(file.read_text())["scaling_factor"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(
+            f"{file} gives no scaling_factor ({type(error).__name__}): `python -m lab.pretrain` writes it"
+        ) from None
+
+
+def prior(model: str, weights: str | Path) -> tuple[VAE, UNet, CLIP, Tokenizer]:
+    """The parts of Stable Diffusion, from the folder `weights` with unet/, vae/, clip/ and tokenizer/.
+
+    With "random" they are newly initialised, and the tokenizer spells.
+    """
+    parts = []
+    for kind, config in zip((VAE, UNet, CLIP), part_configs(model, weights), strict=True):
+        if str(weights) == "random":
+            parts.append(kind(config))
+            continue
+        with torch.device("meta"):  # skip initialisation; the weights are loaded next
+            part = kind(config)
+        parts.append(weights_loader.load(part, Path(weights) / kind.__name__.lower()))
+    if str(weights) == "random":
+        return *parts, Tokenizer.spelling(parts[-1].config.vocabulary)
+    return *parts, Tokenizer(Path(weights) / "tokenizer")
+
+
+def build(config: TadaConfig, device: torch.device | str = "cpu") -> Tada:
+    """A new model: the prior from `config.weights`, the rest initialised from torch's global random state."""
+    vae, unet, clip, tokenizer = prior(config.model, config.weights)
+    clip.to(device)
+    words = config.weights, clip, tokenizer, config.prompts
+    if config.templates not in (1, 80):
+        raise ModelError(f"--templates {config.templates}: choose 1 or 80")
+    classes = word_vectors(*words, config.templates)  # (K, C)
+    names = word_vectors(*words, 80, shared=True) if config.tags == "clip" else None  # (K, P)
+    with torch.no_grad():
+        empty = clip.text(tokenizer([""]).to(device))[0][0]  # (77, C)
+    return assemble(config, vae, unet, clip, tokenizer, empty.cpu(), classes.cpu(), names).to(device)
+
+
+def assemble(
+    config: TadaConfig,
+    vae: VAE,
+    unet: UNet,
+    clip: CLIP,
+    tokenizer: Tokenizer,
+    empty: Tensor,
+    classes: Tensor,
+    names: Tensor | None,
+) -> Tada:
+    """The prior and its text vectors, with a new adapter and decoder."""
+    adapter = make_adapter(config, clip.config, empty, classes)
+    decoder = make_decoder(config, unet.config, tokens=len(empty))
+    return Tada(config, vae, unet, clip, tokenizer, adapter, decoder, names)
+
+
+def make_adapter(config: TadaConfig, clip: CLIPConfig, empty: Tensor, classes: Tensor) -> nn.Module:
+    """The condition of a row of Table 5: empty `(77, C)` and classes `(K, C)` are its frozen vectors."""
+    match config.condition:
+        case "none":
+            return Unconditional(empty)
+        case "caption":
+            return Caption()
+        case "classes":
+            return Classes(classes)
+        case "implicit":
+            return Implicit(empty, clip.projection)
+        case "oracle":
+            return Oracle()
+        case "tagging":
+            return Tagging(
+                empty,
+                classes,
+                image_width=clip.image.width,
+                heads=8 if config.model == "sd15" else 4,
+                queries=config.queries,
+                blocks=config.blocks,
+                start=config.adapter_start,
+            )
+    raise ModelError(
+        f"there is no condition {config.condition!r}: "
+        "choose none, caption, classes, implicit, tagging or oracle"
+    )
+
+
+def make_decoder(config: TadaConfig, unet: UNetConfig, tokens: int = 77) -> SemanticDecoder | Mask2Former:
+    """Semantic FPN (width 256; tiny 64), UperNet (512 and 256; tiny 64 and 32), or Mask2Former (100 queries,
+    9 layers, width 256; tiny 20, 3, 64).
+
+    With attention maps it reads one more channel per context token at strides 16 and 32; a prompt has
+    `tokens` of them.
+    """
+    channels = list(unet.channels)
+    if config.attention_maps:
+        if config.condition == "oracle":
+            raise ModelError(
+                "--attention-maps needs equally many tokens for every image: not --condition oracle"
+            )
+        L = {"classes": len(config.classes), "tagging": config.queries}.get(config.condition, tokens)
+        channels[1:3] = [width + L for width in channels[1:3]]
+    kinds, tiny = {"fpn": SemanticFPN, "upernet": UperNet}, config.model == "tiny"
+    if config.decoder == "mask2former":
+        if len(config.things) != len(config.classes):
+            raise ModelError(
+                f"--decoder mask2former needs things or stuff of {len(config.classes)} classes, got "
+                f"{len(config.things)}: use a data set with instances"
+            )
+        sizes = {"width": 64, "heads": 4, "queries": 20, "layers": 3, "pixel_layers": 2} if tiny else {}
+        return Mask2Former(channels, config.things, groups=unet.groups, **sizes)
+    if config.decoder not in kinds:
+        raise ModelError(f"there is no decoder {config.decoder!r}: choose {', '.join(kinds)} or mask2former")
+    widths = {"width": 64} if tiny else {}
+    if tiny and config.decoder == "upernet":
+        widths["auxiliary_width"] = 32
+    return kinds[config.decoder](
+        channels, len(config.classes), groups=unet.groups, dropout=config.dropout, **widths
+    )
+
+
+def parameter_groups(tada: Tada, lr: float, weight_decay: float, unet_scale: float = 1.0) -> list[dict]:
+    """Trained parameters for AdamW: decay on the weights of Linear and Conv alone, the UNet's rate scaled.
+
+    By explicit rule: VPD's search for "norm" in names also changes the UNet's learning rate (mmcv's
+    default_constructor.py).
+    """
+    weights = {f"{name}.weight" for name, x in tada.named_modules() if isinstance(x, (nn.Linear, nn.Conv2d))}
+    groups = []
+    for part, rate in (("unet", lr * unet_scale), ("adapter", lr), ("decoder", lr)):
+        parameters = getattr(tada, part).named_parameters(prefix=part)
+        trained = {name: p for name, p in parameters if p.requires_grad}
+        for decay, names in (
+            (weight_decay, [name for name in trained if name in weights]),
+            (0.0, [name for name in trained if name not in weights]),
+        ):
+            members = [trained[name] for name in names]
+            if members:
+                groups.append({"names": names, "params": members, "lr": rate, "weight_decay": decay})
+    return groups

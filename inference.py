@@ -1,0 +1,195 @@
+"""Inference on images of any size: resizing, sliding windows, scales and flips; segments; attention maps.
+
+    prediction = predict(tada.eval(), image, [["sea", "boat"]], size=(H, W))  # labels (B, H, W)
+
+Top to bottom: semantic prediction, panoptic prediction, attention, and their parts: the sliding window, the
+grid of windows, the class of each pixel.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adapter import Classes, Oracle, Tagging
+from decoders import resize
+from errors import ModelError
+from mask2former import OVERLAP, SCORE, Instances, Panoptic
+from model import Size, Tada, Tags
+
+STRIP = 2**24  # values of the softmax that are held at once: 64 MiB
+
+
+class Prediction(NamedTuple):
+    """labels `(B, H, W)` int64 in 0..K-1; tag_logits `(B, K)` of Eq. 7 over all windows, None without it."""
+
+    labels: Tensor
+    tag_logits: Tensor | None
+
+
+class Segmented(NamedTuple):
+    """Mask2Former's prediction: labels and tag_logits as `Prediction`'s, and the segments of each image."""
+
+    labels: Tensor
+    tag_logits: Tensor | None
+    panoptic: list[Panoptic]
+    instances: list[Instances] | None  # None if they were not asked for
+
+
+@torch.no_grad()
+def predict(
+    tada: Tada,
+    image: Tensor,
+    tags: Tags | None = None,
+    *,
+    size: Size | None = None,
+    base: Size | None = None,
+    window: Size | None = None,
+    stride: Size | None = None,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+) -> Prediction:
+    """Image `(B, 3, H, W)` in [-1, 1] -> labels at `size` (H, W), by default the image's own.
+
+    Each scale resizes the image to that many times `base` (H, W), by default its own size, and reads it
+    whole or in windows whose logits are averaged where they overlap; `flip` adds the mirrored image. The
+    softmax of all is averaged at `size` (VPD's and mmsegmentation's protocol). Where tags come from CLIP and
+    none are given, they are those of the whole image.
+    """
+    tags, own = tada.resolve_tags(image, tags), tuple(image.shape[-2:])
+    maps, tag_logits = [], []
+    for scale in scales:
+        wanted = tuple(max(int(scale * side + 0.5), 1) for side in base or own)
+        scaled = image if wanted == own else F.interpolate(image, wanted, mode="bilinear", antialias=True)
+        for mirrored in (False, True)[: 1 + flip]:
+            view = scaled.flip(3) if mirrored else scaled
+            logits, tag = slide(tada, view, tags, window or wanted, stride or window or wanted)
+            maps.append(logits.flip(3) if mirrored else logits)
+            tag_logits.append(tag)
+    tag = None if tag_logits[0] is None else torch.stack(tag_logits).mean(0)
+    return Prediction(vote(maps, size or own), tag)
+
+
+@torch.no_grad()
+def segment(
+    tada: Tada,
+    image: Tensor,
+    tags: Tags | None = None,
+    *,
+    size: Size | None = None,
+    score: float = SCORE,
+    overlap: float = OVERLAP,
+    instances: bool = False,
+) -> Segmented:
+    """Image `(B, 3, H, W)` in [-1, 1] -> its segments at `size` (H, W), by default the image's own.
+
+    For Mask2Former only; the labels are those of `predict`. The image is read whole, once: windows would cut
+    its objects. `score` and `overlap` are those of `Mask2Former.panoptic`.
+    """
+    output = tada(image, tada.resolve_tags(image, tags))
+    sizes = tuple(tada.padded(image).shape[-2:]), tuple(image.shape[-2:]), size
+    H, W = image.shape[-2:]
+    logits = tada.decoder.logits(output.prediction, sizes[0])[..., :H, :W]
+    labels = vote([logits], size or (H, W))
+    panoptic = tada.decoder.panoptic(output.prediction, *sizes, score, overlap)
+    things = tada.decoder.instances(output.prediction, *sizes) if instances else None
+    return Segmented(labels, output.condition.logits, panoptic, things)
+
+
+@torch.no_grad()
+def attention(tada: Tada, image: Tensor, tags: Tags | None = None) -> Tensor:
+    """How much each pixel of `(B, 3, H, W)` attends to each word: `(B, T, H, W)` float32, sum 1 over T.
+
+    The words are each image's `tags`, with 0 after the shorter lists, or the class names. The mean of the
+    UNet's maps at strides 16 and 32, those that VPD keeps, resized to the image. Where the UNet attends to
+    the adapter's queries (tagging): the sum over q of A_unet[q, pixel] times A_text[q, word], the latter in
+    the adapter's last block.
+    """
+    config = tada.config
+    if not isinstance(tada.adapter, (Classes, Oracle, Tagging)):
+        raise ModelError(
+            f"condition {config.condition} has no words to attend to: use classes, tagging or oracle"
+        )
+    if tags is not None and config.tag_tokens == "prompt":
+        raise ModelError("tag_tokens 'prompt' joins the tags into one text: use a model with 'pooled'")
+    (H, W), text = image.shape[2:], tada.text(tags)
+    latent = tada.noised(tada.vae.encode(tada.padded(image)))
+    tokens, embedding = tada.clip.image(image) if tada.uses_image else (None, None)
+    condition = tada.adapter(tokens, embedding, text)
+    _, (_, *maps) = tada.unet.features_and_attention(*tada.unet_input(latent, condition))
+    if isinstance(tada.adapter, Tagging):
+        shares = tada.adapter.attention(tokens, text)  # (B, Q, T)
+        maps = [torch.einsum("BQhw,BQT->BThw", x, shares).float() for x in maps]
+    size = tada.padded(image).shape[-2:]
+    return sum(resize(x, size) for x in maps)[..., :H, :W] / len(maps)
+
+
+# ---- parts
+
+
+def slide(
+    tada: Tada, image: Tensor, tags: Tags | None, window: Size, stride: Size
+) -> tuple[Tensor, Tensor | None]:
+    """Logits `(B, K, H, W)`, averaged where windows overlap, and tag logits `(B, K)`, the highest of all.
+
+    The padding of a window is cut off before logits are added.
+    """
+    B, _, H, W = image.shape
+    total = image.new_zeros(B, len(tada.config.classes), H, W, dtype=torch.float32)
+    count = image.new_zeros(1, 1, H, W)
+    tag = None
+    for top, left, bottom, right in windows((H, W), window, stride):
+        part = image[..., top:bottom, left:right]
+        output = tada(part, tags)
+        logits = tada.decoder.logits(output.prediction, tuple(tada.padded(part).shape[-2:]))
+        total[..., top:bottom, left:right] += logits[..., : bottom - top, : right - left]
+        count[..., top:bottom, left:right] += 1
+        if output.condition.logits is not None:
+            new = output.condition.logits
+            tag = new if tag is None else torch.maximum(tag, new)
+    return total.div_(count), tag
+
+
+def windows(size: Size, window: Size, stride: Size) -> list[tuple[int, int, int, int]]:
+    """Top, left, bottom, right of each window in an image of `size`; the last ones are moved inside.
+
+    The grid of mmsegmentation (segmentors/encoder_decoder.py, `slide_inference`). Where the image is
+    smaller than the window, the window is the image.
+    """
+    starts = []
+    for whole, part, step in zip(size, window, stride, strict=True):
+        assert 1 <= step <= part, f"a stride of {step} leaves gaps between windows of {part}: give 1..{part}"
+        part = min(part, whole)
+        starts.append([min(i * step, whole - part) for i in range(math.ceil((whole - part) / step) + 1)])
+    h, w = (min(part, whole) for part, whole in zip(window, size, strict=True))
+    return [(top, left, top + h, left + w) for top in starts[0] for left in starts[1]]
+
+
+def vote(maps: Sequence[Tensor], size: Size) -> Tensor:
+    """The class `(B, H, W)` with the highest mean softmax of the maps `(B, K, h_i, w_i)`, resized to `size`.
+
+    Strip by strip: an image of 14 megapixels and 150 classes would need 8 GB at once.
+    """
+    (H, W), (B, K) = size, maps[0].shape[:2]
+    rows = max(STRIP // (B * K * W), 1)
+    labels = torch.empty(B, H, W, dtype=torch.int64, device=maps[0].device)
+    for top in range(0, H, rows):
+        bottom = min(top + rows, H)
+        mean = sum(resize_rows(x, size, top, bottom).softmax(dim=1) for x in maps)
+        labels[:, top:bottom] = mean.argmax(dim=1)
+    return labels
+
+
+def resize_rows(x: Tensor, size: Size, top: int, bottom: int) -> Tensor:
+    """Rows top..bottom-1 of `resize(x, size)`: `(B, K, h, w)` -> `(B, K, bottom - top, W)`."""
+    h, (H, W) = x.shape[2], size
+    if (top, bottom) == (0, H):
+        return resize(x, size)
+    place = ((torch.arange(top, bottom, device=x.device) + 0.5) * (h / H) - 0.5).clamp(0, h - 1)
+    above = place.floor().long()
+    share = (place - above)[:, None]  # of the row below
+    mixed = x[:, :, above] * (1 - share) + x[:, :, (above + 1).clamp(max=h - 1)] * share
+    return resize(mixed, (bottom - top, W))
