@@ -1,12 +1,12 @@
 """A Stable Diffusion that fits in a repository: the `tiny` VAE, CLIP and UNet, trained on drawn scenes.
 
-    python -m lab.pretrain                    # weights/tiny; an hour to an hour and a half on 2 cores
-    python -m lab.pretrain --longer 10        # ten times the steps: for a GPU, which it takes by itself
+    python -m lab.pretrain                    # weights/tiny; 60 to 90 minutes on 2 cores
+    python -m lab.pretrain --longer 10        # ten times the steps: for a GPU, used if there is one
 
-The pictures are `scenes` of the range "pretrain", their captions are lists of tags; a label map is never
-looked at. Three stages, each with what the one before wrote: the autoencoder, CLIP with its own vocabulary,
-the UNet on latents (Eq. 2). A stage's randomness is a function of seed and step alone, so a run that was
-stopped goes on, from the last save, to the same numbers. `python -m lab.evidence` measures what came out.
+Images are `scenes` of the range "pretrain", captions are lists of their tags; no label map is used. Three
+stages, each from the files of the one before: the autoencoder, CLIP with its own vocabulary, the UNet on
+latents (Eq. 2). A stage's randomness is a function of seed and step alone, so an interrupted run resumes from
+its last save to the same numbers. `python -m lab.evidence` measures the result.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from assemble import part_configs
 from clip import CLIP, END, PROMPT, START, TEMPLATES, CLIPConfig, Tokenizer
-from errors import RunError, TadaError, WeightsError
+from errors import RunError, run_command
 from images import scenes
 from run.checkpoint import replace_text, sync
 from run.folder import commit, lock
@@ -40,24 +40,33 @@ from unet import TIMES, UNet, UNetConfig, alphas_cumprod
 from vae import VAE, VAEConfig
 from weights.load import load
 
-PICTURES = 20_480  # of the range "pretrain", from its beginning; its end is for lab.evidence
-SAVE_SECONDS = 60  # between two saves: as much is lost when a run is killed
-WARMUP = 100  # steps until the full learning rate, which then falls to 0 as a cosine
-EMA = 0.999  # decay of the moving average that is kept; at the start (1 + n) / (10 + n), if that is less
-KL_WEIGHT = 1e-3  # per latent value, beside the mean absolute error; CompVis' 1e-6 is on the sum of all 1024
+IMAGES = 20_480  # the first of the range "pretrain"; lab.evidence uses its end
+SAVE_SECONDS = 60  # between two saves: the most that a killed run loses
+WARMUP = 100  # steps until the full learning rate
+EMA = 0.999  # decay of the weights' moving average; min(EMA, (1 + n) / (10 + n)) after n updates
+KL_WEIGHT = 1e-3  # of the mean over latent values; CompVis' 1e-6 weighs the sum of all 1024
 DROPPED = 0.2  # of the tags of a caption
 SINGLE = 0.2  # of the captions name one tag alone
-WRAPPED = 0.5  # of the captions stand in a prompt such as "a photo of a {}"
-EMPTY = 0.1  # of the captions that the UNet sees are "": what guidance needs (Ho & Salimans 2022)
-LARGEST_SCALE = math.log(100)  # of CLIP's logits (Radford et al. 2021, 2.5)
+WRAPPED = 0.5  # of the captions are put into a prompt such as "a photo of a {}"
+EMPTY = 0.1  # of the UNet's captions are "", for classifier-free guidance (Ho & Salimans 2022)
+LARGEST_SCALE = math.log(100)  # upper limit of CLIP's logit scale (Radford et al. 2021, 2.5)
 
 
 class Stage(NamedTuple):
-    """The budget of one part."""
+    """Training budget of one part."""
 
     steps: int
     batch: int
     lr: float
+
+
+class Job(NamedTuple):
+    """Settings that the stages share."""
+
+    run: Path  # folder of checkpoints and scenes
+    out: Path  # folder of the weights
+    seed: int
+    device: str  # "cpu" or "cuda"
 
 
 STAGES = {"vae": Stage(4000, 8, 1e-3), "clip": Stage(1000, 128, 1e-3), "unet": Stage(6000, 16, 1e-3)}
@@ -67,17 +76,17 @@ FILES = {
     "clip": "clip/model.safetensors",
     "unet": "unet/diffusion_pytorch_model.safetensors",
 }
-RECORD = "training.json"  # beside the weights: steps, time, losses, seed and commit of each part
+RECORD = "training.json"  # in the folder of the weights: steps, time, losses, seed and commit of each part
 
 
-class Pictures(NamedTuple):
-    """Drawn scenes: images `(T, 128, 128, 3)` uint8 on the disk, and each one's tags."""
+class DrawnScenes(NamedTuple):
+    """N drawn scenes: images `(N, 128, 128, 3)` uint8, memory-mapped, and the tags of each."""
 
     images: np.ndarray
     tags: list[tuple[str, ...]]
 
     def batch(self, indices: Tensor) -> Tensor:
-        """Images `(B, 3, 128, 128)` in [-1, 1]."""
+        """Return images `(B, 3, 128, 128)` in [-1, 1]."""
         images = torch.from_numpy(self.images[indices.numpy()])
         return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -85,8 +94,8 @@ class Pictures(NamedTuple):
         return [caption(self.tags[i], r) for i in indices.tolist()]
 
 
-def draw_pictures(run: Path, count: int, first: int = scenes.SPLITS["pretrain"].start) -> Pictures:
-    """`count` scenes, drawn once and kept in `run`; 50 KB each."""
+def draw_scenes(run: Path, count: int, first: int = scenes.SPLITS["pretrain"].start) -> DrawnScenes:
+    """Draw `count` scenes from index `first` on, or read them from the cache in `run`; 50 KB each."""
     images, tags = run / f"scenes-{first}-{count}.npy", run / f"tags-{first}-{count}.json"
     if not tags.is_file():
         run.mkdir(parents=True, exist_ok=True)
@@ -98,13 +107,13 @@ def draw_pictures(run: Path, count: int, first: int = scenes.SPLITS["pretrain"].
             lists.append(scene.tags)
         array.flush()
         replace_text(tags, json.dumps(lists))
-    return Pictures(np.load(images, mmap_mode="r"), [tuple(x) for x in json.loads(tags.read_text())])
+    return DrawnScenes(np.load(images, mmap_mode="r"), [tuple(x) for x in json.loads(tags.read_text())])
 
 
 def caption(tags: tuple[str, ...], r: Random) -> str:
-    """The visible tags in random order, each dropped with probability 0.2, at times inside a prompt.
+    """Join the tags in random order, each dropped with probability 0.2; half of the captions get a prompt.
 
-    One caption in five names a single tag: Eq. 6 and the oracle ask for the vector of one name.
+    One caption in five names a single tag: Eq. 6 and the oracle use the vectors of single names.
     """
     words = r.sample(tags, len(tags))
     kept = words[:1] if r.random() < SINGLE else [word for word in words if r.random() >= DROPPED]
@@ -117,85 +126,84 @@ def caption(tags: tuple[str, ...], r: Random) -> str:
 # ---- the three stages
 
 
-def train_vae(pictures: Pictures, run: Path, out: Path, stage: Stage, seed: int, device: str) -> None:
-    """Reconstruction and KL; then the scale that gives its latents unit variance goes beside the weights."""
+def train_vae(drawn: DrawnScenes, stage: Stage, job: Job) -> None:
+    """Train on reconstruction and KL; then write the scale that gives latents unit variance."""
 
     def loss(vae: VAE, indices: Tensor, r: Random, noise: torch.Generator) -> Tensor:
-        image = pictures.batch(indices).to(device)
+        image = drawn.batch(indices).to(job.device)
         mean, logvar = vae.moments(image)
-        z = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=noise).to(device)
+        z = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=noise).to(job.device)
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
         return F.l1_loss(vae.decoder(vae.post_quant_conv(z)), image) + KL_WEIGHT * kl
 
-    vae = fit("vae", loss, len(pictures.tags), run, stage, seed, device)
-    finish("vae", vae, run, out)
-    vae = load(VAE(VAEConfig.tiny()), out / "vae").to(device)
+    vae = fit("vae", loss, len(drawn.tags), stage, job)
+    finish("vae", vae, job)
+    vae = load(VAE(VAEConfig.tiny()), job.out / "vae").to(job.device)
     with torch.no_grad():
-        means = [vae.moments(pictures.batch(part).to(device))[0] for part in torch.arange(512).split(32)]
-    write_config(vae.config, 1 / float(torch.cat(means).std()), out / "vae" / "config.json")
+        means = [vae.moments(drawn.batch(part).to(job.device))[0] for part in torch.arange(512).split(32)]
+    write_config(vae.config, 1 / float(torch.cat(means).std()), job.out / "vae" / "config.json")
 
 
-def train_clip(pictures: Pictures, run: Path, out: Path, stage: Stage, seed: int, device: str) -> None:
-    """The vocabulary, then both towers: each picture must find its caption in the batch and each caption its
-    picture (Radford et al. 2021, Figure 3).
-    """
-    tokenizer = train_tokenizer(pictures, out / "tokenizer", seed)
+def train_clip(drawn: DrawnScenes, stage: Stage, job: Job) -> None:
+    """Train the vocabulary, then both towers with the contrastive loss (Radford et al. 2021, Figure 3)."""
+    tokenizer = train_tokenizer(drawn, job.out / "tokenizer", job.seed)
 
     def loss(clip: CLIP, indices: Tensor, r: Random, noise: torch.Generator) -> Tensor:
-        ids = tokenizer(pictures.captions(indices, r))
-        longest = int((ids != tokenizer.end).sum(dim=1).max()) + 1  # behind it there are ends only
-        _, image = clip.image(pictures.batch(indices).to(device))
-        text = clip.text_projection(clip.text(ids[:, :longest].to(device))[1])
+        ids = tokenizer(drawn.captions(indices, r))
+        longest = int((ids != tokenizer.end).sum(dim=1).max()) + 1  # after it, end tokens only
+        _, image = clip.image(drawn.batch(indices).to(job.device))
+        text = clip.text_projection(clip.text(ids[:, :longest].to(job.device))[1])
         scale = clip.logit_scale.clamp(max=LARGEST_SCALE).exp()
-        with torch.autocast(device, enabled=False):  # bfloat16 has steps of 0.5 at a logit of 100
+        with torch.autocast(job.device, enabled=False):  # bfloat16 has steps of 0.5 at a logit of 100
             cosine = F.normalize(image.float(), dim=-1) @ F.normalize(text.float(), dim=-1).T  # (B, B)
         logits = scale * cosine
-        own = torch.arange(len(ids), device=device)
+        own = torch.arange(len(ids), device=job.device)
         return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
-    finish("clip", fit("clip", loss, len(pictures.tags), run, stage, seed, device), run, out)
+    finish("clip", fit("clip", loss, len(drawn.tags), stage, job), job)
 
 
-def train_unet(pictures: Pictures, run: Path, out: Path, stage: Stage, seed: int, device: str) -> None:
-    """Eq. 2: the noise of a latent at a random time, told its caption."""
-    clip = load(CLIP(CLIPConfig.tiny()), out / "clip").to(device).eval()
-    tokenizer = Tokenizer(out / "tokenizer")
-    latents = encode_all(pictures, out, device)  # (T, 4, 16, 16)
+def train_unet(drawn: DrawnScenes, stage: Stage, job: Job) -> None:
+    """Train on Eq. 2: predict the noise in a latent at a random time, given its caption."""
+    clip = load(CLIP(CLIPConfig.tiny()), job.out / "clip").to(job.device).eval()
+    tokenizer = Tokenizer(job.out / "tokenizer")
+    latents = encode_all(drawn, job)  # (N, 4, 16, 16)
     alphas = alphas_cumprod()
 
     def loss(unet: UNet, indices: Tensor, r: Random, noise: torch.Generator) -> Tensor:
-        captions = ["" if r.random() < EMPTY else text for text in pictures.captions(indices, r)]
+        captions = ["" if r.random() < EMPTY else text for text in drawn.captions(indices, r)]
         with torch.no_grad():
-            context, _ = clip.text(tokenizer(captions).to(device))  # (B, 77, 128)
+            context, _ = clip.text(tokenizer(captions).to(job.device))  # (B, 77, 128)
         x = latents[indices]
         eps, t = torch.randn(x.shape, generator=noise), torch.randint(TIMES, (len(x),), generator=noise)
         alpha = alphas[t][:, None, None, None]
         z = alpha.sqrt() * x + (1 - alpha).sqrt() * eps  # Eq. 1
-        return F.mse_loss(unet(z.to(device), t.to(device), context).float(), eps.to(device))
+        return F.mse_loss(unet(z.to(job.device), t.to(job.device), context).float(), eps.to(job.device))
 
-    finish("unet", fit("unet", loss, len(pictures.tags), run, stage, seed, device), run, out)
+    finish("unet", fit("unet", loss, len(drawn.tags), stage, job), job)
 
 
 @torch.no_grad()
-def encode_all(pictures: Pictures, out: Path, device: str) -> Tensor:
-    vae = read_vae(out).to(device).eval()
-    parts = tqdm(torch.arange(len(pictures.tags)).split(32), desc="encoding", disable=None)
-    return torch.cat([vae.encode(pictures.batch(part).to(device)).cpu() for part in parts])
+def encode_all(drawn: DrawnScenes, job: Job) -> Tensor:
+    """Return the latents of all scenes, `(N, 4, 16, 16)`."""
+    vae = load(VAE(part_configs("tiny", job.out)[0]), job.out / "vae").to(job.device).eval()
+    parts = tqdm(torch.arange(len(drawn.tags)).split(32), desc="encoding", disable=None)
+    return torch.cat([vae.encode(drawn.batch(part).to(job.device)).cpu() for part in parts])
 
 
-def train_tokenizer(pictures: Pictures, folder: Path, seed: int) -> Tokenizer:
-    """Byte pairs of the captions, in CLIP's two files: all bytes, then what is merged, start and end last."""
+def train_tokenizer(drawn: DrawnScenes, folder: Path, seed: int) -> Tokenizer:
+    """Train byte pairs on captions and write CLIP's two files: bytes first, merges, then start and end."""
     size = CLIPConfig.tiny().vocabulary
     spelling = Tokenizer.spelling(size)
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=size - 258,  # without the bytes that end a word, start and end
+        vocab_size=size - 258,  # minus the 256 bytes that end a word, start and end
         initial_alphabet=letters,
         end_of_word_suffix="</w>",
         show_progress=False,
     )
     r = Random(f"tokenizer {seed}")
-    spelling.bpe.train_from_iterator((caption(tags, r) for tags in pictures.tags), trainer)
+    spelling.bpe.train_from_iterator((caption(tags, r) for tags in drawn.tags), trainer)
     merges = json.loads(spelling.bpe.to_str())["model"]["merges"]
     names = [*letters, *(f"{x}</w>" for x in letters)]
     names += [left + right for left, right in merges if left + right not in names]
@@ -207,57 +215,56 @@ def train_tokenizer(pictures: Pictures, folder: Path, seed: int) -> Tokenizer:
     return Tokenizer(folder)
 
 
-# ---- the loop that they share
+# ---- the shared training loop
 
 
 def fit(
     name: str,
     loss: Callable[[nn.Module, Tensor, Random, torch.Generator], Tensor],
     count: int,
-    run: Path,
     stage: Stage,
-    seed: int,
-    device: str,
+    job: Job,
 ) -> nn.Module:
-    """AdamW on `loss` of random batches out of `count` pictures; the moving average of its weights.
+    """Train part `name` by AdamW on `loss` of random batches of `count` images; return the averaged weights.
 
-    Goes on from `run/NAME.safetensors`, which is replaced every minute.
+    Resume from `RUN/NAME.safetensors`, which is replaced every minute. Raise RunError if that file was made
+    with another budget.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(job.seed)
     kind, config = KINDS[name]
-    model = kind(config.tiny()).to(device)
+    model = kind(config.tiny()).to(job.device)
     averaged = AveragedModel(model, multi_avg_fn=average)
     optimizer = torch.optim.AdamW(model.parameters(), stage.lr, betas=(0.9, 0.99), weight_decay=0.01)
-    budget = {**stage._asdict(), "pictures": count, "seed": seed}
-    state = State(run / f"{name}.safetensors", budget, model, averaged, optimizer)
+    budget = {**stage._asdict(), "pictures": count, "seed": job.seed}
+    state = State(job.run / f"{name}.safetensors", budget, model, averaged, optimizer)
     saved = time.monotonic()
     bar = tqdm(range(state.step, stage.steps), desc=name, initial=state.step, total=stage.steps, disable=None)
     for step in bar:
         start = time.monotonic()
-        noise = torch.Generator().manual_seed(1_000_000 * seed + step)
+        noise = torch.Generator().manual_seed(1_000_000 * job.seed + step)
         indices = torch.randint(count, (stage.batch,), generator=noise)
         for group in optimizer.param_groups:
             group["lr"] = stage.lr * rate(step, stage.steps)
-        with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
-            value = loss(model, indices, Random(f"{name} {seed} {step}"), noise)
+        with torch.autocast("cuda", torch.bfloat16, enabled=job.device == "cuda"):
+            value = loss(model, indices, Random(f"{name} {job.seed} {step}"), noise)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         averaged.update_parameters(model)
-        state.count(float(value.detach()), time.monotonic() - start)
+        state.add(float(value.detach()), time.monotonic() - start)
         last = state.step == stage.steps
         if last or time.monotonic() - saved > SAVE_SECONDS:
             state.save()
             saved = time.monotonic()
         if last or state.step % 100 == 0:
-            bar.write(f"{name} {state.step}/{stage.steps} loss {state.recent():.4f} {state.seconds:.0f} s")
+            bar.write(f"{name} {state.step}/{stage.steps} loss {state.mean_loss():.4f} {state.seconds:.0f} s")
             sys.stdout.flush()
     return averaged.module.eval()
 
 
 class State:
-    """A stage on the disk: both sets of weights and the optimiser, the losses per 100 steps and the time."""
+    """A stage's checkpoint: weights, averaged weights, optimiser, mean losses per 100 steps and seconds."""
 
     def __init__(
         self,
@@ -273,15 +280,17 @@ class State:
         if file.is_file():
             self.load()
 
-    def count(self, loss: float, seconds: float) -> None:
+    def add(self, loss: float, seconds: float) -> None:
+        """Count one step. Stop at a loss that is not finite."""
         assert math.isfinite(loss), f"{self.file.stem}: the loss of step {self.step} is {loss}"
         total, n = self.sums if self.step % 100 else (0.0, 0)
         self.sums = (total + loss, n + 1)
         self.step, self.seconds = self.step + 1, self.seconds + seconds
         if self.step % 100 == 0:
-            self.losses.append(round(self.recent(), 5))
+            self.losses.append(round(self.mean_loss(), 5))
 
-    def recent(self) -> float:
+    def mean_loss(self) -> float:
+        """Mean loss since the last multiple of 100 steps."""
         return self.sums[0] / self.sums[1]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -307,9 +316,9 @@ class State:
     def load(self) -> None:
         facts = read_facts(self.file)
         if facts["budget"] != self.budget:
-            raise TadaError(
+            raise RunError(
                 f"{self.file} was made with {facts['budget']}, not {self.budget}: "
-                "give the same, or another --run"
+                "give the same settings, or another --run"
             )
         tensors = load_file(self.file)
         for name, p in self.model.named_parameters():
@@ -325,20 +334,20 @@ class State:
 
 
 def read_facts(file: Path) -> dict:
-    """Steps, seconds, losses and budget of a stage's file."""
+    """Read steps, seconds, losses and budget of a stage's checkpoint."""
     with safe_open(file, "pt") as f:
         return json.loads(f.metadata()["facts"])
 
 
 @torch.no_grad()
 def average(averages: list[Tensor], weights: list[Tensor], n: Tensor | int) -> None:
-    """The moving average after n updates."""
+    """Update the moving average in place, after n updates."""
     decay = min(EMA, (1 + int(n)) / (10 + int(n)))
     torch._foreach_lerp_(averages, weights, 1 - decay)
 
 
 def rate(step: int, steps: int) -> float:
-    """The learning rate as a share of the full one."""
+    """Return the factor of the learning rate: linear warm-up, then a cosine to 0."""
     warmup = min(WARMUP, steps // 10 + 1)
     if step < warmup:
         return (step + 1) / warmup
@@ -348,29 +357,31 @@ def rate(step: int, steps: int) -> float:
 # ---- files
 
 
-def finish(name: str, model: nn.Module, run: Path, out: Path) -> None:
-    """Put the weights of a part into `out`, and what is known of their training beside them."""
-    write(model, out / FILES[name])
-    record = out / RECORD
+def finish(name: str, model: nn.Module, job: Job) -> None:
+    """Write the weights of a part into `out`, and its training record into `out/training.json`."""
+    write(model, job.out / FILES[name])
+    record = job.out / RECORD
     parts = json.loads(record.read_text()) if record.is_file() else {}
-    parts[name] = read_facts(run / f"{name}.safetensors")
+    parts[name] = read_facts(job.run / f"{name}.safetensors")
     replace_text(record, json.dumps(parts, indent=1) + "\n")
 
 
 def write(model: nn.Module, file: Path) -> None:
-    """The weights in float16, under the official names."""
+    """Write the weights in float16, under the official names; the file is replaced atomically."""
     state = {name: x.detach().cpu().to(torch.float16).contiguous() for name, x in model.state_dict().items()}
-    broken = [name for name, x in state.items() if not x.isfinite().all()]
-    assert not broken, f"float16 cannot hold {broken[0]} and {len(broken) - 1} more: lower the learning rate"
+    overflow = [name for name, x in state.items() if not x.isfinite().all()]
+    assert not overflow, (
+        f"{overflow[0]} and {len(overflow) - 1} more overflow float16: lower the learning rate"
+    )
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(state, file.with_suffix(".tmp"), metadata={"format": "pt"})
     os.replace(file.with_suffix(".tmp"), file)
 
 
 def write_config(config: VAEConfig, scale: float, file: Path) -> None:
-    """What diffusers' `AutoencoderKL.from_pretrained` reads; we read the scale (`model.part_configs`)."""
+    """Write config.json for diffusers' `AutoencoderKL.from_pretrained`; `part_configs` reads its scale."""
     n = len(config.channels)
-    about = {
+    settings = {
         "_class_name": "AutoencoderKL",
         "block_out_channels": config.channels,
         "layers_per_block": config.layers,
@@ -381,12 +392,16 @@ def write_config(config: VAEConfig, scale: float, file: Path) -> None:
         "sample_size": scenes.SIZE,
         "scaling_factor": round(scale, 5),
     }
-    replace_text(file, json.dumps(about, indent=1))
+    replace_text(file, json.dumps(settings, indent=1))
 
 
-def read_vae(folder: Path) -> VAE:
-    """The autoencoder with its measured scale."""
-    return load(VAE(part_configs("tiny", folder)[0]), folder / "vae")
+def train_all(job: Job, longer: float, count: int) -> None:
+    """Train or resume the three stages on `count` scenes; `longer` multiplies their steps."""
+    with lock(job.run, "--run"):
+        drawn = draw_scenes(job.run, count)
+        for name, train in (("vae", train_vae), ("clip", train_clip), ("unet", train_unet)):
+            stage = STAGES[name]._replace(steps=max(round(longer * STAGES[name].steps), 1))
+            train(drawn, stage, job)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -395,30 +410,25 @@ def main(argv: list[str] | None = None) -> int:
         description="Train the tiny Stable Diffusion on drawn scenes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "--out", type=Path, default="weights/tiny", metavar="DIR", help="where the weights go"
-    )
-    parser.add_argument("--run", type=Path, default="runs/pretrain", metavar="DIR", help="its working folder")
-    parser.add_argument("--longer", type=float, default=1, metavar="X", help="multiplies the steps")
-    parser.add_argument("--pictures", type=int, default=PICTURES, metavar="N", help="how many scenes")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches, captions and noise")
-    o = parser.parse_args(argv)
-    if o.longer <= 0 or not 512 <= o.pictures <= len(scenes.SPLITS["pretrain"]) // 2:
-        parser.error(f"--longer {o.longer} --pictures {o.pictures}: give more than 0, and 512 to 500000")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        with lock(o.run, "--run"):
-            pictures = draw_pictures(o.run, o.pictures)
-            for name, train in (("vae", train_vae), ("clip", train_clip), ("unet", train_unet)):
-                stage = STAGES[name]._replace(steps=max(round(o.longer * STAGES[name].steps), 1))
-                train(pictures, o.run, o.out, stage, o.seed, device)
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on from the last save", file=sys.stderr)
-        return 130
-    except (TadaError, RunError, WeightsError, OSError) as error:
-        print(f"lab.pretrain: {error}", file=sys.stderr)
-        return 2
-    return 0
+    add = parser.add_argument
+    add("--out", type=Path, default="weights/tiny", metavar="DIR", help="folder of the weights")
+    add("--run", type=Path, default="runs/pretrain", metavar="DIR", help="folder of checkpoints and scenes")
+    add("--longer", type=float, default=1, metavar="X", help="multiplies the steps")
+    add("--images", type=int, default=IMAGES, metavar="N", help="number of scenes")
+    add("--seed", type=int, default=0, help="of weights, batches, captions and noise")
+    options = parser.parse_args(argv)
+    if options.longer <= 0 or not 512 <= options.images <= len(scenes.SPLITS["pretrain"]) // 2:
+        got = f"--longer {options.longer} --images {options.images}"
+        parser.error(f"{got}: need --longer > 0 and 512 to 500000 images")
+
+    def work() -> int:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        train_all(
+            Job(options.run, options.out, options.seed, device), longer=options.longer, count=options.images
+        )
+        return 0
+
+    return run_command("lab.pretrain", work, "interrupted: run the same command again to resume")
 
 
 if __name__ == "__main__":

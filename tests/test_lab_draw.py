@@ -1,4 +1,4 @@
-"""weights/draw.py equals diffusers: noise schedule, sampler, and the picture of the whole pipeline."""
+"""lab/draw.py equals diffusers: noise schedule, sampler, and the image of the whole pipeline."""
 
 import numpy as np
 import pytest
@@ -58,10 +58,10 @@ def tiny(tmp_path_factory):
     return folder, *tiny_folder(folder)
 
 
-def test_the_picture_is_the_pipelines(tiny, tmp_path, capsys):
+def test_the_image_is_the_pipelines(tiny, tmp_path, capsys):
     """The command's PNG against diffusers' StableDiffusionPipeline, same noise: one grey level at most."""
     folder, unet, vae, clip = tiny
-    out = tmp_path / "new" / "picture.png"
+    out = tmp_path / "new" / "image.png"
     prompt = "sheep on grass"
     options = [
         "--model",
@@ -95,49 +95,49 @@ def test_the_picture_is_the_pipelines(tiny, tmp_path, capsys):
         num_inference_steps=5,
         guidance_scale=7.5,
     ).images[0]
-    found = np.asarray(Image.open(out)).astype(int)
-    assert found.shape == (128, 192, 3)
-    assert np.abs(found - np.asarray(expected)).max() <= 1
-    assert found.std() > 5  # there is something in it
+    pixels = np.asarray(Image.open(out)).astype(int)
+    assert pixels.shape == (128, 192, 3)
+    assert np.abs(pixels - np.asarray(expected)).max() <= 1
+    assert pixels.std() > 5  # not a flat image
 
 
-def test_another_prompt_or_seed_is_another_picture(tiny, tmp_path):
+def test_another_prompt_or_seed_gives_another_image(tiny, tmp_path):
     folder, *_ = tiny
 
-    def picture(prompt: str, seed: int) -> bytes:
+    def image(prompt: str, seed: int) -> bytes:
         out = tmp_path / "x.png"
         options = ["--model", "tiny", "--weights", str(folder), "--steps", "2", "--seed", str(seed)]
         assert main([prompt, *options, "--out", str(out)]) == 0
         return out.read_bytes()
 
-    first = picture("sheep", 1)
-    assert picture("sheep", 1) == first
-    assert picture("snow", 1) != first
-    assert picture("sheep", 2) != first
+    first = image("sheep", 1)
+    assert image("sheep", 1) == first
+    assert image("snow", 1) != first
+    assert image("sheep", 2) != first
 
 
-def test_random_weights_are_said_aloud(tmp_path, capsys):
-    """They need no vocabulary: the prompt is spelled, so another one is another picture."""
+def test_random_weights_are_announced(tmp_path, capsys):
+    """They need no vocabulary: the prompt is spelled in bytes, so another prompt gives another image."""
     out = tmp_path / "x.png"
     options = ["--model", "tiny", "--weights", "random", "--steps", "1", "--out", str(out)]
 
-    def picture(prompt: str) -> bytes:
+    def image(prompt: str) -> bytes:
         assert main([prompt, *options]) == 0
         assert "random weights" in capsys.readouterr().out
         return out.read_bytes()
 
-    first = picture("Schaf, 羊")
+    first = image("Schaf, 羊")
     assert Image.open(out).size == (128, 128)
-    assert picture("Schaf, 羊") == first != picture("Schaf, 牛")
+    assert image("Schaf, 羊") == first != image("Schaf, 牛")
 
 
 @pytest.mark.parametrize(
     ("options", "named"),
     [
         (["--weights", "nowhere"], "nowhere/vae does not exist; get vae/"),
-        (["--size", "500"], "--size 500: give one or two multiples of 64"),
-        (["--steps", "0"], "--steps 0: give 1 to 999"),
-        (["--out", "picture"], "--out picture: end it with one of .png"),
+        (["--size", "500"], "--size 500: need one or two multiples of 64"),
+        (["--steps", "0"], "--steps 0: need 1 to 999"),
+        (["--out", "image"], "--out image: the name must end with one of .png"),
     ],
 )
 def test_errors_are_one_sentence_and_exit_2(options, named, capsys):
@@ -152,7 +152,7 @@ def test_errors_are_one_sentence_and_exit_2(options, named, capsys):
 
 
 def test_a_missing_part_is_named(tiny, tmp_path, capsys):
-    """Each of the four, where the others are there."""
+    """Each of the four, with the other three present."""
     folder, *_ = tiny
     parts = ("vae", "unet", "clip", "tokenizer")
     cures = [f"{part} does not exist; get " for part in parts[:3]] + ["tokenizer/vocab.json is missing; "]
