@@ -1,13 +1,13 @@
-"""The drawn data set: 128x128 pictures with labels, instances and tags, each a pure function of its index.
+"""The drawn data set: 128x128 images with labels, instances and tags, each a pure function of its index.
 
 A place is drawn first, then its sky and ground from far to near, then things from its table, far ones first.
 Six pairs of classes (`PAIRS`) share colour and texture: a small patch of sea is a patch of sky. Layout,
-neighbours and outline tell them apart, so the whole picture decides every label, and its tags name what a
-patch cannot. `ambiguity=0` paints the second member of every pair in a colour of its own: the control, with
+neighbours and outline distinguish them, so labels depend on the whole image, and tags give information that a
+patch lacks. `ambiguity=0` paints the second member of every pair in a colour of its own: the control, with
 equal labels.
 
-Randomness comes from two streams that their authors keep frozen (Python's `Random.random`, the raw bits of
-numpy's PCG64) and the arithmetic on pixels is elementwise: a version draws the same bytes on every machine.
+Randomness comes from two generators with guaranteed streams (Python's `Random.random`, the raw bits of numpy's
+PCG64), and the arithmetic on pixels is elementwise: a version draws the same bytes on every machine.
 """
 
 import argparse
@@ -22,8 +22,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 VERSION = 1  # raise it with any change of drawing: results of different versions must not be compared
-SIZE = 128  # picture height and width; every length below is in these pixels
-TAG_PIXELS = 64  # a class that covers less is painted over: nobody would see its tag
+SIZE = 128  # image height and width; every length below is in these pixels
+TAG_PIXELS = 64  # a class that covers less is painted over: its tag would not be visible
 SPLITS = {
     "train": range(512),
     "val": range(100_000, 100_200),
@@ -108,12 +108,12 @@ class Place(NamedTuple):
     """A row of the table of places."""
 
     odds: float
-    horizon: tuple[float, float]  # as a share of the picture's height
+    horizon: tuple[float, float]  # as a fraction of the image's height
     above: float  # how often it is seen from above, without sky
     back: str  # what stands along the horizon
     ground: tuple[tuple[str, str, float, float], ...]  # far to near: (class, outline, begin 0..1, odds)
     must: str  # things that are always put
-    may: str  # things that fill up to 3..8, each as likely as it is written often
+    may: str  # things that fill up to 3..8; a repeated name is more likely
 
 
 PLACES = {
@@ -162,7 +162,7 @@ THINGS = frozenset(FOOTING) | {"cloud", "sun", "building"}
 
 
 class Scene(NamedTuple):
-    """One picture and all that is known about it."""
+    """One image and its ground truth."""
 
     image: np.ndarray  # (128, 128, 3) uint8 RGB
     labels: np.ndarray  # (128, 128) uint8 class index, every pixel labelled
@@ -172,9 +172,9 @@ class Scene(NamedTuple):
 
 
 def draw(index: int, ambiguity: float = 1.0) -> Scene:
-    """The scene of an index >= 0 (`SPLITS`); `ambiguity` in 0..1 blends from own colours to shared ones."""
+    """Draw the scene of an index >= 0 (`SPLITS`); `ambiguity` in 0..1 blends from own to shared colours."""
     if index < 0 or not 0 <= ambiguity <= 1:
-        raise ValueError(f"scene {index}, ambiguity {ambiguity}: give an index >= 0, an ambiguity in 0..1")
+        raise ValueError(f"scene {index}, ambiguity {ambiguity}: need an index >= 0 and an ambiguity in 0..1")
     b = Brush(Random(f"scenes {VERSION} {index}"), ambiguity)
     paint_ground(b)
     paint_things(b)
@@ -182,7 +182,7 @@ def draw(index: int, ambiguity: float = 1.0) -> Scene:
 
 
 def pick(r: Random, items, odds=None):
-    """One item, by odds or each as likely."""
+    """Return a random item, with probability proportional to `odds` (default: uniform)."""
     odds = odds or [1] * len(items)
     t = r.random() * sum(odds)
     for item, share in zip(items, odds):
@@ -200,11 +200,11 @@ def path(text: str) -> list[tuple[float, float]]:
 
 
 class Brush:
-    """What a scene has decided, and a canvas of twice its size that takes colour and identity at once.
+    """The random choices of a scene, and a canvas of twice its size that stores colour and identity together.
 
-    The canvas's fourth channel is the id of what is visible: ids below 24 are classes of stuff, every thing
-    takes the next free one. Shapes are given in a frame: the picture's pixels for stuff; for a thing the
-    origin at its foot, v upwards, its height the unit, mirrored or not.
+    The canvas's fourth channel is an id per pixel: ids below 24 are classes of stuff, every thing takes the
+    next free one. Shapes are given in a frame: the image's pixels for stuff; for a thing the origin at its
+    foot, v upwards, its height the unit, possibly mirrored.
     """
 
     def __init__(self, r: Random, ambiguity: float):
@@ -222,29 +222,29 @@ class Brush:
         light = pick(r, [tint for _, tint in LIGHTS], [odds for odds, _ in LIGHTS])
         self.tint = NIGHT if self.night else light
         self.shade = {name: r.random() for name in CLASSES}  # where in its range a colour of stuff lies
-        for first, second in PAIRS:  # as likely as any other, and never the same where they meet
+        for first, second in PAIRS:  # uniform, and always different within a pair
             self.shade[second] = (self.shade[first] + 0.5) % 1
         self.canvas = Image.new("RGBA", (2 * SIZE, 2 * SIZE))
         self.pen = ImageDraw.Draw(self.canvas)
         self.classes = list(range(len(CLASSES)))  # class of every id
         self.shadows, self.glows = [], []  # (id, x, y, radius)
         self.along = None  # whether the last road, path or river leads towards the horizon
-        self.below = ""  # what the thing in hand stands on
+        self.below = ""  # what the current thing stands on
 
     def colour(self, name: str, t: float) -> tuple[float, ...]:
-        """The class's colour at t in 0..1 of its range."""
+        """Return the class's colour at t in 0..1 of its range."""
         ends = LOOKS[name][0]
         shared = PAINTS[int(t * len(PAINTS))] if ends == PAINTED else [a + t * (z - a) for a, z in zip(*ends)]
         keep = self.ambiguity if name in UNLIKE else 1.0
         return tuple(keep * c + (1 - keep) * own for c, own in zip(shared, UNLIKE.get(name, shared)))
 
     def stuff(self, name: str, x=0.0, y=0.0, wide=1.0, high=1.0) -> tuple[float, ...]:
-        """From here on paint this class of stuff, in a frame; returns its colour."""
+        """Select this class of stuff, in a frame, for the next shapes; return its colour."""
         self.id, self.x, self.y, self.right, self.down = CLASSES.index(name), 2 * x, 2 * y, 2 * wide, 2 * high
         return self.colour(name, self.shade[name])
 
     def thing(self, name: str, x: float, y: float, height: float) -> tuple[float, ...]:
-        """From here on paint a new thing that stands at (x, y); returns its colour."""
+        """Select a new thing that stands at (x, y) for the next shapes; return its colour."""
         self.id, self.x, self.y, self.down = len(self.classes), 2 * x, 2 * y, -2 * height
         self.right = self.down if self.r.random() < 0.5 else -self.down
         self.classes.append(CLASSES.index(name))
@@ -277,7 +277,7 @@ class Brush:
 
 
 def paint_ground(b: Brush) -> None:
-    """Sky with sun and clouds, what stands along the horizon, the ground from far to near."""
+    """Paint the sky with sun and clouds, the row along the horizon, then the ground from far to near."""
     place = PLACES[b.place]
     band(b, place.ground[0][0] if b.above else "sky", -40, 0, 0)
     if not b.above:
@@ -301,7 +301,7 @@ def paint_ground(b: Brush) -> None:
 
 
 def band(b: Brush, name: str, y: float, sway: float, lean: float) -> None:
-    """Everything below an edge that sways (or, with no sway, is straight) and leans to one side."""
+    """Fill everything below an edge that sways (straight if `sway` is 0) and leans to one side."""
     r, colour = b.r, b.stuff(name)
     phase, turns, lean = 2 * pi * r.random(), 1.3 + 1.9 * r.random(), lean * (2 * r.random() - 1)
     steps = [i / 32 for i in range(33)]
@@ -387,7 +387,7 @@ def terrace(b: Brush, name: str) -> None:
 
 
 def paint_things(b: Brush) -> None:
-    """Finds every thing a footing, at the size that its distance gives, and paints them from far to near."""
+    """Find a place for every thing, at a size given by its distance, and paint from far to near."""
     r, spots = b.r, []  # (y, x, height, half its width, name, what it stands on)
     ground = np.array(b.classes)[np.array(b.canvas.getchannel("A"))[::2, ::2]]
     for _ in range(b.names.count("cloud") if b.above else 0):
@@ -518,7 +518,7 @@ def shed(b: Brush, colour) -> None:
 
 
 def house(b: Brush, colour) -> None:
-    """With snow on its roof where snow lies."""
+    """On snow, with a white roof."""
     roof = WHITE if b.below == "snow" else pick(b.r, ROOFS)
     b.box((150, 96, 80), 0.2, 0.6, 0.34, 1.0)
     b.box(colour, -0.5, 0, 0.5, 0.55)
@@ -564,7 +564,7 @@ def car(b: Brush, colour) -> None:
 
 
 def person(b: Brush, colour) -> None:
-    """On skis where snow lies."""
+    """On snow, with skis."""
     if b.below == "snow":
         b.line(DARK, "-.4 0  .4 0  .46 .05", 0.05)
         b.line(DARK, ".3 .55  .38 0", 0.03)
@@ -622,7 +622,7 @@ MAKERS = {
 
 
 def develop(b: Brush, index: int) -> Scene:
-    """Paints over what is too small, then adds texture, distance, shadow, glow and noise."""
+    """Paint over regions that are too small, then add texture, distance, shadow, glow and noise."""
     bits = np.random.PCG64([VERSION, index])
     classes, canvas = np.array(b.classes), np.array(b.canvas)
     counts = np.bincount(classes[canvas[::2, ::2, 3]].ravel(), minlength=len(CLASSES))
@@ -662,7 +662,7 @@ def develop(b: Brush, index: int) -> Scene:
 
 @lru_cache(1)
 def textures() -> np.ndarray:
-    """A tile of smooth noise per kind of GRAINS, (8, 256, 256) float32 in [-2, 2]."""
+    """Return a tile of smooth noise per kind of GRAINS, (8, 256, 256) float32 in [-2, 2]."""
     tiles = []
     for i, (height, width) in enumerate(GRAINS.values()):
         rows, columns = 2 * SIZE // height + 1, 2 * SIZE // width + 1
@@ -674,7 +674,7 @@ def textures() -> np.ndarray:
 
 
 def smear(canvas: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """Every pixel that is not kept becomes the next kept one to its left, or else to its right."""
+    """Replace every pixel that is not kept by the nearest kept one to its left, else to its right."""
     column = np.arange(len(keep))
     left = np.maximum.accumulate(np.where(keep, column, -1), axis=1)
     right = np.minimum.accumulate(np.where(keep, column, len(keep))[:, ::-1], axis=1)[:, ::-1]
@@ -682,7 +682,7 @@ def smear(canvas: np.ndarray, keep: np.ndarray) -> np.ndarray:
 
 
 def distance(labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Brightness by class and row, (24, 128): sky and ground are darker at their far end, lighter below."""
+    """Return brightness by class and row, (24, 128): sky and ground are darker at their far end."""
     table = np.ones((len(CLASSES), SIZE), np.float32)
     for i, name in enumerate(CLASSES):
         if counts[i] and name not in THINGS and name != "mountain":
@@ -692,17 +692,17 @@ def distance(labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Draw some scenes of a split, evenly spread, as pictures to look at and to predict on."""
+    """Write evenly spaced scenes of a split as PNG files, to view and to predict on."""
     parser = argparse.ArgumentParser(
         description="Draw scenes as PNG files.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--split", choices=list(SPLITS), default="test", help="which range of indices")
-    parser.add_argument("--count", type=int, default=6, metavar="N", help="how many")
-    parser.add_argument("--out", default="scenes", metavar="DIR", help="where they go")
+    parser.add_argument("--count", type=int, default=6, metavar="N", help="number of scenes")
+    parser.add_argument("--out", default="scenes", metavar="DIR", help="output folder")
     options = parser.parse_args(argv)
     indices = SPLITS[options.split]
     if not 1 <= options.count <= len(indices):
-        parser.error(f"--count {options.count}: {options.split} has 1 to {len(indices)}")
+        parser.error(f"--count {options.count}: need 1 to {len(indices)}, the size of {options.split}")
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(options.count):

@@ -27,7 +27,7 @@ FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def ddim_times(steps: int) -> list[int]:
-    """Return the sampler's time steps, noisiest first; the last is t = 1 (`steps_offset` of v1.5 in diffusers)."""
+    """Return the time steps, noisiest first; the last is t = 1 (`steps_offset` of v1.5 in diffusers)."""
     assert 1 <= steps < TIMES, f"need 1 to {TIMES - 1} steps, got {steps}"
     return [1 + i * (TIMES // steps) for i in reversed(range(steps))]
 

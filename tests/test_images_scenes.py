@@ -1,4 +1,4 @@
-"""scenes.py: frozen drawing, dense labels, tags that are visible, pairs that a patch cannot tell apart."""
+"""images/scenes.py: frozen drawing, dense labels, tags that are visible, pairs that a patch cannot separate."""
 
 import hashlib
 import time
@@ -10,7 +10,7 @@ import pytest
 from images import scenes
 from images.scenes import CLASSES, PAIRS, PLACES, SIZE, SPLITS, THINGS, Scene, draw
 
-FROZEN = {  # of version 1: index -> start of the sha256 of picture, labels, instances and tags
+FROZEN = {  # of version 1: index -> start of the sha256 of image, labels, instances and tags
     0: "67344a8e548a5101",
     5: "a3db9debcb0beb3e",
     17: "11c24fdf28f3b679",
@@ -22,13 +22,13 @@ FROZEN = {  # of version 1: index -> start of the sha256 of picture, labels, ins
 
 @pytest.fixture(scope="module")
 def splits() -> dict[str, list[Scene]]:
-    """All of val, 240 pictures of the others."""
+    """All of val, 240 scenes of the others."""
     return {name: [draw(index) for index in indices[:240]] for name, indices in SPLITS.items()}
 
 
 @pytest.fixture(scope="module")
 def unlike() -> dict[str, list[Scene]]:
-    """The control, ambiguity 0, of some of the same pictures."""
+    """The control, ambiguity 0, of some of the same scenes."""
     return {name: [draw(index, 0.0) for index in SPLITS[name][:100]] for name in ("train", "test")}
 
 
@@ -103,7 +103,7 @@ def test_every_class_and_place_occurs_in_every_split(splits):
 
 
 def test_pairs_meet_and_part(splits):
-    """Both members in one picture, or only the one, or only the other: a tag is news."""
+    """Both members in one image, or only the one, or only the other: a tag carries information."""
     drawn = splits["pretrain"] + splits["train"] + splits["test"]
     for first, second in PAIRS:
         a, b = (np.array([name in scene.tags for scene in drawn]) for name in (first, second))
@@ -130,8 +130,8 @@ def test_ambiguity_changes_the_second_members_colour_alone():
             assert np.allclose(mid, (low + high) / 2, atol=2)
 
 
-def test_labels_lie_where_the_picture_changes(splits):
-    """The picture's steps at label borders are largest when the labels are not shifted, in any direction."""
+def test_label_borders_are_image_edges(splits):
+    """The image's gradient at label borders is largest with unshifted labels."""
     strength = {}
     for shift in product((-2, -1, 0, 1, 2), repeat=2):
         steps = []
@@ -160,7 +160,7 @@ def test_grain_and_noise(splits):
 
 
 def patches(drawn: list[Scene], name: str) -> np.ndarray:
-    """Colour and texture of up to 12 random 5x5 patches per picture that lie inside the class: (n, 13)."""
+    """Colour and texture of up to 12 random 5x5 patches per image that lie inside the class: (n, 13)."""
     found, random = [np.zeros((0, 5, 5, 3))], np.random.default_rng(0)
     for scene in drawn:
         if name in scene.tags:
@@ -192,7 +192,7 @@ def separation(train, test, expand) -> float:
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="/".join)
-def test_a_patch_does_not_tell_a_pair_apart(splits, unlike, pair):
+def test_a_patch_does_not_separate_a_pair(splits, unlike, pair):
     """Balanced accuracies, 0.5 being chance; a patch is 5x5 pixels of one class.
 
     Measured at ambiguity 1: linear 0.52 to 0.57, with products 0.51 to 0.64 (cloud/sheep);
@@ -224,14 +224,14 @@ def regions(drawn: list[Scene], name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="/".join)
-def test_the_whole_picture_tells_a_pair_apart(splits, pair):
+def test_the_whole_image_separates_a_pair(splits, pair):
     """Place, vertical position and outline decide. Measured: 0.91 (road/river) to 1.00."""
     fit, held_out = splits["train"] + splits["pretrain"], splits["test"]
     train, test = ([regions(drawn, member) for member in pair] for drawn in (fit, held_out))
     assert separation(train, test, products) > 0.85
 
 
-def test_what_is_too_small_is_painted_over():
+def test_small_regions_are_painted_over():
     """By the pixel to its left, at the left edge by that to its right; colour and identity together."""
     canvas = np.arange(16, dtype=np.uint8).reshape(4, 4)[..., None] * np.ones(4, np.uint8)
     keep = np.ones((4, 4), bool)
@@ -242,12 +242,12 @@ def test_what_is_too_small_is_painted_over():
 
 @pytest.mark.parametrize(("index", "ambiguity"), [(-1, 1.0), (0, 1.5), (0, -0.1)])
 def test_wrong_arguments_are_named(index, ambiguity):
-    with pytest.raises(ValueError, match=f"scene {index}, ambiguity {ambiguity}: give"):
+    with pytest.raises(ValueError, match=f"scene {index}, ambiguity {ambiguity}: need"):
         draw(index, ambiguity)
 
 
 def test_speed():
-    """At least 50 pictures per second of processor time (about 200 when nothing else runs)."""
+    """At least 50 images per second of processor time (about 200 when nothing else runs)."""
     start = time.process_time()
     for index in range(50):
         draw(index)

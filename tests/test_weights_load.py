@@ -180,7 +180,7 @@ def test_single_file_names_of_the_official_size():
 
 
 def test_old_spelling_of_the_autoencoders_attention(tmp_path):
-    """The official diffusers file says query, key, value, proj_attn; diffusers reads it, and so do we."""
+    """The official diffusers file has query, key, value, proj_attn; diffusers reads it, and so do we."""
     reference = reference_vae(SMALL_VAE)
     folder = official_folder(reference, tmp_path)
     file = folder / "diffusion_pytorch_model.safetensors"
@@ -307,9 +307,9 @@ def test_another_components_folder(tmp_path):
         (b"\x80\x02}q\x00", "pickle"),
         (b"", "empty file"),
         (b"garbage of no kind", "unknown kind"),
-        (struct.pack("<Q", 1 << 40) + b'{"a":1}', "truncated or damaged"),
-        (struct.pack("<Q", 2) + b"{}", "truncated or damaged"),
-        (struct.pack("<Q", 7) + b'{"a":1}', "truncated or damaged"),
+        (struct.pack("<Q", 1 << 40) + b'{"a":1}', "truncated or corrupt"),
+        (struct.pack("<Q", 2) + b"{}", "truncated or corrupt"),
+        (struct.pack("<Q", 7) + b'{"a":1}', "truncated or corrupt"),
     ],
 )
 def test_what_is_not_weights_is_named(file, start, named):
@@ -321,14 +321,14 @@ def test_a_truncated_file_is_named(file):
     """Both sizes are given."""
     size = file.stat().st_size
     os.truncate(file, size - 100)
-    assert f"truncated: it has {size - 100:,} bytes and its header promises {size:,}" in refusal(file)
+    assert f"truncated: it has {size - 100:,} bytes and its header declares {size:,}" in refusal(file)
 
 
-def test_a_header_that_lies_is_refused(file):
+def test_an_inconsistent_header_is_refused(file):
     """Offsets that do not fit their shapes: the safetensors library refuses, and we name the file."""
     header = b'{"a":{"dtype":"F32","shape":[1000000],"data_offsets":[0,4]}}'
     file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
-    assert "damaged" in refusal(file)
+    assert "corrupt" in refusal(file)
 
 
 def test_a_pickle_is_never_executed(tmp_path, file):

@@ -1,8 +1,8 @@
-"""Official weights into our modules: strictly, by name, without running anything that a file may hold.
+"""Load official weights into our modules: by name, strictly, from safetensors only (no pickle).
 
 Our attribute names are the official ones, so most names pass unchanged. The tables below translate the
-single-file (CompVis) layout and the older spellings of the autoencoder's attention (diffusers renames them in
-the same way, in `scripts/convert_diffusers_to_original_stable_diffusion.py` and `models/modeling_utils.py`).
+single-file (CompVis) layout and the older spellings of the autoencoder's attention; diffusers renames them in
+the same way (`scripts/convert_diffusers_to_original_stable_diffusion.py`, `models/modeling_utils.py`).
 """
 
 import json
@@ -21,16 +21,16 @@ from unet import UNet
 from vae import VAE
 
 Module = TypeVar("Module", bound=nn.Module)
-Rename = tuple[str, str | Callable[[re.Match], str]]  # a pattern and what re.sub puts in its place
+Rename = tuple[str, str | Callable[[re.Match], str]]  # a pattern and its replacement, for re.sub
 
-FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # what a component's folder may hold
+FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # file names in a component's folder
 FILES += tuple(name.replace(".safetensors", ".fp16.safetensors") for name in FILES)
-IGNORED = r"(^|\.)position_ids$"  # a buffer 0, 1, 2, ... that older CLIP files carry
+IGNORED = r"(^|\.)position_ids$"  # a buffer 0, 1, 2, ... in older CLIP files
 KIND = ("resnets", "attentions")  # the two parts of a CompVis block: .0 and .1
 
 
-# CompVis numbers the blocks of all levels through, three to a level: two blocks and the change of size on
-# the way down (after conv_in, number 0), three blocks on the way up, the third with the change of size.
+# CompVis numbers blocks across levels, three per level. Down (after conv_in, number 0): two blocks, then the
+# downsampler. Up: three blocks, the third with the upsampler.
 UNET_NAMES: list[Rename] = [
     (r"^time_embed\.0\.", "time_embedding.linear_1."),
     (r"^time_embed\.2\.", "time_embedding.linear_2."),
@@ -78,10 +78,10 @@ VAE_NAMES: list[Rename] = [
 
 @dataclass(frozen=True)
 class Official:
-    """Where a module's weights are, and what its names look like there."""
+    """A module's official file, and how its names are spelled there."""
 
     file: str  # the official file, for messages
-    prefixes: tuple[str, ...]  # before its names in files that hold more than this module
+    prefixes: tuple[str, ...]  # of its names in files that hold several modules
     names: tuple[Rename, ...] = ()
 
     @property
@@ -105,14 +105,13 @@ OFFICIAL: dict[type[nn.Module], Official] = {
 
 
 def load(module: Module, path: str | Path) -> Module:
-    """Fill a UNet, VAE, CLIP or its `text_model` from an official file or the folder that holds it; return
-    it.
+    """Load an official file, or the one in a folder, into a UNet, VAE, CLIP or its `text_model`; return it.
 
-    The module may be built normally or on `meta` (faster: nothing is initialised). It keeps its dtype, and
-    its device unless that was `meta`. Every name and shape must fit: a WeightsError lists what does not.
+    The module may be built normally or on `meta` (faster: no initialisation). It keeps its dtype, and its
+    device unless that was `meta`. Raise WeightsError, listing names and shapes, unless all of them fit.
     """
     assert type(module) in OFFICIAL, (
-        f"{type(module).__name__} has no official file: load a UNet, VAE, CLIP or its text_model"
+        f"need a UNet, VAE, CLIP or its text_model, got {type(module).__name__}: it has no official file"
     )
     official = OFFICIAL[type(module)]
     file = find(Path(path), official)
@@ -121,7 +120,7 @@ def load(module: Module, path: str | Path) -> Module:
     try:
         weights = safe_open(file, "pt")
     except SafetensorError as error:
-        raise WeightsError(f"{file} is damaged ({error}); {official.cure}") from None
+        raise WeightsError(f"{file} is corrupt ({error}); {official.cure}") from None
     with weights:
         names = weights.keys()
         shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in names}
@@ -135,7 +134,7 @@ def load(module: Module, path: str | Path) -> Module:
 
 
 def find(path: Path, official: Official) -> Path:
-    """The file that `path` names, or the first official file name in the folder `path`."""
+    """Return `path` if it is a file, else the first official file in the folder `path`."""
     if path.is_file():
         return path
     if not path.is_dir():
@@ -150,8 +149,8 @@ def find(path: Path, official: Official) -> Path:
 
 
 def refuse_foreign(file: Path, official: Official) -> None:
-    """Say what a file is that is not a whole safetensors file: an 8-byte length, a JSON header, the bytes it
-    promises.
+    """Raise WeightsError unless `file` is a complete safetensors file: an 8-byte length, a JSON header, and as
+    many bytes as the header declares.
     """
     size = file.stat().st_size
     with file.open("rb") as f:
@@ -163,20 +162,20 @@ def refuse_foreign(file: Path, official: Official) -> None:
         header = f.read(length) if 8 + length <= size else b""
     try:
         tensors = json.loads(header)
-        promised = 8 + length + max(x["data_offsets"][1] for k, x in tensors.items() if k != "__metadata__")
+        declared = 8 + length + max(x["data_offsets"][1] for k, x in tensors.items() if k != "__metadata__")
     except (ValueError, TypeError, KeyError, IndexError, AttributeError):
         raise WeightsError(
-            f"{file} is truncated or damaged: its header cannot be read; {official.cure}"
+            f"{file} is truncated or corrupt: its header cannot be read; {official.cure}"
         ) from None
-    if size != promised:
-        fault = "truncated" if size < promised else "damaged"
+    if size != declared:
+        fault = "truncated" if size < declared else "corrupt"
         raise WeightsError(
-            f"{file} is {fault}: it has {size:,} bytes and its header promises {promised:,}; {official.cure}"
+            f"{file} is {fault}: it has {size:,} bytes and its header declares {declared:,}; {official.cure}"
         )
 
 
 def kind(start: bytes) -> str:
-    """What a file that begins like this is."""
+    """Name the kind of a file by its first bytes."""
     if start.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer (the repository was cloned without `git lfs pull`)"
     if start.lstrip()[:1] == b"<":
@@ -189,24 +188,24 @@ def kind(start: bytes) -> str:
 def match(
     ours: dict[str, tuple[int, ...]], theirs: dict[str, tuple[int, ...]], file: Path, official: Official
 ) -> dict[str, str]:
-    """Our names -> the file's, from the shapes of both; a WeightsError if they do not fit one to one."""
+    """Map our names to the file's; raise WeightsError unless names and shapes fit one to one."""
     prefix = next((p for p in official.prefixes if any(name.startswith(p) for name in theirs)), "")
-    found, twice = {}, []
+    names, duplicates = {}, []
     for name in theirs:
         if name.startswith(prefix) and not re.search(IGNORED, name):
             short = name.removeprefix(prefix)
             for pattern, replacement in official.names:
                 short = re.sub(pattern, replacement, short)
-            if found.setdefault(short, name) != name:
-                twice.append(name)
+            if names.setdefault(short, name) != name:
+                duplicates.append(name)
 
-    missing = [name for name in ours if name not in found]
-    unexpected = [name for short, name in found.items() if short not in ours] + twice
+    missing = [name for name in ours if name not in names]
+    unexpected = [name for short, name in names.items() if short not in ours] + duplicates
     # The VAE's attention is a 1x1 convolution in CompVis: (512, 512, 1, 1) is our (512, 512).
     misshapen = [
-        f"{found[name]} {theirs[found[name]]} instead of {shape}"
+        f"{names[name]} {theirs[names[name]]} instead of {shape}"
         for name, shape in ours.items()
-        if name in found and theirs[found[name]] not in (shape, (*shape, 1, 1))
+        if name in names and theirs[names[name]] not in (shape, (*shape, 1, 1))
     ]
     faults = (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", misshapen))
     faults = [
@@ -214,4 +213,4 @@ def match(
     ]
     if faults:
         raise WeightsError(f"{file} does not fit ({'; '.join(faults)}); {official.cure}")
-    return found
+    return names
