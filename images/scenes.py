@@ -6,8 +6,8 @@ neighbours and outline distinguish them, so labels depend on the whole image, an
 patch lacks. `ambiguity=0` paints the second member of every pair in a colour of its own: the control, with
 equal labels.
 
-Randomness comes from two generators with guaranteed streams (Python's `Random.random`, the raw bits of numpy's
-PCG64), and the arithmetic on pixels is elementwise: a version draws the same bytes on every machine.
+Randomness comes from two generators with guaranteed streams (Python's `Random.random`, the raw bits of
+numpy's PCG64), and the arithmetic on pixels is elementwise: a version draws the same bytes everywhere.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""images/scenes.py: frozen drawing, dense labels, tags that are visible, pairs that a patch cannot separate."""
+"""images/scenes.py: frozen drawing, dense labels, visible tags, pairs that a patch cannot separate."""
 
 import hashlib
 import time

@@ -149,8 +149,8 @@ def find(path: Path, official: Official) -> Path:
 
 
 def refuse_foreign(file: Path, official: Official) -> None:
-    """Raise WeightsError unless `file` is a complete safetensors file: an 8-byte length, a JSON header, and as
-    many bytes as the header declares.
+    """Raise WeightsError unless `file` is a complete safetensors file: an 8-byte length, a JSON header, and
+    as many bytes as the header declares.
     """
     size = file.stat().st_size
     with file.open("rb") as f:
