@@ -12,16 +12,14 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 import inference
@@ -31,17 +29,16 @@ from data import Dataset, check
 from errors import CheckpointError, ModelError, RunError, run_command
 from eval import Result, evaluate
 from images import scenes
-from images.draw import mosaic, overlay, segment_overlay
 from images.panoptic import Segment
 from loading.augment import normalise
 from loading.jitter import NOBODY, PanopticBatch, PanopticTrainStream, masks_of
 from loading.stream import Batch, EvaluationStream, TrainStream
 from loading.tags import TagSource
 from mask2former import Rand, Target
-from model import Tada
+from model import Size, Tada
 from run import checkpoint
 from run.folder import Run, fingerprint, open_run
-from run.progress import Meter, StopOnSignal, describe, log_line
+from run.progress import Meter, StopOnSignal, describe, draw, log_line
 from run.ranks import Ranks, cleanup, init_distributed
 from run.recipes import DROPS, Options, config_of, defaults, open_set, parse
 from run.tagging import open_tags
@@ -129,9 +126,7 @@ def segments_of(tada: Tada, batch: Batch | PanopticBatch, device: torch.device) 
 
 
 def points_of(seed: int, position: int, device: torch.device) -> Rand:
-    """The generator of the points of one sample's loss, a function of (seed, position): it does not depend on
-    ranks, micro-batches or resuming.
-    """
+    """Draws the points of one sample's loss: a function of (seed, position), whatever the ranks."""
     number = np.random.default_rng((POINTS, seed, position)).integers(2**63)
     return partial(torch.rand, generator=torch.Generator(device).manual_seed(int(number)))
 
@@ -185,6 +180,12 @@ class Training:
     def metric(self) -> str:
         """The metric that chooses the best step."""
         return "PQ" if self.options.decoder == "mask2former" else "mIoU"
+
+    @property
+    def windows(self) -> dict[str, Size]:
+        """The windows that a validation image is read in; Mask2Former reads it whole."""
+        config = self.tada.config
+        return {} if self.metric == "PQ" else {"window": config.crop, "stride": config.stride}
 
 
 def loop(training: Training, stop: StopOnSignal) -> int:
@@ -271,18 +272,11 @@ def validate(training: Training, final: bool) -> None:
 
 def evaluate_val(training: Training, limit: int | None = None) -> Result:
     """The protocol of `eval.py` without flags, on the validation set or its first `limit` images."""
-    tada, val, ranks = training.tada, training.sets.val, training.run.ranks
-    windows = {"window": tada.config.crop, "stride": tada.config.stride}
-    return evaluate(
-        tada,
-        val,
-        training.sets.val_words,
-        **({} if training.options.decoder == "mask2former" else windows),
-        indices=range(min(limit or len(val), len(val))),
-        workers=training.options.workers,
-        rank=ranks.rank,
-        world=ranks.world,
-    )
+    sets, ranks = training.sets, training.run.ranks
+    indices = range(min(limit or len(sets.val), len(sets.val)))
+    shares = {"workers": training.options.workers, "rank": ranks.rank, "world": ranks.world}
+    how = {"words": sets.val_words, "indices": indices, **training.windows, **shares}
+    return evaluate(training.tada, sets.val, **how)
 
 
 def draw_val(training: Training) -> None:
@@ -297,11 +291,11 @@ def draw_val(training: Training) -> None:
         tags = tada.resolve_tags(image, None if words is None else [words])
         with torch.autocast(image.device.type, torch.bfloat16, enabled=image.is_cuda):
             if tada.config.decoder == "mask2former":
-                ids, segments = inference.segment(tada, image, tags).panoptic[0]
+                ids, segments = inference.segment(tada, image, tags=tags).panoptic[0]
                 target = ids.cpu().numpy(), segments
             else:
-                windows = {"window": tada.config.crop, "stride": tada.config.stride}
-                target = inference.predict(tada, image, tags, **windows).labels[0].byte().cpu().numpy()
+                labels = inference.predict(tada, image, tags=tags, **training.windows).labels
+                target = labels[0].byte().cpu().numpy()
         shown.append((item.image.permute(1, 2, 0).numpy(), target, tags and tags[0]))
     tada.train()
     file = run.folder / "val" / f"step-{training.step:06d}.jpg"
@@ -323,27 +317,11 @@ def draw_inputs(run: Run, sets: "Sets", batch: Batch) -> None:
     draw(run.folder / "inputs.jpg", sets.train, zip(pictures, targets, words, strict=True))
 
 
-def draw(file: Path, dataset: Dataset, shown: Iterable[tuple[np.ndarray, Any, list[str] | None]]) -> None:
-    """Each image `(H, W, 3)`, and itself under its labels `(H, W)` or (ids, segments), with its tags."""
-    tiles, palette, classes = [], dataset.palette, dataset.classes
-    for image, target, tags in shown:
-        tiles.append(Image.fromarray(image))
-        if isinstance(target, tuple):
-            ids, segments = target
-            drawn = segment_overlay(image, ids, segments, palette=palette, classes=classes, words=tags)
-        else:
-            drawn = overlay(image, target, palette=palette, classes=classes, words=tags)
-        tiles.append(drawn)
-    mosaic(tiles, 4).save(file, quality=92)
-
-
 # ---- saving
 
 
 def save_checkpoint(training: Training, metrics: dict[str, float], final: bool) -> bool:
-    """Write a checkpoint; False on a rank that failed. A full disk is fatal only for the `final`
-    checkpoint.
-    """
+    """Write a checkpoint; False on a rank that failed. A full disk is fatal only if it is `final`."""
     run, best = training.run, training.best
     tensors = checkpoint.training_state(training.optimizer, run.ranks)
     written = True
@@ -426,11 +404,10 @@ def prepare(run: Run, options: Options) -> Training:
     torch.manual_seed(options.seed)  # the same initial weights on every rank
     tada = build(config, ranks.device)
     tada.unet.checkpoint_activations = options.checkpoint_activations
-    train_tags, val_tags = open_tags(run, tada, options=options, train_set=train_set, val_set=val_set)
-    sets = Sets(train_set, val_set, train_words=train_tags, val_words=val_tags)
-    groups = parameter_groups(
-        tada, options.lr, weight_decay=options.weight_decay, unet_scale=options.unet_lr_scale
-    )
+    train_words, val_words = open_tags(run, tada, options=options, train_set=train_set, val_set=val_set)
+    sets = Sets(train_set, val_set, train_words=train_words, val_words=val_words)
+    scales = {"weight_decay": options.weight_decay, "unet_scale": options.unet_lr_scale}
+    groups = parameter_groups(tada, options.lr, **scales)
     optimizer = torch.optim.AdamW([{**group, "full_lr": group["lr"]} for group in groups])
     training = Training(run, options, tada=tada, sets=sets, optimizer=optimizer, frozen=frozen)
 

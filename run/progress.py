@@ -1,16 +1,22 @@
-"""What a run prints: the model and its settings at the start, then speed and losses; and a request to stop
-it.
+"""What a run shows: model and settings at its start, drawings of its data, speed and losses; and its way to
+stop.
 """
 
 import resource
 import signal
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Self
+from pathlib import Path
+from typing import Any, Self
 
+import numpy as np
 import torch
+from PIL import Image
 
 import kernels
+from data import Dataset
+from images.draw import mosaic, overlay, segment_overlay
 from model import Tada
 from run.folder import Run
 from run.recipes import Options, recipe
@@ -41,6 +47,19 @@ def describe(run: Run, options: Options, tada: Tada) -> None:
     )
     run.print0(kernels.describe(device))
     run.print0(f"run folder {run.folder}")
+
+
+def draw(file: Path, dataset: Dataset, shown: Iterable[tuple[np.ndarray, Any, list[str] | None]]) -> None:
+    """Each image `(H, W, 3)`, and itself under its labels `(H, W)` or (ids, segments), with its tags."""
+    tiles, names = [], {"palette": dataset.palette, "classes": dataset.classes}
+    for image, target, tags in shown:
+        tiles.append(Image.fromarray(image))
+        if isinstance(target, tuple):
+            ids, segments = target
+            tiles.append(segment_overlay(image, ids, segments, **names, words=tags))
+        else:
+            tiles.append(overlay(image, target, **names, words=tags))
+    mosaic(tiles, 4).save(file, quality=92)
 
 
 @dataclass
