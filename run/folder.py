@@ -144,17 +144,13 @@ def open_run(
         }
         if last is not None:
             free = {option.name for option in fields(options) if option.metadata.get("role") == "free"}
-            refuse_changes(run, as_json(about), as_json(defaults), free)
+            now, default = json.loads(json.dumps([about, defaults]))  # tuples become lists
+            refuse_changes(run, now, defaults=default, free=free)
         else:  # an earlier start without a checkpoint may have had other options
             for name in ("log.jsonl", "tags-train.jsonl"):
                 (run.folder / name).unlink(missing_ok=True)
         replace_text(file, json.dumps(about, indent=1))
     return run.ranks.all_gather_object([last] if run.ranks.is_main else [])[0]
-
-
-def as_json(value: Any) -> Any:
-    """A value as it is read back from JSON: tuples become lists."""
-    return json.loads(json.dumps(value))
 
 
 def refuse_changes(run: Run, now: dict, defaults: dict, free: set[str]) -> None:

@@ -28,7 +28,7 @@ def describe(run: Run, options: Options, tada: Tada) -> None:
     """Print the parts of the model, the batch, the paper's settings and the machine."""
     config = tada.config
     if config.weights == "random":
-        run.print0("RANDOM WEIGHTS: no prior is used; the result says nothing about the method")
+        run.print0("RANDOM WEIGHTS: no prior is used; scores do not measure the method")
     if "oracle" in (config.condition, config.tags):
         run.print0("ORACLE: the model reads the ground-truth tags; scores are upper bounds")
     for part in ("vae", "clip", "unet", "adapter", "decoder"):

@@ -117,7 +117,7 @@ def flag(
     return field(default=default, metadata={"help": help, "least": least, "role": role, "argument": argument})
 
 
-# Longer texts of --help.
+# Texts and choices too long for one line below.
 DECODERS = "mask2former needs instances, as scenes have; * coco-panoptic, panoptic: mask2former, else fpn"
 TOKENS = "a tag is one pooled vector, or all tags are one prompt"
 START = "the adapter's first context: the empty prompt's, or its own"
@@ -137,9 +137,7 @@ class Options:
     short: int = flag("short side an image is resized to; * the crop's", least=1)
     workers: int = flag("processes that load images, per rank", 2, least=0, role="free")
 
-    model: str = flag(
-        "* tiny for scenes, else sd15", role="start", choices=["sd15", "tiny"], group="the model"
-    )
+    model: str = flag("* scenes: tiny, else sd15", role="start", choices=["sd15", "tiny"], group="the model")
     weights: str = flag("the prior, or `random`; * weights/<model>", metavar="DIR")
     decoder: str = flag(DECODERS, role="start", choices=["fpn", "upernet", "mask2former"])
     condition: str = flag("a row of Table 5", TadaConfig.condition, role="start", choices=CONDITIONS)
@@ -152,15 +150,11 @@ class Options:
     tag_loss_weight: float = flag("of Eq. 7; 0 turns it off", TadaConfig.tag_loss_weight, least=0)
     timestep: int = flag("of the minor noise, 0 to 999", TadaConfig.timestep)
     noise: str = flag("one for all images, or none", TadaConfig.noise, choices=["fixed", "none"])
-    attention_maps: bool = flag(
-        "append the UNet's cross-attention to its features (VPD)", TadaConfig.attention_maps
-    )
+    attention_maps: bool = flag("add the UNet's cross-attention (VPD)", TadaConfig.attention_maps)
     freeze_unet: bool = flag("train only the adapter and the decoder", TadaConfig.freeze_unet)
     dropout: float = flag("before the classifier; * 0.1, tiny 0")
 
-    preset: str | None = flag(
-        "VPD's own recipe; other flags override it", None, choices=["vpd"], group="the run"
-    )
+    preset: str | None = flag("VPD's recipe; flags override it", None, choices=["vpd"], group="the run")
     iterations: int = flag("* of COCO panoptic 9,000 as printed; ODISE's schedule is 92,188", least=1)
     batch: int = flag("images per update, over all processes; *", least=1)
     accumulate: int = flag("micro-batches per update", 1, least=1, role="free")
@@ -278,9 +272,8 @@ def run_name(values: Mapping[str, Any], default: Mapping[str, Any]) -> str:
     `-crop640-tags_oracle`.
     """
     parts = [values[option.name] for option in FLAGS if option.metadata["role"] == "start"]
-    for name in (option.name for option in FLAGS if option.metadata["role"] == "training"):
-        if values[name] != default[name]:
-            parts.append(name + readable(values[name]))
+    names = [option.name for option in FLAGS if option.metadata["role"] == "training"]
+    parts += [name + readable(values[name]) for name in names if values[name] != default[name]]
     name = "-".join(parts)
     if len(name) > LONGEST:
         name = f"{name[: LONGEST - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

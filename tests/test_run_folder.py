@@ -138,8 +138,8 @@ def test_only_free_settings_may_change(old_run):
     assert (folder.with_name(f"{folder.name}.1") / step_name(1)).is_dir()
 
 
-def test_the_run_folder_knows_no_data_set():
-    """It imports neither data nor images."""
+def test_the_run_folder_imports_no_data_set():
+    """Neither data nor images, not even by another import."""
     code = "import sys, run.folder; print([x for x in sys.modules if x == 'data' or x.startswith('images')])"
     line = [sys.executable, "-c", code]
     ended = subprocess.run(line, check=True, capture_output=True, text=True, cwd=ROOT)
