@@ -65,13 +65,16 @@ class Run:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.lock is not None:
-            self.lock.close()
+        self.release()
 
     def claim(self) -> None:
         """Lock the folder. Raises RunError if another process has it."""
-        self.__exit__()
         self.lock = lock(self.folder, "--run-dir")
+
+    def release(self) -> None:
+        """Unlock the folder."""
+        if self.lock is not None:
+            self.lock.close()
 
     def print0(self, line: str) -> None:
         """Print on rank 0."""
@@ -121,6 +124,7 @@ def open_run(
         file = run.folder / "config.json"
         if options.fresh and (steps(run.folder) or file.exists()):
             rename_run(run)
+            run.release()
             run.claim()
         for link in (run.folder / "last", run.folder / "best"):
             if link.is_dir() and not link.is_symlink():

@@ -74,8 +74,8 @@ def predictions(tada: Tada) -> list[Tensor]:
     return [tada(image, TAGS).prediction.main, labels]
 
 
-def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+def equal(actual: list[Tensor], expected: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
 
 
 # The file of a trained model
@@ -164,8 +164,8 @@ def test_frozen_parts_stay_in_their_files(weights, freeze_unet, tmp_path):
     tada = make(weights=str(weights), freeze_unet=freeze_unet, adapter_start="empty")
     frozen = frozen_digests(tada.config)
     assert set(frozen) == {*FROZEN, UNET} if freeze_unet else set(frozen) == set(FROZEN)
-    for name, found in frozen.items():
-        assert found == hashlib.sha256((weights / name).read_bytes()).hexdigest()
+    for name, sha256 in frozen.items():
+        assert sha256 == hashlib.sha256((weights / name).read_bytes()).hexdigest()
     save_model(tada, tmp_path / "model.safetensors", frozen, {})
     state = load_file(tmp_path / "model.safetensors")
     parts = {"adapter", "decoder"} if freeze_unet else {"unet", "adapter", "decoder"}
@@ -419,15 +419,15 @@ def test_a_step_is_restored_in_place(tmp_path):
     with torch.no_grad():
         for parameter in tada.parameters():
             parameter.zero_()
-    found_tensors, found_facts = read_step(folder, tada)
+    read_tensors, read_facts = read_step(folder, tada)
     assert all(torch.equal(x, state[name]) for name, x in tada.state_dict().items())
     assert {name: p.data_ptr() for name, p in tada.named_parameters()} == own
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} <= set(
         map(id, tada.parameters())
     )
-    assert found_tensors.keys() == tensors.keys() and found_facts == facts
-    assert all(torch.equal(found_tensors[name], x) for name, x in tensors.items())
-    assert all(found_tensors[name].dtype == x.dtype for name, x in tensors.items())
+    assert read_tensors.keys() == tensors.keys() and read_facts == facts
+    assert all(torch.equal(read_tensors[name], x) for name, x in tensors.items())
+    assert all(read_tensors[name].dtype == x.dtype for name, x in tensors.items())
     with pytest.raises(CheckpointError, match="does not fit the model it describes"):
         read_step(folder, build(config(condition="none")))
 

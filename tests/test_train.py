@@ -214,10 +214,10 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(segments, tmp_path):
     run += ["--redirects=3", f"--log-dir={tmp_path / 'logs'}", str(script)]
     ended = subprocess.run(run, check=False, capture_output=True, text=True, timeout=120)
     assert "exitcode  : 2" in ended.stderr
-    said = [next((tmp_path / "logs").rglob(f"{rank}/stderr.log")).read_text() for rank in (0, 1)]
-    (sentence,) = [line for line in "".join(said).splitlines() if line.startswith("train.py: ")]
+    log = "".join(next((tmp_path / "logs").rglob(f"{rank}/stderr.log")).read_text() for rank in (0, 1))
+    (sentence,) = [line for line in log.splitlines() if line.startswith("train.py: ")]
     assert re.search(r"not finite: .*nan.*, in \S+\.png, \S+\.png: give a lower --lr", sentence)
-    assert "Traceback" not in "".join(said) and "FutureWarning" not in "".join(said)
+    assert "Traceback" not in log and "FutureWarning" not in log
 
 
 FULL = """
@@ -249,9 +249,9 @@ print(made["loss"], made["seg"], changed, peak / 2**20)
 def test_a_step_at_full_size():
     """sd15, random weights, one image of 512x512: AdamW in float32, activations recomputed."""
     run = [sys.executable, "-c", FULL.format(root=str(ROOT))]
-    said = subprocess.run(run, check=False, capture_output=True, text=True, timeout=800)
-    assert said.returncode == 0, said.stderr[-2000:]
-    loss, seg, changed, gib = said.stdout.split()
+    ended = subprocess.run(run, check=False, capture_output=True, text=True, timeout=800)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    loss, seg, changed, gib = ended.stdout.split()
     assert abs(float(seg) - math.log(150)) < 1.5, "an untrained classifier is nearly uniform"
     assert math.isfinite(float(loss)) and changed == "True"
     assert float(gib) < 20
@@ -369,17 +369,17 @@ def test_fresh_keeps_the_earlier_run_under_another_name(folder, uninterrupted, t
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (["--lr", "0.5"], "--lr was 0.001, is 0.5"),
         (["--crop", "32"], "--crop was [64, 64], is [32, 32]"),
         (["--seed", "9"], "--seed was 0, is 9"),
     ],
 )
-def test_a_run_does_not_resume_with_other_settings(folder, uninterrupted, capsys, more, said):
+def test_a_run_does_not_resume_with_other_settings(folder, uninterrupted, capsys, more, message):
     assert train.main(command(folder, uninterrupted, *more)) == 2
     error = capsys.readouterr().err
-    assert said in error and "--fresh" in error
+    assert message in error and "--fresh" in error
 
 
 def test_another_machine_may_have_other_threads(folder, tmp_path, capsys):
@@ -403,17 +403,17 @@ def test_a_run_does_not_resume_with_other_data(folder, uninterrupted, tmp_path, 
     assert train.main(command(moved, run, *more)) == 0, "a data set may move"
     if change == "picture":
         (moved / "images" / "train" / "7.png").unlink(), (moved / "labels" / "train" / "7.png").unlink()
-        said = "the list of training pictures has changed"
+        message = "the list of training pictures has changed"
     elif change == "class":
         (moved / "classes.txt").write_text("\n".join(reversed(scenes.CLASSES)))
-        said = "the list of classes has changed"
+        message = "the list of classes has changed"
     else:
         tags.write_text(tags.read_text().replace("sky", "sea"))
-        said = "the file of tags has changed"
+        message = "the file of tags has changed"
     capsys.readouterr()
     assert train.main(command(moved, run, *more)) == 2
     error = capsys.readouterr().err
-    assert said in error and "--fresh" in error
+    assert message in error and "--fresh" in error
 
 
 @pytest.mark.parametrize("text", [None, "", '{"options": '])
@@ -486,8 +486,8 @@ def test_the_best_step_is_one_that_was_saved(folder, tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(train.checkpoint, "write_step", full)
     assert train.main(command(folder, run)) == 0
-    said = capsys.readouterr().out
-    assert "no checkpoint at step 3: no room" in said and "at step 6; next" in said
+    output = capsys.readouterr().out
+    assert "no checkpoint at step 3: no room" in output and "at step 6; next" in output
     assert os.readlink(run / "best") == "step-000006"
 
 
@@ -527,15 +527,15 @@ def test_a_signal_leaves_a_checkpoint(folder, uninterrupted, tmp_path, number):
         line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     signal.signal(signal.SIGHUP, before)
-    said = ""
+    output = ""
     for text in process.stdout:
-        said += text
+        output += text
         if text.startswith("step 2/6"):
             os.killpg(process.pid, number)
             break
-    said += process.communicate(timeout=120)[0]
-    assert process.returncode == 128 + number, said
-    assert "stopped at step" in said and "Traceback" not in said
+    output += process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + number, output
+    assert "stopped at step" in output and "Traceback" not in output
     assert train.main(command(folder, run)) == 0
     assert same(run, uninterrupted)
 
@@ -557,18 +557,31 @@ def test_killed_at_any_time(folder, uninterrupted, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--data", "/nowhere"], r"/nowhere is not folder.*--data"),
         (["--weights", "/nowhere"], r"/nowhere.*weights\.fetch"),
         (["--batch", "5", "--accumulate", "2"], r"batch of 5 cannot be divided"),
     ],
 )
-def test_bad_input_is_named(folder, tmp_path, capsys, flags, said):
+def test_bad_input_is_named(folder, tmp_path, capsys, flags, message):
     assert train.main(command(folder, tmp_path / "run", *flags)) == 2
     error = capsys.readouterr().err
     assert len(error.strip().splitlines()) == 1
-    assert re.search(said, error)
+    assert re.search(message, error)
+
+
+def test_out_of_memory_is_one_sentence(folder, tmp_path, capsys, monkeypatch):
+    """With its cure, from whichever rank it happens on."""
+
+    def exhausted(*arguments) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(train, "train", exhausted)
+    monkeypatch.setenv("RANK", "0")
+    assert train.main(command(folder, tmp_path / "run")) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("train.py: CUDA out of memory") and "larger --accumulate" in error
 
 
 def test_a_label_out_of_range_is_named_before_training(folder, tmp_path, capsys):
