@@ -1,12 +1,12 @@
-"""What a run keeps: the file of a trained model, and step folders that a crash at any moment leaves whole.
+"""Checkpoints: the file of a trained model, and step folders written atomically.
 
-    write_step(run, step, tada, frozen, metrics, tensors, facts)  # runs/NAME/step-000123, `last` points to it
-    folder, refused = newest_step(run)  # the newest one whose files are what was written
+    write_step(run, step, ...)  # runs/NAME/step-000123, and the link `last` to it
+    folder, refused = newest_step(run)  # the newest one whose files have their hashes
     tada = load_model("runs/NAME")  # or last, best, a step folder, a model.safetensors
 
-Safetensors and JSON alone: nothing that could run code is ever read. A step folder is written under another
-name, synced to the disk, and renamed; a folder under its own name is complete. Top to bottom: the file of a
-model, the folder of a step.
+Only safetensors and JSON: no file that is read can run code. A step folder is written under another name,
+synced to the disk, and renamed: a folder under its own name is complete, whenever the process is killed. Top
+to bottom: the file of a model, the state of training, the folder of a step.
 """
 
 import json
@@ -26,20 +26,21 @@ from assemble import SCALE_FILE, assemble, part_configs
 from clip import CLIP, Tokenizer
 from errors import CheckpointError
 from model import Tada, TadaConfig
+from run.ranks import Ranks
 from unet import UNet
 from vae import VAE
 from weights.words import digest, prior_files
 
 FORMAT = 1  # of a model's file; a change that older code cannot read raises it
-MODEL, TENSORS, FACTS, SUMS = "model.safetensors", "train.safetensors", "train.json", "sha256.json"
-KEPT = 2  # the newest steps that stay, and the best
+MODEL, TENSORS, FACTS, HASHES = "model.safetensors", "train.safetensors", "train.json", "sha256.json"
+KEPT = 2  # newest steps that are kept besides the best
 
 
 # ---- the file of a trained model
 
 
 def frozen_digests(config: TadaConfig) -> dict[str, str]:
-    """Relative path -> sha256 of the prior's files that stay where they are; none for random weights."""
+    """Relative path -> sha256 of the prior's files that are not trained; none for random weights."""
     if config.weights == "random":
         return {}
     parts = ("vae", "clip", "tokenizer", "unet") if config.freeze_unet else ("vae", "clip", "tokenizer")
@@ -50,16 +51,16 @@ def frozen_digests(config: TadaConfig) -> dict[str, str]:
 
 
 def own_state(tada: Tada) -> dict[str, Tensor]:
-    """What a trained model's file holds: every tensor that is trained or did not come from a file."""
+    """Every tensor that is trained or does not come from the prior's files: the content of a model's file."""
     elsewhere = ("vae.", "clip.", "unet.") if tada.config.freeze_unet else ("vae.", "clip.")
     elsewhere = () if tada.config.weights == "random" else elsewhere
     return {name: x for name, x in tada.state_dict().items() if not name.startswith(elsewhere)}
 
 
 def save_model(tada: Tada, file: Path, frozen: dict[str, str], metrics: dict[str, float]) -> None:
-    """Write what was trained, with all that is needed to use it, as ONE metadata key of sorted JSON.
+    """Write the trained tensors, with the settings to use them as one metadata key of sorted JSON.
 
-    `frozen` comes from `frozen_digests`. There is no time, host or path of the run in it: equal models make
+    `frozen` comes from `frozen_digests`. The file has no time, host or path of the run: equal models make
     equal files.
     """
     about = {"format": FORMAT, "config": asdict(tada.config), "frozen": frozen, "metrics": metrics}
@@ -68,15 +69,17 @@ def save_model(tada: Tada, file: Path, frozen: dict[str, str], metrics: dict[str
 
 
 def load_model(path: str | Path, weights: str | None = None, device: torch.device | str = "cpu") -> Tada:
-    """The model that `save_model` wrote, ready to predict; frozen parts from where they were, or `weights`.
+    """Load a model that `save_model` wrote, in eval mode; its frozen parts from where they were, or
+    `weights`.
 
-    Raises CheckpointError if `path` is no such model, or the frozen files are gone or not those of training.
+    Raises CheckpointError if `path` is not a model, or a frozen file is missing or differs from that of
+    training.
     """
     file = find_model(Path(path))
     about = read_about(file)
-    sums = file.with_name(SUMS)
-    if sums.is_file() and digest(file).encode() not in sums.read_bytes():
-        raise CheckpointError(f"{file} changed after it was written: take another step")
+    hashes = file.with_name(HASHES)
+    if hashes.is_file() and digest(file).encode() not in hashes.read_bytes():
+        raise CheckpointError(f"{file} changed after it was written: use another step")
     config = read_config(about["config"], file)
     if weights and config.weights != "random":
         config = replace(config, weights=str(weights))
@@ -88,37 +91,39 @@ def load_model(path: str | Path, weights: str | None = None, device: torch.devic
         if digest(folder / name) != expected:
             raise CheckpointError(f"{folder / name} is not the file that {file} was trained with: {cure}")
 
-    with torch.device("meta"):  # every tensor comes from one of the files
-        vae, unet, clip = (
-            kind(x)
-            for kind, x in zip((VAE, UNet, CLIP), part_configs(config.model, config.weights), strict=True)
-        )
+    with torch.device("meta"):  # skip initialisation; every tensor comes from one of the files
+        configs = part_configs(config.model, config.weights)
+        vae, unet, clip = (kind(x) for kind, x in zip((VAE, UNet, CLIP), configs, strict=True))
         empty = torch.empty(clip.config.positions, clip.config.text.width)
         classes = torch.empty(len(config.classes), clip.config.text.width)
         names = torch.empty(len(config.classes), clip.config.projection) if config.tags == "clip" else None
         random = config.weights == "random"
         tokenizer = Tokenizer.spelling(clip.config.vocabulary) if random else Tokenizer(folder / "tokenizer")
         tada = assemble(config, vae, unet, clip, tokenizer, empty, classes, names)
-    for name in about["frozen"]:  # the very files whose hash was compared
+    for name in about["frozen"]:  # the files whose hash was compared
         if name.endswith(".safetensors"):
             weights_loader.load(getattr(tada, name.split("/")[0]), folder / name)
-    # Copies lie in memory as a built model's tensors do: on the CPU the last digits depend on that.
-    own = {name: x.clone() for name, x in fitting(tada, file).items()}
+    # Clone: on the CPU, rounding depends on how a tensor is aligned in memory, in a mapped file otherwise.
+    own = {name: x.clone() for name, x in read_own_state(tada, file).items()}
     tada.load_state_dict({**tada.state_dict(), **own}, strict=True, assign=True)
     return tada.to(device).eval()
 
 
-def fitting(tada: Tada, file: Path) -> dict[str, Tensor]:
-    """The tensors of a model's file; every name and shape must be one of the model's own."""
+def read_own_state(tada: Tada, file: Path) -> dict[str, Tensor]:
+    """The tensors of a model's file. Raises CheckpointError unless names and shapes are those of
+    `own_state`.
+    """
     own, state = own_state(tada), load_file(file)
     wrong = sorted(set(own) ^ set(state)) or [name for name in own if own[name].shape != state[name].shape]
     if wrong:
-        raise CheckpointError(f"{file} does not fit the model it describes: {', '.join(wrong[:10])}")
+        raise CheckpointError(
+            f"{file} does not fit the model it describes: {', '.join(wrong[:10])}; use another step"
+        )
     return state
 
 
 def find_model(path: Path) -> Path:
-    """The model's file that a run folder, `last`, `best`, a step folder or the file itself stands for."""
+    """The model's file of a run folder (the best step, else the last), of a step folder, or `path` itself."""
     for file in (path, path / MODEL, path / "best" / MODEL, path / "last" / MODEL):
         if file.is_file():
             return file
@@ -126,20 +131,18 @@ def find_model(path: Path) -> Path:
 
 
 def read_about(file: Path) -> dict:
-    """The format, config, frozen and metrics of a model's file. Raises CheckpointError for any other file."""
+    """The format, config, frozen hashes and metrics of a model's file; CheckpointError for any other file."""
     try:
         with safe_open(file, "pt") as f:
             metadata = f.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{file} is not a whole safetensors file ({error}): take another step"
-        ) from None
+        raise CheckpointError(f"{file} is not a whole safetensors file ({error}): use another step") from None
     if "tada" not in metadata:
         raise CheckpointError(f"{file} was not written by train.py: give a run folder or its {MODEL}")
     about = json.loads(metadata["tada"])
     if about["format"] > FORMAT:
         raise CheckpointError(
-            f"{file} has format {about['format']}, this code knows {FORMAT}: use a newer TADA"
+            f"{file} has format {about['format']}, this code reads {FORMAT}: use a newer TADA"
         )
     return about
 
@@ -148,7 +151,7 @@ REMOVED = {"pixel_decoder": "deformable"}  # settings of older checkpoints -> th
 
 
 def read_config(entries: dict, file: Path) -> TadaConfig:
-    """The settings of a checkpoint. Raises CheckpointError for one that this code does not have."""
+    """The settings of a checkpoint. Raises CheckpointError for one that this code lacks."""
     for name, supported in REMOVED.items():
         if entries.get(name, supported) != supported:
             raise CheckpointError(
@@ -162,8 +165,41 @@ def read_config(entries: dict, file: Path) -> TadaConfig:
 
 
 def as_tuples(value: object) -> object:
-    """JSON's lists as the tuples they were."""
+    """Turn JSON's lists back into tuples."""
     return tuple(map(as_tuples, value)) if isinstance(value, list) else value
+
+
+# ---- the state of training
+
+
+def training_state(optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, Tensor]:
+    """AdamW's moments by parameter name (on rank 0, which writes them), and every rank's RNG state."""
+    tensors = {}
+    for group in optimizer.param_groups if ranks.is_main else ():  # the same on all ranks
+        for name, p in zip(group["names"], group["params"], strict=True):
+            for key, value in optimizer.state[p].items():
+                tensors[f"optimizer/{name}/{key}"] = value.detach().cpu().contiguous()
+    for rank, state in enumerate(ranks.all_gather(torch.get_rng_state().to(ranks.device))):
+        tensors[f"rng/{rank}/cpu"] = state.cpu()
+    if ranks.device.type == "cuda":
+        for rank, state in enumerate(ranks.all_gather(torch.cuda.get_rng_state().to(ranks.device))):
+            tensors[f"rng/{rank}/cuda"] = state.cpu()
+    return tensors
+
+
+def restore_training(tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer, ranks: Ranks) -> bool:
+    """Restore a `training_state`; false if it has no RNG state of this rank (more ranks than before)."""
+    for group in optimizer.param_groups:
+        for name, p in zip(group["names"], group["params"], strict=True):
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            state = {key: tensors[f"optimizer/{name}/{key}"] for key in keys}
+            optimizer.state[p] = {key: x if key == "step" else x.to(p.device) for key, x in state.items()}
+    if f"rng/{ranks.rank}/cpu" not in tensors:
+        return False
+    torch.set_rng_state(tensors[f"rng/{ranks.rank}/cpu"])
+    if ranks.device.type == "cuda" and f"rng/{ranks.rank}/cuda" in tensors:
+        torch.cuda.set_rng_state(tensors[f"rng/{ranks.rank}/cuda"])
+    return True
 
 
 # ---- the folder of a step
@@ -178,10 +214,11 @@ def write_step(
     tensors: dict[str, Tensor],
     facts: dict,
 ) -> Path:
-    """Write `run/step-000123`, point `last` to it, remove what is older than the two newest and the best.
+    """Write `run/step-000123`, point `last` to it, remove the steps older than the two newest, except the
+    best.
 
-    tensors and facts (JSON) are what training needs to go on. Raises CheckpointError if the disk is full or
-    refuses; the folders that were there are untouched then.
+    `tensors` and `facts` (JSON) are the state to resume from. Raises CheckpointError if the disk is full or
+    fails; earlier folders are untouched then.
     """
     final, new = run / step_name(step), run / f".tmp-{step_name(step)}"
     shutil.rmtree(new, ignore_errors=True)
@@ -191,12 +228,12 @@ def write_step(
         save_model(tada, new / MODEL, frozen, metrics)
         save_file(tensors, new / TENSORS)
         (new / FACTS).write_text(json.dumps(facts, sort_keys=True, indent=1))
-        sums = {name: digest(new / name) for name in (MODEL, TENSORS, FACTS)}
-        (new / SUMS).write_text(json.dumps(sums, indent=1))
+        hashes = {name: digest(new / name) for name in (MODEL, TENSORS, FACTS)}
+        (new / HASHES).write_text(json.dumps(hashes, indent=1))
         for path in (*new.iterdir(), new):
             sync(path)
         old = run / f".old-{final.name}"
-        if final.exists():  # without its metrics yet, or refused when the run was taken up
+        if final.exists():  # written before its evaluation, or refused when the run resumed
             shutil.rmtree(old, ignore_errors=True)
             os.replace(final, old)
         os.replace(new, final)
@@ -207,26 +244,26 @@ def write_step(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)
         with suppress(OSError):
-            bring_back(run)
+            restore_replaced(run)
         raise CheckpointError(
-            f"{final} could not be written ({error}): see that its disk has room and may be written"
+            f"{final} could not be written ({error}): free space on its disk, or make it writable"
         ) from None
     return final
 
 
 def require_space(run: Path) -> None:
-    """Refuse to begin what will not fit: 1.2 times the last step's size must be free."""
+    """Raise CheckpointError unless 1.2 times the size of the last step is free."""
     last = run / "last"
     needed = int(1.2 * sum(x.stat().st_size for x in last.iterdir())) if last.exists() else 0
     free = shutil.disk_usage(run).free
     if free < needed:
         raise CheckpointError(
-            f"{run} has {free >> 20:,} MiB free and a checkpoint needs {needed >> 20:,} MiB: free some space"
+            f"{run} has {free >> 20:,} MiB free, a checkpoint needs {needed >> 20:,} MiB: free some space"
         )
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     new = file.with_name(f".tmp-{file.name}")
     new.write_text(text, encoding="utf-8")
     sync(new)
@@ -234,7 +271,7 @@ def replace_text(file: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
+    """Flush a file or folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -243,7 +280,7 @@ def sync(path: Path) -> None:
 
 
 def point(run: Path, name: str, target: str) -> None:
-    """Make the link `run/name` lead to `target`, at once: it never leads nowhere."""
+    """Point the link `run/name` to `target`, atomically."""
     new = run / f".tmp-{name}"
     new.unlink(missing_ok=True)
     new.symlink_to(target)
@@ -256,13 +293,13 @@ def step_name(step: int) -> str:
 
 
 def steps(run: Path) -> list[Path]:
-    """The step folders, oldest first; a copy under another name, `step-000123.bak`, is none."""
+    """The step folders, oldest first; a copy under another name, `step-000123.bak`, is skipped."""
     numbers = {path: path.name.removeprefix("step-") for path in run.glob("step-*")}
     return sorted((path for path, x in numbers.items() if x.isdecimal()), key=lambda path: int(numbers[path]))
 
 
 def prune(run: Path) -> None:
-    """Remove all step folders but the newest and those that `last` and `best` lead to."""
+    """Remove all step folders except the newest and those that `last` and `best` point to."""
     linked = {os.readlink(run / name) for name in ("last", "best") if (run / name).is_symlink()}
     for folder in steps(run)[:-KEPT]:
         if folder.name not in linked:
@@ -270,22 +307,22 @@ def prune(run: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a step folder: under its own name it is whole or gone. What cannot be removed is left aside."""
-    aside = folder.with_name(f".tmp-old-{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    os.replace(folder, aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    """Remove a step folder; rename it first, so that under its own name it is complete or gone."""
+    renamed = folder.with_name(f".tmp-old-{folder.name}")
+    shutil.rmtree(renamed, ignore_errors=True)
+    os.replace(folder, renamed)
+    shutil.rmtree(renamed, ignore_errors=True)
 
 
 def clean(run: Path) -> None:
-    """Remove what an interrupted `write_step` or `point` left behind."""
-    bring_back(run)
+    """Remove leftovers of an interrupted `write_step` or `point`."""
+    restore_replaced(run)
     for path in (*run.glob(".tmp-*"), *run.glob(".old-*")):
         path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
 
 
-def bring_back(run: Path) -> None:
-    """The step whose new writing did not come to take its name, as it was."""
+def restore_replaced(run: Path) -> None:
+    """Restore a step that `write_step` had moved away, if the new one did not take its name."""
     for old in run.glob(".old-*"):
         final = run / old.name.removeprefix(".old-")
         if not final.exists():
@@ -293,27 +330,27 @@ def bring_back(run: Path) -> None:
 
 
 def newest_step(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest step folder whose files are what was written, and a sentence for each newer one."""
+    """The newest intact step folder (None if there is none), and a sentence for each newer one."""
     refused = []
     for folder in reversed(steps(run)):
-        fault = fault_of(folder)
-        if fault is None:
+        corruption = corruption_of(folder)
+        if corruption is None:
             return folder, refused
-        refused.append(f"{folder} is not used: {fault}")
+        refused.append(f"{folder} is skipped: {corruption}")
     return None, refused
 
 
-def fault_of(folder: Path) -> str | None:
-    """What is wrong with a step folder, None if nothing is."""
+def corruption_of(folder: Path) -> str | None:
+    """A sentence if a step folder is incomplete or a file lacks its hash, else None."""
     try:
-        sums = json.loads((folder / SUMS).read_text())
-        wrong = [name for name, expected in sums.items() if digest(folder / name) != expected]
+        hashes = json.loads((folder / HASHES).read_text())
+        wrong = [name for name, expected in hashes.items() if digest(folder / name) != expected]
     except (OSError, ValueError, AttributeError) as error:
-        return f"it is not whole ({error})"
+        return f"it is incomplete ({error})"
     return f"{', '.join(wrong)} changed after it was written" if wrong else None
 
 
 def read_step(folder: Path, tada: Tada) -> tuple[dict[str, Tensor], dict]:
-    """Copy a step folder into the model, in place; return what training needs to go on, as it was written."""
-    tada.load_state_dict({**tada.state_dict(), **fitting(tada, folder / MODEL)}, strict=True)
+    """Copy a step folder into the model, in place; return the `tensors` and `facts` of `write_step`."""
+    tada.load_state_dict({**tada.state_dict(), **read_own_state(tada, folder / MODEL)}, strict=True)
     return load_file(folder / TENSORS), json.loads((folder / FACTS).read_text())

@@ -1,11 +1,10 @@
-"""The folder of a training run: whose it is, what it was started with, its log.
+"""The folder of a training run: its lock, the settings it was started with, its log.
 
-run = Run(Path("runs/NAME"), ranks)
-last = open_run(run, options, config, read)  # None, or the step folder to go on from
-run.log({"step": 10, "loss": 1.2})  # a line of log.jsonl
+with Run(Path("runs/NAME"), ranks) as run:
+    last = open_run(run, options, defaults=defaults, config=config, read=read)  # the step to resume from
+    run.log({"step": 10, "loss": 1.2})  # a line of log.jsonl
 """
 
-import argparse
 import fcntl
 import hashlib
 import json
@@ -14,19 +13,18 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TextIO
+from typing import Any, Self, TextIO
 
 import torch
 from tqdm import tqdm
 
-from data import Dataset
 from errors import RunError
-from images import scenes
 from model import TadaConfig
-from run.checkpoint import clean, newest_step, replace_text, steps
+from run.checkpoint import REMOVED, clean, newest_step, replace_text, steps
 from run.ranks import Ranks
 from weights.words import digest
 
@@ -43,66 +41,67 @@ def lock(folder: Path, flag: str) -> TextIO:
         raise RunError(f"{folder} cannot be written ({error.strerror}): give another {flag}") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise RunError(
-            f"{folder} is being written by another process: wait, or give another {flag}"
-        ) from None
     except OSError as error:
         file.close()
-        raise RunError(
-            f"{folder} cannot be locked ({error.strerror}): give another {flag}, on a local disk"
-        ) from None
-    os.register_at_fork(after_in_child=file.close)  # a loading process that outlives us would keep the lock
+        if isinstance(error, BlockingIOError):
+            sentence = f"is being written by another process: wait, or give another {flag}"
+        else:
+            sentence = f"cannot be locked ({error.strerror}): give another {flag}, on a local disk"
+        raise RunError(f"{folder} {sentence}") from None
+    os.register_at_fork(after_in_child=file.close)  # or a worker that outlives us would keep the lock
     return file
 
 
 class Run:
-    """The folder of a run. Only rank 0 writes; all ranks read."""
+    """The folder of a run, locked from `claim` to the end of the `with` block. Only rank 0 writes; all ranks
+    read.
+    """
 
     def __init__(self, folder: Path, ranks: Ranks):
         self.folder, self.ranks = folder, ranks
-        self.lock = None
+        self.lock: TextIO | None = None
 
-    def say(self, line: str) -> None:
-        if self.ranks.is_main:
-            with suppress(OSError):  # nobody listens any more: the log has it all
-                tqdm.write(line)
-                sys.stdout.flush()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
 
     def claim(self) -> None:
-        """Make the folder ours until `release`. Raises RunError if another process has it."""
-        self.release()
+        """Lock the folder. Raises RunError if another process has it."""
         self.lock = lock(self.folder, "--run-dir")
 
     def release(self) -> None:
-        """Let others have the folder."""
+        """Unlock the folder."""
         if self.lock is not None:
             self.lock.close()
 
+    def print0(self, line: str) -> None:
+        """Print on rank 0."""
+        if self.ranks.is_main:
+            with suppress(OSError):  # stdout is closed; log.jsonl has everything
+                tqdm.write(line)
+                sys.stdout.flush()
+
     def log(self, entry: dict) -> None:
-        """Add a line to log.jsonl. A full disk stops no run."""
+        """Append a line to log.jsonl. A full disk does not stop the run."""
         if self.ranks.is_main:
             try:
                 with (self.folder / "log.jsonl").open("a") as f:
                     f.write(json.dumps(entry) + "\n")
             except OSError as error:
-                self.say(f"not in {self.folder / 'log.jsonl'} ({error.strerror}): {json.dumps(entry)}")
+                self.print0(f"not in {self.folder / 'log.jsonl'} ({error.strerror}): {json.dumps(entry)}")
 
-    def cut_log(self, step: float) -> None:
-        """Forget what was logged beyond `step`, in the count of `line_step`: it will be made again."""
+    def truncate_log(self, step: float) -> None:
+        """Drop log lines after `step` (as `line_step` counts); they will be logged again."""
         file = self.folder / "log.jsonl"
         if self.ranks.is_main and file.is_file():
-            lines = file.read_text().splitlines()
-            kept = [line for line in lines if line_step(line) <= step]
-            if kept != lines:
-                replace_text(file, "".join(f"{line}\n" for line in kept))
+            kept = [line for line in file.read_text().splitlines() if line_step(line) <= step]
+            replace_text(file, "".join(f"{line}\n" for line in kept))
 
 
 def line_step(line: str) -> float:
-    """The step of a line of log.jsonl, and a half if it is of the evaluation after it; a line that was cut
-    off by a crash is beyond every step.
-    """
+    """The step of a line of log.jsonl, plus a half for its evaluation; infinity for a truncated line."""
     try:
         entry = json.loads(line)
         return entry["step"] + 0.5 * ("val" in entry)
@@ -110,117 +109,116 @@ def line_step(line: str) -> float:
         return math.inf
 
 
-def open_run(run: Run, options: argparse.Namespace, config: TadaConfig, data: dict) -> Path | None:
-    """Claim the run folder, write config.json, and find the step to go on from, None for a new run.
+def open_run(
+    run: Run, options: Any, *, defaults: Mapping[str, Any], config: TadaConfig, read: dict
+) -> Path | None:
+    """Lock the run folder, write config.json, and find the step to resume from, None for a new run.
 
-    `data` is what `fingerprint` says of what is read. Raises RunError if the folder holds a run with other
-    options or data, or one of which no step is whole.
+    The fields of the dataclass `options` carry a "role" (run/recipes.py), `defaults` holds their values
+    without flags, `read` is a `fingerprint`. Raises RunError if the folder holds a run with other options or
+    data, or one without an intact checkpoint.
     """
     last = None
     if run.ranks.is_main:
         run.claim()
-        if options.fresh and (steps(run.folder) or (run.folder / "config.json").exists()):
-            put_aside(run)
+        file = run.folder / "config.json"
+        if options.fresh and (steps(run.folder) or file.exists()):
+            rename_run(run)
+            run.release()
             run.claim()
-        refuse_copies(run.folder)
+        for link in (run.folder / "last", run.folder / "best"):
+            if link.is_dir() and not link.is_symlink():
+                raise RunError(f"{link} is a copy where a link to a step belongs: remove it")
         clean(run.folder)
         last, refused = newest_step(run.folder)
         for sentence in refused:
-            run.say(sentence)
+            run.print0(sentence)
         if refused and last is None:
             raise RunError(
-                f"no step of {run.folder} is whole: mend it, or give --fresh, which puts that run aside"
+                f"no intact checkpoint in {run.folder}: repair one or start over with --fresh (keeps the run)"
             )
-        now = json.loads(json.dumps(about_run(options, config, data)))
+        about = {
+            "command": [sys.executable, *sys.argv],
+            "data": str(Path(options.data).absolute()),
+            "options": asdict(options),
+            "model": asdict(config),
+            "read": read,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "commit": commit(),
+        }
         if last is not None:
-            refuse_changes(run, read_about_run(run.folder / "config.json"), now)
-        else:  # an earlier start that came to no checkpoint may have had other options
+            free = {option.name for option in fields(options) if option.metadata.get("role") == "free"}
+            now, default = json.loads(json.dumps([about, defaults]))  # tuples become lists
+            refuse_changes(run, now, defaults=default, free=free)
+        else:  # an earlier start without a checkpoint may have had other options
             for name in ("log.jsonl", "tags-train.jsonl"):
                 (run.folder / name).unlink(missing_ok=True)
-        replace_text(run.folder / "config.json", json.dumps(now, indent=1))
+        replace_text(file, json.dumps(about, indent=1))
     return run.ranks.all_gather_object([last] if run.ranks.is_main else [])[0]
 
 
-def refuse_copies(folder: Path) -> None:
-    """A run that was copied with its links turned into folders cannot be kept up to date."""
-    for name in ("last", "best"):
-        if (folder / name).is_dir() and not (folder / name).is_symlink():
-            raise RunError(f"{folder / name} is a copy where a link to a step belongs: remove it")
+def refuse_changes(run: Run, now: dict, defaults: dict, free: set[str]) -> None:
+    """Raise RunError if the run was started with other options or data; those in `free` may differ.
 
-
-def read_about_run(file: Path) -> dict:
-    """What `about_run` wrote."""
+    An option that config.json lacks, since its flag is newer than the run, had its default.
+    """
+    file = run.folder / "config.json"
     try:
-        about = json.loads(file.read_text(encoding="utf-8"))
-        about["options"], about["versions"]["torch"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(
-            f"{file} does not say how its run was started ({error}): give --fresh, which puts that run aside"
-        ) from None
-    return about
-
-
-# They change no number or, as the number of threads and the way a batch is divided, its last digits alone.
-MAY_CHANGE = ("data", "workers", "log_every", "save_every", "check", "fresh", "run", "accumulate", "threads")
-
-
-def refuse_changes(run: Run, before: dict, now: dict) -> None:
-    """A run goes on as it began, or not at all: only what leaves every number as it is may differ."""
-    changed = [
-        f"--{name.replace('_', '-')} was {before['options'].get(name)}, is {value}"
-        for name, value in now["options"].items()
-        if name not in MAY_CHANGE and before["options"].get(name) != value
-    ]
-    if not changed:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        options, torch_version = defaults | before["options"], before["versions"]["torch"]
         read = before.get("read", now["read"])
-        changed = [f"{name} has changed" for name, x in now["read"].items() if read.get(name) != x]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"{file} lacks the settings of its run ({error}): start over with --fresh (keeps the run)"
+        ) from None
+    changed = [
+        f"--{name.replace('_', '-')} was {options[name]}, is {value}"
+        for name, value in now["options"].items()
+        if name not in free and options[name] != value
+    ]
+    changed += [
+        f"--{name.replace('_', '-')} was {options[name]}, is removed"
+        for name, supported in REMOVED.items()
+        if options.get(name) not in (None, supported)
+    ]
+    changed += [f"{name} has changed" for name, value in now["read"].items() if read.get(name) != value]
     if changed:
         raise RunError(
-            f"{run.folder} holds a run that began otherwise ({'; '.join(changed)}): "
-            "give the same ones, another --run-dir, or --fresh to put that run aside"
+            f"{run.folder} holds a run started with other settings ({'; '.join(changed)}): "
+            "use the same, another --run-dir, or --fresh to start over (keeps the run)"
         )
     for name, was, is_ in (
-        ("torch", before["versions"]["torch"], now["versions"]["torch"]),
-        ("--threads", before["options"].get("threads"), now["options"]["threads"]),
+        ("torch", torch_version, now["versions"]["torch"]),
+        ("--threads", options["threads"], now["options"]["threads"]),
     ):
         if was != is_:
-            run.say(f"{name} was {was}, is {is_}: the last digits may differ from those of an unbroken run")
+            run.print0(
+                f"{name} was {was}, is {is_}: results may differ in rounding from an uninterrupted run"
+            )
 
 
-def put_aside(run: Run) -> None:
-    """Rename the folder of an earlier run: --fresh deletes nothing."""
+def rename_run(run: Run) -> None:
+    """Rename the folder of an earlier run to NAME.1, NAME.2, ...: --fresh deletes nothing."""
     number = 1
-    while (aside := run.folder.with_name(f"{run.folder.name}.{number}")).exists():
+    while (other := run.folder.with_name(f"{run.folder.name}.{number}")).exists():
         number += 1
-    run.folder.rename(aside)
-    run.say(f"the earlier run is now {aside}")
+    run.folder.rename(other)
+    run.print0(f"the earlier run is now {other}")
 
 
-def fingerprint(options: argparse.Namespace, dataset: Dataset, frozen: dict[str, str]) -> dict:
-    """What training reads beside its options: the names of its pictures, in order, as one hash, the classes,
-    the hashes of the frozen files and of the file of tags, the version of the drawn scenes.
+def fingerprint(
+    images: Iterable[str], classes: Sequence[str], tags: str, *, frozen: dict[str, str], drawing: int | None
+) -> dict:
+    """What training reads besides its options: a hash of the paths of its images in order, the classes,
+    hashes of the frozen files and of the file `tags` if it is one, and the version of the drawn scenes.
     """
-    names = "\n".join(dataset.path(i) for i in range(len(dataset)))
-    tags = Path(options.tags)
+    paths = "\n".join(images)
     return {
-        "the list of training pictures": hashlib.sha256(os.fsencode(names)).hexdigest(),
-        "the list of classes": dataset.classes,
+        "the list of training pictures": hashlib.sha256(os.fsencode(paths)).hexdigest(),
+        "the list of classes": [*classes],
         "a frozen file": frozen,
-        "the file of tags": digest(tags) if tags.is_file() else None,
-        "the drawing of scenes": scenes.VERSION if options.dataset == "scenes" else None,
-    }
-
-
-def about_run(options: argparse.Namespace, config: TadaConfig, data: dict) -> dict:
-    """config.json: every option, the model, what is read, versions, commit, command."""
-    return {
-        "command": [sys.executable, *sys.argv],
-        "data": str(Path(options.data).absolute()),
-        "options": vars(options),
-        "model": asdict(config),
-        "read": data,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "commit": commit(),
+        "the file of tags": digest(Path(tags)) if Path(tags).is_file() else None,
+        "the drawing of scenes": drawing,
     }
 
 
@@ -229,6 +227,6 @@ def commit() -> str | None:
     command = ["git", "-C", Path(__file__).parents[1], "rev-parse", "HEAD"]
     try:
         git = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:  # there is no git
+    except OSError:  # git is not installed
         return None
     return git.stdout.strip() or None

@@ -1,5 +1,6 @@
-"""The processes of one run, started by torchrun or alone: who we are, sums over all, waiting for all."""
+"""The processes of one run, started by torchrun or alone: rank and device, collectives, data parallelism."""
 
+import inspect
 import os
 import sys
 from datetime import timedelta
@@ -7,13 +8,14 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-PATIENCE = timedelta(minutes=60)  # of a collective: longer than the slowest check, tagging or save of rank 0
+TIMEOUT = timedelta(minutes=60)  # of a collective: longer than the slowest check, tagging or save of rank 0
 
 
 class Ranks(NamedTuple):
-    """rank 0 speaks and writes; device is what this process computes on."""
+    """Rank 0 prints and writes; `device` is that of this process."""
 
     rank: int
     world: int
@@ -24,14 +26,14 @@ class Ranks(NamedTuple):
         return self.rank == 0
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The elementwise sum over all processes."""
+        """The elementwise sum over all ranks."""
         if self.world > 1:
             x = x.clone()
             dist.all_reduce(x)
         return x
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
-        """Every process's tensor, in the order of ranks; the shapes must be equal."""
+        """The tensor of every rank, in their order; all have one shape."""
         if self.world == 1:
             return [x]
         every = [torch.empty_like(x) for _ in range(self.world)]
@@ -39,20 +41,32 @@ class Ranks(NamedTuple):
         return every
 
     def all_gather_object(self, part: list) -> list:
-        """The lists of all processes, one after the other; of any objects, so few of them."""
+        """The lists of all ranks, concatenated; pickles, keep them small."""
         parts = [part] * self.world
         if self.world > 1:
             dist.all_gather_object(parts, part)
         return [x for part in parts for x in part]
 
     def barrier(self) -> None:
-        """Until every process is here."""
+        """Return when every rank has called this."""
         if self.world > 1:
             dist.barrier()
 
+    def data_parallel(self, model: nn.Module) -> nn.Module:
+        """Wrap a model so that gradients are averaged over all ranks; alone, return the model itself.
+
+        Buffers are not synchronised: they are constants. torch 2.13 renamed that argument of DDP.
+        """
+        if self.world == 1:
+            return model
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        known = inspect.signature(DistributedDataParallel).parameters
+        argument = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        return DistributedDataParallel(model, device_ids=devices, **{argument: False})
+
 
 def init_distributed() -> Ranks:
-    """Join the processes that torchrun started (its RANK, WORLD_SIZE, LOCAL_RANK), or be the only one.
+    """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or run as a single one.
 
     The device is this process's own GPU, or the CPU where there is none.
     """
@@ -68,15 +82,15 @@ def init_distributed() -> Ranks:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     return Ranks(rank, world, device)
 
 
 def cleanup() -> None:
-    """Leave the others, if there are any, when all of them leave.
+    """Destroy the process group (collective); not after an error.
 
-    After an error one must not: NCCL waits here for the others, who wait for this one. It just ends, and
-    torchrun ends the others.
+    NCCL would block until all ranks are here, and these wait for the one that failed. That one just exits,
+    and torchrun ends the others.
     """
     if dist.is_initialized():
         dist.destroy_process_group()

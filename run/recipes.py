@@ -1,15 +1,18 @@
-"""The paper's settings as the defaults of train.py's command line: which data set and model gets which.
+"""The paper's settings as the defaults of train.py, and the flags that change them.
 
 Section 4.1 and the captions of Tables 1 to 3; what the paper leaves open is marked in PAPER.md. Top to
-bottom: the recipes, the flags, their values, the model they ask for; and the flags of segments, which
-eval.py and predict.py share.
+bottom: the recipes, the options with their flags, their defaults, validation, the model they ask for.
 """
 
 import argparse
+import hashlib
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, get_args
 
 from data import LAYOUTS, Dataset, open_dataset
 from errors import ModelError
@@ -18,27 +21,35 @@ from mask2former import OVERLAP, SCORE
 from model import TadaConfig
 from panoptic_data import PANOPTIC_LAYOUTS, PanopticDataset, open_panoptic
 
-WORDS = ("classes", "clip", "oracle")  # values of --tags that are not a file
-DROPS = (8 / 9, 26 / 27)  # of a panoptic run: where its rate falls to a tenth (ODISE configs/common/schedule)
+LONGEST = 200  # characters of a run folder's name; file systems allow 255 bytes
+TAG_SOURCES = ("classes", "clip", "oracle")  # values of --tags that are not a file
+WITH_INSTANCES = tuple(PANOPTIC_LAYOUTS)  # data sets on disk for mask2former
+DROPS = (
+    8 / 9,
+    26 / 27,
+)  # shares of a panoptic run: the rate falls to a tenth (ODISE configs/common/schedule)
+
+
+# ---- the recipes
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The defaults that depend on what is trained."""
+    """The defaults that depend on the data set, the model and the decoder."""
 
     crop: tuple[int, int]
     iterations: int
     lr: float = 6e-5  # section 4.1
-    batch: int = 16  # the paper does not say; mmsegmentation's and VPD's
+    batch: int = 16  # not in the paper; mmsegmentation's and VPD's
     weight_decay: float = 0.01  # of mmsegmentation's Swin recipe, which has the paper's 6e-5
-    short: int | None = None  # of the box that pictures are resized into; None = the crop's short side
-    whole: bool = False  # test pictures keep their own size
+    short: int | None = None  # short side of the box that images are resized into; None = the crop's
+    whole: bool = False  # test images keep their own size
     dropout: float = 0.1
     unet_lr_scale: float = 1.0
     clip: float | None = None  # the largest gradient norm
     warmup: int = 1500  # iterations, at most a tenth of the run
     scales: tuple[float, float] | None = None  # of large-scale jitter, which mask2former is trained with
-    paper: str = ""  # what the paper says of this run
+    paper: str = ""  # the paper's words on this run
 
 
 # ODISE's, as the paper's Table 4: its 9,000 iterations are as printed, ODISE's schedule is 92,188.
@@ -55,13 +66,24 @@ PANOPTIC = Recipe(
     paper="lr 1e-4, batch 64, 9k; ODISE 92,188 iterations",
 )
 
+VPD = {  # fpn_vpd_sd1-5_512x512_gpu8x2.py and vpd_seg.py
+    "condition": "classes",
+    "timestep": 1,
+    "noise": "none",
+    "scale_latent": False,
+    "attention_maps": True,
+    "lr": 8e-5,
+    "weight_decay": 0.001,
+    "unet_lr_scale": 0.1,
+}
+
 
 def recipe(dataset: str, model: str, decoder: str) -> Recipe:
     """Section 4.1 and the captions of Tables 1 to 3; what the paper leaves open is marked in PAPER.md."""
     if decoder == "mask2former":
         if model == "sd15":
             return PANOPTIC if dataset == "coco-panoptic" else replace(PANOPTIC, paper="")
-        # Scenes are 128 pixels wide: a tenth of that would show nothing.
+        # Scenes are 128 pixels wide: at a tenth of that nothing is visible.
         tiny = Recipe((128, 128), 1500, lr=1e-3, batch=8, dropout=0.0, clip=0.01, scales=(0.5, 2.0))
         return tiny if dataset == "scenes" else replace(tiny, iterations=3000, short=180)
     if model == "tiny":
@@ -80,188 +102,203 @@ def recipe(dataset: str, model: str, decoder: str) -> Recipe:
     return Recipe((512, 512), 80_000)
 
 
-def stride_of(side: int) -> int:
-    """Two thirds of a test window, as mmsegmentation has it: 341 of 512, 683 of 1024, but 426 of 640."""
-    return 426 if side == 640 else max(round(side * 2 / 3), 1)
+# ---- the options, each with its flag
+
+
+def flag(
+    help: str, default: Any = MISSING, least: float | None = None, role: str = "training", **argument: Any
+) -> Any:
+    """A field of `Options` with its flag; without a default it depends on the other flags (* in --help).
+
+    `least` is the smallest legal number. `role` is what the flag changes: "training" (the result; the name of
+    the run folder contains it), "start" (the result; the name begins with it), "speed" (a run resumes only
+    with the same value), "free" (a run may resume with another: rounding depends on it at most).
+    """
+    return field(default=default, metadata={"help": help, "least": least, "role": role, "argument": argument})
+
+
+# Texts and choices too long for one line below.
+DECODERS = "mask2former needs instances, as scenes have; * coco-panoptic, panoptic: mask2former, else fpn"
+TOKENS = "a tag is one pooled vector, or all tags are one prompt"
+START = "the adapter's first context: the empty prompt's, or its own"
+KERNELS = "Triton kernels: where they won the benchmark, never, or by name"
+FOLDER = "its folder; * runs/<dataset>-<model>-<decoder>-<condition> and the flags that change the result"
+SETS = [*LAYOUTS, *PANOPTIC_LAYOUTS, "scenes"]
+CONDITIONS = ["none", "caption", "classes", "implicit", "tagging", "oracle"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Every setting of a run, as config.json stores them; TadaConfig holds the defaults of the model's."""
+
+    dataset: str = flag("the data set", "scenes", role="start", choices=SETS, group="what is trained on")
+    data: str = flag("its folder; * data/<official name>", role="free", metavar="DIR")
+    crop: tuple[int, int] = flag("height and width of training images; *", nargs="+")
+    short: int = flag("short side an image is resized to; * the crop's", least=1)
+    workers: int = flag("processes that load images, per rank", 2, least=0, role="free")
+
+    model: str = flag("* scenes: tiny, else sd15", role="start", choices=["sd15", "tiny"], group="the model")
+    weights: str = flag("the prior, or `random`; * weights/<model>", metavar="DIR")
+    decoder: str = flag(DECODERS, role="start", choices=["fpn", "upernet", "mask2former"])
+    condition: str = flag("a row of Table 5", TadaConfig.condition, role="start", choices=CONDITIONS)
+    tags: str = flag("of each image: classes, clip, oracle or FILE.jsonl; * scenes: clip, else classes")
+    tag_tokens: str = flag(TOKENS, TadaConfig.tag_tokens, choices=["pooled", "prompt"])
+    templates: int = flag("prompts averaged per name", TadaConfig.templates, choices=[1, 80])
+    queries: int = flag("of the tagging adapter", TadaConfig.queries, least=1)
+    blocks: int = flag("of the tagging adapter", TadaConfig.blocks, least=1)
+    adapter_start: str = flag(START, TadaConfig.adapter_start, choices=["empty", "random"])
+    tag_loss_weight: float = flag("of Eq. 7; 0 turns it off", TadaConfig.tag_loss_weight, least=0)
+    timestep: int = flag("of the minor noise, 0 to 999", TadaConfig.timestep)
+    noise: str = flag("one for all images, or none", TadaConfig.noise, choices=["fixed", "none"])
+    attention_maps: bool = flag("add the UNet's cross-attention (VPD)", TadaConfig.attention_maps)
+    freeze_unet: bool = flag("train only the adapter and the decoder", TadaConfig.freeze_unet)
+    dropout: float = flag("before the classifier; * 0.1, tiny 0")
+
+    preset: str | None = flag("VPD's recipe; flags override it", None, choices=["vpd"], group="the run")
+    iterations: int = flag("* of COCO panoptic 9,000 as printed; ODISE's schedule is 92,188", least=1)
+    batch: int = flag("images per update, over all processes; *", least=1)
+    accumulate: int = flag("micro-batches per update", 1, least=1, role="free")
+    lr: float = flag("of AdamW; *")
+    unet_lr_scale: float = flag("the UNet's share of it; *", least=0)
+    weight_decay: float = flag("on weights of Linear and Conv; *", least=0)
+    warmup: int = flag("iterations; * min(1500, iterations / 10), 250 of COCO panoptic", least=0)
+    clip: float | None = flag("largest gradient norm; * none, of mask2former 0.01")
+    seed: int = flag("of weights, order, augmentation and dropout", 0, least=0)
+    threads: int = flag("per process; * the CPUs / processes", least=1, role="free")
+    kernels: str = flag(KERNELS, "auto", role="speed", choices=["auto", "torch", "triton"])
+    compile: bool = flag("torch.compile the UNet and the decoder", False, role="speed")
+    checkpoint_activations: bool = flag("less memory, about a third slower", False, role="speed")
+
+    run: str = flag(FOLDER, role="free", metavar="DIR", group="what it writes")
+    fresh: bool = flag("rename an earlier run in that folder and start over", False, role="free")
+    check: bool = flag("check the data, draw inputs.jpg, evaluate a few images, stop", False, role="free")
+    log_every: int = flag("iterations; * 50, tiny 10", least=1, role="free")
+    save_every: int = flag("iterations; * 2000, at most iterations / 10", least=1, role="free")
+    eval_every: int = flag("iterations; * iterations / 10, tiny / 2", least=1, role="speed")
+
+    # Without a flag: they follow from the recipe, the preset and --short.
+    scales: tuple[float, float] | None
+    whole: bool
+    long: int
+    scale_latent: bool = TadaConfig.scale_latent
+
+
+FLAGS = [option for option in fields(Options) if option.metadata]
 
 
 def parser() -> argparse.ArgumentParser:
+    """The flags of `Options`; its result holds those that were given, `parse` adds the others."""
     p = argparse.ArgumentParser(
         description="Train TADA. A default marked * depends on the other flags.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        argument_default=argparse.SUPPRESS,  # `parse` gives the value of a flag that has no default here
+        argument_default=argparse.SUPPRESS,
     )
-    data = p.add_argument_group("what is trained on")
-    names = [*LAYOUTS, *PANOPTIC_LAYOUTS, "scenes"]
-    data.add_argument("--dataset", choices=names, default="scenes", help="the data set")
-    data.add_argument("--data", metavar="DIR", help="its folder; * data/<official name>")
-    data.add_argument(
-        "--crop", type=int, nargs="+", metavar="N", help="height and width of training pictures; *"
-    )
-    data.add_argument(
-        "--short", type=int, metavar="N", help="short side a picture is resized to; * the crop's"
-    )
-    data.add_argument("--workers", type=int, default=2, help="processes that load pictures, per rank")
-
-    model = p.add_argument_group("the model")
-    model.add_argument("--model", choices=["sd15", "tiny"], help="its size; * tiny for scenes, else sd15")
-    model.add_argument("--weights", metavar="DIR", help="the prior, or `random`; * weights/<model>")
-    decoders = "mask2former needs instances, as scenes have; * coco-panoptic, panoptic: mask2former, else fpn"
-    model.add_argument("--decoder", choices=["fpn", "upernet", "mask2former"], help=decoders)
-    conditions = ["none", "caption", "classes", "implicit", "tagging", "oracle"]
-    model.add_argument(
-        "--condition", choices=conditions, default="tagging", help="a row of the paper's Table 5"
-    )
-    tags = (
-        "where a picture's words come from: classes, clip, oracle or FILE.jsonl; * scenes: clip, else classes"
-    )
-    model.add_argument("--tags", help=tags)
-    tokens = "a tag is one pooled vector, or all tags are one prompt"
-    model.add_argument("--tag-tokens", choices=["pooled", "prompt"], default="pooled", help=tokens)
-    model.add_argument("--templates", type=int, choices=[1, 80], default=1, help="prompts averaged per name")
-    model.add_argument("--queries", type=int, default=32, help="of the tagging adapter")
-    model.add_argument("--blocks", type=int, default=2, help="of the tagging adapter")
-    start = "the adapter's first context: the empty prompt's, or its own"
-    model.add_argument("--adapter-start", choices=["empty", "random"], default="random", help=start)
-    model.add_argument("--tag-loss-weight", type=float, default=1.0, help="of Eq. 7; 0 turns it off")
-    model.add_argument("--timestep", type=int, default=0, help="of the minor noise, 0 to 999")
-    model.add_argument(
-        "--noise", choices=["fixed", "none"], default="fixed", help="one for all pictures, or none"
-    )
-    maps = "the UNet's cross-attention beside its features (VPD)"
-    model.add_argument("--attention-maps", action="store_true", help=maps)
-    model.add_argument("--freeze-unet", action="store_true", help="train the adapter and decoder alone")
-    model.add_argument("--dropout", type=float, help="before the classifier; * 0.1, tiny 0")
-
-    run = p.add_argument_group("the run")
-    run.add_argument("--preset", choices=["vpd"], help="VPD's own recipe; flags with a value still win")
-    iterations = "* of COCO panoptic 9,000 as printed; ODISE's schedule is 92,188"
-    run.add_argument("--iterations", type=int, metavar="N", help=iterations)
-    run.add_argument("--batch", type=int, metavar="N", help="pictures per update, over all processes; *")
-    run.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches per update")
-    run.add_argument("--lr", type=float, help="of AdamW; *")
-    run.add_argument("--unet-lr-scale", type=float, metavar="X", help="the UNet's share of it; *")
-    run.add_argument("--weight-decay", type=float, metavar="X", help="on weights of Linear and Conv; *")
-    warmup = "iterations; * min(1500, iterations / 10), 250 of COCO panoptic"
-    run.add_argument("--warmup", type=int, metavar="N", help=warmup)
-    clip = "largest gradient norm; * none, of mask2former 0.01"
-    run.add_argument("--clip", type=float, metavar="X", help=clip)
-    run.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation and dropout")
-    run.add_argument("--threads", type=int, metavar="N", help="per process; * the CPUs / processes")
-    kernels = "Triton kernels: where they won the benchmark, never, or by name"
-    run.add_argument("--kernels", choices=["auto", "torch", "triton"], default="auto", help=kernels)
-    run.add_argument("--compile", action="store_true", help="torch.compile the UNet and the decoder")
-    run.add_argument(
-        "--checkpoint-activations", action="store_true", help="less memory, about a third slower"
-    )
-
-    out = p.add_argument_group("what it writes")
-    out.add_argument(
-        "--run-dir",
-        "--run",  # torchrun would take it for an abbreviation of its own --run-path
-        dest="run",
-        metavar="DIR",
-        help="its folder; * runs/<dataset>-<model>-<decoder>-<condition>",
-    )
-    out.add_argument("--fresh", action="store_true", help="put an earlier run in that folder aside")
-    out.add_argument(
-        "--check", action="store_true", help="check the data, draw inputs.jpg, evaluate a little, stop"
-    )
-    out.add_argument("--log-every", type=int, metavar="N", help="iterations; * 50, tiny 10")
-    out.add_argument(
-        "--save-every", type=int, metavar="N", help="iterations; * 2000, at most iterations / 10"
-    )
-    out.add_argument("--eval-every", type=int, metavar="N", help="iterations; * iterations / 10, tiny / 2")
+    for option in FLAGS:
+        text, argument = option.metadata["help"], dict(option.metadata["argument"])
+        if "group" in argument:
+            group = p.add_argument_group(argument.pop("group"))
+        if option.type is bool:
+            argument["action"] = "store_true"
+        else:
+            argument["type"] = kind = (get_args(option.type) or [option.type])[0]
+            if "choices" not in argument and kind in (int, float):
+                argument["metavar"] = "N" if kind is int else "X"
+            text += f" (default: {option.default})" if option.default not in (MISSING, None) else ""
+        # torchrun takes --run alone for an abbreviation of its own --run-path.
+        names = ["--run-dir", "--run"] if option.name == "run" else [dashed(option.name)]
+        group.add_argument(*names, dest=option.name, help=text, **argument)
     return p
 
 
-VPD = {  # fpn_vpd_sd1-5_512x512_gpu8x2.py and vpd_seg.py
-    "condition": "classes",
-    "timestep": 1,
-    "noise": "none",
-    "attention_maps": True,
-    "lr": 8e-5,
-    "weight_decay": 0.001,
-    "unet_lr_scale": 0.1,
-}
+def dashed(name: str) -> str:
+    """The flag of an option."""
+    return f"--{name.replace('_', '-')}"
 
 
-SWITCHES = ("attention_maps", "freeze_unet", "compile", "checkpoint_activations", "fresh", "check")
+# ---- their values
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> Options:
     """Every option with its value: the flags, then the preset, then the recipe."""
     p = parser()
-    if getattr(p.parse_known_args(argv)[0], "preset", None) == "vpd":
-        p.set_defaults(**VPD)
     given = vars(p.parse_args(argv))
-    dataset, condition = given["dataset"], given["condition"]
+    if "crop" in given:
+        given["crop"] = tuple(given["crop"]) * (2 if len(given["crop"]) == 1 else 1)
+    options = Options(**defaults(given) | given)
+    refuse_nonsense(p, options)
+    return options
+
+
+def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The default of every option, where those in `given` are set; given values of others may be missing."""
+    values = {option.name: option.default for option in fields(Options) if option.default is not MISSING}
+    preset = VPD if given.get("preset") == "vpd" else {}
+    chosen = values | preset | given
+    dataset, condition = chosen["dataset"], chosen["condition"]
     model = given.get("model", "tiny" if dataset == "scenes" else "sd15")
-    decoder = given.get("decoder", "mask2former" if dataset in PANOPTIC_LAYOUTS else "fpn")
-    r = recipe(dataset, model, decoder)
-    iterations, tiny = given.get("iterations", r.iterations), model == "tiny"
-    crop = given.get("crop", r.crop)
-    short = given.get("short", r.short or min(crop))
-    defaults = dict.fromkeys(SWITCHES, False) | {
+    decoder = given.get("decoder", "mask2former" if dataset in WITH_INSTANCES else "fpn")
+    default, tiny = recipe(dataset, model, decoder), model == "tiny"
+    iterations = given.get("iterations", default.iterations)
+    short = default.short or min(given.get("crop", default.crop))
+    values |= {
+        **asdict(default),
         "data": default_data(dataset),
         "model": model,
         "weights": f"weights/{model}",
         "decoder": decoder,
         "tags": default_tags(dataset, condition),
-        "dropout": r.dropout,
-        "preset": None,
-        "iterations": iterations,
-        "batch": r.batch,
-        "lr": r.lr,
-        "unet_lr_scale": r.unet_lr_scale,
-        "weight_decay": r.weight_decay,
-        "warmup": min(r.warmup, iterations // 10),
-        "clip": r.clip,
+        "short": short,
+        # mmsegmentation's boxes: 2048 x 1024, 2048 x 512
+        "long": given.get("short", short) * (2 if dataset == "cityscapes" else 4),
+        "warmup": min(default.warmup, iterations // 10),
         "threads": max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1),
-        "run": f"runs/{dataset}-{model}-{decoder}-{condition}",
         "log_every": 10 if tiny else 50,
         "save_every": max(min(2000, iterations // 10), 1),
         "eval_every": max(math.ceil(iterations / (2 if tiny else 10)), 1),
+        **preset,
     }
-    o = argparse.Namespace(**defaults | given)
-    o.crop = tuple(crop) * (2 if len(crop) == 1 else 1)
-    o.scales, o.whole, o.scale_latent = r.scales, r.whole, o.preset != "vpd"
-    # mmsegmentation's boxes: 2048 x 1024, 2048 x 512
-    o.short, o.long = short, short * (2 if dataset == "cityscapes" else 4)
-    refuse_nonsense(p, o)
-    return o
-
-
-def default_data(dataset: str) -> str:
-    """Where a data set lies if nobody says; scenes lie nowhere, and "panoptic" wherever its owner put it."""
-    if dataset in ("scenes", "panoptic"):
-        return "scenes" if dataset == "scenes" else ""
-    return f"data/{(LAYOUTS | PANOPTIC_LAYOUTS)[dataset].root}"
+    del values["paper"]
+    return values | {"run": f"runs/{run_name(values | given, values)}"}
 
 
 def default_tags(dataset: str, condition: str) -> str:
-    """Where words come from if nobody says."""
+    """The source of the tags of each image."""
     if condition == "oracle":
         return "oracle"
     return "clip" if dataset == "scenes" and condition == "tagging" else "classes"
 
 
-LEAST = {
-    1: "iterations batch accumulate threads queries blocks short log_every save_every eval_every",
-    0: "workers seed warmup tag_loss_weight unet_lr_scale weight_decay",
-}
+def run_name(values: Mapping[str, Any], default: Mapping[str, Any]) -> str:
+    """`ade20k-sd15-fpn-tagging`, and the options that change the result and differ from their defaults:
+    `-crop640-tags_oracle`.
+    """
+    parts = [values[option.name] for option in FLAGS if option.metadata["role"] == "start"]
+    names = [option.name for option in FLAGS if option.metadata["role"] == "training"]
+    parts += [name + readable(values[name]) for name in names if values[name] != default[name]]
+    name = "-".join(parts)
+    if len(name) > LONGEST:
+        name = f"{name[: LONGEST - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name
 
 
-def refuse_nonsense(p: argparse.ArgumentParser, o: argparse.Namespace) -> None:
-    """What argparse's types let through."""
+def readable(value: Any) -> str:
+    """A value as part of a file name: "" (true), "640", "512x1024", "0.0001", "_oracle", a path's stem."""
+    if isinstance(value, tuple):
+        return "x".join(map(str, value[: 1 if len(set(value)) == 1 else None]))
+    if isinstance(value, str):
+        return "_" + re.sub(r"[^A-Za-z0-9_.]+", "_", Path(value).stem)[:40]
+    return "" if value is True else str(value) if isinstance(value, int) else f"{value:.10g}"
+
+
+def refuse_nonsense(p: argparse.ArgumentParser, o: Options) -> None:
+    """Validate ranges and combinations of flags; end with exit code 2 and one sentence."""
     if not o.data:
         p.error(f"--dataset {o.dataset}: give its folder with --data")
-    for least, names in LEAST.items():
-        for name in names.split():
-            if not least <= getattr(o, name) < math.inf:
-                p.error(f"--{name.replace('_', '-')} {getattr(o, name)}: give {least} or more")
     if len(o.crop) != 2 or min(o.crop) < 1:
         p.error(f"--crop {' '.join(map(str, o.crop))}: give one or two sizes in pixels")
+    for option in FLAGS:
+        least, value = option.metadata["least"], getattr(o, option.name)
+        if least is not None and not least <= value < math.inf:
+            p.error(f"{dashed(option.name)} {value}: give {least} or more")
     if not 0 <= o.timestep < 1000:
         p.error(f"--timestep {o.timestep}: give 0 to 999")
     if not 0 < o.lr < math.inf:
@@ -272,44 +309,52 @@ def refuse_nonsense(p: argparse.ArgumentParser, o: argparse.Namespace) -> None:
         p.error(f"--dropout {o.dropout}: give 0 or more, and less than 1")
     if o.seed >= 2**63:
         p.error(f"--seed {o.seed}: give less than 2**63")
-    if o.tags not in WORDS and not os.path.isfile(o.tags):
+    if o.tags not in TAG_SOURCES and not os.path.isfile(o.tags):
         p.error(f"--tags {o.tags}: choose classes, clip, oracle, or a file of JSON lines that exists")
     if o.condition == "oracle" and o.tags != "oracle":
-        p.error(f"--condition oracle is told the true classes: leave --tags {o.tags} out")
-    if o.condition == "caption" and o.tags in WORDS:
-        p.error(f"--condition caption --tags {o.tags}: give a FILE.jsonl with a caption for every picture")
-    if o.decoder == "mask2former" and o.dataset in LAYOUTS:
+        p.error(f"--condition oracle takes the ground-truth tags: leave --tags {o.tags} out")
+    if o.condition == "caption" and o.tags in TAG_SOURCES:
+        p.error(f"--condition caption --tags {o.tags}: give a FILE.jsonl with a caption for every image")
+    if o.decoder == "mask2former" and o.dataset not in (*WITH_INSTANCES, "scenes"):
         p.error(
             f"--decoder mask2former needs instances, and {o.dataset} has none: "
-            f"choose --dataset {', '.join(PANOPTIC_LAYOUTS)} or scenes"
+            f"choose --dataset {', '.join(WITH_INSTANCES)} or scenes"
         )
     if o.condition in ("none", "classes", "implicit") and o.tags != "classes":
-        p.error(f"--condition {o.condition} takes no words per picture: leave --tags {o.tags} out")
+        p.error(f"--condition {o.condition} takes no tags per image: leave --tags {o.tags} out")
 
 
-def open_set(dataset: str, root: str, split: str, decoder: str) -> Dataset:
-    """A split of any data set; with its instances where it has some on disk, or the decoder needs them."""
-    needed = dataset in PANOPTIC_LAYOUTS or decoder == "mask2former"
-    return (open_panoptic if needed else open_dataset)(dataset, root, split)
-
-
-def config_of(options: argparse.Namespace, dataset: Dataset) -> TadaConfig:
+def config_of(options: Options, dataset: Dataset) -> TadaConfig:
     """The model that the options ask for, over the classes of a data set."""
-    box = None if options.whole else (options.short, options.long)
-    names = (
-        "dataset model weights decoder condition tags tag_tokens templates queries blocks adapter_start "
-        "tag_loss_weight timestep noise scale_latent attention_maps freeze_unet dropout crop"
-    )
+    shared = {setting.name for setting in fields(TadaConfig)} & {option.name for option in fields(Options)}
     things = dataset.categories.things.tolist() if isinstance(dataset, PanopticDataset) else ()
     return TadaConfig(
         classes=tuple(dataset.classes),
         things=tuple(things),
         prompts=tuple(dataset.prompts),
         palette=tuple(tuple(map(int, colour)) for colour in dataset.palette),
-        box=box,
+        box=None if options.whole else (options.short, options.long),
         stride=tuple(stride_of(side) for side in options.crop),
-        **{name: getattr(options, name) for name in names.split()},
+        **{name: getattr(options, name) for name in shared},
     )
+
+
+def stride_of(side: int) -> int:
+    """Two thirds of a test window, as mmsegmentation has it: 341 of 512, 683 of 1024, but 426 of 640."""
+    return 426 if side == 640 else max(round(side * 2 / 3), 1)
+
+
+def default_data(dataset: str) -> str:
+    """Where a data set lies if nobody says; scenes lie nowhere, and "panoptic" wherever its owner put it."""
+    if dataset in ("scenes", "panoptic"):
+        return "scenes" if dataset == "scenes" else ""
+    return f"data/{(LAYOUTS | PANOPTIC_LAYOUTS)[dataset].root}"
+
+
+def open_set(dataset: str, root: str, split: str, decoder: str) -> Dataset:
+    """A split of any data set; with its instances where it has some on disk, or the decoder needs them."""
+    needed = dataset in PANOPTIC_LAYOUTS or decoder == "mask2former"
+    return (open_panoptic if needed else open_dataset)(dataset, root, split)
 
 
 # ---- the flags of segments

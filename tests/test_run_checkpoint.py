@@ -1,4 +1,6 @@
-"""checkpoint.py: a model's file gives the same model back; a crash at any moment leaves whole steps alone."""
+"""run/checkpoint.py: a model is loaded as it was saved; a crash at any moment leaves only intact
+checkpoints.
+"""
 
 import errno
 import hashlib
@@ -25,7 +27,7 @@ from model import Tada, TadaConfig
 from run import checkpoint
 from run.checkpoint import (
     clean,
-    fault_of,
+    corruption_of,
     find_model,
     frozen_digests,
     load_model,
@@ -37,9 +39,10 @@ from run.checkpoint import (
     steps,
     write_step,
 )
+from run.tagging import cache_vectors
 
 CONDITIONS = ("none", "caption", "classes", "implicit", "tagging", "oracle")
-QUICK = ("none", "classes", "tagging")  # the others are like them: in the slow tests
+QUICK = ("none", "classes", "tagging")  # the similar ones are in the slow tests
 NAMES = ("sea", "snow", "tall tree", "boat", "cloud")
 TAGS = [["boat"], ["tall tree", "cloud", "sea"]]
 
@@ -53,7 +56,7 @@ def config(**options) -> TadaConfig:
 
 
 def make(**options) -> Tada:
-    """A tiny model as training might leave it: everything that is trained has moved off its start."""
+    """A tiny model as after training: every trained parameter differs from its initial value."""
     tada = build(config(**options))
     with torch.no_grad():
         for parameter in tada.parameters():
@@ -64,15 +67,15 @@ def make(**options) -> Tada:
 
 @torch.no_grad()
 def predictions(tada: Tada) -> list[Tensor]:
-    """Logits of two pictures told words, and labels of two told none if that can be."""
+    """Logits of two images with tags, and labels of two without, where the condition needs none."""
     image = torch.rand(2, 3, 40, 60, generator=torch.Generator().manual_seed(1)) * 2 - 1
     steers = tada.config.condition in ("caption", "oracle")
     labels = inference.predict(tada, image, TAGS if steers else None, window=(64, 40), stride=(64, 20)).labels
     return [tada(image, TAGS).prediction.main, labels]
 
 
-def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+def equal(actual: list[Tensor], expected: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
 
 
 # The file of a trained model
@@ -98,12 +101,12 @@ def test_saved_and_loaded_is_the_same(condition, tmp_path):
         name: p.requires_grad for name, p in tada.named_parameters()
     }
     if condition == "tagging":
-        picture = torch.rand(1, 3, 50, 60)
-        assert loaded.tag(picture) == tada.zero_shot_tags(picture)
+        image = torch.rand(1, 3, 50, 60)
+        assert loaded.zero_shot_tags(image) == tada.zero_shot_tags(image)
 
 
 def test_equal_models_make_equal_files(tmp_path):
-    """Byte by byte, wherever and whenever they are written; all that is said is one key of sorted JSON."""
+    """Byte by byte, wherever and whenever they are written; the metadata is one key of sorted JSON."""
     files = []
     for run in ("a", "another run"):
         torch.manual_seed(3)
@@ -122,15 +125,15 @@ def test_equal_models_make_equal_files(tmp_path):
     assert str(tmp_path) not in metadata["tada"]
 
 
-def test_random_weights_travel_with_the_model(tmp_path):
-    """There is no file to get them from: everything is in the model's own."""
+def test_random_weights_are_saved_with_the_model(tmp_path):
+    """No other file has them: the model's own holds every tensor."""
     tada = make()
     assert frozen_digests(tada.config) == {}
     save_model(tada, tmp_path / "model.safetensors", {}, {})
     state = load_file(tmp_path / "model.safetensors")
     assert state.keys() == tada.state_dict().keys()
     assert {name.split(".")[0] for name in state} == {"vae", "unet", "clip", "adapter", "decoder"}
-    load_model(tmp_path / "model.safetensors", weights="elsewhere")  # nothing is looked for there
+    load_model(tmp_path / "model.safetensors", weights="elsewhere")  # which is not read
 
 
 # Weights from a folder
@@ -157,12 +160,12 @@ FROZEN = (VAE, SCALE_FILE, "clip/model.safetensors", "tokenizer/vocab.json", "to
 
 @pytest.mark.parametrize("freeze_unet", [False, True])
 def test_frozen_parts_stay_in_their_files(weights, freeze_unet, tmp_path):
-    """The model's file names them with their hash; the UNet is one of them if it was not trained."""
+    """The model's file lists their hashes; the UNet is one of them if it was not trained."""
     tada = make(weights=str(weights), freeze_unet=freeze_unet, adapter_start="empty")
     frozen = frozen_digests(tada.config)
     assert set(frozen) == {*FROZEN, UNET} if freeze_unet else set(frozen) == set(FROZEN)
-    for name, found in frozen.items():
-        assert found == hashlib.sha256((weights / name).read_bytes()).hexdigest()
+    for name, sha256 in frozen.items():
+        assert sha256 == hashlib.sha256((weights / name).read_bytes()).hexdigest()
     save_model(tada, tmp_path / "model.safetensors", frozen, {})
     state = load_file(tmp_path / "model.safetensors")
     parts = {"adapter", "decoder"} if freeze_unet else {"unet", "adapter", "decoder"}
@@ -192,7 +195,7 @@ def test_a_missing_or_changed_file_is_named(trained, weights):
 
 
 def refuse_without(frozen: Path, file: Path) -> None:
-    """The model is refused if a file that it needs is gone, or one bit of it is another; then put back."""
+    """Loading fails if a frozen file is missing or one bit of it is flipped; the file is restored."""
     good = frozen.read_bytes()
     frozen.unlink()
     with pytest.raises(CheckpointError, match=f"^{frozen} is missing: .*weights.fetch.* --weights$"):
@@ -205,22 +208,23 @@ def refuse_without(frozen: Path, file: Path) -> None:
 
 
 def test_weights_may_have_moved(trained, weights, tmp_path):
-    """`weights` is where they are now: nothing is looked for where they were, not even for new words."""
+    """`weights` is their folder now: the old path is not read, not even for vectors of new words."""
     file, expected = trained
     moved = weights.rename(tmp_path / "moved")
     with pytest.raises(CheckpointError, match=f"{weights}.* is missing"):
         load_model(file)
     loaded = load_model(file, weights=str(moved))
     assert equal(predictions(loaded), expected)
-    loaded.learn(["owl"], keep=True)
+    cache_vectors(loaded, ["owl"])
+    assert list((moved / ".vectors").iterdir())
     assert loaded.config.weights == str(moved) and not weights.exists()
     (moved / UNET).write_bytes(b"")
     with pytest.raises(CheckpointError, match=f"{moved / UNET} is not the file"):
         load_model(file, weights=str(moved))
 
 
-def test_the_file_that_was_hashed_is_read(weights, tmp_path):
-    """Not another one beside it, though `load` would take that first."""
+def test_the_file_that_was_hashed_is_the_one_loaded(weights, tmp_path):
+    """Not another in the same folder, though `load` prefers that."""
     fp16 = weights / "unet" / "diffusion_pytorch_model.fp16.safetensors"
     (weights / UNET).rename(fp16)
     tada = make(weights=str(weights), freeze_unet=True)
@@ -230,11 +234,11 @@ def test_the_file_that_was_hashed_is_read(weights, tmp_path):
     assert equal(predictions(load_model(tmp_path / "model.safetensors")), predictions(tada))
 
 
-# What is no model's file
+# Files that are not a model
 
 
 def rewritten(file: Path, change: Callable[[dict], object], tensors: dict | None = None) -> Path:
-    """A copy whose description, and tensors if given, are others."""
+    """A copy with changed metadata, and other tensors if given."""
     about = read_about(file)
     change(about)
     new = file.with_name("changed.safetensors")
@@ -254,7 +258,7 @@ class Bomb:
 
 @pytest.fixture(scope="module")
 def saved(tiny, tmp_path_factory) -> Path:
-    """A small file: all but the decoder is frozen."""
+    """A small file: only the decoder is trained."""
     file = tmp_path_factory.mktemp("saved") / "model.safetensors"
     tada = build(config(condition="none", weights=str(tiny), freeze_unet=True))
     save_model(tada, file, frozen_digests(tada.config), {})
@@ -270,7 +274,7 @@ def refusal(path: Path) -> str:
 
 
 def test_foreign_files_are_refused(tmp_path):
-    """In one sentence with the file and the cure, and a pickle is never opened."""
+    """In one sentence with the file and the cure; a pickle is never opened."""
     file = tmp_path / "model.safetensors"
     assert "holds no model.safetensors: give a run folder" in refusal(tmp_path)
     assert "holds no model.safetensors" in refusal(tmp_path / "nowhere")
@@ -289,18 +293,18 @@ def test_foreign_files_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("bytes_kept", [4, 100, -1])
-def test_cut_off_files_are_refused(saved, tmp_path, bytes_kept):
+def test_truncated_files_are_refused(saved, tmp_path, bytes_kept):
     file = tmp_path / "model.safetensors"
     file.write_bytes(saved.read_bytes()[:bytes_kept])
     assert "is not a whole safetensors file" in refusal(file)
 
 
 def test_files_of_other_versions_are_refused(saved):
-    """A newer format, settings that this code does not know, tensors that do not fit the settings."""
+    """A newer format, unknown settings, tensors that do not fit the settings."""
     newer = rewritten(saved, lambda about: about.update(format=2))
-    assert "has format 2, this code knows 1: use a newer TADA" in refusal(newer)
+    assert "has format 2, this code reads 1: use a newer TADA" in refusal(newer)
     unknown = rewritten(saved, lambda about: about["config"].update(depth=3, attention="flash"))
-    assert "has the unknown settings attention, depth: use a newer TADA" in refusal(unknown)
+    assert "has unknown settings attention, depth: use a newer TADA" in refusal(unknown)
     state = load_file(saved)
     extra = state | {"adapter.gate": torch.zeros(2)}
     assert "does not fit the model it describes: adapter.gate" in refusal(
@@ -344,7 +348,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_step_folder(tmp_path):
-    """Four files, the last with the hashes of the others; nothing of where or when it was written."""
+    """Four files, the last with the hashes of the others; no path or time of the run."""
     first, second = write(tmp_path / "a", 7), write(tmp_path / "b", 7)
     assert first == tmp_path / "a" / "step-000007"
     sums = json.loads((first / "sha256.json").read_text())
@@ -371,7 +375,7 @@ def test_links_are_relative(tmp_path):
 
 
 def test_which_file_a_path_means(tmp_path):
-    """A run means its best step, before there is one the last; all else is taken at its word."""
+    """A run folder means its best step, or the last until there is one; other paths mean themselves."""
     run, name = tmp_path / "run", "model.safetensors"
     write(run, 1), write(run, 2)
     assert find_model(run) == run / "last" / name
@@ -384,7 +388,7 @@ def test_which_file_a_path_means(tmp_path):
 
 
 def test_two_newest_and_the_best_stay(tmp_path):
-    """In the order of their numbers, not of their letters; copies under other names are nobody's business."""
+    """Sorted as numbers, not as text; copies under other names are left alone."""
     for step in (999_998, 999_999):
         write(tmp_path, step)
     point(tmp_path, "best", "step-999998")
@@ -404,8 +408,8 @@ def test_two_newest_and_the_best_stay(tmp_path):
     assert newest_step(tmp_path) == (tmp_path / "step-1000001", [])
 
 
-def test_a_step_is_taken_up_in_place(tmp_path):
-    """The optimiser's parameters stay the model's own; what training needs comes back as it was."""
+def test_a_step_is_restored_in_place(tmp_path):
+    """The optimiser keeps its parameters; the state of training is restored as it was written."""
     tada, torch_state = make(), torch.get_rng_state()
     optimizer = torch.optim.AdamW(parameter_groups(tada, 1e-3, 0.01))
     own = {name: p.data_ptr() for name, p in tada.named_parameters()}
@@ -415,15 +419,15 @@ def test_a_step_is_taken_up_in_place(tmp_path):
     with torch.no_grad():
         for parameter in tada.parameters():
             parameter.zero_()
-    found_tensors, found_facts = read_step(folder, tada)
+    read_tensors, read_facts = read_step(folder, tada)
     assert all(torch.equal(x, state[name]) for name, x in tada.state_dict().items())
     assert {name: p.data_ptr() for name, p in tada.named_parameters()} == own
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} <= set(
         map(id, tada.parameters())
     )
-    assert found_tensors.keys() == tensors.keys() and found_facts == facts
-    assert all(torch.equal(found_tensors[name], x) for name, x in tensors.items())
-    assert all(found_tensors[name].dtype == x.dtype for name, x in tensors.items())
+    assert read_tensors.keys() == tensors.keys() and read_facts == facts
+    assert all(torch.equal(read_tensors[name], x) for name, x in tensors.items())
+    assert all(read_tensors[name].dtype == x.dtype for name, x in tensors.items())
     with pytest.raises(CheckpointError, match="does not fit the model it describes"):
         read_step(folder, build(config(condition="none")))
 
@@ -432,7 +436,7 @@ def test_a_step_is_taken_up_in_place(tmp_path):
 
 
 class Crash(BaseException):
-    """The process is gone: nothing catches it."""
+    """The process is killed: nothing catches it."""
 
 
 CALLS = (
@@ -473,21 +477,21 @@ def crash_at(n: int, before: bool, monkeypatch: pytest.MonkeyPatch) -> list[str]
     return calls
 
 
-def whole(run: Path) -> Path:
-    """The newest step; every step under its own name and both links are whole."""
+def intact(run: Path) -> Path:
+    """The newest step; asserts that every step under its own name and both links are intact."""
     folder, refused = newest_step(run)
     assert not refused
-    assert all(fault_of(path) is None for path in steps(run))
+    assert all(corruption_of(path) is None for path in steps(run))
     for name in ("last", "best"):
         if (run / name).is_symlink():
-            assert fault_of(run / name) is None
+            assert corruption_of(run / name) is None
     return folder
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize("number", [1, 4])
-def test_a_crash_at_any_moment_leaves_whole_steps(number, before, tmp_path, monkeypatch):
-    """While the first step is written, and while one is that lets an older one go."""
+def test_a_crash_at_any_moment_leaves_intact_steps(number, before, tmp_path, monkeypatch):
+    """While the first step is written, and while one is written that removes an older one."""
     n = 0
     while True:
         n += 1
@@ -504,22 +508,22 @@ def test_a_crash_at_any_moment_leaves_whole_steps(number, before, tmp_path, monk
                 break
             except Crash:
                 pass
-        folder = whole(run)
+        folder = intact(run)
         kept = folder and folder.name
         assert kept in {f"step-{number:06d}", f"step-{number - 1:06d}" if number > 1 else None}, calls
         names = {path.name for path in run.iterdir()}
         assert number == 1 or {"step-000001", "step-000003", "last", "best"} <= names
         clean(run)
-        assert not list(run.glob(".tmp*")) and whole(run) == folder
-        write(run, number)  # and it goes on
-        assert whole(run).name == f"step-{number:06d}" == os.readlink(run / "last")
+        assert not list(run.glob(".tmp*")) and intact(run) == folder
+        write(run, number)  # the next write works
+        assert intact(run).name == f"step-{number:06d}" == os.readlink(run / "last")
         assert not list(run.glob(".tmp*"))
     assert n > 20 and {"replace", "fsync", "symlink", "save_file", "write_text"} <= set(calls)
     assert number == 1 or "rmdir" in calls
 
 
 def test_a_crash_while_a_refused_step_is_written_again(tmp_path, monkeypatch):
-    """The bad folder in its place may be gone or not; the step before it stays."""
+    """The corrupt folder may be gone or not; the step before it is kept."""
     for n in range(1, 60):
         run = tmp_path / f"{n}"
         write(run, 1), write(run, 2)
@@ -535,13 +539,13 @@ def test_a_crash_while_a_refused_step_is_written_again(tmp_path, monkeypatch):
         assert folder is not None and len(refused) <= 1
         clean(run)
         write(run, 2)
-        assert whole(run).name == "step-000002"
-    assert 20 < n < 59 and whole(run).name == "step-000002"
+        assert intact(run).name == "step-000002"
+    assert 20 < n < 59 and intact(run).name == "step-000002"
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 def test_a_crash_while_a_step_is_written_again(before, tmp_path, monkeypatch):
-    """As after its evaluation: at any moment the step is there, as it was or as it is to be."""
+    """As after its evaluation: at any moment the old or the new version of the step is there."""
     for n in range(1, 60):
         run = tmp_path / f"{n}"
         write(run, 1), write(run, 2)
@@ -553,9 +557,9 @@ def test_a_crash_while_a_step_is_written_again(before, tmp_path, monkeypatch):
             except Crash:
                 pass
         clean(run)
-        assert whole(run).name == "step-000002"
+        assert intact(run).name == "step-000002"
         write(run, 2)
-        assert whole(run).name == "step-000002" == os.readlink(run / "last")
+        assert intact(run).name == "step-000002" == os.readlink(run / "last")
         assert {path.name for path in run.iterdir()} == {"step-000001", "step-000002", "last"}
     assert 20 < n < 59
 
@@ -576,8 +580,8 @@ def test_a_full_disk_while_a_step_is_written_again(tmp_path, monkeypatch):
     assert content(folder) == before and not list(tmp_path.glob(".*"))
 
 
-def test_everything_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
-    """Power may fail: each file and the folder are synced before the rename, the run's folder after each."""
+def test_files_are_synced_before_the_rename(tmp_path, monkeypatch):
+    """Power may fail: each file and the folder are synced before the rename, the run folder after each."""
     events = []
     sync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda handle: events.append(os.fstat(handle).st_ino) or sync(handle))
@@ -601,8 +605,8 @@ def disk_full(*arguments: object, **options: object) -> None:
 @pytest.mark.parametrize(
     "call", ["save_file", "second save_file", "write_text", "replace", "fsync", "symlink"]
 )
-def test_a_full_disk_leaves_what_was_there(call, tmp_path, monkeypatch):
-    """One sentence, no stump, all older steps as they were."""
+def test_a_full_disk_leaves_earlier_steps(call, tmp_path, monkeypatch):
+    """One sentence, no leftovers, all older steps unchanged."""
     write(tmp_path, 1), write(tmp_path, 2)
     before = {path.name: content(path) for path in steps(tmp_path)}
     with monkeypatch.context() as patch:
@@ -627,29 +631,31 @@ def test_a_full_disk_leaves_what_was_there(call, tmp_path, monkeypatch):
     sentence = str(caught.value)
     assert str(tmp_path / "step-000003") in sentence and "No space left" in sentence and "\n" not in sentence
     assert {name: content(tmp_path / name) for name in before} == before
-    assert fault_of(tmp_path / "last") is None
+    assert corruption_of(tmp_path / "last") is None
     written = {path.name for path in steps(tmp_path)} - set(before)
-    assert written == ({"step-000003"} if call == "symlink" else set())  # it was whole, only `last` is behind
+    assert written == (
+        {"step-000003"} if call == "symlink" else set()
+    )  # it is complete, only `last` is behind
     assert not list(tmp_path.glob(".tmp*"))
     write(tmp_path, 3)
-    assert whole(tmp_path).name == "step-000003"
+    assert intact(tmp_path).name == "step-000003"
 
 
-def test_a_disk_that_really_refuses(tmp_path):
-    """Files of at most 1,000 bytes: the library's own error, not one that we made up."""
+def test_an_error_of_the_operating_system(tmp_path):
+    """Files of at most 1,000 bytes: the library's own error, not an injected one."""
     write(tmp_path, 1)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
     try:
-        with pytest.raises(CheckpointError, match=r"step-000002 could not be written \(.*room"):
+        with pytest.raises(CheckpointError, match=r"step-000002 could not be written \(.*free space"):
             write(tmp_path, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert whole(tmp_path).name == "step-000001" and not list(tmp_path.glob(".tmp*"))
+    assert intact(tmp_path).name == "step-000001" and not list(tmp_path.glob(".tmp*"))
 
 
-def test_a_step_that_will_not_fit_is_not_begun(tmp_path, monkeypatch):
-    """1.2 times the last one must be free; the first one is tried."""
+def test_a_step_that_does_not_fit_is_not_started(tmp_path, monkeypatch):
+    """1.2 times the size of the last one must be free; the first one is tried."""
     usage = shutil.disk_usage(tmp_path)
     size = sum(map(len, content(write(tmp_path, 1)).values()))
     for free, enough in ((int(1.2 * size), True), (int(1.2 * size) - 1, False)):
@@ -657,17 +663,15 @@ def test_a_step_that_will_not_fit_is_not_begun(tmp_path, monkeypatch):
         if enough:
             write(tmp_path, 2)
         else:
-            with pytest.raises(
-                CheckpointError, match=r"has 0 MiB free and a checkpoint needs 0 MiB: free some"
-            ):
+            with pytest.raises(CheckpointError, match=r"has 0 MiB free, a checkpoint needs 0 MiB: free some"):
                 write(tmp_path, 3)
-    assert whole(tmp_path).name == "step-000002" and not list(tmp_path.glob(".tmp*"))
+    assert intact(tmp_path).name == "step-000002" and not list(tmp_path.glob(".tmp*"))
     write(tmp_path / "new", 1)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "train.safetensors", "train.json", "sha256.json"])
-def test_a_flipped_byte_is_seen(name, tmp_path):
-    """Anywhere in any file: the step before is taken, and a sentence says why."""
+def test_a_flipped_byte_is_detected(name, tmp_path):
+    """Anywhere in any file: the step before is used, and a sentence names the reason."""
     write(tmp_path, 1)
     file = write(tmp_path, 2) / name
     good = file.read_bytes()
@@ -675,13 +679,15 @@ def test_a_flipped_byte_is_seen(name, tmp_path):
         file.write_bytes(good[:place] + bytes([good[place] ^ 0x11]) + good[place + 1 :])
         folder, (sentence,) = newest_step(tmp_path)
         assert folder == tmp_path / "step-000001"
-        assert sentence.startswith(f"{tmp_path / 'step-000002'} is not used: ") and "\n" not in sentence
+        assert sentence.startswith(f"{tmp_path / 'step-000002'} is skipped: ") and "\n" not in sentence
     file.write_bytes(good)
     assert newest_step(tmp_path) == (tmp_path / "step-000002", [])
 
 
-def test_steps_that_are_not_whole_are_passed_over(tmp_path):
-    """A file gone, cut off, a bare folder, nonsense for hashes: the newest whole step is found, or none."""
+def test_incomplete_steps_are_skipped(tmp_path):
+    """A file missing or truncated, an empty folder, invalid hashes: the newest intact step is found, or
+    none.
+    """
     assert newest_step(tmp_path) == (None, [])
     for step in range(1, 7):
         write(tmp_path, step)
@@ -699,9 +705,9 @@ def test_steps_that_are_not_whole_are_passed_over(tmp_path):
     folder, refused = newest_step(tmp_path)
     assert folder == tmp_path / "step-000002"
     reasons = (
-        "6 .* not whole .*train.safetensors",
+        "6 .* incomplete .*train.safetensors",
         "5 .* model.safetensors changed",
-        "4 .* not whole",
+        "4 .* incomplete",
         "3 .*",
     )
     for sentence, reason in zip(refused, reasons, strict=True):
@@ -711,7 +717,7 @@ def test_steps_that_are_not_whole_are_passed_over(tmp_path):
     assert newest_step(tmp_path)[0] is None and len(newest_step(tmp_path)[1]) == 6
 
 
-def test_clean_removes_stumps_alone(tmp_path):
+def test_clean_removes_only_leftovers(tmp_path):
     write(tmp_path, 1)
     (tmp_path / ".tmp-step-000002").mkdir()
     (tmp_path / ".tmp-step-000002" / "model.safetensors").write_bytes(b"half")

@@ -1,0 +1,135 @@
+"""What a run shows: model and settings at its start, drawings of its data, speed and losses; and its way to
+stop.
+"""
+
+import resource
+import signal
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from PIL import Image
+
+import kernels
+from data import Dataset
+from images.draw import mosaic, overlay, segment_overlay
+from model import Tada
+from run.folder import Run
+from run.recipes import Options, recipe
+
+LOSSES = ("loss", "seg", "aux", "class", "mask", "dice", "tag")
+
+
+def describe(run: Run, options: Options, tada: Tada) -> None:
+    """Print the parts of the model, the batch, the paper's settings and the machine."""
+    config = tada.config
+    if config.weights == "random":
+        run.print0("RANDOM WEIGHTS: no prior is used; scores do not measure the method")
+    if "oracle" in (config.condition, config.tags):
+        run.print0("ORACLE: the model reads the ground-truth tags; scores are upper bounds")
+    for part in ("vae", "clip", "unet", "adapter", "decoder"):
+        parameters = list(getattr(tada, part).parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        frozen = sum(p.numel() for p in parameters if not p.requires_grad)
+        run.print0(f"  {part:8} {trained:>13,} parameters trained {frozen:>13,} frozen")
+    device, world = run.ranks.device, run.ranks.world
+    each = options.batch // (world * options.accumulate)
+    paper = recipe(options.dataset, options.model, decoder=options.decoder).paper
+    run.print0(
+        f"batch {options.batch} = {world} processes x {options.accumulate} accumulated x {each} images, "
+        f"{options.iterations:,} iterations, lr {options.lr:g}"
+        + (f"; the paper: {paper}" if paper else "")
+        + f"; device {device}, {options.threads} threads, torch {torch.__version__}"
+    )
+    run.print0(kernels.describe(device))
+    run.print0(f"run folder {run.folder}")
+
+
+def draw(file: Path, dataset: Dataset, shown: Iterable[tuple[np.ndarray, Any, list[str] | None]]) -> None:
+    """Each image `(H, W, 3)`, and itself under its labels `(H, W)` or (ids, segments), with its tags."""
+    tiles, names = [], {"palette": dataset.palette, "classes": dataset.classes}
+    for image, target, tags in shown:
+        tiles.append(Image.fromarray(image))
+        if isinstance(target, tuple):
+            ids, segments = target
+            tiles.append(segment_overlay(image, ids, segments, **names, words=tags))
+        else:
+            tiles.append(overlay(image, target, **names, words=tags))
+    mosaic(tiles, 4).save(file, quality=92)
+
+
+@dataclass
+class Meter:
+    """Seconds of training since the last reading; evaluation and checkpoints do not count."""
+
+    steps: int = 0
+    loading: float = 0.0
+    computing: float = 0.0
+
+    def add(self, loading: float, computing: float) -> None:
+        """Count one step."""
+        self.steps += 1
+        self.loading += loading
+        self.computing += computing
+
+    def read(self, batch: int, remaining: int) -> dict[str, float]:
+        """Speed of `batch` images per step, share of time waiting for data, peak memory, and time for the
+        `remaining` steps; reset the sums.
+        """
+        seconds = self.loading + self.computing
+        reading = {
+            "images_per_second": self.steps * batch / seconds,
+            "data_share": self.loading / seconds,
+            "memory_gib": peak_memory() / 2**30,
+            "eta_seconds": remaining * seconds / self.steps,
+        }
+        self.steps, self.loading, self.computing = 0, 0.0, 0.0
+        return reading
+
+
+def peak_memory() -> int:
+    """Bytes of the GPU, or of this process where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def log_line(entry: dict, iterations: int) -> str:
+    """A line of log.jsonl as the terminal shows it."""
+    losses = " ".join(f"{name} {entry[name]:.4f}" for name in LOSSES if name in entry)
+    eta = int(entry["eta_seconds"])
+    return (
+        f"step {entry['step']}/{iterations} {losses} lr {entry['lr']:.2e} "
+        f"gnorm {entry['grad_norm']:.2f} {entry['images_per_second']:.1f} img/s "
+        f"data {entry['data_share']:.0%} mem {entry['memory_gib']:.1f}G "
+        f"eta {eta // 3600}:{eta // 60 % 60:02}:{eta % 60:02}"
+    )
+
+
+class StopOnSignal:
+    """In its `with` block, SIGTERM, Ctrl-C and a closed terminal request a stop after the current step; a
+    second Ctrl-C interrupts at once.
+    """
+
+    signal: int | None = None  # the one received
+
+    def __enter__(self) -> Self:
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not under nohup
+            numbers.append(signal.SIGHUP)
+        self.before = {number: signal.signal(number, self.receive) for number in numbers}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def receive(self, number: int, frame: object) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
