@@ -1,12 +1,11 @@
-"""What the UNet is told about a picture: every condition of the paper's Table 5 and Figure 1, and the tagging
-adapter.
+"""The UNet's conditions: all those of the paper's Table 5 and Figure 1, among them the tagging adapter.
 
-Sections 3.3 and 3.4. Each condition is a module with the same call, `adapter(image_tokens, image_embedding,
-text)`, which returns the context T(c) that the UNet attends to. Image tokens, image embedding and text
-vectors come from the frozen CLIP (clip.py); those that a condition does not read may be None.
+Sections 3.3 and 3.4. All conditions have the same signature, `adapter(image_tokens, image_embedding, text)`,
+and return the context T(c) that the UNet attends to. Image tokens `(B, M, C)`, image embedding `(B, E)` and
+text vectors come from the frozen CLIP (clip.py); those that a condition does not use may be None.
 
-Top to bottom: what goes in and out, the five simple conditions, the tagging adapter (Eq. 6), its multi-label
-objective (Eq. 7, the asymmetric loss and its targets), and the parts of the adapter.
+Top to bottom: inputs and outputs, the five simple conditions, the tagging adapter (Eq. 6), its multi-label
+objective (Eq. 7: asymmetric loss and targets), the parts of the adapter.
 """
 
 import math
@@ -23,10 +22,11 @@ IGNORE = 255  # the label of pixels that belong to no class
 
 
 class Text(NamedTuple):
-    """What the words of each picture became.
+    """The encoded words of each image.
 
     vectors `(B, T, C)`: one pooled vector per tag, padded to the longest list, or the 77 hidden states of a
-    prompt; lengths `(B,)`: how many are real (1..T), None = all of them.
+    prompt; lengths `(B,)`: the number of vectors without padding (1..T), None = T. For an image without words
+    the caller passes the empty-prompt vector.
     """
 
     vectors: Tensor
@@ -34,8 +34,9 @@ class Text(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """What the UNet attends to: context `(B, L, C)`, or `(1, L, C)` where it is the same for every picture;
-    lengths `(B,)` as in `Text`; and Eq. 7's tag logits `(B, K)`.
+    """The context `(B, L, C)` that the UNet attends to, or `(1, L, C)` if it is the same for every image.
+
+    lengths `(B,)` as in `Text`; logits `(B, K)`: the tag logits of Eq. 7.
     """
 
     context: Tensor
@@ -44,7 +45,7 @@ class Condition(NamedTuple):
 
 
 class Unconditional(nn.Module):
-    """`none`: the empty prompt for every picture (section 3.3, 1). empty `(77, C)`: the states of ""."""
+    """`none`: the empty prompt for every image (section 3.3, 1); empty `(77, C)`: the hidden states of ""."""
 
     def __init__(self, empty: Tensor):
         super().__init__()
@@ -57,33 +58,32 @@ class Unconditional(nn.Module):
 
 
 class Caption(nn.Module):
-    """`caption`: the 77 hidden states of a caption of each picture (section 3.3, 2)."""
+    """`caption`: the 77 hidden states of a caption of each image (section 3.3, 2)."""
 
     def forward(
         self, image_tokens: Tensor | None, image_embedding: Tensor | None, text: Text | None
     ) -> Condition:
-        assert text is not None, "text is None: give the hidden states of one caption per picture"
+        assert text is not None, "text is None: pass the hidden states of one caption per image"
         return Condition(text.vectors, text.lengths)
 
 
 class Oracle(nn.Module):
-    """`oracle`: the vectors of the classes that are truly in the picture, straight to the UNet (Figure 1).
+    """`oracle`: the vectors of the image's ground-truth classes, directly to the UNet (Figure 1).
 
-    It reads the labels, so what it gives is a bound and no result. A picture without classes is the caller's
-    business: it passes the empty prompt's vector.
+    It uses the labels, so its score is an upper bound, not a result.
     """
 
     def forward(
         self, image_tokens: Tensor | None, image_embedding: Tensor | None, text: Text | None
     ) -> Condition:
-        assert text is not None, "text is None: give the vectors of each picture's true classes"
+        assert text is not None, "text is None: pass the vectors of each image's ground-truth classes"
         return Condition(text.vectors, text.lengths)
 
 
 class Classes(nn.Module):
     """`classes`: T(c) = E + gamma MLP(E) over the vectors E of all K class names (Eq. 4).
 
-    VPD's text adapter (vpd/models.py, `TextAdapter`): K tokens, the same for every picture. classes `(K, C)`.
+    VPD's text adapter (vpd/models.py, `TextAdapter`): K tokens, the same for every image. classes `(K, C)`.
     """
 
     def __init__(self, classes: Tensor):
@@ -101,15 +101,15 @@ class Classes(nn.Module):
 
 
 class Implicit(nn.Module):
-    """`implicit`: a caption made from the image embedding (Eq. 5), behind a gate that starts shut.
+    """`implicit`: a caption predicted from the image embedding (Eq. 5), with a gate that starts closed.
 
-    The context of ODISE's implicit captioner (odise/modeling/meta_arch/ldm.py): Eq. 5's MLP is one Linear,
-    whose output is repeated at 77 positions, plus a learned position embedding, times tanh(alpha), added to
-    the empty prompt. Its other branch, which moves the time embedding, is left out: Eq. 5 is a text
-    condition. empty `(77, C)`.
+    The context of ODISE's implicit captioner (odise/modeling/meta_arch/ldm.py): the MLP of Eq. 5 is one
+    Linear, its output is repeated at 77 positions, plus a learned position embedding, times tanh(alpha),
+    added to the empty prompt `(77, C)`. ODISE's second branch, which shifts the time embedding, is omitted:
+    Eq. 5 is a text condition.
 
-    At the start the context is exactly the empty prompt and alpha alone has a gradient; one step later all
-    have one.
+    At initialisation the context is exactly the empty prompt and only alpha has a gradient; all parameters
+    have one after the first step.
     """
 
     def __init__(self, empty: Tensor, embedding_width: int = 768):
@@ -123,24 +123,23 @@ class Implicit(nn.Module):
     def forward(
         self, image_tokens: Tensor | None, image_embedding: Tensor | None, text: Text | None
     ) -> Condition:
-        assert image_embedding is not None, "image_embedding is None: give CLIP's, (B, 768)"
+        assert image_embedding is not None, "image_embedding is None: pass CLIP's, (B, 768)"
         caption = self.linear(image_embedding)[:, None] + self.position  # (B, 77, C)
         return Condition(self.empty + self.alpha.tanh() * caption)
 
 
 class Tagging(nn.Module):
-    """`tagging`: learned queries read the tags and the picture, and become the context (Eq. 6; Figure 2 b).
+    """`tagging`: learned queries attend to tags and image, and become the context (Eq. 6; Figure 2 b).
 
-    empty `(77, C)`: the hidden states of ""; classes `(K, C)`: the vectors of the class names, which are Eq.
-    7's frozen classifier, and the text of every picture where none is given (`text=None`). 25,612,034
-    trainable parameters at the default sizes, whatever K is. A picture without tags is the caller's business:
-    it passes the empty prompt's vector.
+    empty `(77, C)`: the hidden states of ""; classes `(K, C)`: the vectors of the class names, the frozen
+    classifier of Eq. 7, also used as the text of every image if `text` is None. 25,612,034 trainable
+    parameters at the default sizes, for any K.
 
-    With start "random" the context is m. With start "empty" it is E("")[:Q] + g m, g from 0: at first exactly
-    the empty prompt's first Q tokens, and the UNet's gradient reaches g alone; the rest learns from Eq. 7,
-    or, where that has no weight, one step later. Whatever the start, log_scale and bias learn from Eq. 7
-    alone. Which start learns more: `python -m lab.ablate --rows
-    "tagging, loss, tags" "tagging from the empty prompt"`.
+    With start "random" the context is m. With start "empty" it is E("")[:Q] + g m with g = 0 at first:
+    exactly the first Q tokens of the empty prompt, and the UNet's gradient reaches only g; the other
+    parameters learn from Eq. 7 or, if its weight is 0, after the first step. With either start, log_scale and
+    bias learn from Eq. 7 only. To compare:
+    `python -m lab.ablate --rows "tagging, loss, tags" "tagging from the empty prompt"`.
     """
 
     def __init__(
@@ -154,19 +153,19 @@ class Tagging(nn.Module):
         start: str = "random",
     ):
         super().__init__()
-        P, C = empty.shape
+        L, C = empty.shape
         if start not in ("empty", "random"):
-            raise ModelError(f"the adapter starts from {start!r}: give 'empty' or 'random'")
+            raise ModelError(f"unknown start {start!r} of the adapter: choose 'empty' or 'random'")
         if queries < 1 or blocks < 1:
-            raise ModelError(f"{queries} queries and {blocks} blocks are no adapter: give 1 of each or more")
-        if start == "empty" and queries > P:
+            raise ModelError(f"need at least 1 query and 1 block, got {queries} and {blocks}")
+        if start == "empty" and queries > L:
             raise ModelError(
-                f"{queries} queries start from the {P} tokens of the empty prompt: give at most {P}, "
-                "or start 'random'"
+                f"{queries} queries, but the empty prompt has {L} tokens: "
+                f"use at most {L} queries, or start 'random'"
             )
 
         self.register_buffer("classes", frozen(classes))
-        self.queries = nn.Parameter(torch.randn(queries, C))  # as large as SD's own tokens: norm sqrt(C)
+        self.queries = nn.Parameter(torch.randn(queries, C))  # with the norm of SD's own tokens, sqrt(C)
         self.image = nn.Linear(image_width, C)
         self.blocks = nn.ModuleList(Block(C, heads) for _ in range(blocks))
         self.mlp = mlp(C, C)
@@ -176,7 +175,7 @@ class Tagging(nn.Module):
         self.register_buffer("empty", frozen(empty[:queries]) if from_empty else None)
         self.register_parameter("g", nn.Parameter(torch.zeros(C)) if from_empty else None)
 
-        self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))  # ours, as is the bias; see `logits`
+        self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))  # ours, like the bias; see `logits`
         self.bias = nn.Parameter(torch.tensor(-2.0))
 
     def forward(
@@ -185,22 +184,22 @@ class Tagging(nn.Module):
         q, text, image = self.prepare(image_tokens, text)
         for block in self.blocks:
             q = block(q, text, image)
-        m = self.norm(self.mlp(q))  # (B, Q, C); its norm is that of SD's own tokens
+        m = self.norm(self.mlp(q))  # (B, Q, C), with the norm of SD's own tokens
 
         context = m if self.g is None else self.empty + self.g * m
         return Condition(context, None, self.logits(m))
 
     def attention(self, image_tokens: Tensor, text: Text | None) -> Tensor:
-        """How much each query attends to each tag in the last block, `(B, Q, T)`, sum 1 over the tags."""
+        """The attention of each query to each tag in the last block, `(B, Q, T)`, sum 1 over the tags."""
         q, text, image = self.prepare(image_tokens, text)
-        *first, last = self.blocks
-        for block in first:
+        *blocks, last = self.blocks
+        for block in blocks:
             q = block(q, text, image)
         return last.attention_weights(q, text)
 
     def prepare(self, image_tokens: Tensor | None, text: Text | None) -> tuple[Tensor, Text, Tensor]:
-        """What the blocks take: queries `(B, Q, C)`, text, image `(B, M, C)`."""
-        assert image_tokens is not None, "image_tokens is None: give CLIP's, (B, 257, 1024)"
+        """Return the inputs of the blocks: queries `(B, Q, C)`, text, projected image tokens `(B, M, C)`."""
+        assert image_tokens is not None, "image_tokens is None: pass CLIP's, (B, 257, 1024)"
         B = len(image_tokens)
         if text is None:
             text = Text(self.classes.expand(B, -1, -1))
@@ -208,25 +207,25 @@ class Tagging(nn.Module):
         return self.queries.expand(B, -1, -1), text, self.image(image_tokens)
 
     def check(self, text: Text, B: int) -> None:
-        """The border: shapes alone, so that no device is waited for."""
-        (rows, T, width), C = text.vectors.shape, self.classes.shape[1]
-        assert (rows, width) == (B, C) and T > 0, (
-            f"the text is {tuple(text.vectors.shape)}: give at least one vector per picture, ({B}, T, {C})"
+        """Check shapes only: reading values would synchronise the GPU."""
+        shape, C = tuple(text.vectors.shape), self.classes.shape[1]
+        assert len(shape) == 3 and shape[0] == B and shape[2] == C and shape[1] > 0, (
+            f"the text is {shape}: pass at least one vector per image, ({B}, T, {C})"
         )
         assert text.lengths is None or text.lengths.shape == (B,), (
-            f"lengths is {tuple(text.lengths.shape)}: give one number of vectors per picture, ({B},)"
+            f"lengths is {tuple(text.lengths.shape)}: pass one number of vectors per image, ({B},)"
         )
 
     def logits(self, m: Tensor) -> Tensor:
-        """Eq. 7 before its sigmoid, `(B, Q, C)` -> `(B, K)` float32: s cos(Pool(m), h_k - mean h) + b, h
-        frozen.
+        """Eq. 7 before its sigmoid, `(B, Q, C)` -> `(B, K)` float32: s cos(Pool(m), h_k - mean h) + b.
 
-        The paper prints the product (Pool(m), h_k), which saturates: that of two of CLIP's class vectors is
-        about 365, of one with itself 799. Centred they no longer share a direction; s and b are learned.
+        The paper uses the product (Pool(m), h_k), which saturates: the product of two of CLIP's class vectors
+        is about 365, of one with itself 799. Centring removes their common direction; s and b are learned, h
+        is frozen.
         """
         h = self.classes.float()
         pooled = m.float().mean(dim=1)  # (B, C)
-        # Products and sums, not a matmul, which autocast would round: (B, K)
+        # (B, K); not a matmul, which autocast would round.
         cosine = F.cosine_similarity(pooled[:, None], h - h.mean(dim=0), dim=-1)
         return self.log_scale.exp() * cosine + self.bias
 
@@ -239,37 +238,31 @@ def asymmetric_loss(
     clip: float = 0.05,
     eps: float = 1e-8,
 ) -> tuple[Tensor, Tensor]:
-    """Sum over classes and images, and the number of images: `(B, K)` logits, `(B, K)` targets in {0, 1} ->
-    scalars.
+    """Return the loss summed over classes and images, and the number of images; logits and targets `(B, K)`.
 
-    A class that is there costs -(1 - p) ** gamma_positive * log p; one that is not, -(1 - q) **
-    gamma_negative * log q with q = min(1 - p + clip, 1), which forgives a p below clip. The focusing weights
-    are constants: they carry no gradient. In float32, whatever comes in: eps is 0 in float16. Values,
-    gradients and defaults are those of Ridnik et al. (Alibaba-MIIL/ASL src/loss_functions/losses.py,
-    `AsymmetricLoss`).
+    A present class costs -(1 - p) ** gamma_positive * log p; an absent one -(1 - q) ** gamma_negative * log q
+    with q = min(1 - p + clip, 1), which ignores p below clip. The focusing weights have no gradient. Computes
+    in float32: eps would be 0 in float16. Values, gradients and defaults are those of Ridnik et al.
+    (Alibaba-MIIL/ASL src/loss_functions/losses.py, `AsymmetricLoss`).
     """
     assert logits.shape == targets.shape, f"{tuple(logits.shape)} logits for {tuple(targets.shape)} targets"
-    logits, there = logits.float(), targets > 0.5
-    p_right = torch.where(there, logits.sigmoid(), ((-logits).sigmoid() + clip).clamp(max=1))  # (B, K)
-    gamma = torch.where(there, gamma_positive, gamma_negative)
+    logits, present = logits.float(), targets > 0.5
+    p_right = torch.where(present, logits.sigmoid(), ((-logits).sigmoid() + clip).clamp(max=1))  # (B, K)
+    gamma = torch.where(present, gamma_positive, gamma_negative)
     weight = (1 - p_right.detach()) ** gamma
     loss = -weight * p_right.clamp(min=eps).log()
     return loss.sum(), loss.new_full((), len(loss))
 
 
 def multi_hot(labels: Tensor, K: int) -> Tensor:
-    """The multi-label target: labels of crops `(B, H, W)` int64, 0..K-1 or 255 = ignore -> `(B, K)` float32,
-    0 or 1.
-    """
-    assert 1 <= K <= IGNORE, f"{K} classes: labels have room for 1 to {IGNORE}"
-    seen = torch.zeros(len(labels), IGNORE + 1, device=labels.device)
-    return seen.scatter_(1, labels.flatten(1), 1.0)[:, :K]
+    """The classes present in labels `(B, H, W)` int64, 0..K-1 or 255 = ignore: `(B, K)` float32, 0 or 1."""
+    assert 1 <= K <= IGNORE, f"{K} classes: use 1 to {IGNORE}, since label {IGNORE} is ignored"
+    present = torch.zeros(len(labels), IGNORE + 1, device=labels.device)
+    return present.scatter_(1, labels.flatten(1), 1.0)[:, :K]
 
 
 class Block(nn.Module):
-    """Queries attend to themselves, the text and the picture, then an MLP; each pre-norm and added to its
-    input.
-    """
+    """Queries attend to themselves, the text and the image, then an MLP; each pre-norm and residual."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -289,27 +282,25 @@ class Block(nn.Module):
         return q + self.mlp(self.norm4(q))
 
     def self_attend(self, q: Tensor) -> Tensor:
-        """The queries, each having attended to all."""
+        """Self-attention among the queries."""
         q_norm = self.norm1(q)
         return q + self.attend_self(q_norm, q_norm)
 
     def attention_weights(self, q: Tensor, text: Text) -> Tensor:
-        """How much each query attends to each tag here, the mean of the heads `(B, Q, T)`."""
+        """The attention of each query to each tag in this block, the mean over the heads: `(B, Q, T)`."""
         return self.attend_text.attention_weights(self.norm2(self.self_attend(q)), *text)
 
 
 class Attention(nn.Module):
-    """Multi-head attention of the queries `(B, Q, C)` to the tokens `(B, M, C)`, of which `lengths (B,)` are
-    real.
+    """Multi-head attention of the queries `(B, Q, C)` to the first `lengths (B,)` of the tokens `(B, M, C)`.
 
-    Keys have no bias, since it would add the same to every score of a query; nor have queries and values,
-    as in the UNet.
+    Queries, keys and values have no bias, as in the UNet.
     """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         if width % heads:
-            raise ModelError(f"{heads} heads do not divide the adapter's width of {width}: give a divisor")
+            raise ModelError(f"{heads} heads do not divide the adapter's width of {width}: use a divisor")
         self.heads = heads
         self.to_q = nn.Linear(width, width, bias=False)
         self.to_k = nn.Linear(width, width, bias=False)
@@ -319,20 +310,20 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         q, k, v = self.to_q(x), self.to_k(tokens), self.to_v(tokens)
         q, k, v = (rearrange(y, "B M (n d) -> B n M d", n=self.heads) for y in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=real(tokens, lengths))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=length_mask(tokens, lengths))
         return self.to_out(rearrange(y, "B n Q d -> B Q (n d)"))
 
     def attention_weights(self, x: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """The softmax inside `forward`, the mean of the heads `(B, Q, M)` float32."""
+        """The softmax of `forward`, the mean over the heads: `(B, Q, M)` float32."""
         q, k = (rearrange(y, "B M (n d) -> B n M d", n=self.heads) for y in (self.to_q(x), self.to_k(tokens)))
         scores = (q @ k.mT).float() * q.shape[-1] ** -0.5  # (B, n, Q, M)
         if lengths is not None:
-            scores = scores.masked_fill(~real(tokens, lengths), -torch.inf)
+            scores = scores.masked_fill(~length_mask(tokens, lengths), -torch.inf)
         return scores.softmax(dim=-1).mean(dim=1)
 
 
-def real(tokens: Tensor, lengths: Tensor | None) -> Tensor | None:
-    """Which of the tokens `(B, M, C)` are real, `(B, 1, 1, M)`: for every head and query; None = all."""
+def length_mask(tokens: Tensor, lengths: Tensor | None) -> Tensor | None:
+    """A mask of the tokens `(B, M, C)`, `(B, 1, 1, M)` bool, False for padding; None = no padding."""
     if lengths is None:
         return None
     mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # (B, M)
@@ -340,10 +331,10 @@ def real(tokens: Tensor, lengths: Tensor | None) -> Tensor | None:
 
 
 def mlp(width: int, hidden: int) -> nn.Sequential:
-    """Width C -> hidden -> C, with a GELU in the middle."""
+    """C -> hidden -> C with GELU."""
     return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
 
 def frozen(vectors: Tensor) -> Tensor:
-    """A copy that is no one else's: buffers are saved with the checkpoint, where no two may share memory."""
+    """Clone: safetensors refuses tensors that share memory."""
     return vectors.detach().clone()

@@ -1,9 +1,9 @@
-"""The sizes of the parts, "sd15" and "tiny", and how a model is built from the prior's files.
+"""Build a model, of size "sd15" or "tiny", from the files of the prior (Stable Diffusion).
 
     tada = build(TadaConfig(classes=("sea", "sky", "sand"), weights="weights/sd15"))
 
-Top to bottom: sizes, the prior (the parts of Stable Diffusion), a new model, its adapter and decoder, the
-optimiser's parameter groups.
+Top to bottom: the sizes of the parts, the prior, a new model, its adapter and decoder, the optimiser's
+parameter groups.
 """
 
 import json
@@ -24,36 +24,37 @@ from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 from weights.words import word_vectors
 
-SCALE_FILE = "vae/config.json"  # below the folder of tiny's weights
+SCALE_FILE = "vae/config.json"  # inside the weights folder of tiny
 
 
 def part_configs(model: str, weights: str | Path) -> tuple[VAEConfig, UNetConfig, CLIPConfig]:
-    """The sizes of the prior, "sd15" or "tiny", and the latent scale that was measured with its weights."""
+    """The configurations of "sd15" or "tiny"; tiny's latent scale is stored with its `weights`."""
     if model not in ("sd15", "tiny"):
-        raise ModelError(f"there is no model {model!r}: choose sd15 or tiny")
+        raise ModelError(f"unknown model {model!r}: choose sd15 or tiny")
     if model == "sd15":
         return VAEConfig(), UNetConfig(), CLIPConfig()
     vae = VAEConfig.tiny()
     if str(weights) != "random":
-        weights_loader.find(Path(weights, "vae"), weights_loader.OFFICIAL[VAE])  # name a missing folder first
+        # A missing folder is reported first.
+        weights_loader.find(Path(weights, "vae"), weights_loader.OFFICIAL[VAE])
         vae = replace(vae, scale=measured_scale(Path(weights, SCALE_FILE)))
     return vae, UNetConfig.tiny(), CLIPConfig.tiny()
 
 
 def measured_scale(file: Path) -> float:
-    """`scaling_factor`, as diffusers calls it, of an autoencoder's config.json."""
+    """Read the latent scale, diffusers' `scaling_factor`, from an autoencoder's config.json."""
     try:
         return float(json.loads(file.read_text())["scaling_factor"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(
-            f"{file} gives no scaling_factor ({type(error).__name__}): `python -m lab.pretrain` writes it"
+            f"{file} has no valid scaling_factor ({type(error).__name__}): `python -m lab.pretrain` writes it"
         ) from None
 
 
 def prior(model: str, weights: str | Path) -> tuple[VAE, UNet, CLIP, Tokenizer]:
-    """The parts of Stable Diffusion, from the folder `weights` with unet/, vae/, clip/ and tokenizer/.
+    """Load the parts of Stable Diffusion from the folder `weights` with unet/, vae/, clip/ and tokenizer/.
 
-    With "random" they are newly initialised, and the tokenizer spells.
+    "random" initialises the parts instead, and the tokenizer encodes bytes (`Tokenizer.spelling`).
     """
     parts = []
     for kind, config in zip((VAE, UNet, CLIP), part_configs(model, weights), strict=True):
@@ -69,14 +70,14 @@ def prior(model: str, weights: str | Path) -> tuple[VAE, UNet, CLIP, Tokenizer]:
 
 
 def build(config: TadaConfig, device: torch.device | str = "cpu") -> Tada:
-    """A new model: the prior from `config.weights`, the rest initialised from torch's global random state."""
+    """Build a new model: load the prior, initialise the rest from torch's global random state."""
     vae, unet, clip, tokenizer = prior(config.model, config.weights)
     clip.to(device)
     words = config.weights, clip, tokenizer, config.prompts
     if config.templates not in (1, 80):
         raise ModelError(f"--templates {config.templates}: choose 1 or 80")
     classes = word_vectors(*words, config.templates)  # (K, C)
-    names = word_vectors(*words, 80, shared=True) if config.tags == "clip" else None  # (K, P)
+    names = word_vectors(*words, 80, shared=True) if config.tags == "clip" else None  # (K, E)
     with torch.no_grad():
         empty = clip.text(tokenizer([""]).to(device))[0][0]  # (77, C)
     return assemble(config, vae, unet, clip, tokenizer, empty.cpu(), classes.cpu(), names).to(device)
@@ -92,14 +93,14 @@ def assemble(
     classes: Tensor,
     names: Tensor | None,
 ) -> Tada:
-    """The prior and its text vectors, with a new adapter and decoder."""
+    """Join the prior with a new adapter and decoder: empty `(77, C)`, classes `(K, C)`, names `(K, E)`."""
     adapter = make_adapter(config, clip.config, empty, classes)
     decoder = make_decoder(config, unet.config, tokens=len(empty))
     return Tada(config, vae, unet, clip, tokenizer, adapter, decoder, names)
 
 
 def make_adapter(config: TadaConfig, clip: CLIPConfig, empty: Tensor, classes: Tensor) -> nn.Module:
-    """The condition of a row of Table 5: empty `(77, C)` and classes `(K, C)` are its frozen vectors."""
+    """Make the condition of a row of Table 5 from the vectors of "" `(77, C)` and of the classes `(K, C)`."""
     match config.condition:
         case "none":
             return Unconditional(empty)
@@ -122,23 +123,22 @@ def make_adapter(config: TadaConfig, clip: CLIPConfig, empty: Tensor, classes: T
                 start=config.adapter_start,
             )
     raise ModelError(
-        f"there is no condition {config.condition!r}: "
-        "choose none, caption, classes, implicit, tagging or oracle"
+        f"unknown condition {config.condition!r}: choose none, caption, classes, implicit, tagging or oracle"
     )
 
 
 def make_decoder(config: TadaConfig, unet: UNetConfig, tokens: int = 77) -> SemanticDecoder | Mask2Former:
-    """Semantic FPN (width 256; tiny 64), UperNet (512 and 256; tiny 64 and 32), or Mask2Former (100 queries,
-    9 layers, width 256; tiny 20, 3, 64).
+    """Make the decoder.
 
-    With attention maps it reads one more channel per context token at strides 16 and 32; a prompt has
-    `tokens` of them.
+    Semantic FPN (width 256; tiny 64), UperNet (512 and 256; tiny 64 and 32), or Mask2Former (100 queries, 9
+    layers, width 256; tiny 20, 3, 64). With attention maps its input has one more channel per context token
+    at strides 16 and 32; a prompt has `tokens` tokens.
     """
     channels = list(unet.channels)
     if config.attention_maps:
         if config.condition == "oracle":
             raise ModelError(
-                "--attention-maps needs equally many tokens for every image: not --condition oracle"
+                "--attention-maps needs the same number of tokens for every image: not --condition oracle"
             )
         L = {"classes": len(config.classes), "tagging": config.queries}.get(config.condition, tokens)
         channels[1:3] = [width + L for width in channels[1:3]]
@@ -146,13 +146,13 @@ def make_decoder(config: TadaConfig, unet: UNetConfig, tokens: int = 77) -> Sema
     if config.decoder == "mask2former":
         if len(config.things) != len(config.classes):
             raise ModelError(
-                f"--decoder mask2former needs things or stuff of {len(config.classes)} classes, got "
-                f"{len(config.things)}: use a data set with instances"
+                f"--decoder mask2former needs `things` for {len(config.classes)} classes, "
+                f"got {len(config.things)}: use a data set with instances"
             )
         sizes = {"width": 64, "heads": 4, "queries": 20, "layers": 3, "pixel_layers": 2} if tiny else {}
         return Mask2Former(channels, config.things, groups=unet.groups, **sizes)
     if config.decoder not in kinds:
-        raise ModelError(f"there is no decoder {config.decoder!r}: choose {', '.join(kinds)} or mask2former")
+        raise ModelError(f"unknown decoder {config.decoder!r}: choose {', '.join(kinds)} or mask2former")
     widths = {"width": 64} if tiny else {}
     if tiny and config.decoder == "upernet":
         widths["auxiliary_width"] = 32
@@ -162,14 +162,14 @@ def make_decoder(config: TadaConfig, unet: UNetConfig, tokens: int = 77) -> Sema
 
 
 def parameter_groups(tada: Tada, lr: float, weight_decay: float, unet_scale: float = 1.0) -> list[dict]:
-    """Trained parameters for AdamW: decay on the weights of Linear and Conv alone, the UNet's rate scaled.
+    """Group the trained parameters for AdamW.
 
-    By explicit rule: VPD's search for "norm" in names also changes the UNet's learning rate (mmcv's
-    default_constructor.py).
+    Only the weights of Linear and Conv layers decay; the UNet's learning rate is lr * unet_scale. (VPD
+    selects by "norm" in the names, which also resets the UNet's rate: mmcv default_constructor.py.)
     """
     weights = {f"{name}.weight" for name, x in tada.named_modules() if isinstance(x, (nn.Linear, nn.Conv2d))}
     groups = []
-    for part, rate in (("unet", lr * unet_scale), ("adapter", lr), ("decoder", lr)):
+    for part, part_lr in (("unet", lr * unet_scale), ("adapter", lr), ("decoder", lr)):
         parameters = getattr(tada, part).named_parameters(prefix=part)
         trained = {name: p for name, p in parameters if p.requires_grad}
         for decay, names in (
@@ -178,5 +178,5 @@ def parameter_groups(tada: Tada, lr: float, weight_decay: float, unet_scale: flo
         ):
             members = [trained[name] for name in names]
             if members:
-                groups.append({"names": names, "params": members, "lr": rate, "weight_decay": decay})
+                groups.append({"names": names, "params": members, "lr": part_lr, "weight_decay": decay})
     return groups

@@ -1,11 +1,10 @@
-"""CLIP ViT-L/14: the tokenizer, the text tower (which is Stable Diffusion v1.5's text encoder) and the image
-tower.
+"""CLIP ViT-L/14: the tokenizer, the text tower (Stable Diffusion v1.5's text encoder) and the image tower.
 
 Attribute names are those of the Hugging Face file of openai/clip-vit-large-patch14, its spelling
 `pre_layrnorm` included, so its weights load strictly. Equal to transformers' `CLIPModel` and `CLIPTokenizer`
 (tests/test_clip.py).
 
-Top to bottom: texts to ids, the model, its two towers, the transformer they share.
+Top to bottom: the tokenizer, the model, zero-shot tags, the two towers, the transformer they share.
 """
 
 import warnings
@@ -22,7 +21,8 @@ from torch import Tensor, nn
 from kernels.linear import Linear
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # openai/CLIP clip/simple_tokenizer.py
+# openai/CLIP clip/simple_tokenizer.py
+WORD_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1]; openai/CLIP clip/clip.py, `_transform`
 STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -61,24 +61,24 @@ class CLIPConfig:
 
     text: TowerConfig = TowerConfig(width=768, layers=12, heads=12)
     image: TowerConfig = TowerConfig(width=1024, layers=24, heads=16)
-    vocabulary: int = 49_408  # the last id ends a text
+    vocabulary: int = 49_408  # the last id is the end token
     positions: int = 77
     image_size: int = 224
     patch: int = 14
-    projection: int = 768  # width of the space that texts and images share
+    projection: int = 768  # E, width of the space that texts and images share
 
     @classmethod
     def tiny(cls) -> "CLIPConfig":
-        """The miniature for 128x128 pictures and its own small vocabulary."""
+        """A miniature for 128x128 images, with its own small vocabulary."""
         tower = TowerConfig(width=128, layers=4, heads=4)
         return cls(text=tower, image=tower, vocabulary=1024, image_size=128, patch=16, projection=128)
 
 
 class Tokenizer:
-    """Texts to ids `(T, 77)` int64: start, byte-pair tokens, end, then more ends, as Stable Diffusion pads.
+    """Encode T texts as ids `(T, 77)` int64: start, byte-pair tokens, end; padded with end tokens.
 
-    `folder` holds `vocab.json` and `merges.txt`. No markup is read: "<|endoftext|>" inside a text is spelled
-    out, so that a file of tags cannot move the end.
+    `folder` holds `vocab.json` and `merges.txt`. Special tokens inside a text, as "<|endoftext|>", are
+    encoded as plain characters.
     """
 
     def __init__(self, folder: str | Path, positions: int = 77):
@@ -86,33 +86,36 @@ class Tokenizer:
         for file in files:
             if not file.is_file():
                 raise FileNotFoundError(
-                    f"{file} is missing; `python -m weights.fetch` gets the tokenizer's files"
+                    f"{file} is missing: `python -m weights.fetch` downloads the tokenizer's files"
                 )
         try:
             self.prepare(tokenizers.models.BPE.read_file(*map(str, files)), positions)
             if None in (self.start, self.end):
                 raise ValueError(f"{START} or {END} is missing")
-        except Exception as error:  # noqa: BLE001  tokenizers raises no other class
+        except Exception as error:  # noqa: BLE001  tokenizers raises plain Exceptions
             raise OSError(
-                f"{files[0]} or {files[1].name} is damaged ({error}): remove both; "
-                "`python -m weights.fetch` gets them anew"
+                f"{files[0]} or {files[1].name} is corrupt ({error}): delete both; "
+                "`python -m weights.fetch` downloads them again"
             ) from None
 
     @classmethod
     def spelling(cls, vocabulary: int, positions: int = 77) -> "Tokenizer":
-        """One that needs no files and spells every word byte by byte, for random weights.
+        """Make a tokenizer for random weights: it needs no files and encodes words byte by byte.
 
-        Start and end are the last two of the `vocabulary` ids, where CLIP has them too.
+        Start and end are the last two of the `vocabulary` ids, as in CLIP.
         """
         letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())  # 256
         ids = [*letters, *(f"{letter}</w>" for letter in letters)]
-        assert vocabulary >= len(ids) + 2, f"a vocabulary of {vocabulary}: bytes alone need {len(ids) + 2}"
+        assert vocabulary >= len(ids) + 2, (
+            f"a vocabulary of {vocabulary} is too small: bytes need {len(ids) + 2}"
+        )
         table = {token: i for i, token in enumerate(ids)} | {START: vocabulary - 2, END: vocabulary - 1}
         tokenizer = cls.__new__(cls)
         tokenizer.prepare((table, []), positions)
         return tokenizer
 
     def prepare(self, vocabulary_and_merges: tuple[dict, list], positions: int) -> None:
+        """Set up the byte-pair encoder; start or end is None if the vocabulary lacks it."""
         self.positions = positions
         bpe = tokenizers.models.BPE(*vocabulary_and_merges, unk_token=END, end_of_word_suffix="</w>")
         self.bpe = tokenizers.Tokenizer(bpe)
@@ -125,32 +128,34 @@ class Tokenizer:
         )
         self.bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
             [
-                tokenizers.pre_tokenizers.Split(tokenizers.Regex(WORDS), behavior="removed", invert=True),
+                tokenizers.pre_tokenizers.Split(
+                    tokenizers.Regex(WORD_PATTERN), behavior="removed", invert=True
+                ),
                 tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
         self.start, self.end = self.bpe.token_to_id(START), self.bpe.token_to_id(END)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Never raises: a text of more than 75 tokens loses its tail, not its end, and a warning says so."""
+        """Encode the texts; those over 75 tokens are truncated (the end token is kept) with a warning."""
         rows = [encoding.ids for encoding in self.bpe.encode_batch(list(texts), add_special_tokens=False)]
-        room = self.positions - 2
-        long = [text for text, row in zip(texts, rows, strict=True) if len(row) > room]
+        longest = self.positions - 2
+        long = [text for text, row in zip(texts, rows, strict=True) if len(row) > longest]
         if long:
             warnings.warn(
-                f"{len(long)} of {len(rows)} texts have more than {room} tokens and lost their tails; "
-                f"the first one begins {long[0][:60]!r}",
+                f"truncated {len(long)} of {len(rows)} texts to {longest} tokens; "
+                f"the first one starts with {long[0][:60]!r}",
                 stacklevel=2,
             )
         ids = torch.full((len(rows), self.positions), self.end)
         ids[:, 0] = self.start
         for i, row in enumerate(rows):
-            ids[i, 1 : 1 + min(len(row), room)] = torch.tensor(row[:room], dtype=torch.int64)
+            ids[i, 1 : 1 + min(len(row), longest)] = torch.tensor(row[:longest], dtype=torch.int64)
         return ids
 
 
 class CLIP(nn.Module):
-    """Both towers and the projections into their shared space."""
+    """Both towers and the projections into their shared space of E channels."""
 
     def __init__(self, config: CLIPConfig = CLIPConfig()):
         super().__init__()
@@ -159,29 +164,29 @@ class CLIP(nn.Module):
         self.vision_model = ImageTower(config)
         self.text_projection = nn.Linear(config.text.width, config.projection, bias=False)
         self.visual_projection = nn.Linear(config.image.width, config.projection, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # ln(1 / 0.07), where CLIP's training starts
+        self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # ln(1 / 0.07), CLIP's initial value
 
     def text(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """ids `(T, L)` int64, L <= 77 -> hidden `(T, L, 768)` after the final norm, pooled `(T, 768)`: hidden
-        at the end.
+        """Encode ids `(T, L)` int64, L <= 77: hidden states `(T, L, 768)`, pooled `(T, 768)`.
 
-        Stable Diffusion's context is `hidden`; `text_projection(pooled)` is the text's place in the shared
-        space. The tower is causal, so ids may be cut behind their longest text: exact for `pooled`.
+        The hidden states, after the final norm, are Stable Diffusion's context; pooled is the one of the end
+        token, and `text_projection(pooled)` the embedding in the shared space. The tower is causal: dropping
+        the padding after the longest text does not change `pooled`.
         """
         T, L = ids.shape
         assert L <= self.config.positions, (
-            f"{L} tokens, but the tower has {self.config.positions} positions: cut the text"
+            f"{L} tokens for {self.config.positions} positions: truncate the texts"
         )
         hidden = self.text_model(ids)
-        # The first end; those behind it are padding.
+        # The first end token; later ones are padding.
         end = (ids == self.config.vocabulary - 1).int().argmax(dim=1)
         return hidden, hidden[torch.arange(T, device=ids.device), end]
 
     def image(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Image `(B, 3, H, W)` in [-1, 1], any size -> tokens `(B, 257, 1024)`, embedding `(B, 768)`.
+        """Encode images `(B, 3, H, W)` in [-1, 1] of any size: tokens `(B, 257, 1024)`, embedding `(B, 768)`.
 
-        The tokens are the last hidden state, the class token first, before `post_layernorm`; the embedding is
-        the projection of the normed class token. Differentiable with respect to the image.
+        The tokens are the last hidden states before `post_layernorm`, class token first; the embedding is the
+        projection of the normed class token. Differentiable with respect to the image.
         """
         tokens = self.vision_model(pixels(image, self.config.image_size))
         embedding = self.visual_projection(self.vision_model.post_layernorm(tokens[:, 0]))
@@ -192,17 +197,17 @@ class CLIP(nn.Module):
 def name_vectors(
     clip: CLIP, tokenizer: Tokenizer, names: Sequence[str], templates: Sequence[str], shared: bool = False
 ) -> Tensor:
-    """The mean, over templates like "a photo of a {}", of each name's pooled vector: `(T, C)`.
+    """Average each name's pooled vector over templates like "a photo of a {}": `(T, C)`.
 
-    `shared`: the mean of the unit vectors in the space of pictures, at unit length `(T, P)`, as zero-shot
-    classification takes it. Name by name, and never rounded by autocast: a vector must not depend on which
-    others were made beside it, or a run could not go on exactly.
+    `shared`: average the unit vectors in the shared space, and normalise, `(T, E)`, for zero-shot
+    classification. Encodes one name at a time, without autocast: batching would change the last bits and
+    break exact resume.
     """
     device = clip.logit_scale.device
     vectors = []
     for name in names:
         ids = tokenizer([template.format(name) for template in templates])
-        longest = int((ids != tokenizer.end).sum(dim=1).max()) + 1  # behind it there are ends only
+        longest = int((ids != tokenizer.end).sum(dim=1).max()) + 1  # the rest is padding
         with torch.autocast(device.type, enabled=False):
             pooled = clip.text(ids[:, :longest].to(device))[1]
             if shared:
@@ -212,17 +217,17 @@ def name_vectors(
 
 
 def zero_shot(clip: CLIP, embedding: Tensor, names: Tensor) -> Tensor:
-    """The probability `(B, K)` of each name, picture embeddings `(B, P)`, names `(K, P)` at unit length."""
-    with torch.autocast(embedding.device.type, enabled=False):  # bfloat16 has steps of 0.125 at a logit of 25
+    """The probability `(B, K)` of each name: image embeddings `(B, E)`, unit name vectors `(K, E)`."""
+    with torch.autocast(embedding.device.type, enabled=False):  # bfloat16 near 25 has steps of 0.125
         cosine = F.normalize(embedding.float(), dim=-1) @ names.float().T
     return (clip.logit_scale.exp() * cosine).softmax(dim=-1)
 
 
 def pixels(image: Tensor, size: int) -> Tensor:
-    """Image `(B, 3, H, W)` in [-1, 1] -> `(B, 3, size, size)` float32 as CLIP was trained on them.
+    """Images `(B, 3, H, W)` in [-1, 1] -> `(B, 3, size, size)` float32, normalised as in CLIP's training.
 
-    Bicubic with antialiasing, clamped as an 8-bit picture is. The whole picture is squashed into the square,
-    where CLIP crops the middle: dense prediction needs the margins too.
+    Bicubic with antialiasing, clamped as 8-bit images are. The whole image is resized to a square, where CLIP
+    crops the centre: dense prediction needs the margins too.
     """
     image = image.float()
     if image.shape[-2:] != (size, size):
@@ -232,7 +237,7 @@ def pixels(image: Tensor, size: int) -> Tensor:
 
 
 class TextTower(nn.Module):
-    """ids `(T, L)` -> hidden states after the final norm `(T, L, 768)`."""
+    """Ids `(T, L)` -> hidden states after the final norm `(T, L, 768)`."""
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
@@ -245,7 +250,7 @@ class TextTower(nn.Module):
 
 
 class TextEmbeddings(nn.Module):
-    """The vectors of tokens and positions, added."""
+    """The sum of token and position embeddings."""
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
@@ -264,14 +269,14 @@ class ImageTower(nn.Module):
         self.embeddings = ImageEmbeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.image.width)
         self.encoder = Encoder(config.image)
-        self.post_layernorm = nn.LayerNorm(config.image.width)  # of the class token alone, see CLIP.image
+        self.post_layernorm = nn.LayerNorm(config.image.width)  # of the class token only, see `CLIP.image`
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.encoder(self.pre_layrnorm(self.embeddings(pixels)), causal=False)
 
 
 class ImageEmbeddings(nn.Module):
-    """One vector per patch, a class token before them, positions added."""
+    """Patch embeddings after a class token, plus position embeddings."""
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
@@ -283,8 +288,8 @@ class ImageEmbeddings(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         patches = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype))
         patches = rearrange(patches, "B C h w -> B (h w) C")
-        first = self.class_embedding.expand(len(patches), 1, -1)
-        return torch.cat([first, patches], dim=1) + self.position_embedding.weight  # (B, 257, 1024)
+        class_token = self.class_embedding.expand(len(patches), 1, -1)
+        return torch.cat([class_token, patches], dim=1) + self.position_embedding.weight  # (B, 257, 1024)
 
 
 class Encoder(nn.Module):
@@ -301,7 +306,7 @@ class Encoder(nn.Module):
 
 
 class Layer(nn.Module):
-    """Self-attention, MLP; each pre-norm and added to its input."""
+    """Self-attention, MLP; each pre-norm and residual."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -334,7 +339,7 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Width C -> 4 C -> C."""
+    """C -> 4 C -> C with quick_gelu."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -346,5 +351,5 @@ class MLP(nn.Module):
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """x sigmoid(1.702 x): what OpenAI trained with; the exact GELU is wrong here."""
+    """x sigmoid(1.702 x), as OpenAI trained CLIP; not the exact GELU."""
     return x * torch.sigmoid(1.702 * x)

@@ -1,4 +1,4 @@
-"""Inference on images of any size: resizing, sliding windows, scales and flips; segments; attention maps.
+"""Predict images of any size: resizing, sliding windows, scales and flips; segments; attention maps.
 
     prediction = predict(tada.eval(), image, [["sea", "boat"]], size=(H, W))  # labels (B, H, W)
 
@@ -20,23 +20,23 @@ from errors import ModelError
 from mask2former import OVERLAP, SCORE, Instances, Panoptic
 from model import Size, Tada, Tags
 
-STRIP = 2**24  # values of the softmax that are held at once: 64 MiB
+STRIP = 2**24  # softmax values in memory at once: 64 MiB
 
 
 class Prediction(NamedTuple):
-    """labels `(B, H, W)` int64 in 0..K-1; tag_logits `(B, K)` of Eq. 7 over all windows, None without it."""
+    """labels `(B, H, W)` int64 in 0..K-1; tag_logits `(B, K)` of Eq. 7, None without tagging."""
 
     labels: Tensor
     tag_logits: Tensor | None
 
 
 class Segmented(NamedTuple):
-    """Mask2Former's prediction: labels and tag_logits as `Prediction`'s, and the segments of each image."""
+    """Mask2Former's prediction: labels and tag_logits as in `Prediction`, and the segments of each image."""
 
     labels: Tensor
     tag_logits: Tensor | None
     panoptic: list[Panoptic]
-    instances: list[Instances] | None  # None if they were not asked for
+    instances: list[Instances] | None  # None unless requested
 
 
 @torch.no_grad()
@@ -52,25 +52,25 @@ def predict(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
 ) -> Prediction:
-    """Image `(B, 3, H, W)` in [-1, 1] -> labels at `size` (H, W), by default the image's own.
+    """Predict the labels of images `(B, 3, H, W)` in [-1, 1] at `size` (H, W), by default their own size.
 
-    Each scale resizes the image to that many times `base` (H, W), by default its own size, and reads it
-    whole or in windows whose logits are averaged where they overlap; `flip` adds the mirrored image. The
-    softmax of all is averaged at `size` (VPD's and mmsegmentation's protocol). Where tags come from CLIP and
-    none are given, they are those of the whole image.
+    Each scale resizes the image to scale times `base` (H, W), by default its own size, and runs the model on
+    the whole image or on windows whose logits are averaged where they overlap; `flip` adds the mirrored
+    image. The softmax of all passes is averaged at `size` (the protocol of VPD and mmsegmentation). If the
+    model uses CLIP's tags and none are given, every pass gets the tags of the whole image.
     """
     tags, own = tada.resolve_tags(image, tags), tuple(image.shape[-2:])
     maps, tag_logits = [], []
     for scale in scales:
-        wanted = tuple(max(int(scale * side + 0.5), 1) for side in base or own)
-        scaled = image if wanted == own else F.interpolate(image, wanted, mode="bilinear", antialias=True)
+        target = tuple(max(int(scale * side + 0.5), 1) for side in base or own)
+        scaled = image if target == own else F.interpolate(image, target, mode="bilinear", antialias=True)
         for mirrored in (False, True)[: 1 + flip]:
             view = scaled.flip(3) if mirrored else scaled
-            logits, tag = slide(tada, view, tags, window or wanted, stride or window or wanted)
+            logits, highest = slide(tada, view, tags, window or target, stride or window or target)
             maps.append(logits.flip(3) if mirrored else logits)
-            tag_logits.append(tag)
-    tag = None if tag_logits[0] is None else torch.stack(tag_logits).mean(0)
-    return Prediction(vote(maps, size or own), tag)
+            tag_logits.append(highest)
+    mean = None if tag_logits[0] is None else torch.stack(tag_logits).mean(0)
+    return Prediction(vote(maps, size or own), mean)
 
 
 @torch.no_grad()
@@ -84,10 +84,10 @@ def segment(
     overlap: float = OVERLAP,
     instances: bool = False,
 ) -> Segmented:
-    """Image `(B, 3, H, W)` in [-1, 1] -> its segments at `size` (H, W), by default the image's own.
+    """Segment images `(B, 3, H, W)` in [-1, 1] with Mask2Former at `size` (H, W), by default their own size.
 
-    For Mask2Former only; the labels are those of `predict`. The image is read whole, once: windows would cut
-    its objects. `score` and `overlap` are those of `Mask2Former.panoptic`.
+    One pass over the whole image: windows would cut objects. The labels equal those of `predict`. `score` and
+    `overlap` are thresholds, see `Mask2Former.panoptic`.
     """
     output = tada(image, tada.resolve_tags(image, tags))
     sizes = tuple(tada.padded(image).shape[-2:]), tuple(image.shape[-2:]), size
@@ -101,30 +101,31 @@ def segment(
 
 @torch.no_grad()
 def attention(tada: Tada, image: Tensor, tags: Tags | None = None) -> Tensor:
-    """How much each pixel of `(B, 3, H, W)` attends to each word: `(B, T, H, W)` float32, sum 1 over T.
+    """The attention of each pixel of `(B, 3, H, W)` to each word: `(B, T, H, W)` float32, sum 1 over T.
 
-    The words are each image's `tags`, with 0 after the shorter lists, or the class names. The mean of the
-    UNet's maps at strides 16 and 32, those that VPD keeps, resized to the image. Where the UNet attends to
-    the adapter's queries (tagging): the sum over q of A_unet[q, pixel] times A_text[q, word], the latter in
-    the adapter's last block.
+    The words are each image's `tags` (shorter lists are padded with 0) or the class names. Averages the
+    UNet's attention maps at strides 16 and 32, as VPD, resized to the image. With tagging the UNet attends to
+    the adapter's queries: then the attention to a word is the sum over queries q of A_unet[q, pixel]
+    A_text[q, word], with A_text from the adapter's last block. Raises ModelError for a condition without
+    words.
     """
     config = tada.config
     if not isinstance(tada.adapter, (Classes, Oracle, Tagging)):
         raise ModelError(
-            f"condition {config.condition} has no words to attend to: use classes, tagging or oracle"
+            f"condition {config.condition!r} has no words to attend to: use classes, tagging or oracle"
         )
     if tags is not None and config.tag_tokens == "prompt":
         raise ModelError("tag_tokens 'prompt' joins the tags into one text: use a model with 'pooled'")
     (H, W), text = image.shape[2:], tada.text(tags)
     latent = tada.noised(tada.vae.encode(tada.padded(image)))
-    tokens, embedding = tada.clip.image(image) if tada.uses_image else (None, None)
+    tokens, embedding = tada.image_features(image)
     condition = tada.adapter(tokens, embedding, text)
     _, (_, *maps) = tada.unet.features_and_attention(*tada.unet_input(latent, condition))
     if isinstance(tada.adapter, Tagging):
-        shares = tada.adapter.attention(tokens, text)  # (B, Q, T)
-        maps = [torch.einsum("BQhw,BQT->BThw", x, shares).float() for x in maps]
-    size = tada.padded(image).shape[-2:]
-    return sum(resize(x, size) for x in maps)[..., :H, :W] / len(maps)
+        words = tada.adapter.attention(tokens, text)  # (B, Q, T)
+        maps = [torch.einsum("BQhw,BQT->BThw", x, words).float() for x in maps]
+    padded = tada.padded(image).shape[-2:]
+    return sum(resize(x, padded) for x in maps)[..., :H, :W] / len(maps)
 
 
 # ---- parts
@@ -133,14 +134,15 @@ def attention(tada: Tada, image: Tensor, tags: Tags | None = None) -> Tensor:
 def slide(
     tada: Tada, image: Tensor, tags: Tags | None, window: Size, stride: Size
 ) -> tuple[Tensor, Tensor | None]:
-    """Logits `(B, K, H, W)`, averaged where windows overlap, and tag logits `(B, K)`, the highest of all.
+    """Run the model on sliding windows: logits `(B, K, H, W)`, averaged where windows overlap, and tag logits
+    `(B, K)`, the maximum over the windows.
 
-    The padding of a window is cut off before logits are added.
+    The padding of a window is cropped before its logits are added.
     """
     B, _, H, W = image.shape
     total = image.new_zeros(B, len(tada.config.classes), H, W, dtype=torch.float32)
     count = image.new_zeros(1, 1, H, W)
-    tag = None
+    tag_logits = []
     for top, left, bottom, right in windows((H, W), window, stride):
         part = image[..., top:bottom, left:right]
         output = tada(part, tags)
@@ -148,16 +150,15 @@ def slide(
         total[..., top:bottom, left:right] += logits[..., : bottom - top, : right - left]
         count[..., top:bottom, left:right] += 1
         if output.condition.logits is not None:
-            new = output.condition.logits
-            tag = new if tag is None else torch.maximum(tag, new)
-    return total.div_(count), tag
+            tag_logits.append(output.condition.logits)
+    return total.div_(count), torch.stack(tag_logits).amax(dim=0) if tag_logits else None
 
 
 def windows(size: Size, window: Size, stride: Size) -> list[tuple[int, int, int, int]]:
-    """Top, left, bottom, right of each window in an image of `size`; the last ones are moved inside.
+    """Top, left, bottom and right of each window in an image of `size` (H, W).
 
-    The grid of mmsegmentation (segmentors/encoder_decoder.py, `slide_inference`). Where the image is
-    smaller than the window, the window is the image.
+    The grid of mmsegmentation (segmentors/encoder_decoder.py, `slide_inference`): the last row and column of
+    windows are shifted to end at the image's border. A window larger than the image shrinks to the image.
     """
     starts = []
     for whole, part, step in zip(size, window, stride, strict=True):
@@ -169,9 +170,9 @@ def windows(size: Size, window: Size, stride: Size) -> list[tuple[int, int, int,
 
 
 def vote(maps: Sequence[Tensor], size: Size) -> Tensor:
-    """The class `(B, H, W)` with the highest mean softmax of the maps `(B, K, h_i, w_i)`, resized to `size`.
+    """The class `(B, H, W)` of the highest mean softmax of the logits `(B, K, h_i, w_i)` resized to `size`.
 
-    Strip by strip: an image of 14 megapixels and 150 classes would need 8 GB at once.
+    In strips of rows: an image of 14 megapixels and 150 classes would need 8 GB at once.
     """
     (H, W), (B, K) = size, maps[0].shape[:2]
     rows = max(STRIP // (B * K * W), 1)
@@ -188,8 +189,8 @@ def resize_rows(x: Tensor, size: Size, top: int, bottom: int) -> Tensor:
     h, (H, W) = x.shape[2], size
     if (top, bottom) == (0, H):
         return resize(x, size)
-    place = ((torch.arange(top, bottom, device=x.device) + 0.5) * (h / H) - 0.5).clamp(0, h - 1)
-    above = place.floor().long()
-    share = (place - above)[:, None]  # of the row below
-    mixed = x[:, :, above] * (1 - share) + x[:, :, (above + 1).clamp(max=h - 1)] * share
-    return resize(mixed, (bottom - top, W))
+    y = ((torch.arange(top, bottom, device=x.device) + 0.5) * (h / H) - 0.5).clamp(0, h - 1)
+    above = y.floor().long()
+    share = (y - above)[:, None]  # the weight of the row below
+    rows = x[:, :, above] * (1 - share) + x[:, :, (above + 1).clamp(max=h - 1)] * share
+    return resize(rows, (bottom - top, W))

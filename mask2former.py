@@ -1,21 +1,21 @@
 """Mask2Former-lite: the UNet's four feature maps to a set of segments, each a class and a mask; its loss.
 
 Masked-attention Mask Transformer (Cheng et al. 2022, arXiv:2112.01527; the paper's Table 4) in plain PyTorch.
-Q learned queries x_q ask the picture. After every layer a query predicts
+Q learned queries x_q attend to the image. After every layer a query predicts
 
     its class    softmax(W x_q) over the K classes and "no object",
     its mask     m_q(p) = e(x_q) . F(p), one logit per pixel p of the mask features F at stride 4,
 
-and the next layer's cross-attention of query q reads only the pixels where its mask is at least 1/2. All
+and in the next layer's cross-attention query q attends only to the pixels where its mask is at least 1/2. All
 predictions are trained (deep supervision): one before the first layer, one after each. Segments have no
-order, so the loss first matches them to the queries one to one, at the least total cost.
+order, so the loss first matches segments and queries one to one with the lowest total cost.
 
 Equal to transformers' `Mask2FormerForUniversalSegmentation` (tests/test_mask2former.py), given its `backbone`
-maps, but for three things: the maps come in at strides 8..64 and are brought to 4..32; a matching cost that
-is not finite makes the loss nan; padding, where a target says so, draws no points.
+maps, with three exceptions: the maps have strides 8..64 and are upsampled to 4..32; a matching cost that is
+not finite makes the loss nan; no points are sampled in padding, if the target has a size.
 
-Top to bottom: what goes in and out, the decoder, its pixel decoders, deformable attention, the query layers,
-the matching and the sampled losses, the reading of a prediction.
+Top to bottom: inputs and outputs, the decoder, its pixel decoder, deformable attention, the query layers,
+matching and sampled losses, from a prediction to segments.
 """
 
 import math
@@ -34,22 +34,22 @@ Size = tuple[int, int]
 Rand = Callable[..., Tensor]  # `rand(*shape, device=)` draws uniformly from [0, 1)
 
 COCO_THINGS = (True,) * 80 + (False,) * 53  # panoptic_coco_categories.json, `isthing`
-LEVELS = 3  # of the pixel decoder that queries and pixels attend to: strides 32, 16, 8
-SAMPLES = 4  # per head and level, of deformable attention (arXiv:2010.04159)
+LEVELS = 3  # maps of the pixel decoder that pixels and queries attend to: strides 32, 16, 8
+SAMPLES = 4  # of deformable attention, per head and level (arXiv:2010.04159)
 # Weights and points: Mask2Former configs/coco/panoptic-segmentation/*.yaml, section MODEL.MASK_FORMER.
-CLASS_WEIGHT, MASK_WEIGHT, DICE_WEIGHT = 2.0, 5.0, 5.0  # of the loss and of the matching cost alike
-SCORE = OVERLAP = 0.8  # least of a segment that is kept (the same files, TEST; ODISE's score is 0)
-NO_OBJECT = 0.1  # weight of the queries that no segment is matched to
-OVERSAMPLE = 3  # candidates per point of the mask losses,
-IMPORTANT = 0.75  # and the share of the points that are the least certain of them
+CLASS_WEIGHT, MASK_WEIGHT, DICE_WEIGHT = 2.0, 5.0, 5.0  # of the loss and the matching cost
+SCORE = OVERLAP = 0.8  # minimum of a kept segment (the same files, TEST; ODISE's score is 0)
+NO_OBJECT = 0.1  # class weight of queries without a segment
+OVERSAMPLE = 3  # candidates per point of the mask losses
+IMPORTANT = 0.75  # fraction of the points that are the most uncertain candidates
 
 
 class Target(NamedTuple):
-    """The segments of one picture: things one by one, the stuff of a class together; no crowd, no void.
+    """The ground-truth segments of one image: each thing, and each stuff class as one; no crowd, no void.
 
-    classes `(T,)` int64 in 0..K-1, masks `(T, H, W)` bool at the size that the features saw. T may be 0, or
-    more than there are queries. size: height and width of the picture in the top left, None = all of H, W;
-    the rest is padding, in which no loss is taken.
+    classes `(S,)` int64 in 0..K-1, masks `(S, H, W)` bool at the size of the padded image. S may be 0 or
+    exceed the number of queries. size: height and width of the image without padding, None = (H, W); padding
+    has no loss.
     """
 
     classes: Tensor
@@ -58,33 +58,29 @@ class Target(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """What the queries say, before the first layer and after each; the same in training and evaluation."""
+    """The predictions of the queries before the first layer and after each; the same in evaluation."""
 
     classes: tuple[Tensor, ...]  # (B, Q, K+1) logits each; the last class is "no object"
     masks: tuple[Tensor, ...]  # (B, Q, H/4, W/4) logits each
-
-    def picture(self, i: int) -> "Queries":
-        """What they say of picture i alone, B = 1."""
-        return Queries(*(tuple(x[i : i + 1] for x in part) for part in self))
 
 
 class PredictedSegment(NamedTuple):
     """One predicted segment."""
 
-    id: int  # in the map of ids
+    id: int  # its value in `Panoptic.ids`
     label: int  # class, 0..K-1
-    score: float  # the class's probability; of merged stuff, the highest
+    score: float  # probability of the class; for merged stuff, the highest
 
 
 class Panoptic(NamedTuple):
-    """At most one segment for each pixel: ids `(H, W)` int64 from 1, 0 = void; every id is listed."""
+    """At most one segment per pixel: ids `(H, W)` int64, 0 = void, 1.. = the id of one of `segments`."""
 
     ids: Tensor
     segments: list[PredictedSegment]
 
 
 class Instances(NamedTuple):
-    """Things, which may overlap, best first: labels `(I,)` int64, scores `(I,)`, masks `(I, H, W)` bool."""
+    """S things, which may overlap, best first: labels `(S,)` int64, scores `(S,)`, masks `(S, H, W)` bool."""
 
     labels: Tensor
     scores: Tensor
@@ -92,10 +88,10 @@ class Instances(NamedTuple):
 
 
 class Mask2Former(nn.Module):
-    """Pixel decoder, then `layers` rounds of the queries' masked attention.
+    """A pixel decoder, then `layers` layers of masked attention.
 
-    `things`: whether each of the K classes has instances. `points`: sampled per mask in the loss, at most a
-    quarter of the image's pixels.
+    `things`: whether each of the K classes has instances. `points`: the number sampled per mask in the loss,
+    at most a quarter of the image's pixels.
     """
 
     def __init__(
@@ -112,7 +108,7 @@ class Mask2Former(nn.Module):
     ):
         super().__init__()
         assert width % heads == 0 and width % 4 == 0, (
-            f"width {width} is not a multiple of {heads} heads, or not of 4, which positions need"
+            f"width {width} must be a multiple of {heads} heads and of 4 (for the position encoding)"
         )
         self.channels, self.things, self.points = tuple(channels), tuple(things), points
         self.pixel_decoder = DeformablePixelDecoder(channels, width, heads, pixel_layers, groups)
@@ -126,25 +122,25 @@ class Mask2Former(nn.Module):
             nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)
         )
 
-    check = SemanticDecoder.check  # the border is that of every decoder
+    check = SemanticDecoder.check  # of the features, as every decoder's
 
     def forward(self, features: Sequence[Tensor]) -> Queries:
-        """Four maps `(B, C_i, h_i, w_i)`, finest first, at strides 8, 16, 32, 64 -> what the queries say."""
+        """Predict from four maps `(B, C_i, h_i, w_i)`, finest first, at strides 8, 16, 32, 64."""
         self.check(features)
         mask_features, maps = self.pixel_decoder(features)  # (B, C, H/4, W/4), strides 32, 16, 8
         memory = [flatten(x) + level for x, level in zip(maps, self.level_embed)]  # (B, M_i, C)
-        places = [sine_positions(x.shape[2:], x.shape[1], x.device) for x in maps]  # (M_i, C)
+        positions = [sine_positions(x.shape[2:], x.shape[1], x.device) for x in maps]  # (M_i, C)
 
         x = self.query_features.expand(len(mask_features), -1, -1)  # (B, Q, C)
         classes, masks = self.predict(x, mask_features)
-        every = [(classes, masks)]
+        predictions = [(classes, masks)]
         for i, layer in enumerate(self.layers):
             level = i % LEVELS
-            seen = visible(masks, maps[level].shape[2:])  # (B, Q, M_i)
-            x = layer(x, self.query_places, memory[level], places[level], seen)
+            allowed = attention_mask(masks, maps[level].shape[2:])  # (B, Q, M_i)
+            x = layer(x, self.query_places, memory[level], positions[level], allowed)
             classes, masks = self.predict(x, mask_features)
-            every.append((classes, masks))
-        return Queries(*zip(*every))
+            predictions.append((classes, masks))
+        return Queries(*zip(*predictions))
 
     def predict(self, x: Tensor, mask_features: Tensor) -> tuple[Tensor, Tensor]:
         """Queries `(B, Q, C)` -> class logits `(B, Q, K+1)`, mask logits `(B, Q, H/4, W/4)`."""
@@ -156,14 +152,14 @@ class Mask2Former(nn.Module):
     def loss(
         self, prediction: Queries, targets: Sequence[Target], rand: Rand | Sequence[Rand] = torch.rand
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Per part, class, mask and dice: (float32 sum over all layers of its weighted losses, `counts`).
+        """Return (float32 weighted sum over all layers, count) of class, mask and dice.
 
-        Divide by max(count, 1), the count summed over all processes and accumulation steps: then each segment
-        of the global batch weighs the same. `rand`, one for all pictures or one for each, draws the points:
-        per layer, the last one first, a set for each picture's matching, then those of its matched masks.
-        With one for each, no number depends on how the global batch is divided. Where logits are nan or
-        infinite, so that nothing can be matched, the sum of `class` is nan: an error in one process would
-        leave the others waiting for its gradient.
+        The caller divides by max(count, 1), the count summed over all processes and accumulation steps, so
+        that each segment of the global batch has the same weight. `rand`, one for all images or one per
+        image, draws the points: per layer, the last one first, a set for each image's matching, then those of
+        its matched masks. With one per image, results do not depend on how the global batch is split. If
+        logits are nan or infinite, nothing can be matched and the sum of `class` is nan; raising an error on
+        one rank would hang the others in the all-reduce.
         """
         self.check_targets(prediction, targets)
         rands = [rand] * len(targets) if callable(rand) else rand
@@ -177,10 +173,10 @@ class Mask2Former(nn.Module):
         return {name: (total, counts[name]) for name, total in zip(counts, sums, strict=True)}
 
     def counts(self, targets: Sequence[Target]) -> dict[str, Tensor]:
-        """The counts of `loss`, from the targets alone: float32 scalars.
+        """The counts of `loss` from the targets only: float32 scalars.
 
-        Of `class`: the queries, those without a segment times 0.1; of `mask` and `dice`: the segments, those
-        beyond the number of queries too (as upstream counts).
+        `class` counts the queries, those without a segment times 0.1; `mask` and `dice` count the segments,
+        including those beyond the number of queries (as upstream).
         """
         Q = len(self.query_features)
         matched = sum(min(len(target.classes), Q) for target in targets)
@@ -195,51 +191,51 @@ class Mask2Former(nn.Module):
     def layer_loss(
         self, classes: Tensor, masks: Tensor, targets: Sequence[Target], rands: Sequence[Rand]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The three weighted sums of one layer: logits `(B, Q, K+1)` and `(B, Q, h, w)`."""
+        """The three weighted sums of one layer, from logits `(B, Q, K+1)` and `(B, Q, h, w)`."""
         K, (h, w) = len(self.things), masks.shape[2:]
-        points = min(self.points, 4 * h * w)  # h w is a sixteenth of the pixels
-        costs = matching_costs(classes, masks, targets, points, rands)
+        P = min(self.points, 4 * h * w)  # 4 h w is a quarter of the pixels
+        costs = matching_costs(classes, masks, targets, P, rands)
         matches = match(costs)
 
-        wanted = torch.full(classes.shape[:2], K, device=classes.device)  # (B, Q)
-        for row, target, (queries, segments) in zip(wanted, targets, matches):
+        target_classes = torch.full(classes.shape[:2], K, device=classes.device)  # (B, Q)
+        for row, target, (queries, segments) in zip(target_classes, targets, matches):
             row[queries] = target.classes[segments]
         weight = classes.new_ones(K + 1)
         weight[K] = NO_OBJECT
-        by_class = F.cross_entropy(classes.flatten(0, 1), wanted.flatten(), weight, reduction="sum")
-        by_class = by_class + 0 * sum(cost.sum() for cost in costs)  # nan if one is not finite
+        by_class = F.cross_entropy(classes.flatten(0, 1), target_classes.flatten(), weight, reduction="sum")
+        by_class = by_class + 0 * sum(cost.sum() for cost in costs)  # nan if a cost is not finite
 
-        found = torch.cat([x[queries] for x, (queries, _) in zip(masks, matches)])  # (T, h, w)
-        numbers = [len(queries) for queries, _ in matches]
-        shares = torch.cat([real_share(x).expand(n, 1, 2) for x, n in zip(targets, numbers)])
+        matched = torch.cat([x[queries] for x, (queries, _) in zip(masks, matches)])  # (S, h, w)
+        sizes = [len(queries) for queries, _ in matches]
+        limits = torch.cat([unpadded(x).expand(n, 1, 2) for x, n in zip(targets, sizes)])
 
-        def rand(T: int, *shape: int, device: torch.device) -> Tensor:
-            return torch.cat([draw(n, *shape, device=device) for draw, n in zip(rands, numbers)])
+        def rand(S: int, *shape: int, device: torch.device) -> Tensor:
+            return torch.cat([draw(n, *shape, device=device) for draw, n in zip(rands, sizes)])
 
-        places = uncertain_points(found.detach(), shares, points, rand)  # (T, points, 2)
+        points = uncertain_points(matched.detach(), limits, P, rand)  # (S, P, 2)
         labels = torch.cat(
             [
                 sample(target.masks[segments].float(), part)
-                for target, (_, segments), part in zip(targets, matches, places.split(numbers))
+                for target, (_, segments), part in zip(targets, matches, points.split(sizes))
             ]
         )
-        by_mask, by_dice = mask_losses(sample(found, places), labels)
+        by_mask, by_dice = mask_losses(sample(matched, points), labels)
         return CLASS_WEIGHT * by_class, MASK_WEIGHT * by_mask, DICE_WEIGHT * by_dice
 
     def check_targets(self, prediction: Queries, targets: Sequence[Target]) -> None:
-        """The border: one target per picture, of the right types and sizes."""
+        """Check that there is one target per image, and its types and sizes."""
         B, _, h, w = prediction.masks[-1].shape
-        assert len(targets) == B, f"{len(targets)} targets for {B} pictures: give one per picture"
+        assert len(targets) == B, f"{len(targets)} targets for {B} images: pass one per image"
         for classes, masks, _ in targets:
             assert classes.dtype == torch.int64 and masks.dtype == torch.bool, (
-                f"a target has {classes.dtype} classes and {masks.dtype} masks: give int64 and bool"
+                f"a target has {classes.dtype} classes and {masks.dtype} masks: pass int64 and bool"
             )
             assert masks.shape == (len(classes), 4 * h, 4 * w), (
-                f"a target has masks {tuple(masks.shape)}: give {(len(classes), 4 * h, 4 * w)}, "
-                "one per class, padded as the picture"
+                f"a target has masks {tuple(masks.shape)}: pass {(len(classes), 4 * h, 4 * w)}, "
+                "one per class, padded like the image"
             )
 
-    # ---- reading a prediction; all sizes are (H, W)
+    # ---- from a prediction to segments; all sizes are (H, W)
 
     def panoptic(
         self,
@@ -250,11 +246,11 @@ class Mask2Former(nn.Module):
         score: float = SCORE,
         overlap: float = OVERLAP,
     ) -> list[Panoptic]:
-        """The segments of each picture, at `size`.
+        """The panoptic segments of each image at `size`.
 
-        padded: the size that the features saw; real: its top left part without padding, by default all;
-        size: by default `real`. Queries whose class is less likely than `score` are dropped, and those who
-        keep less than `overlap` of their mask (Mask2Former's 0.8 and 0.8; ODISE's score is 0).
+        padded: the size of the padded image; real: its size without padding, by default `padded`; size: by
+        default `real`. Drops queries whose class is less likely than `score` or that keep less than `overlap`
+        of their mask (0.8 and 0.8 in Mask2Former; ODISE's score is 0).
         """
         return [
             panoptic_segments(classes, masks, self.things, (padded, real, size), score, overlap)
@@ -269,9 +265,9 @@ class Mask2Former(nn.Module):
         size: Size | None = None,
         top: int = 100,
     ) -> list[Instances]:
-        """The things among the `top` most likely (query, class) pairs of each picture; sizes as `panoptic`'s.
+        """The things among the `top` most likely (query, class) pairs of each image; sizes as in `panoptic`.
 
-        Scores are class probability times mean probability of the mask's pixels.
+        The score is the class probability times the mean probability of the mask's pixels.
         """
         return [
             thing_instances(classes, masks, self.things, (padded, real, size), top)
@@ -281,28 +277,28 @@ class Mask2Former(nn.Module):
     def semantic(
         self, prediction: Queries, padded: Size, real: Size | None = None, size: Size | None = None
     ) -> Tensor:
-        """`(B, K, H, W)` float32: per class, the sum over queries of its probability times the mask's."""
+        """Per class, the sum over queries of class times mask probability: `(B, K, H, W)` float32."""
         classes = prediction.classes[-1].float().softmax(-1)[..., :-1]
-        masks = fit(prediction.masks[-1].float(), padded, real, size).sigmoid()
+        masks = resize_masks(prediction.masks[-1].float(), padded, real, size).sigmoid()
         with torch.autocast(masks.device.type, enabled=False):
             return torch.einsum("BQK,BQHW->BKHW", classes, masks)
 
     def logits(self, prediction: Queries, size: Size) -> Tensor:
-        """The logarithm of `semantic` at `size`: its softmax is the share of each class."""
+        """The logarithm of `semantic` at `size`: its softmax is the normalised class score."""
         return self.semantic(prediction, size).clamp_(min=torch.finfo(torch.float32).tiny).log_()
 
     def labels(self, prediction: Queries, size: Size) -> Tensor:
-        """`(B, H, W)` int64, the strongest class of every pixel at `size`."""
+        """The class with the highest score of each pixel at `size`: `(B, H, W)` int64."""
         return self.semantic(prediction, size).argmax(1)
 
 
-# ---- the pixel decoders: features -> mask features (B, C, H/4, W/4) and maps at strides 32, 16, 8
+# ---- the pixel decoder: features -> mask features (B, C, H/4, W/4) and maps at strides 32, 16, 8
 
 
 class DeformablePixelDecoder(nn.Module):
-    """Three maps whose pixels attend to each other by deformable attention; the finest joins as in a pyramid.
+    """Deformable attention among the pixels of the three coarser maps; the finest is added as in a pyramid.
 
-    Float32 under autocast too: bfloat16 has no room for a place within a pixel (upstream does the same).
+    Runs in float32 under autocast: bfloat16 cannot represent positions within a pixel (as upstream).
     """
 
     def __init__(self, channels: Sequence[int], width: int, heads: int, layers: int, groups: int):
@@ -324,12 +320,12 @@ class DeformablePixelDecoder(nn.Module):
             sizes = [tuple(x.shape[2:]) for x in maps]
 
             x = torch.cat([flatten(x) for x in maps], dim=1)  # (B, N, C), N = sum of h_i w_i
-            places = torch.cat(
+            positions = torch.cat(
                 [sine_positions(s, x.shape[2], x.device) + e for s, e in zip(sizes, self.level_embed)]
             )
             centres = torch.cat([pixel_centres(size, x.device) for size in sizes])  # (N, 2)
             for layer in self.layers:
-                x = layer(x, places.to(x.dtype), centres, sizes)
+                x = layer(x, positions.to(x.dtype), centres, sizes)
 
             pixels = x.split([h * w for h, w in sizes], dim=1)
             maps = [rearrange(x, "B (h w) C -> B C h w", h=h) for x, (h, _) in zip(pixels, sizes)]
@@ -339,9 +335,9 @@ class DeformablePixelDecoder(nn.Module):
 
 
 def lateral(in_channels: int, width: int, groups: int, bias: bool = False) -> nn.Sequential:
-    """To the common width and twice the size: strides 8..64 become 4..32.
+    """Project to the common width and double the size: strides 8..64 become 4..32.
 
-    Bilinear interpolation and a 1x1 convolution commute, so the convolution goes first, on a quarter of the
+    Bilinear interpolation and a 1x1 convolution commute, so the convolution runs first, on a quarter of the
     pixels.
     """
     conv = xavier(nn.Conv2d(in_channels, width, 1, bias=bias))
@@ -350,25 +346,27 @@ def lateral(in_channels: int, width: int, groups: int, bias: bool = False) -> nn
 
 
 def output(width: int, groups: int) -> nn.Sequential:
+    """A 3x3 convolution, GroupNorm, ReLU."""
     conv = xavier(nn.Conv2d(width, width, 3, padding=1, bias=False))
     return nn.Sequential(conv, nn.GroupNorm(groups, width), nn.ReLU(inplace=True))
 
 
 def flatten(x: Tensor) -> Tensor:
+    """`(B, C, h, w)` -> `(B, h w, C)`."""
     return rearrange(x, "B C h w -> B (h w) C")
 
 
 def sine_positions(size: Size, width: int, device: torch.device) -> Tensor:
-    """`(h w, C)` float32: where each pixel is; half of the channels tell y, half x (arXiv:2005.12872).
+    """The position encoding `(h w, C)` float32: half of the channels for y, half for x (arXiv:2005.12872).
 
-    Per axis, sine and cosine in turn of 2 pi (i + 1) / n over powers of 10,000.
+    Per axis of length n, alternating sines and cosines of 2 pi (i + 1) / n over powers of 10,000.
     """
     half = width // 2
     waves = 10_000 ** (2 * (torch.arange(half, device=device) // 2) / half)
 
     def axis(n: int) -> Tensor:
-        places = torch.arange(1, n + 1, device=device) / (n + 1e-6) * 2 * math.pi
-        angles = places[:, None] / waves  # (n, C/2)
+        positions = torch.arange(1, n + 1, device=device) / (n + 1e-6) * 2 * math.pi
+        angles = positions[:, None] / waves  # (n, C/2)
         return torch.stack([angles[:, 0::2].sin(), angles[:, 1::2].cos()], dim=2).flatten(1)
 
     h, w = size
@@ -377,32 +375,32 @@ def sine_positions(size: Size, width: int, device: torch.device) -> Tensor:
 
 
 def pixel_centres(size: Size, device: torch.device) -> Tensor:
-    """`(h w, 2)` float32: x and y of every pixel's centre, in 0..1."""
+    """The centre of each pixel, x and y in 0..1: `(h w, 2)` float32."""
     h, w = size
     y, x = (torch.arange(h, device=device) + 0.5) / h, (torch.arange(w, device=device) + 0.5) / w
     return torch.stack([x.expand(h, w), y[:, None].expand(h, w)], dim=2).flatten(0, 1)
 
 
 class DeformableLayer(nn.Module):
-    """Every pixel reads a few places of all levels around itself; then a two-layer network; norms after."""
+    """Post-norm layer: deformable attention over all levels, then an MLP."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.attention = DeformableAttention(width, heads)
         self.attention_norm = nn.LayerNorm(width)
-        self.ffn = ffn(width, 4 * width)  # 1,024: upstream ignores its own configuration's 2,048
+        self.ffn = ffn(width, 4 * width)  # 1,024, although upstream's configuration has 2,048
         self.ffn_norm = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor, places: Tensor, centres: Tensor, sizes: Sequence[Size]) -> Tensor:
-        x = self.attention_norm(x + self.attention(x, places, centres, sizes))
+    def forward(self, x: Tensor, positions: Tensor, centres: Tensor, sizes: Sequence[Size]) -> Tensor:
+        x = self.attention_norm(x + self.attention(x, positions, centres, sizes))
         return self.ffn_norm(x + self.ffn(x))
 
 
 class DeformableAttention(nn.Module):
     """Multi-scale deformable attention (Zhu et al. 2021, arXiv:2010.04159).
 
-    Where an attention compares a query with all keys, here the query itself says, for each head and level, at
-    which four offsets from its own place it reads, and with which weights.
+    Instead of comparing a query with all keys, the query predicts, for each head and level, four offsets from
+    its own position at which to sample, and their weights.
     """
 
     def __init__(self, width: int, heads: int):
@@ -413,43 +411,46 @@ class DeformableAttention(nn.Module):
         self.value_proj = xavier(nn.Linear(width, width))
         self.output_proj = xavier(nn.Linear(width, width))
 
-        # At the start head k looks in the direction 2 pi k / n, to the squares at distance 1, 2, 3, 4.
+        # At initialisation head k samples in the direction 2 pi k / n, on squares at distance 1, 2, 3, 4.
         angles = torch.arange(heads) * 2 * math.pi / heads
         rays = torch.stack([angles.cos(), angles.sin()], dim=1)
         rays = rays / rays.abs().amax(dim=1, keepdim=True)  # (n, 2)
-        steps = rays[:, None, None] * torch.arange(1, SAMPLES + 1)[:, None]  # (n, 1, P, 2)
+        steps = rays[:, None, None] * torch.arange(1, SAMPLES + 1)[:, None]  # (n, 1, SAMPLES, 2)
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(steps.expand(-1, LEVELS, -1, -1).flatten())
         for x in (self.sampling_offsets.weight, *self.attention_weights.parameters()):
             nn.init.zeros_(x)
 
-    def forward(self, x: Tensor, places: Tensor, centres: Tensor, sizes: Sequence[Size]) -> Tensor:
-        """x `(B, N, C)`, the pixels of all levels; places `(N, C)`; centres `(N, 2)` -> `(B, N, C)`."""
-        query = x + places
-        shape = {"n": self.heads, "L": LEVELS, "P": SAMPLES}
-        offsets = rearrange(self.sampling_offsets(query), "B N (n L P xy) -> B N n L P xy", **shape, xy=2)
+    def forward(self, x: Tensor, positions: Tensor, centres: Tensor, sizes: Sequence[Size]) -> Tensor:
+        """x `(B, N, C)`, the pixels of all levels; positions `(N, C)`; centres `(N, 2)` -> `(B, N, C)`."""
+        query = x + positions
+        offsets = self.sampling_offsets(query).unflatten(-1, (self.heads, LEVELS, SAMPLES, 2))
         weights = rearrange(self.attention_weights(query), "B N (n i) -> B N n i", n=self.heads).softmax(-1)
         weights = weights.unflatten(-1, (LEVELS, SAMPLES))
-        pixels = torch.tensor([(w, h) for h, w in sizes], device=x.device)  # of each level, to measure in
+        pixels = torch.tensor(
+            [(w, h) for h, w in sizes], device=x.device
+        )  # of each level, the unit of the offsets
         points = centres[:, None, None, None] + offsets / pixels[:, None]
         value = rearrange(self.value_proj(x), "B N (n d) -> B N n d", n=self.heads)
         return self.output_proj(deformable_attention(value, sizes, points, weights))
 
 
 def deformable_attention(value: Tensor, sizes: Sequence[Size], points: Tensor, weights: Tensor) -> Tensor:
-    """The weighted sum of values read, bilinearly, at points: `(B, N, C)`.
+    """The weighted sum of values sampled bilinearly at points: `(B, N, C)`.
 
-    value `(B, M, n, d)`, M the pixels of all levels, whose sizes are (h, w); points `(B, N, n, L, P, 2)` x
-    and y, 0..1 from edge to edge, outside is 0; weights `(B, N, n, L, P)`.
+    value `(B, M, n, d)`: the M pixels of all levels of the given sizes (h, w); points `(B, N, n, LEVELS,
+    SAMPLES, 2)`: x and y, 0..1 from edge to edge, 0 outside; weights `(B, N, n, LEVELS, SAMPLES)`.
     """
     B = len(value)
     total = 0
     for level, pixels in enumerate(value.split([h * w for h, w in sizes], dim=1)):
         pixels = rearrange(pixels, "B (h w) n d -> (B n) d h w", h=sizes[level][0])
-        grid = rearrange(2 * points[:, :, :, level] - 1, "B N n P xy -> (B n) P N xy")
-        weight = rearrange(weights[:, :, :, level], "B N n P -> (B n) 1 P N").contiguous()  # or else slow
-        read = F.grid_sample(pixels.to(grid.dtype), grid, align_corners=False)  # (B n, d, P, N)
-        total = total + (read * weight).sum(2)
+        grid = rearrange(2 * points[:, :, :, level] - 1, "B N n sample xy -> (B n) sample N xy")
+        weight = rearrange(
+            weights[:, :, :, level], "B N n sample -> (B n) 1 sample N"
+        ).contiguous()  # for speed
+        values = F.grid_sample(pixels.to(grid.dtype), grid, align_corners=False)  # (B n, d, SAMPLES, N)
+        total = total + (values * weight).sum(2)
     return rearrange(total.to(value.dtype), "(B n) d N -> B N (n d)", B=B)
 
 
@@ -457,7 +458,7 @@ def deformable_attention(value: Tensor, sizes: Sequence[Size], points: Tensor, w
 
 
 class QueryLayer(nn.Module):
-    """Masked cross-attention to the picture, self-attention, MLP, each followed by its norm."""
+    """Post-norm layer: masked cross-attention to the image, self-attention, MLP."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -468,45 +469,50 @@ class QueryLayer(nn.Module):
         self.ffn = ffn(width, 8 * width)
         self.ffn_norm = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor, x_places: Tensor, memory: Tensor, places: Tensor, seen: Tensor) -> Tensor:
-        """x `(B, Q, C)`, memory `(B, M, C)`, their places `(Q, C)` and `(M, C)`, seen `(B, Q, M)` bool."""
-        key = memory + places.to(memory.dtype)
-        x = self.cross_norm(x + self.cross_attention(x + x_places, key, memory, seen))
-        query = x + x_places
+    def forward(
+        self, x: Tensor, x_positions: Tensor, memory: Tensor, positions: Tensor, allowed: Tensor
+    ) -> Tensor:
+        """x `(B, Q, C)`, memory `(B, M, C)`, their positions `(Q, C)`, `(M, C)`; allowed `(B, Q, M)` bool."""
+        key = memory + positions.to(memory.dtype)
+        x = self.cross_norm(x + self.cross_attention(x + x_positions, key, memory, allowed))
+        query = x + x_positions
         x = self.self_norm(x + self.self_attention(query, query, x))
         return self.ffn_norm(x + self.ffn(x))
 
 
 class Attention(nn.Module):
+    """Multi-head attention."""
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        # nn.MultiheadAttention draws q, k and v as one matrix (3C, C): narrower than three (C, C) by sqrt(2).
+        # nn.MultiheadAttention initialises one matrix (3 C, C): smaller than three (C, C) by sqrt(2).
         self.q = xavier(nn.Linear(width, width), gain=2**-0.5)
         self.k = xavier(nn.Linear(width, width), gain=2**-0.5)
         self.v = xavier(nn.Linear(width, width), gain=2**-0.5)
         self.out = xavier(nn.Linear(width, width))
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None = None) -> Tensor:
-        """`(B, N, C), (B, M, C), (B, M, C)` and seen `(B, N, M)` bool, None = all -> `(B, N, C)`."""
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """`(B, N, C), (B, M, C), (B, M, C)`, allowed keys `(B, N, M)` bool, None = all -> `(B, N, C)`."""
         q, k, v = (
             rearrange(linear(x), "B N (n d) -> B n N d", n=self.heads)
             for linear, x in ((self.q, query), (self.k, key), (self.v, value))
         )
-        x = F.scaled_dot_product_attention(q, k, v, None if seen is None else seen[:, None])
+        x = F.scaled_dot_product_attention(q, k, v, None if allowed is None else allowed[:, None])
         return self.out(rearrange(x, "B n N d -> B N (n d)"))
 
 
-def visible(masks: Tensor, size: Size) -> Tensor:
-    """Which pixels of a level each query may read, `(B, Q, h w)` bool: those in its mask `(B, Q, H/4, W/4)`.
+def attention_mask(masks: Tensor, size: Size) -> Tensor:
+    """The pixels of a level that each query may attend to: those of its mask `(B, Q, H/4, W/4)`.
 
-    A query whose mask is empty there reads everything. Nothing is learned through this choice.
+    `(B, Q, h w)` bool; a query with an empty mask may attend to all pixels. Carries no gradient.
     """
-    seen = resize(masks.detach(), size).flatten(2) >= 0
-    return seen | ~seen.any(dim=2, keepdim=True)
+    inside = resize(masks.detach(), size).flatten(2) >= 0
+    return inside | ~inside.any(dim=2, keepdim=True)
 
 
 def ffn(width: int, hidden: int) -> nn.Sequential:
+    """A two-layer MLP, C -> hidden -> C, with Xavier-uniform weights."""
     first, second = nn.Linear(width, hidden), nn.Linear(hidden, width)
     for linear in (first, second):
         nn.init.xavier_uniform_(linear.weight)
@@ -514,14 +520,14 @@ def ffn(width: int, hidden: int) -> nn.Sequential:
 
 
 def xavier(module: nn.Module, gain: float = 1.0) -> nn.Module:
-    """Xavier-uniform weights, biases 0."""
+    """Initialise with Xavier-uniform weights and zero biases; return the module."""
     nn.init.xavier_uniform_(module.weight, gain)
     if module.bias is not None:
         nn.init.zeros_(module.bias)
     return module
 
 
-# ---- matching and the sampled losses
+# ---- matching and sampled losses
 
 
 @torch.no_grad()
@@ -532,20 +538,20 @@ def matching_costs(
     points: int,
     rand: Rand | Sequence[Rand] = torch.rand,
 ) -> list[Tensor]:
-    """What it costs in each picture to take a query for a segment: `(Q, T)` float32.
+    """The cost of matching each query to each segment, per image: `(Q, S)` float32.
 
-    2 (-probability of the class) + 5 (cross-entropy of the masks) + 5 (dice of the masks), the masks read at
-    `points` random places, the same for all pairs. Float32 logits `(B, Q, K+1)` and `(B, Q, h, w)`; `rand` as
-    in `Mask2Former.loss`.
+    2 (-class probability) + 5 (mask cross-entropy) + 5 (mask dice), with the masks sampled at `points` random
+    points, the same for all pairs. Float32 logits `(B, Q, K+1)` and `(B, Q, h, w)`; `rand` as in
+    `Mask2Former.loss`.
     """
     costs = []
     rands = [rand] * len(targets) if callable(rand) else rand
     for class_logits, mask_logits, target, draw in zip(classes, masks, targets, rands):
-        places = draw(1, points, 2, device=masks.device) * real_share(target)
-        logits = sample(mask_logits, places)  # (Q, P)
-        labels = sample(target.masks.float(), places)  # (T, P)
+        positions = draw(1, points, 2, device=masks.device) * unpadded(target)  # (1, P, 2)
+        logits = sample(mask_logits, positions)  # (Q, P)
+        labels = sample(target.masks.float(), positions)  # (S, P)
 
-        by_class = -class_logits.softmax(-1)[:, target.classes]  # (Q, T)
+        by_class = -class_logits.softmax(-1)[:, target.classes]  # (Q, S)
         # -t log p - (1 - t) log(1 - p) = softplus(x) - t x
         by_mask = (F.softplus(logits).sum(1, keepdim=True) - logits @ labels.T) / points
         p = logits.sigmoid()
@@ -556,53 +562,53 @@ def matching_costs(
 
 
 def match(costs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Per picture, the queries and the segments that belong together, min(Q, T) of each, int64.
+    """Return the matched queries and segments of each image, min(Q, S) indices of each, int64.
 
-    The assignment with the least sum of its costs `(Q, T)`; one that is not finite counts as 0.
+    The assignment with the lowest sum of costs `(Q, S)`; costs that are not finite count as 0.
     """
-    every = torch.cat(list(costs), dim=1).cpu()  # the one wait for the device
+    joined = torch.cat(list(costs), dim=1).cpu()  # synchronises the GPU only once
     matches = []
-    for cost in every.nan_to_num(0, 0, 0).split([x.shape[1] for x in costs], dim=1):
+    for cost in joined.nan_to_num(0, 0, 0).split([x.shape[1] for x in costs], dim=1):
         pairs = linear_sum_assignment(cost.numpy())
         matches.append(tuple(torch.from_numpy(x).to(costs[0].device) for x in pairs))
     return matches
 
 
-def uncertain_points(logits: Tensor, shares: Tensor, points: int, rand: Rand) -> Tensor:
-    """Where the losses of each mask are taken, `(T, points, 2)`: mostly where its logit is nearest to 0.
+def uncertain_points(logits: Tensor, limits: Tensor, points: int, rand: Rand) -> Tensor:
+    """Sample the points of the mask losses, `(S, P, 2)`, mostly where the logits `(S, h, w)` are close to 0.
 
-    Of 3 x points random places the 0.75 x points least certain ones, and the rest anew (PointRend,
-    arXiv:1912.08193). logits `(T, h, w)`; shares `(T, 1, 2)`, see `real_share`.
+    0.75 P are the most uncertain of 3 P random candidates, the others are random (PointRend,
+    arXiv:1912.08193). points: P; limits `(S, 1, 2)`, see `unpadded`.
     """
-    T, important = len(logits), int(IMPORTANT * points)
-    places = rand(T, OVERSAMPLE * points, 2, device=logits.device) * shares
-    best = sample(logits, places).abs().topk(important, largest=False, sorted=False).indices
-    places = places.gather(1, best[..., None].expand(-1, -1, 2))
-    return torch.cat([places, rand(T, points - important, 2, device=logits.device) * shares], dim=1)
+    S, important = len(logits), int(IMPORTANT * points)
+    candidates = rand(S, OVERSAMPLE * points, 2, device=logits.device) * limits
+    best = sample(logits, candidates).abs().topk(important, largest=False, sorted=False).indices
+    uncertain = candidates.gather(1, best[..., None].expand(-1, -1, 2))
+    return torch.cat([uncertain, rand(S, points - important, 2, device=logits.device) * limits], dim=1)
 
 
-def real_share(target: Target) -> Tensor:
-    """`(2,)`: the share of width and of height that is no padding."""
+def unpadded(target: Target) -> Tensor:
+    """The fractions of width and height that are not padding: `(2,)`."""
     H, W = target.masks.shape[1:]
     h, w = target.size or (H, W)
     return torch.tensor([w / W, h / H], device=target.masks.device)
 
 
-def sample(maps: Tensor, places: Tensor) -> Tensor:
-    """Maps `(R, h, w)` read bilinearly at places `(R, P, 2)`, or `(1, P, 2)` for all: `(R, P)`.
+def sample(masks: Tensor, points: Tensor) -> Tensor:
+    """Sample masks `(S, h, w)` bilinearly at points `(S, P, 2)`, or `(1, P, 2)` for all masks: `(S, P)`.
 
-    Places are x and y, 0..1 from edge to edge; outside is 0.
+    Points are x and y, 0..1 from edge to edge; 0 outside.
     """
-    grid = 2 * places[:, None] - 1
-    if len(places) == len(maps):
-        return F.grid_sample(maps[:, None], grid, align_corners=False)[:, 0, 0]
-    return F.grid_sample(maps[None], grid, align_corners=False)[0, :, 0]
+    grid = 2 * points[:, None] - 1
+    if len(points) == len(masks):
+        return F.grid_sample(masks[:, None], grid, align_corners=False)[:, 0, 0]
+    return F.grid_sample(masks[None], grid, align_corners=False)[0, :, 0]
 
 
 def mask_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over masks of mean cross-entropy and of dice loss, 1 - (2 sum pt + 1) / (sum p + sum t + 1).
+    """Sum over masks of the mean cross-entropy and of the dice loss 1 - (2 sum pt + 1) / (sum p + sum t + 1).
 
-    Both arguments `(T, P)`; labels in 0..1.
+    Both arguments `(S, P)`; labels in 0..1.
     """
     by_mask = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1).sum()
     p = logits.sigmoid()
@@ -610,11 +616,11 @@ def mask_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return by_mask, by_dice.sum()
 
 
-# ---- reading one picture: class logits (Q, K+1), mask logits (Q, h, w)
+# ---- the segments of one image: class logits (Q, K+1), mask logits (Q, h, w)
 
 
-def fit(masks: Tensor, padded: Size, real: Size | None, size: Size | None) -> Tensor:
-    """Mask logits `(B, Q, h, w)` at the size that the features saw, without its padding, then at `size`."""
+def resize_masks(masks: Tensor, padded: Size, real: Size | None, size: Size | None) -> Tensor:
+    """Resize mask logits `(B, Q, h, w)` to the padded image, crop the padding, resize to `size`."""
     real = real or padded
     masks = resize(masks, padded)[..., : real[0], : real[1]]
     return masks if size in (None, real) else resize(masks, size)
@@ -628,36 +634,36 @@ def panoptic_segments(
     score: float,
     overlap: float,
 ) -> Panoptic:
-    """As Mask2Former's `panoptic_inference`: a pixel goes to the query of the highest score x probability.
+    """Assign each pixel to the query with the highest score times mask probability.
 
-    It stays void where that query's own mask is below 1/2, and where the query is dropped.
+    As Mask2Former's `panoptic_inference`: void where that query's mask is below 1/2 or the query is dropped.
     """
     scores, labels = classes.softmax(-1).max(-1)
     kept = (labels != len(things)) & (scores > score)
     scores, labels = scores[kept], labels[kept]
-    probabilities = fit(masks[kept, None], *sizes)[:, 0].sigmoid()  # (Q', H, W)
+    probabilities = resize_masks(masks[kept, None], *sizes)[:, 0].sigmoid()  # (kept queries, H, W)
     if not len(labels):
         return Panoptic(labels.new_zeros(probabilities.shape[1:]), [])
     owner = (scores[:, None, None] * probabilities).argmax(0)  # (H, W)
     inside = probabilities >= 0.5
-    hit = inside.gather(0, owner[None])[0]  # (H, W): the owner's mask holds the pixel
-    owned, drawn = (x.bincount(minlength=len(labels)) for x in (owner.flatten(), owner[hit]))
-    whole = inside.sum(dim=(1, 2))
-    valid = (drawn > 0) & (owned >= overlap * whole)
+    hit = inside.gather(0, owner[None])[0]  # (H, W): the pixel is in its owner's mask
+    owned, covered = (x.bincount(minlength=len(labels)) for x in (owner.flatten(), owner[hit]))
+    areas = inside.sum(dim=(1, 2))
+    valid = (covered > 0) & (owned >= overlap * areas)
 
-    segments, numbers, stuff = [], [], {}
-    for label, probability, good in zip(labels.tolist(), scores.tolist(), valid.tolist()):
-        if good and label in stuff:
-            number = stuff[label]
-            old = segments[number - 1]
-            segments[number - 1] = old._replace(score=max(old.score, probability))
-        elif good:
-            number = len(segments) + 1
-            segments.append(PredictedSegment(number, label, probability))
+    segments, ids, stuff = [], [], {}
+    for label, probability, keep in zip(labels.tolist(), scores.tolist(), valid.tolist()):
+        if keep and label in stuff:
+            id = stuff[label]
+            old = segments[id - 1]
+            segments[id - 1] = old._replace(score=max(old.score, probability))
+        elif keep:
+            id = len(segments) + 1
+            segments.append(PredictedSegment(id, label, probability))
             if not things[label]:
-                stuff[label] = number
-        numbers.append(number if good else 0)
-    return Panoptic(owner.new_tensor(numbers)[owner] * hit, segments)
+                stuff[label] = id
+        ids.append(id if keep else 0)
+    return Panoptic(owner.new_tensor(ids)[owner] * hit, segments)
 
 
 def thing_instances(
@@ -667,13 +673,13 @@ def thing_instances(
     sizes: tuple[Size, Size | None, Size | None],
     top: int,
 ) -> Instances:
-    """As Mask2Former's `instance_inference`: a query may give several classes, each with the same mask."""
+    """As Mask2Former's `instance_inference`: a query may give several instances, of different classes."""
     scores = classes.softmax(-1)[:, :-1].flatten()  # (Q K,)
     scores, pairs = scores.topk(min(top, len(scores)))
     queries, labels = pairs // len(things), pairs % len(things)
-    thing = torch.tensor(things, device=labels.device)[labels]
-    scores, queries, labels = scores[thing], queries[thing], labels[thing]
-    logits = fit(masks[queries, None], *sizes)[:, 0]
+    is_thing = torch.tensor(things, device=labels.device)[labels]
+    scores, queries, labels = scores[is_thing], queries[is_thing], labels[is_thing]
+    logits = resize_masks(masks[queries, None], *sizes)[:, 0]
     inside = logits > 0
     certainty = (logits.sigmoid() * inside).sum(dim=(1, 2)) / (inside.sum(dim=(1, 2)) + 1e-6)
     scores, order = (scores * certainty).sort(descending=True)

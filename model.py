@@ -5,7 +5,7 @@
     labels = predict(tada.eval(), image, tags).labels  # (B, H, W), inference.py
 
 Top to bottom: the settings of a model, the model (its `forward` is Figure 2), its loss, words to vectors.
-assemble.py builds one, inference.py predicts images of any size, run/checkpoint.py saves and loads it.
+assemble.py builds models, inference.py predicts images of any size, run/checkpoint.py saves and loads.
 """
 
 from collections.abc import Sequence
@@ -27,24 +27,24 @@ from vae import VAE
 Size = tuple[int, int]  # height, width
 Tags = Sequence[Sequence[str]]  # the words of each image; for captions one sentence each
 
-NOISE_SEED = 42  # ours; ODISE too uses one noise for all images
+NOISE_SEED = 42  # our choice; like ODISE, one noise for all images
 
 
 @dataclass(frozen=True)
 class TadaConfig:
-    """Every setting of a trained model. Stored with it, so that no command asks again."""
+    """Every setting of a trained model, stored in its checkpoints."""
 
-    classes: tuple[str, ...]  # as shown to people
-    prompts: tuple[str, ...] = ()  # as the text tower reads them; () = the same
-    palette: tuple[tuple[int, int, int], ...] = ()
+    classes: tuple[str, ...]  # the displayed names
+    prompts: tuple[str, ...] = ()  # the names that CLIP encodes; () = classes
+    palette: tuple[tuple[int, int, int], ...] = ()  # RGB, 0..255, per class
     dataset: str = "folder"
     model: str = "sd15"  # the sizes of all parts: sd15 or tiny
-    weights: str = "random"  # the folder of the frozen files
+    weights: str = "random"  # the prior's folder, or random
     things: tuple[bool, ...] = ()  # per class, whether it has instances; () = unknown
     decoder: str = "fpn"  # fpn, upernet or mask2former
     condition: str = "tagging"  # none, caption, classes, implicit, tagging, oracle: Table 5 and Figure 1
-    tags: str = "classes"  # the source of an image's words: classes, clip, oracle, or the path of a file
-    tag_tokens: str = "pooled"  # pooled: one vector per tag; prompt: the 77 tokens of all tags in a row
+    tags: str = "classes"  # the source of the tags: classes, clip, oracle, or the path of a file
+    tag_tokens: str = "pooled"  # pooled: one vector per tag; prompt: the 77 tokens of all tags joined
     templates: int = 1  # prompts averaged into a name's vector: 1 or 80
     queries: int = 32  # of the tagging adapter (section 4.1)
     blocks: int = 2  # of the tagging adapter
@@ -56,8 +56,11 @@ class TadaConfig:
     attention_maps: bool = False  # VPD adds the UNet's cross-attention to its features; the paper does not
     freeze_unet: bool = False
     dropout: float = 0.1  # before the classifier
-    crop: Size = (512, 512)  # of training, and the window of sliding inference
-    box: Size | None = (512, 2048)  # short and long side a test image is resized into; None = its own size
+    crop: Size = (512, 512)  # of training; the window of sliding inference
+    box: Size | None = (
+        512,
+        2048,
+    )  # short and long side that a test image is resized into; None = its own size
     stride: Size = (341, 341)  # of the sliding window
 
     def __post_init__(self) -> None:
@@ -75,8 +78,8 @@ class Output(NamedTuple):
 class Tada(nn.Module):
     """Figure 2. The VAE and both towers of CLIP are frozen; UNet, adapter and decoder are trained.
 
-    `vectors` caches the pooled text vector `(C,)` of words; `names (K, E)` are the class names in CLIP's
-    shared space of E channels, for zero-shot tags, None unless the tags come from CLIP.
+    `vectors` caches the pooled text vector `(C,)` of each word; `names` holds the class names `(K, E)` in
+    CLIP's shared space, for zero-shot tags (None unless the tags come from CLIP).
     """
 
     def __init__(
@@ -99,7 +102,9 @@ class Tada(nn.Module):
         self.run_unet = unet.features_and_attention if config.attention_maps else unet.features
         self.multiple = vae.stride * 2 ** (len(unet.config.channels) - 1)  # of the image's sides: 64
         self.uses_image = isinstance(adapter, (Implicit, Tagging))  # whether the adapter uses image features
-        self.uses_words = isinstance(adapter, (Caption, Oracle, Tagging))  # whether it uses words per image
+        self.uses_words = isinstance(
+            adapter, (Caption, Oracle, Tagging)
+        )  # whether it uses each image's words
 
         self.vae.requires_grad_(False)
         self.clip.requires_grad_(False)
@@ -112,25 +117,25 @@ class Tada(nn.Module):
             adapter.bias.requires_grad_(False)
 
     def forward(self, image: Tensor, tags: Tags | None = None) -> Output:
-        """Figure 2: image `(B, 3, H, W)` in [-1, 1], any size, and the words of each image.
+        """Return Figure 2's output for images `(B, 3, H, W)` in [-1, 1] of any size and the words of each.
 
-        Without tags the adapter reads the class names. The prediction is that of the image padded with grey
-        on the right and below to multiples of 64; `loss` and inference.py crop accordingly.
+        Without tags the adapter uses the class names. The prediction covers the image padded with grey on the
+        right and below to multiples of 64; `loss` pads the labels, inference.py crops the prediction.
         """
-        with torch.no_grad():  # frozen
+        # fmt: off
+        with torch.no_grad():  # the frozen parts
             latent = self.noised(self.vae.encode(self.padded(image)))  # (B, 4, h, w)
-            tokens, embedding = (
-                self.clip.image(image) if self.uses_image else (None,) * 2
-            )  # (B, M, C), (B, E)
-            text = self.text(tags)  # (B, T, C)
-        condition = self.adapter(tokens, embedding, text)  # context (B, L, C), tag logits (B, K)
-        features = self.unet_features(latent, condition)  # four maps (B, C_i, h_i, w_i)
-        return Output(self.decoder(features), condition)
+            tokens, embedding = self.image_features(image)             # (B, M, C), (B, E)
+            text = self.text(tags)                                     # (B, T, C)
+        condition = self.adapter(tokens, embedding, text)              # context (B, L, C), tag logits (B, K)
+        features = self.unet_features(latent, condition)               # four maps (B, C_i, h_i, w_i)
+        return Output(self.decoder(features), condition)               # logits (B, K, h, w), or Q masks
+        # fmt: on
 
     def noised(self, latent: Tensor) -> Tensor:
-        """Eq. 1 with the "minor noise" of section 3.2: the same noise for all images of one size."""
+        """Add the "minor noise" of section 3.2 by Eq. 1, the same noise for all images of one size."""
         if not self.config.scale_latent:
-            latent = latent / self.vae.config.scale  # VPD's
+            latent = latent / self.vae.config.scale  # as VPD
         if self.config.noise == "none":
             return latent
         generator = torch.Generator().manual_seed(NOISE_SEED)  # on the CPU: the same on every device
@@ -138,23 +143,25 @@ class Tada(nn.Module):
         alpha = float(alphas_cumprod()[self.config.timestep])
         return alpha**0.5 * latent + (1 - alpha) ** 0.5 * noise
 
+    def image_features(self, image: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """CLIP's image tokens `(B, M, C)` and embedding `(B, E)`; None if the adapter uses neither."""
+        return self.clip.image(image) if self.uses_image else (None, None)
+
     def unet_features(self, latent: Tensor, condition: Condition) -> list[Tensor]:
-        """The UNet's four maps (Eq. 3), finest first; with VPD's attention maps appended if the model uses
-        them.
-        """
+        """The UNet's four maps (Eq. 3), finest first, with VPD's attention maps if those are set."""
         features = self.run_unet(*self.unet_input(latent, condition))
         return with_attention(*features) if self.config.attention_maps else features
 
     def unet_input(
         self, latent: Tensor, condition: Condition
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Latent, time step `(B,)`, context `(B, L, C)` and its lengths, as `UNet.features` takes them."""
+        """The arguments of `UNet.features`: latent, time step `(B,)`, context `(B, L, C)` and its lengths."""
         B = len(latent)
         t = torch.full((B,), self.config.timestep, device=latent.device)
         return latent, t, condition.context.expand(B, -1, -1), condition.lengths
 
     def padded(self, x: Tensor, value: float = 0) -> Tensor:
-        """Pad `(..., H, W)` on the right and below to multiples of 64; 0 is the grey of training."""
+        """Pad `(..., H, W)` on the right and below to multiples of 64, with 0 (grey) as in training."""
         H, W = x.shape[-2:]
         return F.pad(x, (0, -W % self.multiple, 0, -H % self.multiple), value=value)
 
@@ -167,12 +174,12 @@ class Tada(nn.Module):
         segments: Sequence[Target] | None = None,
         rand: Rand | Sequence[Rand] = torch.rand,
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return (weighted sum, number of terms) of each part: seg, aux (UperNet), tag (tagging, Eq. 7); for
-        Mask2Former class, mask, dice in place of seg.
+        """Return (weighted sum, number of terms) of each part of the loss.
 
-        labels `(B, H, W)` int64 of the images given to `forward`, 0..K-1 or 255 = ignore. Mask2Former needs
-        the segments of each image, padded alike, and draws points by `rand`. Divide each part by its count
-        over all processes and accumulation steps (`counts`).
+        The parts are seg, aux (UperNet) and tag (tagging, Eq. 7); for Mask2Former class, mask and dice
+        instead of seg. labels `(B, H, W)` int64 of the images given to `forward`, 0..K-1 or 255 = ignore.
+        Mask2Former needs the segments of each image, padded like the image, and draws points with `rand`. The
+        caller divides each sum by its count over all processes and accumulation steps (`counts`).
         """
         if segments is None:
             losses = self.decoder.loss(output.prediction, self.padded(labels, IGNORE))
@@ -185,14 +192,14 @@ class Tada(nn.Module):
         return losses
 
     def counts(self, labels: Tensor, segments: Sequence[Target] | None = None) -> dict[str, Tensor]:
-        """The counts of `loss`, from its targets alone."""
+        """The counts of `loss`, computed from the targets only."""
         target = labels if segments is None else segments
         return {**self.decoder.counts(target), "tag": labels.new_tensor(len(labels))}
 
     # ---- words
 
     def text(self, tags: Tags | None) -> Text | None:
-        """The text vectors of each image's words; None where the condition reads class names or no text.
+        """Encode each image's words, `(B, T, C)`; None if the condition uses class names or no text.
 
         An image without words gets the empty-prompt vector.
         """
@@ -219,19 +226,19 @@ class Tada(nn.Module):
             self.vectors[""] = name_vectors(self.clip, self.tokenizer, [""], ["{}"])[0]
 
     def resolve_tags(self, image: Tensor, tags: Tags | None) -> Tags | None:
-        """The tags; if none are given and the model uses CLIP's, the zero-shot tags of the whole image."""
+        """Return `tags`, or the zero-shot tags of the image if `tags` is None and the model uses CLIP's."""
         if tags is None and self.names is not None and self.uses_words:
             return [[name for name, _ in scored] for scored in self.zero_shot_tags(image)]
         return tags
 
     @torch.no_grad()
     def zero_shot_tags(self, image: Tensor) -> list[list[tuple[str, float]]]:
-        """CLIP's tags of whole images `(B, 3, H, W)` with their probabilities, best first.
+        """Tag images `(B, 3, H, W)` with CLIP: the classes above chance and their probabilities, best first.
 
-        The classes above chance, 1/K; at least one.
+        Chance is 1/K; the best class is always a tag.
         """
         assert self.names is not None, f"the tags come from {self.config.tags}: train with --tags clip"
-        with torch.autocast(image.device.type, enabled=False):  # the same tags in training and test
+        with torch.autocast(image.device.type, enabled=False):  # so that training and test have the same tags
             _, embedding = self.clip.image(image)
         tags = []
         for p in zero_shot(self.clip, embedding, self.names).cpu():
@@ -242,10 +249,10 @@ class Tada(nn.Module):
 
 
 def with_attention(features: list[Tensor], maps: list[Tensor]) -> list[Tensor]:
-    """Append the attention of each token `(B, L, h_i, w_i)` to the features at strides 16 and 32.
+    """Append each token's attention map `(B, L, h_i, w_i)` to the features at strides 16 and 32.
 
-    VPD's (vpd/models.py, `UNetWrapper`): widths 320, 640 + L, 1280 + L, 1280.
+    As VPD (vpd/models.py, `UNetWrapper`): widths 320, 640 + L, 1280 + L, 1280.
     """
     finest, *middle, coarsest = features
-    middle = [torch.cat([x, share.to(x.dtype)], dim=1) for x, share in zip(middle, maps[1:], strict=True)]
+    middle = [torch.cat([x, y.to(x.dtype)], dim=1) for x, y in zip(middle, maps[1:], strict=True)]
     return [finest, *middle, coarsest]

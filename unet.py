@@ -1,5 +1,4 @@
-"""The denoising UNet of Stable Diffusion v1.5: its noise prediction, and the four feature maps the paper
-reads from it.
+"""The denoising UNet of Stable Diffusion v1.5: noise prediction and the four feature maps of the paper.
 
 Attribute names are those of the official diffusers folder `unet/`, so its weights load strictly. Equal to
 diffusers' `UNet2DConditionModel` (tests/test_unet.py), which is CompVis
@@ -23,26 +22,26 @@ from torch.utils.checkpoint import checkpoint
 from kernels import attention, attention_maps, norm_silu
 from kernels.linear import Linear, linear
 
-TAP = 1  # maps are taken after the second block of an up level (VPD vpd/models.py, output_blocks 1, 4, 7)
-MAX_CONTEXT = 1024
-TIMES = 1000  # steps of the noise schedule that Stable Diffusion was trained with
+TAP = 1  # maps come after the second block of an up level (VPD vpd/models.py, output_blocks 1, 4, 7)
+MAX_CONTEXT = 1024  # tokens
+TIMES = 1000  # steps of Stable Diffusion's noise schedule
 
 
 @dataclass(frozen=True)
 class UNetConfig:
     """Sizes of the UNet; the default is Stable Diffusion v1.5."""
 
-    # Per level, finest first; all levels but the last attend.
+    # Per level, finest first; all levels but the last have attention.
     channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers: int = 2  # blocks per level on the way down; one more on the way up
-    heads: int = 8  # of every attention (diffusers' config calls this number `attention_head_dim`)
+    heads: int = 8  # of every attention (`attention_head_dim` in the official config.json)
     context_width: int = 768
     latent_channels: int = 4
     groups: int = 32
 
     @classmethod
     def tiny(cls) -> "UNetConfig":
-        """The miniature for 16x16 latents."""
+        """A miniature for 16x16 latents."""
         return cls(channels=(32, 64, 96, 96), heads=4, context_width=128, groups=8)
 
 
@@ -50,7 +49,7 @@ class UNet(nn.Module):
     """epsilon_theta(z_t, t, T(c)) of the paper's Eq. 2, and its internal features f_i of Eq. 3.
 
     `checkpoint_activations` (default False, may be set at any time) recomputes each block in the backward
-    pass: about one forward more time for a fraction of the memory.
+    pass: the time of about one more forward pass for a fraction of the memory.
     """
 
     def __init__(self, config: UNetConfig = UNetConfig()):
@@ -64,69 +63,69 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
 
         self.down_blocks = nn.ModuleList()
-        skips = [channels[0]]  # the widths of the maps that the way up takes over, in the order they are made
+        skips = [channels[0]]  # the widths of the skip connections, in the order they are made
         for i, width in enumerate(channels):
             widths_in = [skips[-1]] + [width] * (config.layers - 1)
-            self.down_blocks.append(Level(config, widths_in, width, attends=i < last, downsample=i < last))
+            self.down_blocks.append(Level(config, widths_in, width, attention=i < last, downsample=i < last))
             skips += [width] * (config.layers + (i < last))
 
-        self.mid_block = Level(config, [channels[-1]] * 2, channels[-1], attends=True)
+        self.mid_block = Level(config, [channels[-1]] * 2, channels[-1], attention=True)
         del self.mid_block.attentions[1]  # residual block, transformer, residual block
 
         self.up_blocks = nn.ModuleList()
         below = channels[-1]
         for i, width in reversed(list(enumerate(channels))):
             widths_in = [x + skips.pop() for x in [below] + [width] * config.layers]
-            self.up_blocks.append(Level(config, widths_in, width, attends=i < last, upsample=i > 0))
+            self.up_blocks.append(Level(config, widths_in, width, attention=i < last, upsample=i > 0))
             below = width
 
         self.conv_norm_out = nn.GroupNorm(config.groups, channels[0])
         self.conv_out = nn.Conv2d(channels[0], config.latent_channels, 3, padding=1)
 
     def forward(self, latent: Tensor, t: Tensor, context: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """The predicted noise `(B, 4, h, w)`; arguments as `features` takes them."""
+        """Predict the noise `(B, 4, h, w)`; for the arguments see `features`."""
         finest = self.features(latent, t, context, lengths)[0]
         return self.conv_out(norm_silu(self.conv_norm_out, finest))
 
     def features(
         self, latent: Tensor, t: Tensor, context: Tensor, lengths: Tensor | None = None
     ) -> list[Tensor]:
-        """The four maps of the way up, finest first: 320, 640, 1280, 1280 channels, strides 8, 16, 32, 64.
+        """Return the up path's four maps, finest first: 320, 640, 1280, 1280 channels, strides 8, 16, 32, 64.
 
         latent `(B, 4, h, w)`, h and w multiples of 8; t `(B,)` int64 in 0..999; context `(B, L, 768)`, 1 <= L
-        <= 1024; lengths `(B,)`: how many context tokens of each image are real (1..L), None = all of them.
+        <= 1024; lengths `(B,)`: the number of context tokens of each image without padding (1..L), None = L.
         """
-        return self._forward(latent, t, context, lengths, False)[0]
+        return self._forward(latent, t, context, lengths, with_attention=False)[0]
 
     def features_and_attention(
         self, latent: Tensor, t: Tensor, context: Tensor, lengths: Tensor | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """`features`, and how much each pixel attends to each token: `(B, L, h_i, w_i)` at strides 8, 16, 32.
+        """Return `features`, and each pixel's attention to each token, `(B, L, h_i, w_i)`, strides 8, 16, 32.
 
-        The mean over the heads and over the layers of one size, on the way down and up; the middle block is
-        left out (VPD vpd/models.py, `AttentionStore`). float32, the sum over the L tokens is 1.
+        The mean over the heads and over the layers of each resolution, on both paths, without the
+        middle block (VPD vpd/models.py, `AttentionStore`). float32; the sum over the L tokens is 1.
         """
-        return self._forward(latent, t, context, lengths, True)
+        return self._forward(latent, t, context, lengths, with_attention=True)
 
     def _forward(
-        self, latent: Tensor, t: Tensor, context: Tensor, lengths: Tensor | None, look: bool
+        self, latent: Tensor, t: Tensor, context: Tensor, lengths: Tensor | None, with_attention: bool
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Down, through the middle and up: the four maps and, if one is to `look`, those of the attention."""
+        """Down, middle, up: the four feature maps and, `with_attention`, the attention maps (else [])."""
         self.check(latent, t, context, lengths)
-        time = F.silu(self.time_embedding(t))  # (B, 1280); every block starts from its SiLU
-        keys_values = self.keys_values(context)  # of each transformer, in the order in which they run
+        time = F.silu(self.time_embedding(t))  # (B, 1280); every block applies SiLU first
+        keys_values = self.keys_values(context)  # of each transformer, in the order of execution
 
         x = self.conv_in(latent)  # (B, 320, h, w)
         skips = [x]
-        attention: list[list[Tensor | None]] = [[] for _ in self.down_blocks]  # of each level's layers
-        for level, of_level in zip(self.down_blocks, attention, strict=True):
+        attention: list[list[Tensor | None]] = [[] for _ in self.down_blocks]  # per level, of each layer
+        for level, weights in zip(self.down_blocks, attention, strict=True):
             for i, resnet in enumerate(level.resnets):
                 x = self._maybe_checkpoint(resnet, x, time)
                 if level.attentions:
-                    x, attended = self._maybe_checkpoint(
-                        level.attentions[i], x, *next(keys_values), lengths, look
+                    x, layer_weights = self._maybe_checkpoint(
+                        level.attentions[i], x, *next(keys_values), lengths, with_attention
                     )
-                    of_level.append(attended)
+                    weights.append(layer_weights)
                 skips.append(x)
             if level.downsamplers:
                 x = level.downsamplers(x)
@@ -137,25 +136,25 @@ class UNet(nn.Module):
         x = self._maybe_checkpoint(self.mid_block.resnets[1], x, time)
 
         maps = []
-        for level, of_level in zip(self.up_blocks, reversed(attention), strict=True):
+        for level, weights in zip(self.up_blocks, reversed(attention), strict=True):
             for i, resnet in enumerate(level.resnets):
                 x = torch.cat([x, skips.pop()], dim=1)
                 x = self._maybe_checkpoint(resnet, x, time)
                 if level.attentions:
-                    x, attended = self._maybe_checkpoint(
-                        level.attentions[i], x, *next(keys_values), lengths, look
+                    x, layer_weights = self._maybe_checkpoint(
+                        level.attentions[i], x, *next(keys_values), lengths, with_attention
                     )
-                    of_level.append(attended)
+                    weights.append(layer_weights)
                 if i == TAP:
                     maps.append(x)
             x = level.upsamplers(x)
-        maps[-1] = x  # the finest level has no upsampling after it: its map is the last one
-        if not look:
+        maps[-1] = x  # the finest level has no upsampling: its map is the output
+        if not with_attention:
             return maps[::-1], []
-        return maps[::-1], [torch.stack(of_level).mean(dim=0) for of_level in attention if of_level]
+        return maps[::-1], [torch.stack(weights).mean(dim=0) for weights in attention if weights]
 
     def keys_values(self, context: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values `(B, L, n, d)` of the context for every cross-attention layer, by one product."""
+        """Project the context to keys and values `(B, L, n, d)` of all cross-attentions by one product."""
         levels = (*self.down_blocks, self.mid_block, *self.up_blocks)
         layers = [x.transformer_blocks[0].attn2 for level in levels for x in level.attentions]
         weights = [weight for layer in layers for weight in (layer.to_k.weight, layer.to_v.weight)]
@@ -164,38 +163,38 @@ class UNet(nn.Module):
         return zip(parts[::2], parts[1::2], strict=True)
 
     def _maybe_checkpoint(self, block: nn.Module, *inputs: Tensor | bool | None) -> Any:
-        """The block's output; its activations are recomputed in the backward pass if asked."""
+        """Run the block, with activation checkpointing if `checkpoint_activations` is set."""
         if self.checkpoint_activations and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
     def check(self, latent: Tensor, t: Tensor, context: Tensor, lengths: Tensor | None) -> None:
-        """The border: shapes and types only, so that no device is waited for."""
+        """Check shapes and types only: reading values would synchronise the GPU."""
         B, C, h, w = latent.shape
         step = 2 ** (len(self.config.channels) - 1)
         assert C == self.config.latent_channels, (
             f"the latent has {C} channels, not {self.config.latent_channels}"
         )
         assert h % step == 0 and w % step == 0, (
-            f"the latent is {h}x{w}: pad the picture so that both are multiples of {step} ({8 * step} pixels)"
+            f"the latent is {h}x{w}: pad the image so that both are multiples of {step} ({8 * step} pixels)"
         )
         assert t.shape == (B,) and t.dtype == torch.int64, (
-            f"t is {t.dtype} {tuple(t.shape)}: give one int64 time step per image, ({B},)"
+            f"t is {t.dtype} {tuple(t.shape)}: pass one int64 time step per image, ({B},)"
         )
         L, width = context.shape[-2:]
         assert context.shape[0] == B and width == self.config.context_width and 1 <= L <= MAX_CONTEXT, (
             f"the context is {tuple(context.shape)}: "
-            f"give ({B}, 1..{MAX_CONTEXT}, {self.config.context_width})"
+            f"pass ({B}, 1..{MAX_CONTEXT}, {self.config.context_width})"
         )
         assert lengths is None or lengths.shape == (B,), (
-            f"lengths is {tuple(lengths.shape)}: give one number of context tokens per image, ({B},)"
+            f"lengths is {tuple(lengths.shape)}: pass one number of context tokens per image, ({B},)"
         )
 
 
 class Level(nn.Module):
-    """The blocks of one resolution: residual blocks, each followed by a transformer where the level attends.
+    """The blocks of one resolution: residual blocks, each followed by a transformer if `attention`.
 
-    `widths_in` are the channels that each block receives (on the way up: with the skip connection's).
+    `widths_in`: the input channels of each block (in the up path including the skip connection's).
     """
 
     def __init__(
@@ -203,24 +202,24 @@ class Level(nn.Module):
         config: UNetConfig,
         widths_in: list[int],
         width: int,
-        attends: bool,
+        attention: bool,
         downsample: bool = False,
         upsample: bool = False,
     ):
         super().__init__()
         time_width = 4 * config.channels[0]
         self.resnets = nn.ModuleList(ResnetBlock(x, width, time_width, config.groups) for x in widths_in)
-        self.attentions = nn.ModuleList(SpatialTransformer(config, width) for _ in widths_in if attends)
+        self.attentions = nn.ModuleList(SpatialTransformer(config, width) for _ in widths_in if attention)
         self.downsamplers = nn.Sequential(*[Downsample(width)] if downsample else [])
         self.upsamplers = nn.Sequential(*[Upsample(width)] if upsample else [])
 
 
 class ResnetBlock(nn.Module):
-    """Two times (norm, SiLU, 3x3 convolution) with the time step added in between; added to the input."""
+    """Twice (norm, SiLU, 3x3 convolution) with the time embedding added in between; residual."""
 
     def __init__(self, in_channels: int, channels: int, time_width: int, groups: int):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels)  # torch's eps, 1e-5, is right here, unlike in the VAE
+        self.norm1 = nn.GroupNorm(groups, in_channels)  # torch's eps, 1e-5, unlike the VAE's
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_width, channels)
         self.norm2 = nn.GroupNorm(groups, channels)
@@ -228,7 +227,7 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, channels, 1) if in_channels != channels else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        h = norm_silu(self.norm1, x)  # rebinding h frees the last result
+        h = norm_silu(self.norm1, x)  # reusing `h` frees the previous activation
         h = self.conv1(h).add_(self.time_emb_proj(time)[:, :, None, None])
         h = norm_silu(self.norm2, h)
         h = self.conv2(h)
@@ -236,9 +235,9 @@ class ResnetBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """One transformer block over the h*w pixels of a map, added to it; k, v `(B, L, n, d)` are the context's.
+    """One transformer block over the h*w pixels of a map; residual. k, v `(B, L, n, d)` are the context's.
 
-    The second result is, to `look` at, how much each pixel attends to each token, `(B, L, h, w)`; else None.
+    If `with_attention`, also returns the attention of each pixel to each token, `(B, L, h, w)`, else None.
     """
 
     def __init__(self, config: UNetConfig, channels: int):
@@ -250,18 +249,17 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(
-        self, x: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, look: bool
+        self, x: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, with_attention: bool
     ) -> tuple[Tensor, Tensor | None]:
-        tokens, attended = rearrange(self.proj_in(self.norm(x)), "B C h w -> B (h w) C"), None
-        for block in self.transformer_blocks:
-            tokens, attended = block(tokens, k, v, lengths, look)
-        if attended is not None:
-            attended = rearrange(attended, "B (h w) L -> B L h w", h=x.shape[2])
-        return x + self.proj_out(rearrange(tokens, "B (h w) C -> B C h w", h=x.shape[2])), attended
+        pixels = rearrange(self.proj_in(self.norm(x)), "B C h w -> B (h w) C")
+        pixels, weights = self.transformer_blocks[0](pixels, k, v, lengths, with_attention)
+        if weights is not None:
+            weights = rearrange(weights, "B (h w) L -> B L h w", h=x.shape[2])
+        return x + self.proj_out(rearrange(pixels, "B (h w) C -> B C h w", h=x.shape[2])), weights
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the context, feed-forward; each pre-norm and added to its input."""
+    """Self-attention, cross-attention to the context, feed-forward; each pre-norm and residual."""
 
     def __init__(self, config: UNetConfig, width: int):
         super().__init__()
@@ -273,20 +271,20 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(width)
 
     def forward(
-        self, x: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, look: bool
+        self, x: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, with_attention: bool
     ) -> tuple[Tensor, Tensor | None]:
         x_norm = self.norm1(x)
         x = x + self.attn1(x_norm, *self.attn1.keys_values(x_norm))
         x_norm = self.norm2(x)
         x = x + self.attn2(x_norm, k, v, lengths)
-        attended = self.attn2.attention_weights(x_norm, k, lengths) if look else None  # (B, h w, L)
-        return x + self.ff(self.norm3(x)), attended
+        weights = self.attn2.attention_weights(x_norm, k, lengths) if with_attention else None  # (B, h w, L)
+        return x + self.ff(self.norm3(x)), weights
 
 
 class Attention(nn.Module):
-    """Multi-head attention of pixels `(B, N, C)` to tokens `(B, M, C')`: themselves or the context.
+    """Multi-head attention of pixels `(B, N, C)` to themselves or to the context, M keys.
 
-    The keys and values of the context come from outside, since all layers' are made at once.
+    The keys and values of the context are arguments: `UNet.keys_values` computes those of all layers at once.
     """
 
     def __init__(self, width: int, context_width: int, heads: int):
@@ -302,11 +300,11 @@ class Attention(nn.Module):
         return self.to_out(rearrange(y, "B N n d -> B N (n d)"))
 
     def keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """k and v `(B, M, n, d)`."""
+        """Keys and values `(B, M, n, d)` of the tokens `(B, M, context width)`."""
         return self.split(self.to_k(tokens)), self.split(self.to_v(tokens))
 
     def attention_weights(self, x: Tensor, k: Tensor, lengths: Tensor | None) -> Tensor:
-        """How much each pixel attends to each token, the mean of the heads `(B, N, M)` float32."""
+        """The attention of each pixel to each token, the mean over the heads: `(B, N, M)` float32."""
         return attention_maps(self.split(self.to_q(x)), k, lengths)
 
     def split(self, x: Tensor) -> Tensor:
@@ -314,11 +312,11 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Width C -> 4 C -> C with a gated GELU in the middle."""
+    """An MLP with a gated GELU, C -> 4 C -> C."""
 
     def __init__(self, width: int):
         super().__init__()
-        # The empty slot is the official dropout of 0: it keeps the names `net.0` and `net.2`.
+        # The identity stands for the official dropout of 0: it keeps the names `net.0` and `net.2`.
         self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -326,9 +324,7 @@ class FeedForward(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """value * gelu(gate): value is the first half of the projection, gate the second; gelu is exact, not
-    tanh's.
-    """
+    """value * gelu(gate): value is the first half of the projection, gate the second; gelu is exact."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -340,7 +336,7 @@ class GEGLU(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the size; the padding is symmetric, unlike the VAE's."""
+    """Halve the size; the padding is symmetric, unlike the VAE's."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -351,7 +347,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the size: nearest neighbour, then a convolution."""
+    """Double the size: nearest neighbour, then a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -362,7 +358,7 @@ class Upsample(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """t `(B,)` -> `(B, 1280)`: sinusoids through a two-layer MLP."""
+    """Time steps `(B,)` -> `(B, 1280)`: sinusoids, then a two-layer MLP."""
 
     def __init__(self, width: int, time_width: int):
         super().__init__()
@@ -376,9 +372,7 @@ class TimestepEmbedding(nn.Module):
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
-    """`(B,)` -> `(B, width)` float32: cosines first, then sines (CompVis diffusionmodules/util.py; not the
-    usual order).
-    """
+    """Sinusoids of t `(B,)`, `(B, width)` float32: cosines first (CompVis diffusionmodules/util.py)."""
     half = width // 2
     i = torch.arange(half, device=t.device, dtype=torch.float32)
     frequency = torch.exp(-math.log(10_000) * i / half)
@@ -387,7 +381,7 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
 
 
 def alphas_cumprod() -> Tensor:
-    """alpha-bar_t of Eq. 1 for t = 0..999, `(1000,)` float32: betas whose roots grow linearly.
+    """alpha-bar_t of Eq. 1 for t = 0..999, `(1000,)` float32; the square roots of the betas are linear in t.
 
     CompVis ldm/modules/diffusionmodules/util.py, `make_beta_schedule`; v1-inference.yaml, `linear_start` and
     `linear_end`.

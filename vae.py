@@ -1,11 +1,11 @@
-"""The KL autoencoder of Stable Diffusion v1.5: pictures to latents (for the task) and back (for drawing).
+"""The KL autoencoder of Stable Diffusion v1.5: images to latents (for segmentation) and back (for drawing).
 
-The paper calls it VQGAN (section 3.2); the file that Stable Diffusion v1.5 ships is a KL autoencoder without
-a codebook. Attribute names are those of the official diffusers folder `vae/`, so its weights load strictly.
-Equal to diffusers' `AutoencoderKL` (tests/test_vae.py), whose encoder and decoder come from CompVis
+The paper calls it VQGAN (section 3.2); Stable Diffusion v1.5 ships a KL autoencoder without a codebook.
+Attribute names are those of the official diffusers folder `vae/`, so its weights load strictly. Equal to
+diffusers' `AutoencoderKL` (tests/test_vae.py), whose encoder and decoder come from CompVis
 `ldm/modules/diffusionmodules/model.py`.
 
-This file does not sample the posterior: `encode` is deterministic, as dense prediction needs.
+`encode` returns the posterior mean and never samples: dense prediction needs a deterministic latent.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kernels import norm_silu, wide_attention
 
-EPS = 1e-6  # of every official GroupNorm here (CompVis model.py, `Normalize`); torch's 1e-5 is wrong
+EPS = 1e-6  # of every GroupNorm here (CompVis model.py, `Normalize`), not torch's 1e-5
 LOGVAR_RANGE = (-30.0, 20.0)  # the clamp of CompVis ldm/modules/distributions/distributions.py
 
 
@@ -29,20 +29,18 @@ class VAEConfig:
     layers: int = 2  # residual blocks per encoder level; the decoder has one more
     latent_channels: int = 4
     groups: int = 32
-    scale: float = 0.18215  # the latent's variance is then about one (v1-inference.yaml, `scale_factor`)
+    scale: float = 0.18215  # gives latents unit variance (v1-inference.yaml, `scale_factor`)
 
     @classmethod
     def tiny(cls) -> "VAEConfig":
-        """The miniature for 128x128 pictures."""
-        # The scale: as it is initialised, its latents then have about unit variance; untrained, 0.18215 would
-        # leave them as small as the "minor noise".
+        """A miniature for 128x128 images."""
+        # At initialisation a scale of 6 gives latents of about unit variance; with 0.18215 they would be as
+        # small as the "minor noise".
         return cls(channels=(16, 32, 64, 64), layers=1, groups=8, scale=6.0)
 
 
 class VAE(nn.Module):
-    """Pictures `(B, 3, H, W)` in [-1, 1] <-> latents `(B, 4, h, w)` with h, w = H/8, W/8 and about unit
-    variance.
-    """
+    """Images `(B, 3, H, W)` in [-1, 1] <-> latents `(B, 4, h, w)` of about unit variance."""
 
     def __init__(self, config: VAEConfig = VAEConfig()):
         super().__init__()
@@ -54,24 +52,19 @@ class VAE(nn.Module):
         self.decoder = Decoder(config)
 
     def encode(self, image: Tensor) -> Tensor:
-        """The posterior mean, scaled: `(B, 3, H, W)` in [-1, 1] -> `(B, 4, h, w)`. H and W must be multiples
-        of 8.
-        """
+        """Return the scaled posterior mean `(B, 4, h, w)` of `(B, 3, H, W)`, H and W multiples of 8."""
         mean, _ = self.moments(image)
         return mean * self.config.scale
 
     def decode(self, latent: Tensor) -> Tensor:
-        """`(B, 4, h, w)` as `encode` gives it -> image `(B, 3, H, W)`, about [-1, 1] and not clamped."""
+        """Decode latents `(B, 4, h, w)` of `encode` to images `(B, 3, H, W)`, about [-1, 1], not clamped."""
         return self.decoder(self.post_quant_conv(latent / self.config.scale))
 
     def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance of the unscaled posterior, each `(B, 4, h, w)`; what training an autoencoder
-        needs.
-        """
+        """Mean and log variance of the unscaled posterior, `(B, 4, h, w)` each."""
         H, W = image.shape[-2:]
         assert H % self.stride == 0 and W % self.stride == 0, (
-            f"the picture is {H}x{W}, but the autoencoder halves it {self.stride.bit_length() - 1} times: "
-            f"pad both sides to a multiple of {self.stride}"
+            f"the image is {H}x{W}: pad both sides to a multiple of {self.stride}"
         )
         # (B, 8, h, w) -> 2 x (B, 4, h, w)
         mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
@@ -79,7 +72,7 @@ class VAE(nn.Module):
 
 
 class Encoder(nn.Module):
-    """`(B, 3, H, W)` -> moments before their 1x1 convolution, `(B, 8, h, w)`."""
+    """Images `(B, 3, H, W)` -> `(B, 8, h, w)`, the moments before their 1x1 convolution."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -95,7 +88,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:
-        if image.dtype == torch.bfloat16:  # not float32, whose channels-last GroupNorm is inexact on a CPU
+        if image.dtype == torch.bfloat16:  # for float32, channels-last GroupNorm is inexact on a CPU
             image = image.contiguous(memory_format=torch.channels_last)
         x = self.conv_in(image)
         for block in self.down_blocks:
@@ -105,9 +98,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Unscaled latent `(B, 4, h, w)` -> image `(B, 3, H, W)`: the encoder's mirror, with one more block per
-    level.
-    """
+    """Unscaled latents `(B, 4, h, w)` -> images `(B, 3, H, W)`; one more block per level than the encoder."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -131,7 +122,7 @@ class Decoder(nn.Module):
 
 
 class Down(nn.Module):
-    """One encoder level: residual blocks, then half the size (except on the last level)."""
+    """One encoder level: residual blocks, then downsampling (except in the last level)."""
 
     def __init__(self, in_channels: int, channels: int, layers: int, groups: int, downsample: bool):
         super().__init__()
@@ -143,7 +134,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """One decoder level: residual blocks, then twice the size (except on the last level)."""
+    """One decoder level: residual blocks, then upsampling (except in the last level)."""
 
     def __init__(self, in_channels: int, channels: int, layers: int, groups: int, upsample: bool):
         super().__init__()
@@ -155,7 +146,7 @@ class Up(nn.Module):
 
 
 class Mid(nn.Module):
-    """The coarsest level: block, self-attention over all pixels, block."""
+    """The coarsest level: residual block, self-attention over all pixels, residual block."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -167,14 +158,14 @@ class Mid(nn.Module):
 
 
 def resnets(in_channels: int, channels: int, layers: int, groups: int) -> nn.Sequential:
-    """`layers` residual blocks in a row; the first one changes the width."""
+    """A sequence of `layers` residual blocks; the first one changes the width."""
     return nn.Sequential(
         *[ResnetBlock(channels if i else in_channels, channels, groups) for i in range(layers)]
     )
 
 
 class ResnetBlock(nn.Module):
-    """Two times (norm, SiLU, 3x3 convolution), added to the input."""
+    """Twice (norm, SiLU, 3x3 convolution); residual."""
 
     def __init__(self, in_channels: int, channels: int, groups: int):
         super().__init__()
@@ -185,7 +176,7 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, channels, 1) if in_channels != channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = norm_silu(self.norm1, x)  # rebinding h frees the last result
+        h = norm_silu(self.norm1, x)  # reusing `h` frees the previous activation
         h = self.conv1(h)
         h = norm_silu(self.norm2, h)
         h = self.conv2(h)
@@ -193,7 +184,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over the h*w pixels, added to the input."""
+    """Single-head self-attention over the h*w pixels; residual."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -204,15 +195,13 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = rearrange(self.group_norm(x), "B C h w -> B (h w) 1 C")  # one head as wide as the map
+        tokens = rearrange(self.group_norm(x), "B C h w -> B (h w) 1 C")  # one head of width C
         y = self.to_out(wide_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)))
         return rearrange(y, "B (h w) 1 C -> B C h w", h=x.shape[2]) + x
 
 
 class Downsample(nn.Module):
-    """Half the size. The padding is on the right and below only, as CompVis pads; a symmetric one shifts the
-    latent.
-    """
+    """Halve the size. As CompVis, pads on the right and below only: symmetric padding shifts the latent."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -223,7 +212,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the size: nearest neighbour, then a convolution."""
+    """Double the size: nearest neighbour, then a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()

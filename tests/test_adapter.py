@@ -65,14 +65,14 @@ def image_tokens() -> Tensor:
 
 @pytest.fixture
 def text() -> Text:
-    """Two tags and four; what stands behind the two must not matter."""
+    """Two tags and four; the padding after the two must have no effect."""
     vectors = torch.randn(2, T, C)
     vectors[0, 2:] = 1e4
     return Text(vectors, torch.tensor([2, 4]))
 
 
 def shake(module: nn.Module) -> nn.Module:
-    """Every parameter moved off its start: gates open, norms and scalars no longer 0 or 1."""
+    """Perturb every parameter: gates open, norms and scalars no longer 0 or 1."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -84,7 +84,7 @@ def double(module: nn.Module) -> dict[str, Tensor]:
 
 
 def learners(module: nn.Module, loss: Tensor) -> set[str]:
-    """The parameters that the loss would move; then moves them."""
+    """Return the parameters with a gradient, and take a step."""
     parameters = dict(module.named_parameters())
     found = torch.autograd.grad(loss, parameters.values(), allow_unused=True)
     moved = {name: x for name, x in zip(parameters, found, strict=True) if x is not None and x.norm() > 1e-9}
@@ -95,7 +95,7 @@ def learners(module: nn.Module, loss: Tensor) -> set[str]:
 
 
 def task(context: Tensor) -> Tensor:
-    """A loss that stands for all that the UNet does with the context."""
+    """A loss that stands for the UNet."""
     return (context * torch.randn(context.shape, generator=torch.Generator().manual_seed(1))).sum()
 
 
@@ -103,17 +103,17 @@ def task(context: Tensor) -> Tensor:
 
 
 def test_unconditional_is_the_empty_prompt(empty, image_tokens, text):
-    """One row for all pictures, whatever they are."""
+    """One row, whatever the images."""
     adapter = Unconditional(empty)
-    for told in ((image_tokens, torch.randn(2, EMBEDDING), text), (None, None, None)):
-        context, lengths, logits = adapter(*told)
+    for inputs in ((image_tokens, torch.randn(2, EMBEDDING), text), (None, None, None)):
+        context, lengths, logits = adapter(*inputs)
         assert torch.equal(context, empty[None])
         assert lengths is None and logits is None
     assert not list(adapter.parameters())
 
 
 @pytest.mark.parametrize("condition", [Caption, Oracle])
-def test_caption_and_oracle_pass_the_text_on(condition, text):
+def test_caption_and_oracle_return_the_text(condition, text):
     context, lengths, logits = condition()(None, None, text)
     assert context is text.vectors and lengths is text.lengths and logits is None
     assert condition()(None, None, Text(text.vectors)).lengths is None
@@ -121,7 +121,7 @@ def test_caption_and_oracle_pass_the_text_on(condition, text):
 
 
 def test_classes_equal_equation_4(classes, image_tokens):
-    """T = E + gamma MLP(E), the same K tokens for every picture; every channel's gamma starts at 1e-4."""
+    """T = E + gamma MLP(E), the same K tokens for every image; every channel's gamma starts at 1e-4."""
     adapter = Classes(classes)
     assert torch.equal(adapter.gamma, torch.full((C,), 1e-4))
     w = double(shake(adapter))
@@ -132,7 +132,7 @@ def test_classes_equal_equation_4(classes, image_tokens):
     assert torch.equal(adapter(None, None, None).context, context)
 
 
-def test_classes_learn_from_the_start(classes):
+def test_classes_have_gradients_at_initialisation(classes):
     adapter = Classes(classes)
     every = {name for name, _ in adapter.named_parameters()}
     assert len(every) == 5
@@ -155,7 +155,7 @@ def test_implicit_equals_equation_5(empty):
 
 
 def test_implicit_starts_unconditional_and_learns(empty):
-    """Exactly the empty prompt at first, where the gates alone learn; one step later everything does."""
+    """Exactly the empty prompt at first, where only the gates learn; everything learns after one step."""
     adapter = Implicit(empty, EMBEDDING)
     assert 0.015 < adapter.position.std() < 0.025  # ODISE's 0.02
     embedding = 30 * torch.randn(2, EMBEDDING)
@@ -198,7 +198,7 @@ def attend(x: Tensor, tokens: list[Tensor], w: dict, name: str) -> Tensor:
 
 
 def equation_6(w: dict, image: Tensor, tags: Tensor) -> list[Tensor]:
-    """m of one picture, query by query, in float64."""
+    """m of one image, query by query, in float64."""
     image = [linear(token, w, "image") for token in image]
     queries = list(w["queries"])
     for i in range(2):
@@ -226,7 +226,7 @@ def equation_7(w: dict, m: list[Tensor]) -> Tensor:
 @pytest.mark.parametrize("start", ["empty", "random"])
 @pytest.mark.parametrize("tags", ["ragged", "full", "classes"])
 def test_tagging_equals_equations_6_and_7(empty, classes, image_tokens, text, start, tags):
-    """Against loops over pictures, queries, heads and tokens."""
+    """Against loops over images, queries, heads and tokens."""
     adapter = shake(Tagging(empty, classes, IMAGE, heads=HEADS, queries=Q, start=start))
     w = double(adapter)
     full = Text(torch.randn(2, T, C))
@@ -244,8 +244,8 @@ def test_tagging_equals_equations_6_and_7(empty, classes, image_tokens, text, st
         assert_close(logits[row].double(), equation_7(w, m), rtol=1e-4, atol=1e-4)
 
 
-def test_each_picture_has_its_own_tags(empty, classes, image_tokens, text):
-    """Together as alone; in any order, since tags are a set; and both the tags and the picture matter."""
+def test_tags_affect_only_their_own_image(empty, classes, image_tokens, text):
+    """In a batch as alone; in any order, since tags are a set; both the tags and the image have an effect."""
     adapter = shake(Tagging(empty, classes, IMAGE, heads=HEADS, queries=Q))
     with torch.no_grad():
         together = adapter(image_tokens, None, text)
@@ -256,14 +256,14 @@ def test_each_picture_has_its_own_tags(empty, classes, image_tokens, text):
                 assert_close(alone.context[0], together.context[row], **BAR)
                 assert_close(alone.logits[0], together.logits[row], **BAR)
         other_tags = adapter(image_tokens, None, Text(text.vectors.roll(1, dims=0).clamp(-3, 3)))
-        other_picture = adapter(image_tokens.roll(1, dims=0), None, text)
-    for other in (other_tags, other_picture):
+        other_image = adapter(image_tokens.roll(1, dims=0), None, text)
+    for other in (other_tags, other_image):
         assert (other.context - together.context).abs().amax(dim=(1, 2)).min() > 0.01
         assert (other.logits - together.logits).abs().amax(dim=1).min() > 0.01
 
 
-def test_tagging_starts_from_the_empty_prompt_if_asked(empty, classes, image_tokens, text):
-    """Exactly its first Q tokens, whatever picture and tags say; logits are there from the first step."""
+def test_tagging_may_start_from_the_empty_prompt(empty, classes, image_tokens, text):
+    """Exactly its first Q tokens, whatever the image and tags; logits exist from the first step."""
     adapter = Tagging(empty, classes, IMAGE, heads=HEADS, queries=Q, start="empty")
     context, _, logits = adapter(100 * image_tokens, None, text)
     assert torch.equal(context, torch.stack([empty[:Q], empty[:Q]]))
@@ -273,7 +273,7 @@ def test_tagging_starts_from_the_empty_prompt_if_asked(empty, classes, image_tok
 
 
 def test_tagging_starts_from_random_queries(empty, classes, image_tokens, text):
-    """Then the context is m itself: every token has the mean and the size of SD's own, and "" is not kept."""
+    """The context is m itself: every token has the mean and norm of SD's own; "" is not stored."""
     adapter = Tagging(empty, classes, IMAGE, heads=HEADS, queries=P + 1)
     context = adapter(image_tokens, None, text).context
     assert context.shape == (2, P + 1, C)
@@ -307,21 +307,21 @@ def test_what_learns_and_when(empty, classes, image_tokens, text):
 
 
 def test_a_checkpoint_needs_no_text_tower(empty, classes, image_tokens):
-    """The frozen vectors travel with the state dict, and nothing trains them."""
-    nothing = torch.zeros(P, C), torch.zeros(K, C)
+    """The frozen vectors are in the state dict and are not trained."""
+    zeros = torch.zeros(P, C), torch.zeros(K, C)
     for build in (
         lambda empty, classes: Unconditional(empty),
         lambda empty, classes: Classes(classes),
         lambda empty, classes: Tagging(empty, classes, IMAGE, heads=HEADS, queries=Q),
     ):
-        adapter, other = shake(build(empty, classes)), build(*nothing)
+        adapter, other = shake(build(empty, classes)), build(*zeros)
         other.load_state_dict(adapter.state_dict())
         assert torch.equal(other(image_tokens, None, None).context, adapter(image_tokens, None, None).context)
         assert {name for name, _ in adapter.named_parameters()}.isdisjoint({"empty", "classes"})
 
 
 def test_the_frozen_vectors_are_copies(empty, classes, image_tokens):
-    """Of no one else's memory, and fit for training even where the text tower ran in inference mode."""
+    """They share no memory, and training works even if the text tower ran in inference mode."""
     with torch.inference_mode():
         vectors = classes.clone()
     adapter = Tagging(empty, vectors, IMAGE, heads=HEADS, queries=Q)
@@ -348,8 +348,8 @@ def test_logits_survive_low_precision(empty, classes, image_tokens, text):
     assert torch.equal(adapter.logits(m.bfloat16()), adapter.logits(m.bfloat16().float()))
 
 
-def test_one_class_is_no_accident(empty, classes, image_tokens):
-    """Centred, a lone class has no direction: its logit is the bias, and nothing is NaN."""
+def test_one_class_works(empty, classes, image_tokens):
+    """A single class is 0 after centring: its logit is the bias, not NaN."""
     adapter = Tagging(empty, classes[:1], IMAGE, heads=HEADS, queries=Q)
     logits = adapter(image_tokens, None, None).logits
     assert torch.equal(logits, torch.full((2, 1), -2.0))
@@ -357,7 +357,7 @@ def test_one_class_is_no_accident(empty, classes, image_tokens):
     assert all(x.grad is None or x.grad.isfinite().all() for x in adapter.parameters())
 
 
-def test_size_at_the_paper_s_width():
+def test_parameters_at_full_width():
     """25,612,034: queries, image projection, two blocks, output MLP and norm, scale and bias."""
     W = 768
     attention = 4 * W * W + W
@@ -379,7 +379,7 @@ def ade20k(data) -> Tensor:
 
 @pytest.fixture
 def nine() -> Tensor:
-    """Two pictures with nine classes each, about ADE20K's number."""
+    """Two images with nine classes each, about ADE20K's number."""
     targets = torch.zeros(2, 150)
     targets[0, :9] = targets[1, 70:79] = 1
     return targets
@@ -387,8 +387,8 @@ def nine() -> Tensor:
 
 @pytest.mark.parametrize("image_scale", [1, 10])
 @pytest.mark.parametrize("tags", ["classes", "true"])
-def test_the_start_is_sane(ade20k, nine, image_scale, tags):
-    """At full width, |logit| < 6 for every class and the loss of a picture within 5..25, whatever the input's
+def test_initial_logits_and_loss(ade20k, nine, image_scale, tags):
+    """At full width, |logit| < 6 for every class and the loss of a image within 5..25, whatever the input's
     scale.
     """
     adapter = Tagging(torch.randn(77, 768), ade20k)
@@ -430,7 +430,7 @@ def test_equation_7_as_printed_saturates(ade20k, nine):
 
 
 def explicit_asymmetric_loss(x: float, y: int, gamma_negative=4, gamma_positive=1, clip=0.05) -> tuple:
-    """One class of one picture: the loss, and its derivative with the weight held constant."""
+    """One class of one image: the loss, and its derivative with the weight held constant."""
     p = 1 / (1 + math.exp(-x))
     if y:
         weight = (1 - p) ** gamma_positive
@@ -456,7 +456,7 @@ def test_asymmetric_loss_equals_its_authors():
 
 @pytest.mark.parametrize("options", [(4, 1, 0.05), (7, 0, 0.05), (2, 2, 0.2)])
 def test_asymmetric_loss_equals_the_formula(options):
-    """Summed over classes and pictures; the count is that of the pictures. RAM's 7, 0 too."""
+    """Summed over classes and images; the count is that of the images. RAM's 7, 0 too."""
     logits = (3 * torch.randn(3, 7)).requires_grad_()
     targets = (torch.rand(3, 7) < 0.4).float()
     pairs = zip(logits.flatten().tolist(), targets.flatten().tolist(), strict=True)
@@ -471,7 +471,7 @@ def test_asymmetric_loss_equals_the_formula(options):
 
 
 def test_the_focusing_weight_carries_no_gradient():
-    """With a gradient through the weight, a class that is there would pull half as much again at p = 0.5."""
+    """With a gradient through the weight, a present class would have 1.5 times the gradient at p = 0.5."""
     logits = torch.zeros(1, 1, requires_grad=True)
     asymmetric_loss(logits, torch.ones(1, 1))[0].backward()
     p = torch.zeros(1, dtype=torch.float64, requires_grad=True)
@@ -481,13 +481,13 @@ def test_the_focusing_weight_carries_no_gradient():
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_the_grad_mode_is_left_alone(enabled):
+def test_the_grad_mode_does_not_change(enabled):
     with torch.set_grad_enabled(enabled):
         loss, _ = asymmetric_loss(torch.zeros(1, 2, requires_grad=True), torch.eye(2)[:1])
         assert torch.is_grad_enabled() == enabled == loss.requires_grad
 
 
-def test_scale_of_a_picture():
+def test_scale_of_the_loss_of_an_image():
     """At p = 0.5, nine classes of 150: 9 x 0.5 ln 2 + 141 x 0.45 ** 4 x -ln 0.55, about 6.6."""
     targets = torch.zeros(1, 150)
     targets[0, 20:29] = 1
@@ -509,7 +509,7 @@ def test_without_focus_it_is_cross_entropy(pairs):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_costs_nothing(dtype):
+def test_half_precision_gives_a_float32_loss(dtype):
     """eps is 0 in float16, where certain mistakes would be infinite; the loss is float32, its gradient
     finite.
     """
@@ -524,8 +524,8 @@ def test_half_precision_costs_nothing(dtype):
     assert logits.grad.isfinite().all() and loss.isfinite()
 
 
-def test_present_lists_the_classes_of_each_crop():
-    """By each crop's own pixels; not square, the ignored ones count for no class."""
+def test_multi_hot_of_each_crop():
+    """The classes of each crop's own pixels, not square; ignored pixels are no class."""
     labels = torch.randint(0, K, (3, 4, 6))
     labels[0, :, :3] = 255
     labels[1] = torch.where(labels[1] == 2, 255, labels[1])
@@ -533,42 +533,44 @@ def test_present_lists_the_classes_of_each_crop():
     targets = multi_hot(labels, K)
     assert targets.shape == (3, K) and targets.dtype == torch.float32
     for row in range(3):
-        seen = set(labels[row].flatten().tolist()) - {255}
-        assert targets[row].tolist() == [float(k in seen) for k in range(K)]
+        present = set(labels[row].flatten().tolist()) - {255}
+        assert targets[row].tolist() == [float(k in present) for k in range(K)]
     assert targets[1, 2] == 0 and targets[2].tolist() == [0, 0, 0, 0, 1]
 
 
-def test_present_in_ignored_crops():
+def test_multi_hot_of_ignored_crops():
     """A crop of ignored pixels has no class and a finite loss; 255 classes leave room for the ignored."""
-    nothing = torch.full((2, 3, 5), 255)
-    assert torch.equal(multi_hot(nothing, K), torch.zeros(2, K))
-    assert torch.equal(multi_hot(nothing, 255), torch.zeros(2, 255))
+    ignored = torch.full((2, 3, 5), 255)
+    assert torch.equal(multi_hot(ignored, K), torch.zeros(2, K))
+    assert torch.equal(multi_hot(ignored, 255), torch.zeros(2, 255))
     assert multi_hot(torch.full((1, 2, 2), 254), 255)[0, 254] == 1
-    assert asymmetric_loss(torch.randn(2, K), multi_hot(nothing, K))[0].isfinite()
+    assert asymmetric_loss(torch.randn(2, K), multi_hot(ignored, K))[0].isfinite()
     with pytest.raises(AssertionError, match="256 classes"):
-        multi_hot(nothing, 256)
+        multi_hot(ignored, 256)
 
 
 # What is refused
 
 
-def test_sizes_that_make_no_adapter(empty, classes):
-    """One sentence each, with the value and the cure."""
+def test_wrong_sizes_are_refused(empty, classes):
+    """The message has the value and the cure."""
     tiny = (empty, classes, IMAGE)
-    with pytest.raises(ModelError, match="10 queries start from the 9 tokens .* at most 9"):
+    with pytest.raises(ModelError, match="10 queries, but the empty prompt has 9 tokens: use at most 9"):
         Tagging(*tiny, heads=HEADS, queries=P + 1, start="empty")
-    with pytest.raises(ModelError, match="'zero': give 'empty' or 'random'"):
+    with pytest.raises(ModelError, match="unknown start 'zero' .*: choose 'empty' or 'random'"):
         Tagging(*tiny, heads=HEADS, queries=Q, start="zero")
     with pytest.raises(ModelError, match="3 heads do not divide .* 16"):
         Tagging(*tiny, heads=3, queries=Q)
     for queries, blocks in ((0, 2), (3, 0)):
-        with pytest.raises(ModelError, match=f"{queries} queries and {blocks} blocks"):
+        with pytest.raises(
+            ModelError, match=f"need at least 1 query and 1 block, got {queries} and {blocks}"
+        ):
             Tagging(*tiny, heads=HEADS, queries=queries, blocks=blocks)
     assert issubclass(ModelError, ValueError)
 
 
 def test_missing_and_misshapen_inputs(empty, classes, image_tokens, text):
-    """The message says which one."""
+    """The message names the input."""
     tagging = Tagging(empty, classes, IMAGE, heads=HEADS, queries=Q)
     for adapter, missing in (
         (tagging, "image_tokens"),

@@ -33,7 +33,7 @@ def pair(tmp_path_factory):
 
 
 def prompts() -> torch.Tensor:
-    """Three texts of different lengths: start, tokens, end and more ends; the last fills all positions."""
+    """Three texts of different lengths: start, tokens, end tokens; the last one fills all positions."""
     ids = torch.randint(0, END - 1, (3, SMALL_CLIP.positions))
     ids[:, 0] = END - 1
     for row, length in zip(ids, (2, 30, 77), strict=True):
@@ -42,7 +42,7 @@ def prompts() -> torch.Tensor:
 
 
 def test_text_equals_the_reference(pair):
-    """Hidden states after the final norm, the vector at the first end, and its projection."""
+    """Hidden states after the final norm, the one of the first end token, and its projection."""
     reference, ours = pair
     ids = prompts()
     with torch.no_grad():
@@ -54,7 +54,7 @@ def test_text_equals_the_reference(pair):
         assert error(ours.text_projection(pooled), projected) <= BAR
 
 
-def test_ids_may_be_cut_behind_the_longest_text(pair):
+def test_padding_may_be_dropped_after_the_longest_text(pair):
     """The tower is causal: the pooled vector does not change."""
     _, ours = pair
     ids = prompts()[:2]
@@ -74,46 +74,46 @@ def test_image_equals_the_reference(pair):
 
 
 def test_gradients_equal_the_reference(pair):
-    """Of the picture and of every parameter that either tower has."""
+    """Of the image and of every parameter that either tower has."""
     reference, ours = pair
     ids, image = prompts(), (torch.rand(2, 3, 56, 56) * 2 - 1).requires_grad_()
     weights = [torch.randn(size) for size in ((3, 77, 64), (3, 48), (2, 17, 96), (2, 48))]
-    text, seen = reference.text_model(ids), reference.vision_model(pixels(image, 56))
+    text, image_output = reference.text_model(ids), reference.vision_model(pixels(image, 56))
     outputs = [text.last_hidden_state, reference.text_projection(text.pooler_output)]
-    outputs += [seen.last_hidden_state, reference.visual_projection(seen.pooler_output)]
+    outputs += [image_output.last_hidden_state, reference.visual_projection(image_output.pooler_output)]
     loss = sum((x * weight).sum() for x, weight in zip(outputs, weights, strict=True))
     expected, whole = gradients(loss, reference, image=image)
     hidden, pooled = ours.text(ids)
     outputs = [hidden, ours.text_projection(pooled), *ours.image(image)]
     loss = sum((x * weight).sum() for x, weight in zip(outputs, weights, strict=True))
-    found, ours_whole = gradients(loss, ours, image=image)
+    result, ours_whole = gradients(loss, ours, image=image)
     assert (
-        found.keys() == expected.keys() == dict(ours.named_parameters()).keys() - {"logit_scale"} | {"image"}
+        result.keys() == expected.keys() == dict(ours.named_parameters()).keys() - {"logit_scale"} | {"image"}
     )
-    assert error(found["image"], expected["image"]) <= BAR
+    assert error(result["image"], expected["image"]) <= BAR
     assert error(ours_whole, whole) <= BAR
 
 
 @pytest.mark.parametrize("size", [(56, 56), (300, 300), (90, 200), (31, 17)])
 def test_pixels_equal_the_official_preprocessing(size):
-    """Ours, in float and differentiable, against Pillow's bicubic on 8-bit pictures: half a grey level apart
+    """Ours, in float and differentiable, against Pillow's bicubic on 8-bit images: half a grey level apart
     on average.
     """
     H, W = size
     grain = torch.rand(1, 3, H // 8 + 1, W // 8 + 1)
     smooth = torch.nn.functional.interpolate(grain, (H, W), mode="bilinear")
     levels = (smooth[0] * 255).round().to(torch.uint8)
-    picture = Image.fromarray(levels.permute(1, 2, 0).numpy()).resize((56, 56), Image.Resampling.BICUBIC)
+    resized = Image.fromarray(levels.permute(1, 2, 0).numpy()).resize((56, 56), Image.Resampling.BICUBIC)
     processor = CLIPImageProcessorPil(do_resize=False, do_center_crop=False)  # rescales and normalises
-    expected = processor(picture, return_tensors="pt")["pixel_values"]
-    found = pixels(levels[None].float() / 127.5 - 1, 56)
+    expected = processor(resized, return_tensors="pt")["pixel_values"]
+    result = pixels(levels[None].float() / 127.5 - 1, 56)
     grey_level = 1 / 255 / 0.26
-    assert (found - expected).abs().mean() < 0.5 * grey_level
-    assert (found - expected).abs().max() < 2 * grey_level
+    assert (result - expected).abs().mean() < 0.5 * grey_level
+    assert (result - expected).abs().max() < 2 * grey_level
 
 
 def test_image_is_differentiable(pair):
-    """With respect to the picture, through the resize; two rows do not mix."""
+    """With respect to the image, through the resize; two rows do not mix."""
     _, ours = pair
     image = (torch.rand(2, 3, 70, 90) - 0.5).requires_grad_()
     ours.image(image)[1][0].sum().backward()
@@ -130,7 +130,7 @@ def test_bfloat16_is_as_exact_as_the_reference(pair):
     mine.load_state_dict(ours.state_dict())
     theirs.bfloat16(), mine.bfloat16()
     with torch.no_grad():
-        for exact, low, found in (
+        for exact, low, result in (
             (reference.text_model(ids), theirs.text_model(ids), mine.text(ids)[0]),
             (
                 reference.vision_model(pixels(image, 56)),
@@ -140,15 +140,15 @@ def test_bfloat16_is_as_exact_as_the_reference(pair):
         ):
             bound = error(low.last_hidden_state, exact.last_hidden_state)
             assert 1e-4 < bound < 0.1  # bfloat16 really was used
-            assert error(found, exact.last_hidden_state) <= 2 * bound
+            assert error(result, exact.last_hidden_state) <= 2 * bound
 
 
 def test_too_many_tokens_are_refused(pair):
-    with pytest.raises(AssertionError, match="78 tokens.*77 positions"):
+    with pytest.raises(AssertionError, match="78 tokens for 77 positions"):
         pair[1].text(torch.zeros(1, 78, dtype=torch.int64))
 
 
-def test_tiny_sees_128_pixels():
+def test_tiny_takes_128_pixels():
     clip = CLIP(CLIPConfig.tiny())
     tokens, embedding = clip.image(torch.zeros(2, 3, 96, 160))
     assert tokens.shape == (2, 65, 128)
@@ -191,7 +191,7 @@ def golden(data, group: str) -> list[dict]:
 
 
 def padded(ids: list[int]) -> list[int]:
-    """The golden ids as Stable Diffusion wants them: 77, keeping the end, padded with ends."""
+    """The golden ids as for Stable Diffusion: 77, truncated before the end token, padded with end tokens."""
     ids = ids if len(ids) <= 77 else [*ids[:76], 49_407]
     return ids + [49_407] * (77 - len(ids))
 
@@ -217,7 +217,7 @@ def test_ids_of_hard_texts(tokenizer, data):
 
 
 def test_ids_equal_transformers(tokenizer, data):
-    """The same files read by the library that Stable Diffusion is used with."""
+    """The same files, loaded by transformers."""
     folder = data / "clip_bpe"
     reference = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
     texts = [
@@ -231,12 +231,12 @@ def test_ids_equal_transformers(tokenizer, data):
     assert torch.equal(tokenizer(texts), expected["input_ids"])
 
 
-def test_truncation_is_stated(tokenizer):
-    """75 tokens fit, the 76th is lost with a warning, and the end stays."""
+def test_truncation_warns(tokenizer):
+    """75 tokens fit, the 76th is truncated with a warning; the end token is kept."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fits = tokenizer(["wall " * 75, "wall"])
-    with pytest.warns(UserWarning, match="1 of 2 texts have more than 75 tokens.*'wall wall"):
+    with pytest.warns(UserWarning, match="truncated 1 of 2 texts to 75 tokens.*'wall wall"):
         cut = tokenizer(["wall " * 76, "wall"])
     assert torch.equal(fits, cut)
     assert cut[0, 76] == 49_407 and cut[0, 75] == 2569
@@ -251,10 +251,10 @@ def test_missing_vocabulary_is_named(tmp_path):
     ("vocabulary", "merges"),
     [("<html>", ""), ('{"a": 0}', "no pair of tokens\n"), ('{"a": 0}', "a b\n"), ('{"a": 0}', "")],
 )
-def test_a_damaged_vocabulary_is_named(tmp_path, vocabulary, merges):
+def test_a_corrupt_vocabulary_is_named(tmp_path, vocabulary, merges):
     (tmp_path / "vocab.json").write_text(vocabulary)
     (tmp_path / "merges.txt").write_text(merges)
-    with pytest.raises(OSError, match=r"vocab\.json or merges\.txt is damaged \(.*\): .*weights\.fetch"):
+    with pytest.raises(OSError, match=r"vocab\.json or merges\.txt is corrupt \(.*\): .*weights\.fetch"):
         Tokenizer(tmp_path)
 
 
@@ -265,8 +265,8 @@ def spelled(texts: list[str]) -> torch.Tensor:
         return Tokenizer.spelling(CLIPConfig.tiny().vocabulary)(texts)
 
 
-def test_a_spelled_text_has_a_token_a_byte():
-    """Start, the bytes of each word, the last of them marked, and ends, at the ids where CLIP has them."""
+def test_spelling_has_one_token_per_byte():
+    """Start, the bytes of each word (the last one marked), end tokens, with the ids of CLIP."""
     start, end = 1022, 1023
     alphabet = "".join(map(chr, [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)]))
     inner = {letter: i for i, letter in enumerate(sorted(alphabet))}  # GPT-2's: a visible letter per byte
@@ -300,11 +300,11 @@ def test_any_text_can_be_spelled(texts):
 
 def test_a_vocabulary_must_have_room_for_all_bytes():
     Tokenizer.spelling(514)
-    with pytest.raises(AssertionError, match="a vocabulary of 513: bytes alone need 514"):
+    with pytest.raises(AssertionError, match="a vocabulary of 513 is too small: bytes need 514"):
         Tokenizer.spelling(513)
 
 
-# Names to vectors, and pictures to names, with OpenAI's vocabulary
+# Names to vectors, and images to names, with OpenAI's vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -335,15 +335,15 @@ def test_name_vectors_equal_transformers(wide_pair, tokenizer, data, templates):
         pooled = reference.text_model(**ids).pooler_output.unflatten(0, each)
         shared = reference.get_text_features(**ids).pooler_output.unflatten(0, each)
     shared = F.normalize(F.normalize(shared, dim=-1).mean(dim=1), dim=-1)
-    found = name_vectors(ours, tokenizer, NAMES, templates)
-    assert found.shape == (4, 64) and not found.requires_grad
-    assert error(found, pooled.mean(dim=1)) <= BAR
+    result = name_vectors(ours, tokenizer, NAMES, templates)
+    assert result.shape == (4, 64) and not result.requires_grad
+    assert error(result, pooled.mean(dim=1)) <= BAR
     assert error(name_vectors(ours, tokenizer, NAMES, templates, shared=True), shared) <= BAR
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_vector_depends_on_its_name_alone(wide_pair, tokenizer, shared):
-    """Not by a bit on the names beside it: a run that meets them in another order goes on exactly."""
+def test_a_vector_depends_only_on_its_name(wide_pair, tokenizer, shared):
+    """Bit-equal whatever the other names in the list: exact resume needs it."""
     _, ours = wide_pair
     for templates in ((PROMPT,), TEMPLATES[:3]):
         together = name_vectors(ours, tokenizer, NAMES, templates, shared)
@@ -352,7 +352,7 @@ def test_a_vector_depends_on_its_name_alone(wide_pair, tokenizer, shared):
 
 
 def test_zero_shot_equals_transformers(wide_pair, tokenizer, data):
-    """The softmax of `logits_per_image`, two pictures and four names."""
+    """The softmax of `logits_per_image`, two images and four names."""
     reference, ours = wide_pair
     image = torch.rand(2, 3, 56, 56) * 2 - 1
     ids = reference_ids(data, [PROMPT.format(name) for name in NAMES])
@@ -361,14 +361,14 @@ def test_zero_shot_equals_transformers(wide_pair, tokenizer, data):
         ours.logit_scale.fill_(3.0)
         expected = reference(**ids, pixel_values=pixels(image, 56)).logits_per_image.softmax(dim=-1)
         names = name_vectors(ours, tokenizer, NAMES, [PROMPT], shared=True)
-        found = zero_shot(ours, ours.image(image)[1], names)
-    assert found.shape == (2, 4)
+        result = zero_shot(ours, ours.image(image)[1], names)
+    assert result.shape == (2, 4)
     assert (expected.max(dim=-1).values > 0.3).all()  # not the same for every name
-    assert error(found, expected) <= BAR
+    assert error(result, expected) <= BAR
 
 
 def test_autocast_rounds_neither_vectors_nor_tags(wide_pair, tokenizer):
-    """Vectors are kept in a file, whoever asked first; logits of 25 would be rounded to 1/8 in bfloat16."""
+    """Vectors are cached on disk, with or without autocast; bfloat16 rounds logits of 25 to 1/8."""
     _, ours = wide_pair
     embedding = torch.randn(2, 48)
     for shared in (False, True):
@@ -376,9 +376,9 @@ def test_autocast_rounds_neither_vectors_nor_tags(wide_pair, tokenizer):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(name_vectors(ours, tokenizer, NAMES, [PROMPT], shared), exact)
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
-        found = zero_shot(ours, embedding, exact)
+        result = zero_shot(ours, embedding, exact)
     with torch.no_grad():
-        assert torch.equal(found, zero_shot(ours, embedding, exact))
+        assert torch.equal(result, zero_shot(ours, embedding, exact))
 
 
 def test_the_80_templates():

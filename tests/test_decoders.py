@@ -28,7 +28,7 @@ def pyramid(B: int = 2, height: int = H, width: int = W, channels=CHANNELS) -> l
     return [torch.randn(B, C, height // (8 << i), width // (8 << i)) for i, C in enumerate(channels)]
 
 
-def picture_labels() -> Tensor:
+def example_labels() -> Tensor:
     """Two label maps of which the first is a third ignored, the second not at all."""
     labels = torch.randint(CLASSES, (2, H, W))
     labels[0, :, : W // 3] = 255
@@ -112,7 +112,7 @@ def plain_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("B", "height", "width"), [(2, 128, 192), (1, 64, 64), (2, 192, 64)])
-def test_semantic_fpn_is_the_plain_one(B, height, width):
+def test_semantic_fpn_equals_the_plain_version(B, height, width):
     """Logits at the finest map's size, and no auxiliary ones."""
     decoder, features = fpn(), pyramid(B, height, width)
     prediction = decoder(features)
@@ -122,8 +122,8 @@ def test_semantic_fpn_is_the_plain_one(B, height, width):
 
 
 @pytest.mark.parametrize(("B", "height", "width"), [(2, 128, 192), (1, 64, 64), (2, 448, 128)])
-def test_upernet_is_transformers(B, height, width):
-    """Both heads; the coarsest maps are 2x3, 1x1 (one picture, where BatchNorm fails) and 7x2."""
+def test_upernet_equals_transformers(B, height, width):
+    """Both heads; the coarsest maps are 2x3, 1x1 (one image, where BatchNorm fails) and 7x2."""
     decoder, features = upernet(), pyramid(B, height, width)
     heads = reference_heads(decoder, CHANNELS, GROUPS)
     prediction = decoder(features)
@@ -133,9 +133,9 @@ def test_upernet_is_transformers(B, height, width):
     assert error(prediction.auxiliary, heads["auxiliary"](features)) <= BAR
 
 
-def test_semantic_fpn_learns_as_the_plain_one():
+def test_gradients_of_semantic_fpn_equal_the_plain_version():
     """The loss, and its gradient for every weight and feature map."""
-    decoder, features, labels = fpn(), pyramid(), picture_labels()
+    decoder, features, labels = fpn(), pyramid(), example_labels()
     weights = {name: x.detach().clone().requires_grad_() for name, x in decoder.named_parameters()}
     theirs = [x.clone().requires_grad_() for x in features]
     ours = [x.requires_grad_() for x in features]
@@ -156,11 +156,11 @@ def test_semantic_fpn_learns_as_the_plain_one():
         assert error(x.grad, y.grad) <= BAR
 
 
-def test_upernet_learns_as_transformers():
+def test_gradients_of_upernet_equal_transformers():
     """Both losses, the auxiliary one times 0.4, and the gradient of their sum for every weight and feature
     map.
     """
-    decoder, features, labels = upernet(), pyramid(), picture_labels()
+    decoder, features, labels = upernet(), pyramid(), example_labels()
     heads = reference_heads(decoder, CHANNELS, GROUPS)
     theirs = [x.clone().requires_grad_() for x in features]
     ours = [x.requires_grad_() for x in features]
@@ -201,7 +201,7 @@ def test_another_label_can_be_ignored():
     assert count == 1
 
 
-def test_reading_by_hand():
+def test_labels_by_hand():
     """Two pixels widened to four: weights 1, 3/4, 1/4, 0 of the left one; the classes cross between 3/4 and
     1/4.
     """
@@ -217,8 +217,8 @@ def test_reading_by_hand():
 
 
 @pytest.mark.parametrize("build", [fpn, upernet])
-def test_reading_any_size(build):
-    """Logits and labels of the main head alone, at a size that is no multiple of anything."""
+def test_logits_and_labels_at_any_size(build):
+    """Logits and labels of the main head only, at an odd size."""
     decoder, features = build(), pyramid()
     prediction = decoder(features)
     logits = decoder.logits(prediction, (75, 101))
@@ -228,8 +228,8 @@ def test_reading_any_size(build):
 
 
 @pytest.mark.parametrize("build", [fpn, upernet])
-def test_nothing_to_learn_from_an_ignored_batch(build):
-    """Sums and counts of 0, and a graph whose gradients are all zeros: other processes wait for them."""
+def test_an_ignored_batch_has_zero_gradients(build):
+    """Sums and counts of 0, and a graph whose gradients are all zeros: DDP needs them."""
     decoder = build()
     losses = decoder.loss(decoder(pyramid()), torch.full((2, H, W), 255))
     for total, count in losses.values():
@@ -239,9 +239,9 @@ def test_nothing_to_learn_from_an_ignored_batch(build):
 
 
 @pytest.mark.parametrize("build", [fpn, upernet])
-def test_a_batch_is_the_sum_of_its_pictures(build):
+def test_a_batch_is_the_sum_of_its_images(build):
     """In training too, with unequal counts: how a batch is split over processes does not matter."""
-    decoder, features, labels = build().train(), pyramid(), picture_labels()
+    decoder, features, labels = build().train(), pyramid(), example_labels()
     whole = decoder.loss(decoder(features), labels)
     parts = [decoder.loss(decoder([x[i : i + 1] for x in features]), labels[i : i + 1]) for i in range(2)]
     for name, (total, count) in whole.items():
@@ -253,9 +253,9 @@ def test_a_batch_is_the_sum_of_its_pictures(build):
 @pytest.mark.parametrize("build", [fpn, upernet])
 @pytest.mark.parametrize("ignored", ["some", "all"])
 def test_counts_are_known_before_the_losses(build, ignored):
-    """From the labels alone: the same scalars, to the type, that come with each part of the loss."""
+    """From the labels only: the same scalars, to the type, that come with each part of the loss."""
     decoder = build()
-    labels = picture_labels() if ignored == "some" else torch.full((2, H, W), 255)
+    labels = example_labels() if ignored == "some" else torch.full((2, H, W), 255)
     counts = decoder.counts(labels)
     for name, (_, count) in decoder.loss(decoder(pyramid()), labels).items():
         assert torch.equal(counts[name], count) and counts[name].dtype == count.dtype
@@ -263,7 +263,7 @@ def test_counts_are_known_before_the_losses(build, ignored):
 
 
 @pytest.mark.parametrize("build", [fpn, upernet])
-def test_losses_and_readings_are_float32_under_autocast(build):
+def test_losses_and_predictions_are_float32_under_autocast(build):
     """bfloat16 logits are upsampled and summed in float32; one labelled pixel, since over many the roundings
     average out.
     """
@@ -293,7 +293,7 @@ def test_training_and_evaluation_predict_the_same(build):
 
 @pytest.mark.parametrize("decoder_class", [SemanticFPN, UperNet])
 def test_dropout_takes_whole_channels(decoder_class):
-    """Seen through a classifier that copies its input: a channel of a picture is either 0 or doubled."""
+    """With an identity classifier each channel of an image is either 0 or doubled."""
     decoder = decoder_class(CHANNELS, classes=32, width=32, groups=4, dropout=0.5)
     nn.init.dirac_(decoder.classifier[1].weight)
     features = pyramid()
@@ -323,7 +323,7 @@ def test_sizes_at_full_width():
     assert sum(x.numel() for x in upernet.parameters()) == total == 38_696_236
 
 
-def test_weights_start_as_in_mmsegmentation():
+def test_initialisation_equals_mmsegmentation():
     """Xavier-uniform pyramid of FPN, He-normal (fan out) before norms, N(0, 0.01) classifiers, biases 0,
     norms 1 and 0.
     """
@@ -345,13 +345,13 @@ def test_weights_start_as_in_mmsegmentation():
 
 @pytest.mark.parametrize("build", [fpn, upernet])
 def test_wrong_features_are_refused(build):
-    """Coarsest first; of an unpadded picture; one too few."""
+    """Coarsest first; of an unpadded image; one too few."""
     decoder, features = build(), pyramid()
     with pytest.raises(AssertionError, match=r"\(40, 32, 24, 16\) channels.*finest first"):
         decoder(features[::-1])
-    with pytest.raises(AssertionError, match=r"\(16, 23\).*pad the picture to multiples of 64"):
+    with pytest.raises(AssertionError, match=r"\(16, 23\).*pad the image to multiples of 64"):
         decoder([features[0][..., :23], *features[1:]])
-    with pytest.raises(AssertionError, match="give all of them"):
+    with pytest.raises(AssertionError, match="pass all of them"):
         decoder(features[:3])
 
 
@@ -361,7 +361,7 @@ def test_wrong_labels_are_refused():
     prediction = decoder(pyramid())
     with pytest.raises(AssertionError, match=r"torch.uint8 \(2, 128, 192\).*int64"):
         decoder.loss(prediction, torch.zeros(2, H, W, dtype=torch.uint8))
-    with pytest.raises(AssertionError, match=r"\(2, 1, 128, 192\): give one int64 map per picture"):
+    with pytest.raises(AssertionError, match=r"\(2, 1, 128, 192\): .* one int64 map per"):
         decoder.loss(prediction, torch.zeros(2, 1, H, W, dtype=torch.int64))
     with pytest.raises(AssertionError, match=r"\(3, 128, 192\).*\(2, H, W\)"):
         decoder.loss(prediction, torch.zeros(3, H, W, dtype=torch.int64))
@@ -369,7 +369,9 @@ def test_wrong_labels_are_refused():
 
 def test_groups_of_one_channel_are_refused():
     """The 1x1 pooled map would be normalised to a constant."""
-    with pytest.raises(AssertionError, match="width 8.*at least two channels in each of 8 groups"):
+    with pytest.raises(
+        AssertionError, match="width 8 is too small.*at least two channels in each of 8 groups"
+    ):
         UperNet(CHANNELS, width=8, groups=8)
 
 

@@ -1,6 +1,6 @@
-"""The suite sees wrong details: each mistake below keeps every shape, and each would pass a test of shapes.
+"""The suite detects wrong details: each mistake below keeps every shape, so a test of shapes would pass.
 
-A mistake is planted in a copy of the source; the comparison that the other files make must then miss its bar.
+A mistake is planted in a copy of the source; the comparison of the other test files must then fail its bar.
 """
 
 import importlib.util
@@ -24,9 +24,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def planted(folder: Path, file: str, right: str, wrong: str) -> types.ModuleType:
-    """The module of `file` with `right` replaced by `wrong` wherever it stands."""
+    """The module of `file` with every `right` replaced by `wrong`."""
     source = (ROOT / file).read_text()
-    assert right in source, f"{file} no longer says {right!r}: plant the mistake where it now belongs"
+    assert right in source, f"{file} no longer contains {right!r}: update the planted mistake"
     copy = folder / f"mistaken_{file}"
     copy.write_text(source.replace(right, wrong))
     spec = importlib.util.spec_from_file_location(copy.stem, copy)
@@ -73,7 +73,7 @@ def clip_error(module: types.ModuleType) -> float:
     with torch.no_grad():
         text, image = reference.text_model(ids), reference.vision_model(pixels)
         hidden, pooled = ours.text(ids)
-        # Undo the normalisation, so that the tower sees these pixels if it normalises rightly.
+        # Undo the normalisation, so that a correct tower gets exactly these pixels.
         mean, std = (torch.tensor(x)[:, None, None] for x in (MEAN, STD))
         tokens, embedding = ours.image((pixels * std + mean) * 2 - 1)
         embedded = reference.visual_projection(image.pooler_output)
@@ -125,7 +125,7 @@ MISTAKES = {
     "pooled at the last position": ("clip.py", ".int().argmax(dim=1)", ".int().argmax(dim=1) * 0 + L - 1"),
     "text tower not causal": ("clip.py", "causal=True", "causal=False"),
     "heads of CLIP split wrongly": ("clip.py", "B N (n d) -> B n N d", "B N (d n) -> B n N d"),
-    "class token behind the patches": ("clip.py", "[first, patches]", "[patches, first]"),
+    "class token after the patches": ("clip.py", "[class_token, patches]", "[patches, class_token]"),
     "no pre-norm before the image tower": (
         "clip.py",
         "self.pre_layrnorm(self.embeddings(pixels))",
@@ -152,6 +152,6 @@ def test_the_right_source_passes(file, tmp_path):
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_the_mistake_is_seen(name, tmp_path):
+def test_the_mistake_is_detected(name, tmp_path):
     file, right, wrong = MISTAKES[name]
     assert ERRORS[file](planted(tmp_path, file, right, wrong)) > 2 * BAR

@@ -26,9 +26,7 @@ def inputs(config: UNetConfig, h: int = 16, w: int = 24, L: int = 77):
     return torch.randn(2, config.latent_channels, h, w), torch.tensor([0, 731]), torch.randn(2, L, width)
 
 
-WIDE = pytest.param(
-    64, 128, 77, marks=pytest.mark.slow
-)  # 512x1024 pictures: 8192 tokens attend to each other
+WIDE = pytest.param(64, 128, 77, marks=pytest.mark.slow)  # 512x1024 images: 8192 tokens attend to each other
 
 
 @pytest.mark.parametrize(("h", "w", "L"), [(8, 8, 1), (16, 24, 32), (24, 16, 150), (72, 56, 77), WIDE])
@@ -46,7 +44,7 @@ def test_noise_and_maps_equal_the_reference(pair, h, w, L):
 
 
 def test_lengths_equal_each_image_alone(pair):
-    """Padding behind an image's own tokens changes nothing, whatever stands there."""
+    """The values in the padding after an image's tokens have no effect."""
     _, ours = pair
     latent, t, context = inputs(SMALL_UNET, L=40)
     lengths = torch.tensor([3, 40])
@@ -70,13 +68,13 @@ def test_gradients_equal_the_reference(pair):
     expected, whole = gradients(loss, reference, **leaves)
     for checkpointed in (False, True):
         ours.checkpoint_activations = checkpointed
-        found, ours_whole = gradients((ours(latent, t, context) * weight).sum(), ours, **leaves)
-        assert found.keys() == expected.keys()
+        result, ours_whole = gradients((ours(latent, t, context) * weight).sum(), ours, **leaves)
+        assert result.keys() == expected.keys()
         for name in leaves:
-            assert error(found[name], expected[name]) <= BAR, name
+            assert error(result[name], expected[name]) <= BAR, name
         assert error(ours_whole, whole) <= BAR
         for name, value in expected.items():  # each by itself too; small ones are sums that nearly cancel
-            assert error(found[name], value) <= 10 * BAR, name
+            assert error(result[name], value) <= 10 * BAR, name
     ours.checkpoint_activations = False
 
 
@@ -105,7 +103,7 @@ class Watched:
 @pytest.mark.parametrize("lengths", [None, [3, 40]])
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_attention_equals_the_reference(pair, lengths, recomputed):
-    """Mean of heads and of the five layers of a size; the four maps stay as they are, to the bit."""
+    """Mean over heads and the five layers of each resolution; the four feature maps are bit-equal."""
     reference, ours = pair
     latent, t, context = inputs(SMALL_UNET, 16, 24, L=40)
     watched = Watched(lengths or [40, 40])
@@ -125,35 +123,35 @@ def test_attention_equals_the_reference(pair, lengths, recomputed):
     ours.checkpoint_activations = False
     assert all(torch.equal(*x) for x in zip(features, again, strict=True))
     assert len(attention) == 3
-    for i, found in enumerate(attention):
+    for i, result in enumerate(attention):
         h, w = 16 >> i, 24 >> i
-        assert found.shape == (2, 40, h, w) and found.dtype == torch.float32
+        assert result.shape == (2, 40, h, w) and result.dtype == torch.float32
         layers = [x for x in watched.kept if x.shape[1] == h * w]
         expected = sum(layers) / 5  # (B, h w, L)
         assert len(layers) == 5
-        assert error(found, expected.mT.unflatten(2, (h, w))) <= BAR, f"level {i}"
-        assert (found.sum(dim=1) - 1).abs().max() < 1e-5
+        assert error(result, expected.mT.unflatten(2, (h, w))) <= BAR, f"level {i}"
+        assert (result.sum(dim=1) - 1).abs().max() < 1e-5
         if lengths:
-            assert (found[0, 3:] == 0).all()
+            assert (result[0, 3:] == 0).all()
     sum(x.square().sum() for x in attention).backward()  # VPD learns through them
     assert ours.conv_in.weight.grad.abs().max() > 0
     ours.zero_grad()
 
 
 def test_attention_is_exact_in_low_precision():
-    """The scores of bfloat16 queries and keys are not rounded to 8 bits, under autocast neither."""
+    """The scores of bfloat16 queries and keys are not rounded to 8 bits, nor under autocast."""
     q, k = torch.randn(2, 6, 4, 8).bfloat16(), torch.randn(2, 5, 4, 8).bfloat16()
     lengths = torch.tensor([5, 2])
     scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) / 8**0.5
     scores[1, :, :, 2:] = -torch.inf
     with torch.autocast("cpu", torch.bfloat16):
-        found = attention_maps(q, k, lengths)
-    assert found.dtype == torch.float32
-    assert error(found, scores.softmax(dim=-1).mean(dim=1)) < 1e-6
+        result = attention_maps(q, k, lengths)
+    assert result.dtype == torch.float32
+    assert error(result, scores.softmax(dim=-1).mean(dim=1)) < 1e-6
 
 
 def test_checkpointing_recomputes(pair):
-    """Asked to, the blocks run a second time in the backward pass, and only then."""
+    """With `checkpoint_activations` the blocks run again in the backward pass, otherwise they do not."""
     _, ours = pair
     runs = []
     handle = ours.mid_block.resnets[0].register_forward_pre_hook(lambda *_: runs.append(1))
@@ -210,8 +208,8 @@ def test_wrong_inputs_are_refused(pair):
         ours(latent, t, context, torch.tensor([5]))
 
 
-def test_tiny_fits_its_pictures():
-    """128x128 pictures have 16x16 latents; the miniature has about 5.7 million parameters."""
+def test_sizes_of_tiny():
+    """128x128 images have 16x16 latents; the miniature has about 5.7 million parameters."""
     unet = UNet(UNetConfig.tiny())
     features = unet.features(*inputs(UNetConfig.tiny(), 16, 16))
     assert [tuple(x.shape) for x in features] == [
@@ -245,9 +243,9 @@ def test_full_width_equals_the_reference(tmp_path):
     assert [x.shape[1] for x in features] == [320, 640, 1280, 1280]
     for feature, wanted in zip(features, maps, strict=True):
         assert error(feature, wanted) <= BAR
-    found = ours(latent, t, context)
-    assert error(found, noise) <= BAR
-    found.square().mean().backward()
+    result = ours(latent, t, context)
+    assert error(result, noise) <= BAR
+    result.square().mean().backward()
     square = sum((p.grad - expected[name]).double().square().sum() for name, p in ours.named_parameters())
     whole = sum(x.double().square().sum() for x in expected.values())
     assert (square / whole).sqrt() <= BAR

@@ -21,7 +21,7 @@ def pair(tmp_path_factory):
 
 @pytest.mark.parametrize(("H", "W"), [(64, 64), (64, 128), (72, 56), (8, 200)])
 def test_encode_is_the_scaled_mean(pair, H, W):
-    """Two different pictures, square and not."""
+    """Two different images, square and not."""
     reference, ours = pair
     image = torch.rand(2, 3, H, W) * 2 - 1
     with torch.no_grad():
@@ -32,7 +32,7 @@ def test_encode_is_the_scaled_mean(pair, H, W):
 
 @pytest.mark.parametrize(("h", "w"), [(8, 8), (8, 16), (9, 7)])
 def test_decode_inverts_the_scale(pair, h, w):
-    """`decode` takes what `encode` gives."""
+    """`decode` takes the output of `encode`."""
     reference, ours = pair
     latent = torch.randn(2, 4, h, w)
     with torch.no_grad():
@@ -51,18 +51,20 @@ def test_moments_are_the_posterior(pair):
 
 
 def test_gradients_equal_the_reference(pair):
-    """Of the picture and of every parameter, through both halves."""
+    """Of the image and of every parameter, through both halves."""
     reference, ours = pair
     image = (torch.rand(2, 3, 40, 64) * 2 - 1).requires_grad_()
-    shown, told = torch.randn(2, 3, 40, 64), torch.randn(2, 4, 5, 8)
+    decoder_grad, logvar_grad = torch.randn(2, 3, 40, 64), torch.randn(2, 4, 5, 8)
     posterior = reference.encode(image).latent_dist
-    loss = (reference.decode(posterior.mean).sample * shown).sum() + (posterior.logvar * told).sum()
+    loss = (reference.decode(posterior.mean).sample * decoder_grad).sum() + (
+        posterior.logvar * logvar_grad
+    ).sum()
     expected, whole = gradients(loss, reference, image=image)
     mean, logvar = ours.moments(image)
-    loss = (ours.decode(mean * SCALE) * shown).sum() + (logvar * told).sum()
-    found, ours_whole = gradients(loss, ours, image=image)
-    assert found.keys() == expected.keys() and len(found) == 1 + len(list(ours.parameters()))
-    assert error(found["image"], expected["image"]) <= BAR
+    loss = (ours.decode(mean * SCALE) * decoder_grad).sum() + (logvar * logvar_grad).sum()
+    result, ours_whole = gradients(loss, ours, image=image)
+    assert result.keys() == expected.keys() and len(result) == 1 + len(list(ours.parameters()))
+    assert error(result["image"], expected["image"]) <= BAR
     assert error(ours_whole, whole) <= BAR
 
 
@@ -93,13 +95,13 @@ def test_bfloat16_is_as_exact_as_the_reference(pair):
 
 
 def test_sides_are_multiples_of_8(pair):
-    """The message has the size and the cure."""
+    """The message has the size and the required multiple."""
     with pytest.raises(AssertionError, match="64x60.*multiple of 8"):
         pair[1].encode(torch.zeros(1, 3, 64, 60))
 
 
 def test_tiny_is_small():
-    """The miniature: 16x16 latents of 128x128 pictures, about a million parameters."""
+    """The miniature: 16x16 latents of 128x128 images, about a million parameters."""
     vae = VAE(VAEConfig.tiny())
     image = torch.rand(2, 3, 128, 128) * 2 - 1
     assert vae.encode(image).shape == (2, 4, 16, 16)

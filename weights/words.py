@@ -1,4 +1,4 @@
-"""What follows from a folder of weights: the hashes of its files, and the vectors of words, kept beside them.
+"""The text vectors of words, cached on disk in the weights folder, and the hashes of weight files.
 
 Top to bottom: the vectors of a list of words, the files of a prior, their hashes.
 """
@@ -22,39 +22,39 @@ from weights.load import OFFICIAL, find
 
 
 def word_vectors(
-    weights: str | None,
+    weights: str,
     clip: CLIP,
     tokenizer: Tokenizer,
     words: Sequence[str],
     templates: int,
     shared: bool = False,
 ) -> Tensor:
-    """`name_vectors` under 1 or 80 prompts, kept in `weights/.vectors` under a hash of all that made them.
+    """`name_vectors` with 1 or 80 prompts, cached in `weights/.vectors` by a hash of all inputs.
 
-    Nothing is kept where `weights` is None, or "random".
+    `weights` "random" does not cache.
     """
     prompts = (PROMPT,) if templates == 1 else TEMPLATES
-    if weights in (None, "random"):
+    if weights == "random":
         return name_vectors(clip, tokenizer, words, prompts, shared)
-    made_by = [Path(weights, file) for file in prior_files(weights, ("clip", "tokenizer"))]
-    made_by = [digest_once(file, file.stat().st_size, file.stat().st_mtime_ns) for file in made_by]
-    key = hashlib.sha256(json.dumps([made_by, words, prompts, shared]).encode()).hexdigest()
+    files = [Path(weights, file) for file in prior_files(weights, ("clip", "tokenizer"))]
+    hashes = [digest_once(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = hashlib.sha256(json.dumps([hashes, words, prompts, shared]).encode()).hexdigest()
     file = Path(weights, ".vectors", f"{key[:32]}.safetensors")
-    with suppress(OSError, SafetensorError):  # not there, or cut off by a crash: made anew
+    with suppress(OSError, SafetensorError):  # missing, or truncated by a crash: recompute
         return load_file(file)["vectors"].to(clip.logit_scale.device)
     vectors = name_vectors(clip, tokenizer, words, prompts, shared)
-    new = file.with_suffix(f".{os.getpid()}")  # several processes may write at once
-    with suppress(OSError, SafetensorError):  # a shared folder may be read-only or full: nothing is kept
+    new = file.with_suffix(f".{os.getpid()}")  # other processes may write at the same time
+    with suppress(OSError, SafetensorError):  # the folder may be read-only or full: do not cache
         file.parent.mkdir(exist_ok=True)
         save_file({"vectors": vectors.cpu().contiguous()}, new)
         os.replace(new, file)
-    with suppress(OSError):  # what a full disk left
+    with suppress(OSError):  # a partial file on a full disk
         new.unlink()
     return vectors
 
 
 def prior_files(weights: str, parts: Sequence[str]) -> list[str]:
-    """The files, relative to the folder `weights`, that hold vae, unet, clip or the tokenizer."""
+    """The files of the `parts` vae, unet, clip or tokenizer, relative to the folder `weights`."""
     files = []
     for part in parts:
         if part == "tokenizer":
@@ -74,5 +74,5 @@ def digest(file: Path) -> str:
 
 @cache
 def digest_once(file: Path, size: int, changed: int) -> str:
-    """`digest`, remembered: CLIP's file has 1.7 GB, and every new word asks for it."""
+    """`digest`, cached: CLIP's file has 1.7 GB, and every list of words needs its hash."""
     return digest(file)

@@ -1,0 +1,251 @@
+"""assemble.py and weights/words.py: the prior's files, sizes, cached vectors, the optimiser's groups."""
+
+import errno
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import tiny_folder
+from proof import BAR, error
+from safetensors.torch import load_file, save_file
+from tiny_tada import NAMES, K, config, trained
+from torch import nn
+
+import weights.words as vectors_file
+from assemble import build, make_adapter, make_decoder, parameter_groups
+from clip import CLIPConfig
+from errors import ModelError, WeightsError
+from mask2former import DeformablePixelDecoder
+from unet import UNetConfig
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder of `tiny` weights in the official layout, and the reference models that wrote it."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny")
+    return folder, *tiny_folder(folder)
+
+
+@pytest.fixture
+def weights(tiny, tmp_path) -> Path:
+    """A copy of these files that a test may change."""
+    shutil.copytree(tiny[0], tmp_path / "weights", ignore=shutil.ignore_patterns(".vectors"))
+    return tmp_path / "weights"
+
+
+def test_the_weights_are_those_of_the_files(weights, tiny):
+    """Every tensor of the reference's files is in the model; names and classes come from its text tower."""
+    _, unet, vae, clip = tiny
+    tada = build(config(weights=str(weights), tags="clip", adapter_start="empty"))
+    for ours, reference in ((tada.unet, unet), (tada.vae, vae), (tada.clip, clip)):
+        state = ours.state_dict()
+        for name, x in reference.state_dict().items():
+            assert name.endswith("position_ids") or torch.equal(state[name], x), name
+    with torch.no_grad():
+        ids = tada.tokenizer([f"a photo of a {name}" for name in NAMES])
+        assert error(tada.adapter.classes, clip.text_model(ids).pooler_output) <= BAR
+        empty = clip.text_model(tada.tokenizer([""])).last_hidden_state[0, :32]
+        assert error(tada.adapter.empty, empty) <= BAR
+    assert tada.names.shape == (K, 128) and torch.allclose(tada.names.norm(dim=1), torch.ones(K))
+    assert not any(p.is_meta for p in tada.parameters())
+
+
+def cached(weights: Path) -> list[str]:
+    """The files of cached vectors."""
+    return sorted(file.name for file in (weights / ".vectors").iterdir())
+
+
+def test_vectors_are_cached(weights, monkeypatch):
+    """A second build computes none; another list, other prompts, another CLIP or vocabulary recompute."""
+    options = {"weights": str(weights), "tags": "clip", "classes": ("sea", "snow")}
+    first = build(config(**options))
+    first.cache_words(["owl"])  # in memory only
+    before = cached(weights)
+    assert len(before) == 2 and all(re.fullmatch(r"[0-9a-f]{32}\.safetensors", name) for name in before)
+
+    computed = []
+    compute = vectors_file.name_vectors
+    monkeypatch.setattr(vectors_file, "name_vectors", lambda *a: computed.append(a[2]) or compute(*a))
+    again = build(config(**options))
+    assert not computed and cached(weights) == before
+    assert torch.equal(first.names, again.names)
+    assert torch.equal(first.adapter.classes, again.adapter.classes)
+
+    build(config(**options | {"tags": "classes", "classes": ("snow", "sea")}))
+    build(config(**options | {"tags": "classes", "templates": 80}))
+    assert computed == [("snow", "sea"), ("sea", "snow")] and len(cached(weights)) == 4
+
+    other = build(config())  # another CLIP in the same folder
+    save_file(other.clip.state_dict(), weights / "clip" / "model.safetensors")
+    third = build(config(**options | {"tags": "classes"}))
+    assert len(computed) == 4 and error(third.adapter.classes, first.adapter.classes) > 0.1
+
+    file = weights / "tokenizer" / "vocab.json"
+    vocabulary = json.loads(file.read_text())
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(vocabulary))
+    build(config(**options | {"tags": "classes"}))
+    assert len(computed) == 5
+
+
+def test_files_are_hashed_once(weights, monkeypatch):
+    """CLIP's file has 1.7 GB: a second list of words must not read it again."""
+    files, digest = [], vectors_file.digest
+    monkeypatch.setattr(vectors_file, "digest", lambda file: files.append(file.name) or digest(file))
+    build(config(weights=str(weights), tags="clip"))
+    assert sorted(files) == ["merges.txt", "model.safetensors", "vocab.json"]
+
+
+def test_a_truncated_file_of_vectors_is_rewritten(weights):
+    first = build(config(weights=str(weights)))
+    (name,) = cached(weights)
+    file = weights / ".vectors" / name
+    file.write_bytes(file.read_bytes()[:100])
+    assert torch.equal(build(config(weights=str(weights))).adapter.classes, first.adapter.classes)
+    assert torch.equal(load_file(file)["vectors"], first.adapter.classes)
+
+
+@pytest.mark.parametrize("fault", ["read-only", "full"])
+def test_vectors_that_cannot_be_written_are_not_an_error(weights, fault, monkeypatch):
+    """A read-only folder, a full disk: no file is left, and the model is the same."""
+    if fault == "read-only":
+        (weights / ".vectors").write_bytes(b"")  # a file instead of the folder: root ignores permissions
+        weights.chmod(0o555)
+    else:
+
+        def full(tensors: dict, file: Path) -> None:
+            file.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(vectors_file, "save_file", full)
+    tada = build(config(weights=str(weights)))
+    weights.chmod(0o755)
+    expected = tada.clip.text(tada.tokenizer([f"a photo of a {name}" for name in NAMES]))[1]
+    assert error(tada.adapter.classes, expected) <= BAR
+    assert fault == "read-only" or not cached(weights)
+
+
+def test_random_weights_write_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    build(config(tags="clip")).cache_words(["car"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_seed_determines_the_model():
+    """All initialisation draws from torch's global random state."""
+    first, same, other = (torch.manual_seed(seed) and build(config()).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(x, same[name]) for name, x in first.items())
+    assert not torch.equal(first["adapter.queries"], other["adapter.queries"])
+    assert not torch.equal(first["decoder.classifier.1.weight"], other["decoder.classifier.1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("decoder", "size", "parameters"), [("fpn", "sd15", 7_433_366), ("upernet", "sd15", 38_696_236)]
+)
+def test_sizes_of_the_model_of_the_paper(decoder, size, parameters):
+    """The adapter of 768 and decoders of 256 and 512 (see their tests), for 150 classes; tiny is smaller."""
+    settings = config(model=size, decoder=decoder, classes=tuple(map(str, range(150))), dropout=0.1)
+    with torch.device("meta"):
+        adapter = make_adapter(settings, CLIPConfig(), torch.empty(77, 768), torch.empty(150, 768))
+        head = make_decoder(settings, UNetConfig())
+    assert sum(x.numel() for x in adapter.parameters()) == 25_612_034
+    assert sum(x.numel() for x in head.parameters()) == parameters
+    assert {x.p for x in head.modules() if isinstance(x, nn.Dropout2d)} == {0.1}
+    small = make_decoder(replace(settings, model="tiny"), UNetConfig.tiny())
+    assert sum(x.numel() for x in small.parameters()) < parameters / 10
+
+
+def test_sizes_of_mask2former():
+    """100 queries, 9 layers, width 256 for COCO's 133 classes; tiny has 20, 3 and 64."""
+    settings = config(
+        model="sd15",
+        decoder="mask2former",
+        classes=tuple(map(str, range(133))),
+        things=(True,) * 80 + (False,) * 53,
+    )
+    with torch.device("meta"):
+        head = make_decoder(settings, UNetConfig())
+        small = make_decoder(replace(settings, model="tiny"), UNetConfig.tiny())
+    assert (head.query_features.shape, len(head.layers)) == ((100, 256), 9)
+    assert (small.query_features.shape, len(small.layers)) == ((20, 64), 3)
+    assert head.class_head.out_features == 134 and head.channels == tuple(UNetConfig().channels)
+    assert type(head.pixel_decoder) is DeformablePixelDecoder
+
+
+@pytest.mark.parametrize(("size", "heads"), [("sd15", 8), ("tiny", 4)])
+def test_settings_of_the_adapter(size, heads):
+    """Each setting reaches the adapter; none is the default."""
+    settings = config(model=size, queries=5, blocks=3, adapter_start="random")
+    clip = CLIPConfig() if size == "sd15" else CLIPConfig.tiny()
+    with torch.device("meta"):
+        adapter = make_adapter(
+            settings, clip, torch.empty(77, clip.text.width), torch.empty(K, clip.text.width)
+        )
+    assert adapter.queries.shape == (5, clip.text.width) and len(adapter.blocks) == 3 and adapter.g is None
+    assert {block.attend_text.heads for block in adapter.blocks} == {heads}
+    assert adapter.image.in_features == clip.image.width
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"model": "sd21"}, "unknown model 'sd21': choose sd15 or tiny"),
+        ({"condition": "tags"}, "unknown condition 'tags': choose none, caption, .* or oracle"),
+        ({"decoder": "mask"}, "unknown decoder 'mask': choose fpn, upernet or mask2former"),
+        ({"decoder": "mask2former"}, "--decoder mask2former needs `things` for 5 classes, got 0: .*"),
+        ({"templates": 7}, "--templates 7: choose 1 or 80"),
+    ],
+)
+def test_settings_that_are_refused(options, sentence):
+    with pytest.raises(ModelError, match=f"^{sentence}$"):
+        build(config(**options))
+
+
+@pytest.mark.parametrize("part", ["vae", "unet", "clip", "tokenizer"])
+def test_missing_weights_are_named(weights, part):
+    """With the command that creates them."""
+    shutil.rmtree(weights / part)
+    with pytest.raises((WeightsError, FileNotFoundError), match=rf"{part}.*(weights\.fetch|lab\.pretrain)"):
+        build(config(weights=str(weights)))
+
+
+def test_decay_and_rates():
+    """Decay only for the weights of Linear and Conv layers; the learning rate of the whole UNet is scaled."""
+    tada = build(config(decoder="upernet"))
+    groups = parameter_groups(tada, lr=1e-3, weight_decay=0.01, unet_scale=0.1)
+    settings = {}
+    for group in groups:
+        assert len(group["names"]) == len(group["params"])
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            assert tada.get_parameter(name) is parameter and name not in settings
+            settings[name] = (group["lr"], group["weight_decay"])
+    assert settings.keys() == trained(tada)
+
+    for path, module in tada.named_modules():
+        for name, _ in module.named_parameters(prefix=path, recurse=False):
+            if name in settings:
+                matrix = isinstance(module, (nn.Linear, nn.Conv2d)) and name.endswith(".weight")
+                rate = 1e-4 if name.startswith("unet.") else 1e-3
+                assert settings[name] == (pytest.approx(rate), 0.01 if matrix else 0.0), name
+    samples = {
+        "unet.conv_in.weight": (1e-4, 0.01),
+        "unet.down_blocks.0.resnets.0.norm1.weight": (1e-4, 0),
+        "unet.time_embedding.linear_1.bias": (1e-4, 0),
+        "adapter.queries": (1e-3, 0),
+        "adapter.norm.weight": (1e-3, 0),
+        "adapter.log_scale": (1e-3, 0),
+        "adapter.blocks.1.attend_text.to_q.weight": (1e-3, 0.01),
+        "decoder.classifier.1.weight": (1e-3, 0.01),
+        "decoder.bottleneck.1.weight": (1e-3, 0),
+    }
+    for name, expected in samples.items():
+        assert settings[name] == pytest.approx(expected), name
+
+    frozen = build(config(freeze_unet=True, condition="none"))
+    names = [name for group in parameter_groups(frozen, 1e-3, 0.01) for name in group["names"]]
+    assert sorted(names) == sorted(trained(frozen)) and all(name.startswith("decoder.") for name in names)
