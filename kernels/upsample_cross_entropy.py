@@ -38,7 +38,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from . import IGNORE
+from .reference import IGNORE
 
 CLASSES = 32  # that are taken at once: the lanes of a warp; 150 classes are padded to 160
 SIDE = 16  # pixels, of the largest tile: a stride of 32 takes four of them for each cell
@@ -57,7 +57,7 @@ def upsample_cross_entropy(logits: Tensor, labels: Tensor, ignore: int = IGNORE)
     check(logits)
     assert labels.dtype == torch.int64 and labels.ndim == 3 and len(labels) == len(logits), (
         f"the labels are {labels.dtype} {tuple(labels.shape)}: "
-        f"give one int64 map per picture, ({len(logits)}, H, W)"
+        f"give one int64 map per image, ({len(logits)}, H, W)"
     )
     total, _ = forward(rows(logits), labels.contiguous(), logits.shape[1], ignore)
     return total, (labels != ignore).sum()

@@ -37,14 +37,14 @@ def test_what_is_asked_by_name_is_said():
     kernels.use("triton")
     assert "triton, as asked" in kernels.describe("cpu")
     assert kernels.chosen("cross_attention", torch.empty(1), 40, worth=False)
-    with pytest.raises(AssertionError, match="there is no 'cuda': choose auto, torch or triton"):
+    with pytest.raises(AssertionError, match="unknown kernels 'cuda': choose auto, torch or triton"):
         kernels.use("cuda")
 
 
 def test_without_a_gpu_triton_is_refused_in_one_sentence(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(kernels.ModelError, match="torch sees no GPU here; choose auto or torch"):
+    with pytest.raises(kernels.ModelError, match="torch finds no GPU; choose auto or torch"):
         kernels.use("triton")
 
 

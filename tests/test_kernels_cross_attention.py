@@ -187,40 +187,6 @@ def test_tiles_cover_a_width_and_the_keys():
     assert tiles == [(64, 0, 32), (64, 64, 16), (64, 128, 0), (64, 128, 32), (64, -1, 0)]
 
 
-def exact_maps(q: Tensor, k: Tensor, lengths: Tensor) -> Tensor:
-    """In float64, image by image, without a mask."""
-    maps = torch.zeros(*q.shape[:2], k.shape[1], dtype=torch.float64, device=q.device)
-    for i, length in enumerate(lengths):
-        s = torch.einsum("Nnd,Mnd->nNM", q[i].double(), k[i, :length].double()) * q.shape[-1] ** -0.5
-        maps[i, :, :length] = s.softmax(dim=-1).mean(dim=0)
-    return maps
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("N", "M", "d"), [(17, 5, 24), (100, 77, 40), (63, 171, 160)])
-def test_maps(N, M, d, dtype):
-    """As for the output; the sum of the keys is 1, and the gradient is the reference's."""
-    q, k, *_ = inputs = make(2, N, M, 3, d, dtype)
-    lengths = ragged(2, M)
-    exact = exact_maps(q, k, lengths)
-    _, hidden, *_ = behind(inputs, lengths, torch.nan)
-    ours = module.attention_maps(q, hidden, lengths)
-    plain = reference.attention_maps(q, k, lengths)
-    assert ours.dtype == torch.float32 and ours.shape == (2, N, M)
-    assert error(ours, exact) <= 2 * error(plain, exact)
-    assert torch.allclose(ours.sum(dim=-1), torch.ones(2, N)) and not ours[1, :, 1:].any()
-
-
-def test_the_gradient_of_maps():
-    q, k, _, _ = make(2, 17, 5, 2, 8, torch.float32)
-    q, k, lengths, da = q.requires_grad_(), k.detach().requires_grad_(), ragged(2, 5), torch.randn(2, 17, 5)
-    for ours, plain in zip(
-        *(torch.autograd.grad(attend(q, k, lengths), (q, k), da) for attend in MAPS), strict=True
-    ):
-        assert error(ours, plain) <= 1e-6
-
-
-MAPS = (module.attention_maps, reference.attention_maps)
 MISTAKES = {
     "no mask": (
         'tl.where(tl.arange(0, TILE)[None, :] < count, product(q, k) * scale, float("-inf"))',
@@ -253,18 +219,16 @@ def test_mistakes_are_seen(name, dtype, tmp_path):
 
 def test_the_kernels_run_when_asked_for_by_name(triton_asked, monkeypatch):
     launched = []
-    for name in ("forward", "backward", "maps"):
+    for name in ("forward", "backward"):
         launch = getattr(module, name)
         spy = lambda *x, name=name, launch=launch: launched.append(name) or launch(*x)
         monkeypatch.setattr(module, name, spy)
     inputs = make(2, 3, 5, 2, 8, torch.float32)
     results(kernels.attention, inputs, None)
-    kernels.attention_maps(*inputs[:2])
-    assert launched == ["forward", "backward", "maps"]
+    assert launched == ["forward", "backward"]
     kernels.use("auto")
     results(kernels.attention, inputs, None)
-    kernels.attention_maps(*inputs[:2])
-    assert len(launched) == 3, "a CPU chooses plain torch by itself"
+    assert len(launched) == 2, "a CPU chooses plain torch by default"
 
 
 REFUSALS = {
@@ -381,16 +345,6 @@ def test_a_hundred_runs_give_the_same_bits_on_a_gpu(N, M, d, dtype, gpu):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", GPU_DTYPES)
-@pytest.mark.parametrize(("N", "M", "d"), [(1000, 77, 40), (1024, 150, 80), (250, 300, 160)])
-def test_maps_on_a_gpu(N, M, d, dtype, gpu):
-    """The products of two half-precision numbers are exact in float32: only the order of the sums differs."""
-    q, k, *_ = make(2, N, M, 8, d, dtype, gpu)
-    lengths = ragged(2, M, gpu)
-    assert error(module.attention_maps(q, k, lengths), exact_maps(q, k, lengths)) <= 1e-5
-
-
-@pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [False, True])
 def test_compiled_on_a_gpu(lengths, gpu, monkeypatch):
     """In one graph, forward and backward, with the same bits: the launches are the same."""
@@ -400,9 +354,6 @@ def test_compiled_on_a_gpu(lengths, gpu, monkeypatch):
     compiled = torch.compile(module.cross_attention, fullgraph=True)
     pairs = zip(*(results(x, inputs, lengths) for x in (compiled, module.cross_attention)), strict=True)
     assert all(x.equal(y) for x, y in pairs)
-    maps = torch.compile(module.attention_maps, fullgraph=True)
-    with torch.no_grad():
-        assert maps(*inputs[:2], lengths).equal(module.attention_maps(*inputs[:2], lengths))
 
 
 @pytest.mark.gpu
