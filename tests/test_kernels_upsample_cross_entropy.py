@@ -203,7 +203,7 @@ MISTAKES = {
         "tl.sum((1 - f_column) * gradient, axis=0)",
     ),
     "the label not subtracted": ("gradient -= (k", "gradient -= 0 * (k"),
-    "the sum's own gradient forgotten": ("tl.load(Dtotal) *", "1.0 *"),
+    "the sum's own gradient forgotten": ("tl.load(DTOTAL) *", "1.0 *"),
     "corners aligned": ("(2 * y + 1) * small - size -", "2 * y * (small - 1) * size // (size - 1) -"),
 }
 
