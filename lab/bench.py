@@ -344,9 +344,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.suite == "kernels":
         if not torch.cuda.is_available():
             parser.error("--suite kernels: torch sees no GPU here; --suite cpu needs none")
-        from lab.bench_kernels import Sizes, suite  # imports triton, which has wheels for Linux alone
+        from lab.bench_kernels import Sizes, gpu_clock, suite  # Triton has wheels for Linux only
 
-        return suite(Sizes(torch.device("cuda")), options.out)
+        return suite(Sizes(), gpu_clock, options.out)
     print(header(), flush=True)
     rows = []
     for name in options.only:
