@@ -209,13 +209,13 @@ MISTAKES = {
 
 
 def test_the_right_kernel_passes_the_comparison(tmp_path):
-    module = planted(tmp_path, "upsample_cross_entropy.py", "import torch\n", "import torch\n")
+    module = planted(tmp_path, "kernels/upsample_cross_entropy.py", "import torch\n", "import torch\n")
     assert worst(module) <= 2
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_the_mistake_is_seen(name, tmp_path):
-    assert worst(planted(tmp_path, "upsample_cross_entropy.py", *MISTAKES[name])) > 20
+    assert worst(planted(tmp_path, "kernels/upsample_cross_entropy.py", *MISTAKES[name])) > 20
 
 
 def worst(module) -> float:
