@@ -1,8 +1,8 @@
-"""The one place that chooses how attention, norms and the loss are computed: in plain torch, or by a kernel.
+"""Choose how attention, norms and the loss are computed: in plain torch, or by a Triton kernel.
 
-A kernel is the default only where WINS says that it won the benchmark on that class of GPU; everything else,
-and every CPU, runs the plain torch of reference.py. `use("triton")` asks for the kernels by name: then they
-run, or say why they cannot; nothing falls back silently. Triton is imported when a kernel first runs.
+A kernel is the default only where WINS lists it for that class of GPU; everything else, and every CPU, runs
+the plain torch of reference.py. After `use("triton")` the kernels always run, or raise an error; nothing
+falls back silently. Triton is imported when a kernel first runs.
 """
 
 import os
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from errors import ModelError
 
 from . import reference
+from .reference import IGNORE, RESIDENT, attention_maps
 from .row_attention import row_attention
 
 __all__ = [
@@ -28,13 +29,11 @@ __all__ = [
     "wide_attention",
 ]
 
-# (kernel, compute capability) -> the sizes at which `python -m lab.bench --suite kernels` saw it win. The size is
-# the head width for the kinds of attention, the number of channels for group_norm_silu, that of classes for
+# (kernel, compute capability) -> the sizes at which it won `python -m lab.bench --suite kernels`. The size is
+# the head width for attention, the number of channels for group_norm_silu, and the number of classes for
 # upsample_cross_entropy and upsample_argmax. Empty: no GPU has been measured yet (BENCH.md).
 WINS: dict[tuple[str, tuple[int, int]], frozenset[int]] = {}
-IGNORE = 255  # the label of a pixel that has no class
-MANY = 1024  # keys from which row_attention pays on a CPU: each shape of its products costs a megabyte
-RESIDENT = 160  # keys that cross_attention holds at once; it is the default for contexts up to here alone
+MANY = 1024  # keys from which row_attention is worth a megabyte for each shape of its products on a CPU
 
 _asked = "auto"
 
@@ -42,14 +41,14 @@ _asked = "auto"
 def use(which: str) -> None:
     """Choose for this process: "auto" (by WINS), "torch" (the reference), or "triton" (the kernels)."""
     global _asked
-    assert which in ("auto", "torch", "triton"), f"there is no {which!r}: choose auto, torch or triton"
+    assert which in ("auto", "torch", "triton"), f"unknown kernels {which!r}: choose auto, torch or triton"
     if which == "triton" and not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
-        raise ModelError("kernels triton: torch sees no GPU here; choose auto or torch")
+        raise ModelError("kernels triton: torch finds no GPU; choose auto or torch")
     _asked = which
 
 
 def describe(device: torch.device | str) -> str:
-    """What will run on the device, in one line to print once at the start."""
+    """One line about what will run on the device, to print at the start."""
     device = torch.device(device)
     if _asked != "auto":
         return f"kernels: {_asked}, as asked"
@@ -64,7 +63,7 @@ def describe(device: torch.device | str) -> str:
 def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v for every head: `(B, N, n, d), (B, M, n, d), (B, M, n, d) -> (B, N, n, d)`.
 
-    `lengths (B,)` says how many of the M keys of each image are real (1..M); None means all of them.
+    `lengths (B,)`: how many of the M keys of each image are real (1..M); None means all of them.
     """
     if chosen("cross_attention", q, q.shape[-1], q.dtype != torch.float32 and k.shape[1] <= RESIDENT):
         from .cross_attention import cross_attention
@@ -76,17 +75,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) ->
 
 
 def wide_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attention` of heads too wide for a kernel: the VAE's single one has 512 channels."""
+    """`attention` of heads too wide for a kernel: the VAE has a single one of 512 channels."""
     return plain_attention(q, k, v)
-
-
-def attention_maps(q: Tensor, k: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """What each query attends to: the softmax of `attention`, the mean of the heads; `(B, N, M)` float32."""
-    if chosen("attention_maps", q, q.shape[-1], q.dtype != torch.float32):
-        from .cross_attention import attention_maps as kernel
-
-        return kernel(q, k, lengths)
-    return reference.attention_maps(q, k, lengths)
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
@@ -130,7 +120,7 @@ def upsampled_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention by torch's own operators: bfloat16 by rows of scores on a CPU, and where it won on a GPU."""
+    """Attention in plain torch; bfloat16 by `row_attention` on a CPU, and where it won on a GPU."""
     many = k.shape[1] >= MANY
     rows = many if q.device.type == "cpu" else won("row_attention", q, q.shape[-1])
     if rows and q.dtype == torch.bfloat16 and not torch.is_grad_enabled():
@@ -139,10 +129,10 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def chosen(kernel: str, x: Tensor, size: int, worth: bool = True) -> bool:
-    """Does the Triton kernel run for x? `size` is its key in WINS; `worth` narrows what the table says."""
+    """Whether the Triton kernel runs for x. `size` is its key in WINS; by default only if `worth` holds."""
     return _asked == "triton" or (_asked == "auto" and worth and won(kernel, x, size))
 
 
 def won(kernel: str, x: Tensor, size: int) -> bool:
-    """Does WINS name this kernel for x's GPU and this size?"""
+    """Whether WINS lists this kernel for x's GPU and this size."""
     return x.is_cuda and size in WINS.get((kernel, torch.cuda.get_device_capability(x.device)), ())

@@ -20,12 +20,11 @@ dQ sums over keys and dK, dV over queries, so two kernels share the work. The se
 programs, since few keys alone would leave most of the GPU idle; each program writes its own float32 part, and
 a third kernel adds the parts in their order. No atomic addition: the same inputs give the same bits.
 
-Shapes that fit. A tile's sides must be powers of two, and 40, 80 and 160 are not: a head is two tiles beside
-each other, 32 + 16 (8 of them used), 64 + 16 and 128 + 32, instead of one of 64, 128 and 256. The keys are
-taken likewise: 77 are 64 + 16, 150 are 64 + 64 + 32. Offsets that could overflow 32 bits have 64.
+Shapes that fit. A tile's sides must be powers of two, and 40, 80 and 160 are not: a head is split into two
+tiles, 32 + 16 (8 of them used), 64 + 16 and 128 + 32, instead of one of 64, 128 and 256. The keys are split
+likewise: 77 are 64 + 16, 150 are 64 + 64 + 32. Offsets that could overflow 32 bits have 64.
 
-In this order: the two public functions, what their launches need to know of a shape, the launches, the
-kernels.
+In this order: the public function, block sizes by shape, the launches, the kernels.
 """
 
 from collections.abc import Callable
@@ -37,7 +36,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.library import triton_op, wrap_triton
 
-from . import RESIDENT, reference
+from .reference import RESIDENT
 
 LOG2E = 1.4426950408889634
 
@@ -45,28 +44,18 @@ LOG2E = 1.4426950408889634
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v for every head: `(B, N, n, d), (B, M, n, d), (B, M, n, d) -> (B, N, n, d)`.
 
-    bfloat16 or float16 on a GPU, float16 or float32 in Triton's interpreter; under autocast, what that asks
-    for. d is a multiple of 8 up to 160; N and M are any. Neighbours in d must be neighbours in memory; the
-    other strides are free, so k and v may be slices of one wide product. `lengths (B,)`, int32 or int64: how
-    many keys of each image are real, 1..M (not checked: a GPU would be waited for); None means all. Keys and
-    values that are not real are not read. The same inputs give the same bits, gradients too.
+    bfloat16 or float16 on a GPU, float16 or float32 in Triton's interpreter; under autocast, its type. d is a
+    multiple of 8 up to 160; N and M are any. The stride of d must be 1; the other strides are free, so k and
+    v may be slices of one wide product. `lengths (B,)`, int32 or int64: how many keys of each image are real,
+    1..M (not checked: reading them would synchronise the GPU); None means all. Keys and values that are not
+    real are not read. The same inputs give the same bits, also in the gradients.
     """
-    q, k, v = as_autocast_asks(q, k, v)
+    q, k, v = cast_for_autocast(q, k, v)
     check(q, k, v, lengths)
     return CrossAttention.apply(q, k, v, lengths)
 
 
-def attention_maps(q: Tensor, k: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """The softmax of `cross_attention`, the mean of the heads `(B, N, M)` float32; arguments as there.
-
-    No head's scores are written here; the gradient, which few ask for, is plain torch's.
-    """
-    q, k = as_autocast_asks(q, k)
-    check(q, k, k, lengths)
-    return AttentionMaps.apply(q, k, lengths)
-
-
-def as_autocast_asks(*tensors: Tensor) -> tuple[Tensor, ...]:
+def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     device = tensors[0].device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
@@ -74,7 +63,7 @@ def as_autocast_asks(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
-    """The border: shapes, types and places, so that no device is waited for."""
+    """Check shapes, types, strides and devices only: reading values would synchronise the GPU."""
     (B, N, n, d), M = q.shape, k.shape[1]
     assert k.shape == v.shape == (B, M, n, d) and min(B, N, M, n) > 0, (
         f"q, k and v are {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}: "
@@ -114,28 +103,12 @@ class CrossAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, do: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, lengths, o, sums = ctx.saved_tensors
-        do = do if do.stride(-1) == 1 else do.contiguous()  # what comes from .sum() has stride 0
+        do = do if do.stride(-1) == 1 else do.contiguous()  # the gradient of .sum() has stride 0
         dq, dkv = backward(q, k, v, lengths, o, sums, do)
         return dq, dkv[0], dkv[1], None
 
 
-class AttentionMaps(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, lengths: Tensor | None) -> Tensor:
-        ctx.save_for_backward(q, k, lengths)
-        return maps(q, k, lengths)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, da: Tensor) -> tuple[Tensor, Tensor, None]:
-        q, k, lengths = ctx.saved_tensors
-        with torch.enable_grad():
-            q, k = q.detach().requires_grad_(), k.detach().requires_grad_()
-            a = reference.attention_maps(q, k, lengths)
-        return *torch.autograd.grad(a, (q, k), da), None
-
-
-# What the launches need to know of a shape.
+# Block sizes by shape.
 
 
 def power_of_two(size: int) -> int:
@@ -158,7 +131,7 @@ def split(size: int) -> tuple[int, int]:
 def key_tiles(M: int) -> dict[str, int]:
     """How many keys are in whole tiles, and the side of one more tile for the rest: 77 -> 64 and 16.
 
-    Of long contexts the former is known at run time alone (-1), so that one kernel serves all their lengths.
+    Contexts longer than RESIDENT share one kernel, whose number of keys is a run-time value (WHOLE = -1).
     """
     if M > RESIDENT:
         return {"TILE": KEY_TILE, "WHOLE": -1, "REST": 0}
@@ -169,22 +142,22 @@ def key_tiles(M: int) -> dict[str, int]:
     return {"TILE": KEY_TILE, "WHOLE": whole, "REST": rest}
 
 
-# Rows per block of queries and warps, by the first part of the head's width: what compiles for sm_90 without
-# spills and to its own matrix instructions, which take 64 rows (tests/test_aot_cross_attention.py). No GPU
-# has timed them yet.
+# Rows per block of queries and warps, by the first part of the head's width: these compile for sm_90 without
+# spills and to its own matrix instructions, which take 64 rows (tests/test_kernels_aot_cross_attention.py).
+# Not timed on a GPU yet.
 FORWARD = {16: (64, 4), 32: (128, 8), 64: (128, 8), 128: (64, 8)}
 QUERIES = {16: (64, 4), 32: (64, 4), 64: (64, 4), 128: (64, 8)}  # delta and dQ
 KEYS = {16: (64, 4), 32: (64, 4), 64: (64, 8), 128: (32, 8)}  # dK and dV
-MAPS = {16: (64, 4), 32: (64, 4), 64: (64, 4), 128: (64, 8)}
-STAGES = 2  # a loop computes with one tile while the next one arrives
+STAGES = 2  # a loop loads the next tile while it computes with this one
 KEY_TILE = 64
-PROGRAMS = 132  # multiprocessors of an H100 or H200: so many programs, or a little fewer, share dK and dV
+PROGRAMS = 132  # multiprocessors of an H100 or H200: at most so many programs share dK and dV
 
 
 def query_parts(B: int, N: int, n: int, M: int, rows: int) -> tuple[int, int]:
-    """Into how many parts dK and dV cut the queries, and how many queries each has: by the shape alone.
+    """The number of parts into which dK and dV split the queries, and the queries of each.
 
-    The order of the sums, and so the bits of the result, must not depend on the GPU or on its load.
+    Both depend on the shape alone: the order of the sums, and so the bits of the result, must not depend on
+    the GPU or on its load.
     """
     blocks = triton.cdiv(N, rows)
     parts = max(1, PROGRAMS // (B * n * triton.cdiv(M, KEY_TILE)))
@@ -195,8 +168,8 @@ def query_parts(B: int, N: int, n: int, M: int, rows: int) -> tuple[int, int]:
 def constants(**tensors: Tensor) -> dict[str, int]:
     """What a kernel is compiled for: heads, their width, its two parts, and from one head to the next.
 
-    The last is no run-time argument: loads of 16 bytes need to know that 8 divides it, and of an argument
-    Triton asks only whether 16 does, which does not divide 40.
+    The last is a constant and not an argument: loads of 16 bytes require that 8 divides it, and for arguments
+    Triton only checks whether 16 does, which does not divide 40.
     """
     n, d = tensors["Q"].shape[2:]
     d1, d2 = split(d)
@@ -209,11 +182,11 @@ def strides(*tensors: Tensor) -> list[int]:
     return [x.stride(i) for x in tensors for i in (0, 1)]
 
 
-# The launches. Each is an operator that torch.compile looks into; the interpreter cannot run inside one.
+# The launches. Each is an operator that torch.compile can trace; the interpreter cannot run inside one.
 
 
 def launches(function: Callable) -> Callable:
-    """The operator `tada::...` of the function; on a CPU, where the interpreter runs, the function itself."""
+    """Wrap the function as the operator `tada::...`; on a CPU, for the interpreter, call it directly."""
     operator = triton_op(f"tada::cross_attention_{function.__name__}", function, mutates_args={})
 
     def launch(q: Tensor, *rest: Tensor | None):
@@ -223,7 +196,7 @@ def launches(function: Callable) -> Callable:
 
 
 def on(x: Tensor, kernel: Callable) -> Callable:
-    """The kernel in a form that a compiled graph can hold; on a CPU as it is."""
+    """The kernel, wrapped for torch.compile; on a CPU as it is."""
     return kernel if x.is_cpu else wrap_triton(kernel)
 
 
@@ -268,25 +241,6 @@ def backward(
         size, block = dkv.numel(), 1024
         on(q, sum_kernel)[(triton.cdiv(size, block),)](partial, dkv, size, parts, BLOCK=block)
     return dq, dkv
-
-
-@launches
-def maps(q: Tensor, k: Tensor, lengths: Tensor | None) -> Tensor:
-    """The mean of the heads' P, `(B, N, M)` float32."""
-    (B, N, n, d), M = q.shape, k.shape[1]
-    rows, warps = MAPS[split(d)[0]]
-    compiled = {**constants(Q=q, K=k), "TILE": KEY_TILE, "ROWS": rows}
-    sums = torch.empty(B, n, N, dtype=torch.float32, device=q.device)
-    on(q, sums_kernel)[(n, triton.cdiv(N, rows), B)](
-        q, k, lengths, sums, N, M, d**-0.5 * LOG2E, *strides(q, k),
-        **compiled, num_warps=warps, num_stages=STAGES,
-    )  # fmt: skip
-    a = torch.empty(B, N, M, dtype=torch.float32, device=q.device)
-    on(q, maps_kernel)[(triton.cdiv(M, KEY_TILE), triton.cdiv(N, rows), B)](
-        q, k, lengths, sums, a, N, M, d**-0.5 * LOG2E, *strides(q, k),
-        **compiled, num_warps=warps, num_stages=STAGES,
-    )  # fmt: skip
-    return a
 
 
 # The kernels. Q, K, ... are pointers; q, k, ... are pairs of tiles, the two parts of a head's width. A
@@ -431,7 +385,7 @@ def keys_kernel(
 
 @triton.jit
 def sum_kernel(PARTIAL, OUT, size, parts, BLOCK: tl.constexpr):
-    """The sum of `parts` tensors of `size` numbers that lie one behind the other, in their order."""
+    """The sum of `parts` consecutive tensors of `size` numbers, in their order."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for _ in range(parts):
@@ -441,57 +395,8 @@ def sum_kernel(PARTIAL, OUT, size, parts, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def sums_kernel(
-    Q, K, LENGTHS, SUMS, N, M, scale, q_image, q_row, k_image, k_row,
-    HEADS: tl.constexpr, Q_HEAD: tl.constexpr, K_HEAD: tl.constexpr,
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """L of ROWS queries of one head."""
-    head, image = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
-    first = tl.program_id(1).to(tl.int64) * ROWS
-    length = real_keys(LENGTHS, image, M)
-    Q += image * q_image + head * Q_HEAD + first * q_row
-    K += image * k_image + head * K_HEAD
-    q = load(Q, q_row, N - first, ROWS, D, D1, D2)
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    for key in range(0, length, TILE):
-        k = load(K + tl.cast(key, tl.int64) * k_row, k_row, length - key, TILE, D, D1, D2)
-        _, _, top, total = soften(scores(q, k, scale, length - key, TILE), top, total)
-    row = tl.arange(0, ROWS)
-    tl.store(SUMS + (image * HEADS + head) * N + first + row, top + tl.log2(total), mask=row < N - first)
-
-
-@triton.jit
-def maps_kernel(
-    Q, K, LENGTHS, SUMS, A, N, M, scale, q_image, q_row, k_image, k_row,
-    HEADS: tl.constexpr, Q_HEAD: tl.constexpr, K_HEAD: tl.constexpr,
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """The mean of the heads' P, for ROWS queries and TILE keys."""
-    key, image = tl.program_id(0).to(tl.int64) * TILE, tl.program_id(2).to(tl.int64)
-    first = tl.program_id(1).to(tl.int64) * ROWS
-    length = real_keys(LENGTHS, image, M)
-    Q += image * q_image + first * q_row
-    K += image * k_image + key * k_row
-    SUMS += image * HEADS * N + first
-    A += (image * N + first) * M + key
-    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, TILE)[None, :]
-    a = tl.zeros((ROWS, TILE), tl.float32)
-    for _ in range(HEADS):
-        q = load(Q, q_row, N - first, ROWS, D, D1, D2)
-        k = load(K, k_row, length - key, TILE, D, D1, D2)
-        sums = tl.load(SUMS + row, mask=row < N - first, other=0.0)
-        a += tl.exp2(scores(q, k, scale, length - key, TILE) - sums)
-        Q += Q_HEAD
-        K += K_HEAD
-        SUMS += N
-    tl.store(A + row.to(tl.int64) * M + column, a / HEADS, mask=(row < N - first) & (column < M - key))
-
-
-@triton.jit
 def real_keys(LENGTHS, image, M):
-    """How many of the M keys are the image's own."""
+    """The number of real keys of the image."""
     if LENGTHS is None:
         return M
     else:
@@ -506,7 +411,7 @@ def scores(q, k, scale, count, TILE: tl.constexpr):
 
 @triton.jit
 def soften(s, top, total):
-    """2^(s - the largest score so far), by what powers before shrink, that score, the sum of all powers."""
+    """2^(s - the largest score so far), the factor of earlier powers, that score, the sum of all powers."""
     higher = tl.maximum(top, tl.max(s, 1))
     p, shrink = tl.exp2(s - higher[:, None]), tl.exp2(top - higher)
     return p, shrink, higher, total * shrink + tl.sum(p, 1)
@@ -550,7 +455,7 @@ def load(X, stride, count, ROWS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr
 def store(
     X, stride, count, x, factor, ROWS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr
 ):  # fmt: skip
-    """The opposite of `load`, of x times the factor."""
+    """Store x times the factor, in the layout of `load`."""
     row, left = tl.arange(0, ROWS)[:, None], tl.arange(0, D1)[None, :]
     right = D1 + tl.arange(0, D2)[None, :]
     X += row.to(tl.int64) * stride

@@ -1,4 +1,4 @@
-"""GroupNorm and SiLU in one, on channels-last maps, forward and backward.
+"""GroupNorm and SiLU fused, on channels-last maps, forward and backward.
 
 With g the group of channel c, N = P C/G the values of a group (P = H W pixels, G groups) and sigma the
 logistic function, per image:
@@ -13,21 +13,21 @@ Backward, from dy. The mean and the variance depend on every value of the group,
     dbias_c = sum of dz, dweight_c = sum of dz xhat           over images and pixels
     dx      = rstd_g (weight_c dz - mean of (weight dz) - xhat mean of (weight dz xhat))       means over g
 
-Nothing of z is kept: it costs two multiplications, and reading it would cost as much as reading x.
+z is not stored: it costs two multiplications, and reading it would cost as much as reading x.
 
-How. A group's channels are a short piece of each pixel's row (20 bytes of 640 at C = 320), so a program does
-not take a group: it takes a tile of pixels x 64 channels, whole lines of 128 bytes, and works per channel.
+Tiles. A group's channels are a short piece of each pixel's row (20 bytes of 640 at C = 320), so a program
+does not process a group: it processes tiles of 64 pixels x 64 channels, lines of 128 bytes, per channel.
 Three kernels forward and three backward: sums of each tile over its pixels, per channel; their merge into the
 groups' statistics; the result. The forward pass reads x twice and writes y, the backward pass reads x and dy
 twice and writes dx: 6 and 10 bytes per value in bfloat16, against 18 of eager torch on channels-last maps,
-which first copies to another layout. Where the cache holds the map, the second reading is free.
+which first copies to another layout. If the map fits the cache, the second reading is free.
 
-Large means. Sums of squares lose the variance when the mean is large against the deviation, so a tile's sum
+Large means. Sums of squares lose the variance if the mean is large relative to the deviation, so a tile's sum
 of squares is taken around its own mean, and two sets are joined by (Chan, Golub & LeVeque 1983, Eq. 2.1)
 
     mean = mean_1 + delta n_2 / n       m2 = m2_1 + m2_2 + delta^2 n_1 n_2 / n       delta = mean_2 - mean_1
 
-Every sum has a fixed order, and no program adds to another's result: repeated runs are equal to the bit.
+Every sum has a fixed order and there are no atomic additions: repeated runs are bit-identical.
 """
 
 import torch
@@ -37,10 +37,10 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 # A tile is 64 pixels x 64 channels: rows of 128 bytes, 32 float32 values for each of 128 threads. 64 divides
-# every width of Stable Diffusion; a narrower tile serves the miniatures.
+# every width of Stable Diffusion; the miniatures use narrower tiles.
 PIXELS, CHANNELS, WARPS = 64, 64, 4
-# Tiles that one program reads, one after the other. Up to 64x64 pixels one, to fill the GPU; on larger maps
-# several, so that there are fewer sums to merge.
+# Tiles that one program processes in sequence: one up to 64x64 pixels, to fill the GPU; several on larger
+# maps, so that there are fewer sums to merge.
 MOST_TILES = 8
 MERGED = 64  # sums of tiles that the merge reads at once
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -74,7 +74,7 @@ def tiling(x: Tensor) -> tuple[dict[str, int], tuple[int, int, int]]:
     B, C, H, W = x.shape
     channels = min(CHANNELS, triton.next_power_of_2(C))
     tiles = 1
-    while tiles < MOST_TILES and 4096 * (tiles + 1) <= H * W:  # comparisons, so that H and W may be symbols
+    while tiles < MOST_TILES and 4096 * (tiles + 1) <= H * W:  # comparisons: H and W may be symbols
         tiles += 1
     grid = (triton.cdiv(C, channels), triton.cdiv(H * W, tiles * PIXELS), B)
     return {"PIXELS": PIXELS, "CHANNELS": channels, "TILES": tiles, "num_warps": WARPS}, grid
@@ -114,10 +114,13 @@ def backward(
     sums = torch.empty(2, B, C, dtype=torch.float32, device=x.device)  # over all pixels of an image
     means = torch.empty(2, B, groups, dtype=torch.float32, device=x.device)  # of weight dz (xhat)
 
-    inputs = (dy, x, mean, rstd, weight, bias)
-    wrap_triton(measure_backward)[grid](*inputs, tile_sums, P, C, groups, D=D, **blocks)
+    wrap_triton(measure_backward)[grid](
+        dy, x, mean, rstd, weight, bias, tile_sums, P, C, groups, D=D, **blocks
+    )  # fmt: skip
     wrap_triton(merge_backward)[(groups, B)](tile_sums, weight, sums, means, P, C, S, **merged)
-    wrap_triton(normalize_backward)[grid](*inputs, means, dx, P, C, groups, D=D, **blocks)
+    wrap_triton(normalize_backward)[grid](
+        dy, x, mean, rstd, weight, bias, means, dx, P, C, groups, D=D, **blocks
+    )  # fmt: skip
     return dx, sums.sum(dim=1)
 
 
@@ -140,9 +143,9 @@ forward.register_autograd(differentiate, setup_context=keep)
 
 @triton.jit
 def tile_at(tile, P, C, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Where this program's `tile`-th tile begins, in values; the offsets in it; which of them are real."""
+    """The start of this program's `tile`-th tile, in values; the offsets in it; which of them are real."""
     first = tile * PIXELS
-    start = (tl.program_id(2).to(tl.int64) * P + first) * C  # beyond 2^31 values at batch 64 of the VAE
+    start = (tl.program_id(2).to(tl.int64) * P + first) * C  # over 2^31 values at batch 64 of the VAE
     p = tl.arange(0, PIXELS)
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     return start, p[:, None] * C + c[None, :], (first + p < P)[:, None] & (c < C)[None, :]
@@ -158,7 +161,7 @@ def joined(n1, mean1, m2_1, n2, mean2, m2_2):
 
 
 @triton.jit
-def measure(X, Mean, M2, P, C, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr):
+def measure(X, MEAN, M2, P, C, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr):
     """Each channel's mean and sum of squares around it, over this program's TILES tiles: (B, S, C)."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     n = 0.0
@@ -173,25 +176,15 @@ def measure(X, Mean, M2, P, C, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, TIL
         centred = tl.where(real, x - tile_mean[None, :], 0)
         n, mean, m2 = joined(n, mean, m2, count, tile_mean, tl.sum(centred * centred, axis=0))
     row = (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * C
-    tl.store(Mean + row + c, mean, mask=c < C)
+    tl.store(MEAN + row + c, mean, mask=c < C)
     tl.store(M2 + row + c, m2, mask=c < C)
 
 
 @triton.jit
 def merge(
-    TileMean,
-    TileM2,
-    Mean,
-    Rstd,
-    P,
-    C,
-    S,
-    eps,
-    SPAN: tl.constexpr,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    MERGED: tl.constexpr,
-):
+    TILE_MEAN, TILE_M2, MEAN, RSTD, P, C, S, eps,
+    SPAN: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, MERGED: tl.constexpr,
+):  # fmt: skip
     """One group of one image: mean and rstd from its D channels' S means and sums of squares, (B, G)."""
     g, b, groups = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     d = tl.arange(0, WIDTH)
@@ -200,8 +193,8 @@ def merge(
         s = top + tl.arange(0, MERGED)
         real = (s < S)[:, None] & (d < D)[None, :]
         at = (b * S + s)[:, None] * C + g * D + d[None, :]
-        channel_mean = tl.load(TileMean + at, mask=real, other=0)
-        channel_m2 = tl.load(TileM2 + at, mask=real, other=0)
+        channel_mean = tl.load(TILE_MEAN + at, mask=real, other=0)
+        channel_m2 = tl.load(TILE_M2 + at, mask=real, other=0)
         pixels = tl.minimum(P - s * SPAN, SPAN)[:, None]
         count = tl.where(real, pixels, 0).to(tl.float32)
 
@@ -209,40 +202,29 @@ def merge(
         block_mean = tl.sum(count * channel_mean) / block_n
         delta = channel_mean - block_mean
         n, mean, m2 = joined(n, mean, m2, block_n, block_mean, tl.sum(channel_m2 + count * delta * delta))
-    tl.store(Mean + b * groups + g, mean)
-    tl.store(Rstd + b * groups + g, 1 / tl.sqrt_rn(m2 / n + eps))
+    tl.store(MEAN + b * groups + g, mean)
+    tl.store(RSTD + b * groups + g, 1 / tl.sqrt_rn(m2 / n + eps))
 
 
 @triton.jit
-def channel_values(Mean, Rstd, Weight, Bias, C, groups, D: tl.constexpr, CHANNELS: tl.constexpr):
-    """Of this program's channels: mean and rstd of the group, weight and bias; float32."""
+def channel_values(MEAN, RSTD, WEIGHT, BIAS, C, groups, D: tl.constexpr, CHANNELS: tl.constexpr):
+    """Mean and rstd of the group, weight and bias, for each of this program's channels; float32."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     g = tl.program_id(2) * groups + c // D
-    mean = tl.load(Mean + g, mask=c < C, other=0)
-    rstd = tl.load(Rstd + g, mask=c < C, other=0)
-    weight = tl.load(Weight + c, mask=c < C, other=0).to(tl.float32)
-    bias = tl.load(Bias + c, mask=c < C, other=0).to(tl.float32)
+    mean = tl.load(MEAN + g, mask=c < C, other=0)
+    rstd = tl.load(RSTD + g, mask=c < C, other=0)
+    weight = tl.load(WEIGHT + c, mask=c < C, other=0).to(tl.float32)
+    bias = tl.load(BIAS + c, mask=c < C, other=0).to(tl.float32)
     return mean[None, :], rstd[None, :], weight[None, :], bias[None, :]
 
 
 @triton.jit
 def normalize(
-    X,
-    Y,
-    Mean,
-    Rstd,
-    Weight,
-    Bias,
-    P,
-    C,
-    groups,
-    D: tl.constexpr,
-    PIXELS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    TILES: tl.constexpr,
-):
+    X, Y, MEAN, RSTD, WEIGHT, BIAS, P, C, groups,
+    D: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
     """y, from the statistics."""
-    mean, rstd, weight, bias = channel_values(Mean, Rstd, Weight, Bias, C, groups, D, CHANNELS)
+    mean, rstd, weight, bias = channel_values(MEAN, RSTD, WEIGHT, BIAS, C, groups, D, CHANNELS)
     for i in range(TILES):
         start, offsets, real = tile_at(tl.program_id(1) * TILES + i, P, C, PIXELS, CHANNELS)
         x = tl.load(X + start + offsets, mask=real, other=0).to(tl.float32)
@@ -262,96 +244,63 @@ def dz_xhat(dy, x, mean, rstd, weight, bias):
 
 @triton.jit
 def measure_backward(
-    Dy,
-    X,
-    Mean,
-    Rstd,
-    Weight,
-    Bias,
-    Sums,
-    P,
-    C,
-    groups,
-    D: tl.constexpr,
-    PIXELS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    TILES: tl.constexpr,
-):
+    DY, X, MEAN, RSTD, WEIGHT, BIAS, TILE_SUMS, P, C, groups,
+    D: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
     """Each channel's sum of dz and sum of dz xhat, over this program's TILES tiles: (2, B, S, C)."""
-    mean, rstd, weight, bias = channel_values(Mean, Rstd, Weight, Bias, C, groups, D, CHANNELS)
+    mean, rstd, weight, bias = channel_values(MEAN, RSTD, WEIGHT, BIAS, C, groups, D, CHANNELS)
     sum_dz = tl.zeros([CHANNELS], tl.float32)
     sum_dz_xhat = tl.zeros([CHANNELS], tl.float32)
     for i in range(TILES):
         start, offsets, real = tile_at(tl.program_id(1) * TILES + i, P, C, PIXELS, CHANNELS)
         x = tl.load(X + start + offsets, mask=real, other=0).to(tl.float32)
-        dy = tl.load(Dy + start + offsets, mask=real, other=0).to(tl.float32)  # where not real, dz is 0
+        dy = tl.load(DY + start + offsets, mask=real, other=0).to(tl.float32)  # where not real, dz is 0
         dz, xhat = dz_xhat(dy, x, mean, rstd, weight, bias)
         sum_dz += tl.sum(dz, axis=0)
         sum_dz_xhat += tl.sum(dz * xhat, axis=0)
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     S, B = tl.num_programs(1), tl.num_programs(2)
     row = tl.program_id(2) * S + tl.program_id(1)
-    tl.store(Sums + row * C + c, sum_dz, mask=c < C)
-    tl.store(Sums + (B * S + row) * C + c, sum_dz_xhat, mask=c < C)
+    tl.store(TILE_SUMS + row * C + c, sum_dz, mask=c < C)
+    tl.store(TILE_SUMS + (B * S + row) * C + c, sum_dz_xhat, mask=c < C)
 
 
 @triton.jit
 def merge_backward(
-    TileSums,
-    Weight,
-    Sums,
-    Means,
-    P,
-    C,
-    S,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    MERGED: tl.constexpr,
-):
+    TILE_SUMS, WEIGHT, SUMS, MEANS, P, C, S,
+    D: tl.constexpr, WIDTH: tl.constexpr, MERGED: tl.constexpr,
+):  # fmt: skip
     """One group of one image: its D channels' sums (2, B, C), the means of weight dz (xhat) (2, B, G)."""
     g, b, groups, B = tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1)
     d = tl.arange(0, WIDTH)
     c = g * D + d
-    weight = tl.load(Weight + c, mask=d < D, other=0).to(tl.float32)
+    weight = tl.load(WEIGHT + c, mask=d < D, other=0).to(tl.float32)
     for which in range(2):
         total = tl.zeros([WIDTH], tl.float32)
         for top in range(0, S, MERGED):
             s = top + tl.arange(0, MERGED)
             real = (s < S)[:, None] & (d < D)[None, :]
             row = (which * B + b) * S + s
-            total += tl.sum(tl.load(TileSums + row[:, None] * C + c[None, :], mask=real, other=0), axis=0)
-        tl.store(Sums + (which * B + b) * C + c, total, mask=d < D)
-        tl.store(Means + (which * B + b) * groups + g, tl.sum(weight * total) / (P * D))
+            total += tl.sum(tl.load(TILE_SUMS + row[:, None] * C + c[None, :], mask=real, other=0), axis=0)
+        tl.store(SUMS + (which * B + b) * C + c, total, mask=d < D)
+        tl.store(MEANS + (which * B + b) * groups + g, tl.sum(weight * total) / (P * D))
 
 
 @triton.jit
 def normalize_backward(
-    Dy,
-    X,
-    Mean,
-    Rstd,
-    Weight,
-    Bias,
-    Means,
-    Dx,
-    P,
-    C,
-    groups,
-    D: tl.constexpr,
-    PIXELS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    TILES: tl.constexpr,
-):
+    DY, X, MEAN, RSTD, WEIGHT, BIAS, MEANS, DX, P, C, groups,
+    D: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
     """dx, from the means of weight dz and of weight dz xhat."""
-    mean, rstd, weight, bias = channel_values(Mean, Rstd, Weight, Bias, C, groups, D, CHANNELS)
+    mean, rstd, weight, bias = channel_values(MEAN, RSTD, WEIGHT, BIAS, C, groups, D, CHANNELS)
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     g = tl.program_id(2) * groups + c // D
-    of_dz = tl.load(Means + g, mask=c < C, other=0)[None, :]
-    of_dz_xhat = tl.load(Means + tl.num_programs(2) * groups + g, mask=c < C, other=0)[None, :]
+    of_dz = tl.load(MEANS + g, mask=c < C, other=0)[None, :]
+    of_dz_xhat = tl.load(MEANS + tl.num_programs(2) * groups + g, mask=c < C, other=0)[None, :]
     for i in range(TILES):
         start, offsets, real = tile_at(tl.program_id(1) * TILES + i, P, C, PIXELS, CHANNELS)
         x = tl.load(X + start + offsets, mask=real, other=0).to(tl.float32)
-        dy = tl.load(Dy + start + offsets, mask=real, other=0).to(tl.float32)
+        dy = tl.load(DY + start + offsets, mask=real, other=0).to(tl.float32)
         dz, xhat = dz_xhat(dy, x, mean, rstd, weight, bias)
         dx = rstd * (weight * dz - of_dz - xhat * of_dz_xhat)
-        tl.store(Dx + start + offsets, dx.to(Dx.dtype.element_ty), mask=real)
+        tl.store(DX + start + offsets, dx.to(DX.dtype.element_ty), mask=real)

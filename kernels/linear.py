@@ -1,4 +1,4 @@
-"""A linear layer, by whichever of torch's two ways is the faster one on a CPU."""
+"""A linear layer by the faster of torch's two ways on a CPU."""
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,10 @@ class Linear(nn.Linear):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x `(B, N, C)`, weight `(D, C)`, bias `(D,)` -> `(B, N, D)`; on a CPU in float32 as a 1x1 convolution.
 
-    The numbers are the same to rounding. torch gives convolutions to oneDNN and float32 products to its BLAS,
-    which takes up to twice as long, by the processor (BENCH.md; `python -m lab.bench --only unet clip`). A single
-    thread takes the product: there torch has a slow 1x1 convolution of its own (ATen Convolution.cpp).
+    The results agree to rounding. torch computes convolutions by oneDNN and float32 products by its BLAS,
+    which takes up to twice as long, depending on the processor (BENCH.md; `python -m lab.bench --only unet
+    clip`). A single thread uses the product: there torch has a slow 1x1 convolution of its own (ATen
+    Convolution.cpp).
     """
     if x.device.type != "cpu" or x.dtype != torch.float32 or x.ndim != 3 or torch.get_num_threads() == 1:
         return F.linear(x, weight, bias)

@@ -1,9 +1,9 @@
 """Attention in bfloat16, without gradients, as two matrix products with a softmax between them.
 
 On a CPU torch's fused attention converts every tile to float32 and back. Two products and a softmax are
-faster, by how much depends on the processor (BENCH.md; `python -m lab.bench --only unet vae --dtype bfloat16`),
-if the scores stay in the cache and their memory is not made anew for each block of rows. On a GPU the fused
-kernels stop at 256 channels a head, and the VAE has 512: there all rows are taken at once.
+faster, if the scores stay in the cache and their memory is reused for each block of rows; how much faster
+depends on the processor (BENCH.md; `python -m lab.bench --only unet vae --dtype bfloat16`). On a GPU the
+fused kernels stop at 256 channels a head, and the VAE has 512: there all rows are one block.
 """
 
 import torch

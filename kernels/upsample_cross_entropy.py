@@ -1,21 +1,21 @@
 """Bilinear upsampling with the cross-entropy, or the most likely class, of its result, which is never stored.
 
 Logits `(B, K, h, w)` are upsampled to the labels' `(B, H, W)`. At 512x512 pixels and 150 classes the result
-takes 157 MB in float32 a picture; what is computed from them is one number, or one class a pixel.
+takes 157 MB in float32 per image; what is computed from them is one number, or one class per pixel.
 
-Bilinear interpolation, pixel centres aligned (`align_corners=False`). Row y of the picture lies at
+Bilinear interpolation, pixel centres aligned (`align_corners=False`). Row y of the image lies at
 
     s = (y + 1/2) h/H - 1/2, not less than 0,       i = floor(s),  f = s - i
 
-and takes (1 - f) of logit row i and f of row i + 1, which below the last row is the last row again: there f
+and mixes (1 - f) of logit row i and f of row i + 1, which below the last row is the last row again: there f
 may as well be 0. Columns likewise. So all pixels of one floor (i, j), a cell, mix the same four logits, its
-corners; every pixel lies in one cell, and there are as many cells as logit pixels. A program takes a cell.
+corners; every pixel lies in one cell, and there are as many cells as logit pixels. A program computes a cell.
 Its rows begin where s >= i, the first cell's at 0; in integers, so that cells neither overlap nor leave gaps:
 
     first(i) = ceil(((2 i + 1) H - h) / (2 h)) = ((2 i + 1) H + h - 1) // (2 h)       first(0) = 0
     f = ((2 y + 1) h - H - 2 H i) / (2 H)                                              first(h) = H
 
-Shrinking works as well: then some cells have no pixels.
+Downsampling works as well: then some cells have no pixels.
 
 Forward. With x_k the upsampled logits of a pixel, its loss is log(sum_k exp(x_k)) - x_label. The classes come
 in blocks of 32: m is the largest logit so far and total = sum exp(x_k - m), rescaled whenever m grows. The
@@ -23,9 +23,9 @@ logarithm is kept, one float32 for each pixel.
 
 Backward. d loss / d x_k = exp(x_k - logsumexp) - [k = label], whose sum with the weights (1 - f), f of a
 cell's pixels is the share of each of the four corners. A logit pixel is a corner of four cells, so each cell
-writes its four shares (2.6 MB each for the picture above) and a last kernel adds four shares for each logit:
-nothing is added in memory by two programs, every sum has a fixed order, and repeated runs are equal to the
-bit. Gathering the pixels around each logit instead would compute every exponential four times.
+writes its four shares (2.6 MB each for the image above) and a last kernel adds four shares for each logit:
+there are no atomic additions, every sum has a fixed order, and repeated runs are bit-identical. Gathering the
+pixels around each logit instead would compute every exponential four times.
 
 The lanes of a warp are pixels forward, where the sum runs over classes, and classes backward, where it runs
 over pixels: no sum crosses lanes.
@@ -38,10 +38,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from . import IGNORE
+from .reference import IGNORE
 
-CLASSES = 32  # that are taken at once: the lanes of a warp; 150 classes are padded to 160
-SIDE = 16  # pixels, of the largest tile: a stride of 32 takes four of them for each cell
+CLASSES = 32  # per block: the lanes of a warp; 150 classes are padded to 160
+SIDE = 16  # pixels of the largest tile: at stride 32 a cell has four of them
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -51,13 +51,13 @@ def upsample_cross_entropy(logits: Tensor, labels: Tensor, ignore: int = IGNORE)
 
     logits are bfloat16, float16 or float32, and are copied once unless they are channels-last in memory and
     have whole blocks of 32 classes; labels int64 in 0..K-1 or `ignore`, whose pixels count in neither result.
-    A label that is no class makes the sum NaN: to refuse it would mean to wait for the GPU. Differentiable
-    once, in the logits; the gradient has their type.
+    Any other label makes the sum NaN: raising an error would synchronise the GPU. Differentiable once, in the
+    logits; the gradient has their type.
     """
     check(logits)
     assert labels.dtype == torch.int64 and labels.ndim == 3 and len(labels) == len(logits), (
         f"the labels are {labels.dtype} {tuple(labels.shape)}: "
-        f"give one int64 map per picture, ({len(logits)}, H, W)"
+        f"give one int64 map per image, ({len(logits)}, H, W)"
     )
     total, _ = forward(rows(logits), labels.contiguous(), logits.shape[1], ignore)
     return total, (labels != ignore).sum()
@@ -66,14 +66,14 @@ def upsample_cross_entropy(logits: Tensor, labels: Tensor, ignore: int = IGNORE)
 def upsample_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """The most likely class of every pixel at `size` = (H, W): logits `(B, K, h, w)` -> `(B, H, W)` int64.
 
-    The lowest of equal ones. Where two classes differ by less than the rounding of float32, either may win.
+    The lowest of equal classes. If two differ by less than the rounding of float32, either may win.
     """
     check(logits)
     return most_likely(rows(logits), *size)
 
 
 def check(logits: Tensor) -> None:
-    """The border of both."""
+    """Check type, shape and device of the logits."""
     assert logits.ndim == 4 and logits.dtype in DTYPES and logits.numel() > 0, (
         f"the logits are {logits.dtype} {tuple(logits.shape)}: "
         "give (B, K, h, w) of bfloat16, float16 or float32, not empty"
@@ -84,23 +84,22 @@ def check(logits: Tensor) -> None:
 
 
 def rows(logits: Tensor) -> Tensor:
-    """`(B, K, h, w)` -> `(B, h, w, stride)`: a pixel's classes side by side, in whole blocks.
+    """`(B, K, h, w)` -> `(B, h, w, stride)`: the classes of a pixel contiguous, in whole blocks.
 
-    The classes that are added have the lowest logit there is, which no exponential sees, so the kernels need
-    no masks.
+    The padding is the lowest finite logit, whose exponential is 0, so the kernels need no masks.
     """
     padding = -logits.shape[1] % CLASSES
     return F.pad(logits.permute(0, 2, 3, 1), (0, padding), value=torch.finfo(logits.dtype).min).contiguous()
 
 
 def tiling(h: int, w: int, H: int, W: int) -> dict[str, int]:
-    """The tile of pixels that a program takes at once: a cell's, each side rounded up to a power of two.
+    """The tile of pixels that a program computes at once: a cell's, each side rounded up to a power of two.
 
-    Two pixels a lane share what the corners cost: with one, sum_losses has 28 instructions for each logit of
-    a lane instead of 10 (sm_90).
+    Two pixels per lane share the work of the corners: with one, sum_losses has 28 instructions for each logit
+    of a lane instead of 10 (sm_90).
     """
     rows = columns = 1
-    while rows < SIDE and rows * h < H:  # by comparisons, which torch.compile can make for unknown sizes
+    while rows < SIDE and rows * h < H:  # comparisons: the sizes may be symbols
         rows *= 2
     while columns < SIDE and columns * w < W:
         columns *= 2
@@ -115,9 +114,8 @@ def forward(logits: Tensor, labels: Tensor, K: int, ignore: int) -> tuple[Tensor
     losses = torch.empty(B, h, w, dtype=torch.float32, device=logits.device)  # of each cell
     logsumexp = torch.empty(B, H, W, dtype=torch.float32, device=logits.device)
     wrap_triton(sum_losses)[(w, h, B)](
-        *(logits, labels, losses, logsumexp, ignore, K, stride, h, w, H, W),
-        **tiling(h, w, H, W),
-    )
+        logits, labels, losses, logsumexp, ignore, K, stride, h, w, H, W, **tiling(h, w, H, W),
+    )  # fmt: skip
     return losses.sum(), logsumexp
 
 
@@ -129,14 +127,13 @@ def backward(dtotal: Tensor, logits: Tensor, labels: Tensor, logsumexp: Tensor, 
     dlogits = torch.empty_like(logits)
     blocks = stride // CLASSES
     wrap_triton(share_gradients)[(w * blocks, h, B)](
-        *(logits, labels, logsumexp, shares, ignore, stride, h, w, H, W),
+        logits, labels, logsumexp, shares, ignore, stride, h, w, H, W,
         COLUMNS=min(8, tiling(h, w, H, W)["COLUMNS"]),  # 16 do not fit a lane's registers
-        CLASSES=CLASSES,
-        num_warps=1,
-    )
+        CLASSES=CLASSES, num_warps=1,
+    )  # fmt: skip
     wrap_triton(add_shares)[(w, h, B)](
-        *(shares, dtotal, dlogits, stride), CLASSES=triton.next_power_of_2(stride), num_warps=1
-    )
+        shares, dtotal, dlogits, stride, CLASSES=triton.next_power_of_2(stride), num_warps=1
+    )  # fmt: skip
     return dlogits
 
 
@@ -160,42 +157,39 @@ def most_likely(logits: Tensor, H: int, W: int) -> Tensor:
     """`upsample_argmax` of padded rows."""
     B, h, w, stride = logits.shape
     classes = torch.empty(B, H, W, dtype=torch.int64, device=logits.device)
-    wrap_triton(choose_classes)[(w, h, B)](
-        *(logits, classes, stride, h, w, H, W),
-        **tiling(h, w, H, W),
-    )
+    wrap_triton(choose_classes)[(w, h, B)](logits, classes, stride, h, w, H, W, **tiling(h, w, H, W))
     return classes
 
 
 @triton.jit
 def first_of(i, small, size):
-    """The first row (or column) of the picture in cell i: of `small` cells over `size` pixels."""
+    """The first row (or column) of the image in cell i: of `small` cells over `size` pixels."""
     first = ((2 * i + 1) * size + small - 1) // (2 * small)
     return tl.where(i == 0, 0, tl.where(i == small, size, first))
 
 
 @triton.jit
 def fraction(y, i, small, size):
-    """How far rows (or columns) y lie from logit i towards i + 1; 0 above the first and below the last."""
+    """The fraction from logit i to i + 1 of rows (or columns) y; 0 above the first and below the last."""
     f = tl.maximum((2 * y + 1) * small - size - 2 * size * i, 0).to(tl.float32) / (2 * size)
     return tl.where(i == small - 1, 0, f)
 
 
 @triton.jit
-def load_logits(Logits, i, j, k, stride, h, w):
-    """Classes k of logit pixel (i, j), the last one beyond the edge, of this program's picture; float32."""
+def load_logits(LOGITS, i, j, k, stride, h, w):
+    """Classes k of logit pixel (i, j), clamped at the edge, of this program's image; float32."""
     row, column = tl.minimum(i, h - 1), tl.minimum(j, w - 1)
     at = ((tl.program_id(2).to(tl.int64) * h + row) * w + column) * stride
-    return tl.load(Logits + at + k).to(tl.float32)
+    return tl.load(LOGITS + at + k).to(tl.float32)
 
 
 @triton.jit
-def load_corners(Logits, i, j, k, stride, h, w):
+def load_corners(LOGITS, i, j, k, stride, h, w):
     """Classes k at the cell's corners: left and right of its upper row, then of its lower."""
-    upper_left = load_logits(Logits, i, j, k, stride, h, w)
-    upper_right = load_logits(Logits, i, j + 1, k, stride, h, w)
-    lower_left = load_logits(Logits, i + 1, j, k, stride, h, w)
-    lower_right = load_logits(Logits, i + 1, j + 1, k, stride, h, w)
+    upper_left = load_logits(LOGITS, i, j, k, stride, h, w)
+    upper_right = load_logits(LOGITS, i, j + 1, k, stride, h, w)
+    lower_left = load_logits(LOGITS, i + 1, j, k, stride, h, w)
+    lower_right = load_logits(LOGITS, i + 1, j + 1, k, stride, h, w)
     return upper_left, upper_right, lower_left, lower_right
 
 
@@ -209,27 +203,15 @@ def mixed(upper_left, upper_right, lower_left, lower_right, f_row, f_column):
 
 @triton.jit
 def exp(x):
-    """Not tl.exp, which also serves results below 1e-38, by three more instructions for each logit."""
+    """tl.exp also computes results below 1e-38, at three more instructions for each logit."""
     return tl.exp2(x * 1.4426950408889634)  # log2(e)
 
 
 @triton.jit
 def sum_losses(
-    Logits,
-    Labels,
-    Losses,
-    Logsumexp,
-    ignore,
-    K,
-    stride,
-    h,
-    w,
-    H,
-    W,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CLASSES: tl.constexpr,
-):
+    LOGITS, LABELS, LOSSES, LOGSUMEXP, ignore, K, stride, h, w, H, W,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CLASSES: tl.constexpr,
+):  # fmt: skip
     """One cell: the sum of its pixels' losses (B, h, w); each pixel's logarithm (B, H, W)."""
     j, i, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     bottom, right = first_of(i + 1, h, H), first_of(j + 1, w, W)
@@ -241,50 +223,40 @@ def sum_losses(
             inside = (y < bottom) & (x < right)
             f_row, f_column = fraction(y, i, h, H), fraction(x, j, w, W)
             at = (b.to(tl.int64) * H + y) * W + x
-            label = tl.load(Labels + at, mask=inside, other=0).to(tl.int32)
+            label = tl.load(LABELS + at, mask=inside, other=0).to(tl.int32)
             known = (label >= 0) & (label < K)
 
             largest = tl.full([ROWS * COLUMNS], float("-inf"), tl.float32)
             total = tl.zeros([ROWS * COLUMNS], tl.float32)
             for first in range(0, stride, CLASSES):
                 k = first + tl.arange(0, CLASSES)
-                c00, c01, c10, c11 = load_corners(Logits, i, j, k, stride, h, w)
+                c00, c01, c10, c11 = load_corners(LOGITS, i, j, k, stride, h, w)
                 logit = mixed(
-                    c00[:, None], c01[:, None], c10[:, None], c11[:, None], f_row[None, :], f_column[None, :]
-                )
+                    c00[:, None], c01[:, None], c10[:, None], c11[:, None], f_row[None, :], f_column[None, :],
+                )  # fmt: skip
                 larger = tl.maximum(largest, tl.max(logit, axis=0))
                 total = total * exp(largest - larger) + tl.sum(exp(logit - larger[None, :]), axis=0)
                 largest = larger
-            c00, c01, c10, c11 = load_corners(Logits, i, j, tl.where(known, label, 0), stride, h, w)
+            c00, c01, c10, c11 = load_corners(LOGITS, i, j, tl.where(known, label, 0), stride, h, w)
             of_label = mixed(c00, c01, c10, c11, f_row, f_column)
             logsumexp = tl.where(known, largest + tl.log(total), float("nan"))
             counted = inside & (label != ignore)
             loss += tl.where(counted, logsumexp - of_label, 0)
             # Backward, exp(logit - infinity) makes the gradients of ignored pixels 0.
-            tl.store(Logsumexp + at, tl.where(counted, logsumexp, float("inf")), mask=inside)
-    tl.store(Losses + (b * h + i) * w + j, tl.sum(loss))
+            tl.store(LOGSUMEXP + at, tl.where(counted, logsumexp, float("inf")), mask=inside)
+    tl.store(LOSSES + (b * h + i) * w + j, tl.sum(loss))
 
 
 @triton.jit
 def share_gradients(
-    Logits,
-    Labels,
-    Logsumexp,
-    Shares,
-    ignore,
-    stride,
-    h,
-    w,
-    H,
-    W,
-    COLUMNS: tl.constexpr,
-    CLASSES: tl.constexpr,
-):
+    LOGITS, LABELS, LOGSUMEXP, SHARES, ignore, stride, h, w, H, W,
+    COLUMNS: tl.constexpr, CLASSES: tl.constexpr,
+):  # fmt: skip
     """One cell and one block of classes: each corner's share of the gradients (B, h, w, 4, stride)."""
     blocks = stride // CLASSES
     j, i, b = tl.program_id(0) // blocks, tl.program_id(1), tl.program_id(2)
     k = tl.program_id(0) % blocks * CLASSES + tl.arange(0, CLASSES)
-    c00, c01, c10, c11 = load_corners(Logits, i, j, k, stride, h, w)
+    c00, c01, c10, c11 = load_corners(LOGITS, i, j, k, stride, h, w)
     right = first_of(j + 1, w, W)
     d00 = tl.zeros([CLASSES], tl.float32)
     d01 = tl.zeros([CLASSES], tl.float32)
@@ -296,8 +268,8 @@ def share_gradients(
         for y in range(first_of(i, h, H), first_of(i + 1, h, H)):
             f_row = fraction(y, i, h, H)
             row = (b.to(tl.int64) * H + y) * W + left
-            label = tl.load(Labels + row + tl.arange(0, COLUMNS), mask=x < right, other=ignore).to(tl.int32)
-            logsumexp = tl.load(Logsumexp + row + tl.arange(0, COLUMNS), mask=x < right, other=float("inf"))
+            label = tl.load(LABELS + row + tl.arange(0, COLUMNS), mask=x < right, other=ignore).to(tl.int32)
+            logsumexp = tl.load(LOGSUMEXP + row + tl.arange(0, COLUMNS), mask=x < right, other=float("inf"))
             label = tl.where(label == ignore, -1, label)
 
             logit = mixed(c00[None, :], c01[None, :], c10[None, :], c11[None, :], f_row, f_column)
@@ -309,7 +281,7 @@ def share_gradients(
             d01 += (1 - f_row) * to_right
             d10 += f_row * (to_both - to_right)
             d11 += f_row * to_right
-    cell = Shares + ((b.to(tl.int64) * h + i) * w + j) * 4 * stride + k
+    cell = SHARES + ((b.to(tl.int64) * h + i) * w + j) * 4 * stride + k
     tl.store(cell, d00)
     tl.store(cell + stride, d01)
     tl.store(cell + 2 * stride, d10)
@@ -317,36 +289,28 @@ def share_gradients(
 
 
 @triton.jit
-def add_shares(Shares, Dtotal, Dlogits, stride, CLASSES: tl.constexpr):
+def add_shares(SHARES, DTOTAL, DLOGITS, stride, CLASSES: tl.constexpr):
     """One logit pixel: the shares of the four cells of which it is a corner, its own and the three before."""
     j, i, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     w, h = tl.num_programs(0), tl.num_programs(1)
     k = tl.arange(0, CLASSES)
     real = k < stride
     pixel = (b.to(tl.int64) * h + i) * w + j
-    cell = Shares + 4 * stride * pixel + k
+    cell = SHARES + 4 * stride * pixel + k
     before, above = cell - 4 * stride, cell - 4 * stride * w
     upper_left = tl.load(cell, mask=real, other=0)
     upper_right = tl.load(before + stride, mask=real & (j > 0), other=0)
     lower_left = tl.load(above + 2 * stride, mask=real & (i > 0), other=0)
     lower_right = tl.load(above - 4 * stride + 3 * stride, mask=real & (i > 0) & (j > 0), other=0)
-    dlogits = tl.load(Dtotal) * (upper_left + upper_right + lower_left + lower_right)
-    tl.store(Dlogits + pixel * stride + k, dlogits.to(Dlogits.dtype.element_ty), mask=real)
+    dlogits = tl.load(DTOTAL) * (upper_left + upper_right + lower_left + lower_right)
+    tl.store(DLOGITS + pixel * stride + k, dlogits.to(DLOGITS.dtype.element_ty), mask=real)
 
 
 @triton.jit
 def choose_classes(
-    Logits,
-    Classes,
-    stride,
-    h,
-    w,
-    H,
-    W,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CLASSES: tl.constexpr,
-):
+    LOGITS, OUT, stride, h, w, H, W,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CLASSES: tl.constexpr,
+):  # fmt: skip
     """One cell: the class of the largest logit of each pixel, the lowest of equal ones (B, H, W)."""
     j, i, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     bottom, right = first_of(i + 1, h, H), first_of(j + 1, w, W)
@@ -359,12 +323,12 @@ def choose_classes(
             chosen = tl.zeros([ROWS * COLUMNS], tl.int32)
             for first in range(0, stride, CLASSES):
                 k = first + tl.arange(0, CLASSES)
-                c00, c01, c10, c11 = load_corners(Logits, i, j, k, stride, h, w)
+                c00, c01, c10, c11 = load_corners(LOGITS, i, j, k, stride, h, w)
                 logit = mixed(
-                    c00[:, None], c01[:, None], c10[:, None], c11[:, None], f_row[None, :], f_column[None, :]
-                )
+                    c00[:, None], c01[:, None], c10[:, None], c11[:, None], f_row[None, :], f_column[None, :],
+                )  # fmt: skip
                 large, where = tl.max(logit, axis=0, return_indices=True, return_indices_tie_break_left=True)
                 chosen = tl.where(large > largest, first + where, chosen)
                 largest = tl.maximum(largest, large)
             at = (b.to(tl.int64) * H + y) * W + x
-            tl.store(Classes + at, chosen.to(tl.int64), mask=(y < bottom) & (x < right))
+            tl.store(OUT + at, chosen.to(tl.int64), mask=(y < bottom) & (x < right))

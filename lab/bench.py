@@ -1,17 +1,16 @@
-"""Speed and memory against the libraries a user would take instead, in one run; a table goes out, BENCH.md
-keeps it.
+"""Compare speed and memory with diffusers and transformers, and print a table for BENCH.md.
 
     python -m lab.bench --suite cpu                                      # every row, float32 and bfloat16
-    python -m lab.bench --suite cpu --only unet --dtype float32          # one of them
+    python -m lab.bench --suite cpu --only unet --dtype float32          # one row
     python -m lab.bench --suite cpu --only mask2former mask2former-loss  # forward; forward, loss and backward
     python -m lab.bench --suite kernels                                  # on a GPU: see bench_kernels.py
 
-Both models hold the same weights and see the same input. Their results are compared first: a row whose error
-is too large says FAIL and has no time. Then they run in turns (ours, peer, peer, ours, ...); the table has
-each median, the median of the ratios ours / peer of every turn (below 1: we are faster), and the ratio of the
-fastest runs. Peak memory is taken in a process of its own, one side at a time. A row during which other
-processes take more than 8 % of the CPUs is run again, and says BUSY and has no time after the third try. FAIL
-and BUSY make the exit code 1.
+Both models have the same weights and the same input. Their results are compared first: a row whose error is
+too large reads FAIL and is not timed. Then they run in turns (ours, peer, peer, ours, ...); the table has
+each median, the median of the ratios ours / peer of all turns (below 1: ours is faster), and the ratio of the
+fastest runs. Peak memory is measured in a process of its own for each side. If other processes take more than
+8 % of the CPUs during a row, it runs again; after the third try it reads BUSY and has no time. FAIL and BUSY
+make the exit code 1.
 """
 
 import argparse
@@ -34,15 +33,8 @@ import torch
 from torch import Tensor, nn
 
 from clip import CLIP, pixels
-from lab.bench_mask2former import (
-    learn,
-    learn_peer,
-    maps_and_segments,
-    our_names,
-    peer_mask2former,
-    predict,
-    predict_peer,
-)
+from errors import run_command
+from lab import bench_mask2former as masks
 from mask2former import Mask2Former
 from unet import UNet
 from vae import VAE
@@ -50,13 +42,13 @@ from weights.load import load
 
 BUSY = 0.08  # a second busy process can make a row several times slower
 BOUND = {"float32": 1e-5, "bfloat16": 0.05}  # relative RMS error between ours and the peer
-MASKS_BOUND = {"float32": 1e-4}  # transformers' pixel decoder gives nan in bfloat16
+MASKS_BOUND = {"float32": 1e-4}  # transformers' pixel decoder returns NaN in bfloat16
 MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Side:
-    """A model and one run of it; results are compared part by part, a batch picture by picture."""
+    """A model and one run of it, whose results are compared one by one."""
 
     build: Callable[[], nn.Module]
     run: Callable[[nn.Module, list[Tensor]], Sequence[Tensor]]
@@ -64,14 +56,16 @@ class Side:
 
 @dataclass(frozen=True)
 class Case:
-    """The same work done by two libraries, both with Stable Diffusion v1.5's sizes and random weights."""
+    """The same work by two libraries, both with Stable Diffusion v1.5's sizes and random weights."""
 
     title: str
-    inputs: Callable[[int], list[Tensor]]  # of the picture's side in pixels
+    inputs: Callable[[int], list[Tensor]]  # of the image's side in pixels
     ours: Side
     peer: Side
     names: Callable[[dict], dict] = dict  # the peer's weights under our names
-    bounds: dict[str, float] = field(default_factory=BOUND.copy)  # for every precision that is measured
+    bounds: dict[str, float] = field(
+        default_factory=BOUND.copy
+    )  # of the error, by precision; others are not measured
     mode: Callable = torch.inference_mode
 
 
@@ -127,18 +121,18 @@ CASES = {
     ),
     "mask2former": Case(
         "Mask2Former",
-        maps_and_segments,
-        Side(Mask2Former, predict),
-        Side(peer_mask2former, predict_peer),
-        our_names,
+        masks.maps_and_segments,
+        Side(Mask2Former, masks.predict),
+        Side(masks.peer_mask2former, masks.predict_peer),
+        masks.our_names,
         MASKS_BOUND,
     ),
     "mask2former-loss": Case(
         "Mask2Former, loss, backward",
-        maps_and_segments,
-        Side(Mask2Former, learn),
-        Side(peer_mask2former, learn_peer),
-        our_names,
+        masks.maps_and_segments,
+        Side(Mask2Former, masks.learn),
+        Side(masks.peer_mask2former, masks.learn_peer),
+        masks.our_names,
         MASKS_BOUND,
         torch.enable_grad,
     ),
@@ -146,7 +140,7 @@ CASES = {
 
 
 def compare(name: str, dtype: str, size: int, rounds: int) -> dict:
-    """One row: error, times in turns, ratio; peak memory of each side."""
+    """Measure one row: error, times in turns, ratios; peak memory of each side."""
     torch.manual_seed(0)
     case = CASES[name]
     ours, peer = case.ours.build(), case.peer.build()
@@ -155,7 +149,7 @@ def compare(name: str, dtype: str, size: int, rounds: int) -> dict:
     for _, model in sides:
         model.to(getattr(torch, dtype)).eval()
     inputs = cast(case.inputs(size), dtype)
-    row = {"case": case.title, "picture": size, "dtype": dtype}
+    row = {"case": case.title, "image": size, "dtype": dtype}
     with case.mode():
         mine, theirs = (run(model, inputs) for run, model in sides)  # also the warm-up
         row["error"] = torch.stack([relative(*x) for x in zip(mine, theirs, strict=True)]).max().item()
@@ -179,9 +173,7 @@ def relative(ours: Tensor, peer: Tensor) -> Tensor:
 
 
 def in_turns(sides: list[Callable], rounds: int) -> list[list[float]] | None:
-    """Seconds of every run, A B, B A, A B, ...; None if other processes kept the machine busy three times
-    over.
-    """
+    """Seconds of every run, A B, B A, A B, ...; None if the machine was busy in all of three tries."""
     for _ in range(3):
         times, others = ([], []), cpu_of_others()
         for i in range(rounds):
@@ -199,7 +191,7 @@ def cast(inputs: list[Tensor], dtype: str) -> list[Tensor]:
 
 
 def peak_of_run(name: str, who: str, dtype: str, size: int) -> float:
-    """Peak resident MiB of one run, weights included, imports and building not."""
+    """Peak resident MiB of one run, with the weights, without imports and construction."""
     case = CASES[name]
     side = getattr(case, who)
     with torch.device("meta"):
@@ -207,7 +199,7 @@ def peak_of_run(name: str, who: str, dtype: str, size: int) -> float:
     before = resident()
     model = side.build().to(getattr(torch, dtype)).eval()
     inputs = cast(case.inputs(size), dtype)
-    ctypes.CDLL(None).malloc_trim(0)  # what building left in the heap is not the run's
+    ctypes.CDLL(None).malloc_trim(0)  # free what construction left in the heap
     start_peak()
     with case.mode():
         side.run(model, inputs)
@@ -215,7 +207,7 @@ def peak_of_run(name: str, who: str, dtype: str, size: int) -> float:
 
 
 def compare_loading() -> dict:
-    """3.4 GB of UNet weights from a file in the page cache, every number touched: time and peak memory."""
+    """Load 3.4 GB of UNet weights from a file in the page cache and read them all: time and peak memory."""
     with tempfile.TemporaryDirectory() as folder:
         peer_unet().save_pretrained(folder, max_shard_size="100GB")
         size = sum(x.stat().st_size for x in Path(folder).glob("*.safetensors")) / MIB
@@ -227,7 +219,7 @@ def compare_loading() -> dict:
 
 
 def load_once(side: str, folder: str) -> tuple[float, float]:
-    """Seconds and peak MiB."""
+    """Load the UNet and read every weight; return seconds and peak MiB."""
     with torch.device("meta"):
         model = UNet() if side == "ours" else peer_unet()
     before = resident()
@@ -235,14 +227,13 @@ def load_once(side: str, folder: str) -> tuple[float, float]:
     start = time.perf_counter()
     model = load(model, folder) if side == "ours" else type(model).from_pretrained(folder)
     for parameter in model.parameters():
-        parameter.sum()  # weights may be mapped lazily: read them all
+        parameter.sum()  # the weights may be memory-mapped: read them
     return time.perf_counter() - start, peak() - before
 
 
 def alone(function: Callable, *arguments):
-    """The result of a function in a fresh process, where glibc gives freed blocks over 1 MiB back at once.
-
-    So live tensors are compared, not the holes between them that a heap happens to keep.
+    """Run a function in a new process, where glibc returns freed blocks over 1 MiB to the system at once, so
+    that live tensors are compared and not the fragmentation of the heap.
     """
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(MIB)  # glibc reads it when a process starts
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -250,12 +241,12 @@ def alone(function: Callable, *arguments):
 
 
 def resident() -> float:
-    """MiB of this process that are in memory now."""
+    """Resident MiB of this process now."""
     return float(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / MIB
 
 
 def start_peak() -> None:
-    """Begin a new peak: the highest resident size is forgotten (proc(5), clear_refs)."""
+    """Reset the highest resident size (proc(5), clear_refs)."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -266,7 +257,7 @@ def peak() -> float:
 
 
 def cpu_of_others() -> Callable[[], float]:
-    """A clock: called later, it gives the share of all CPUs that other processes took since."""
+    """Return a function: called later, it returns the share of all CPUs that other processes took since."""
 
     def ticks() -> tuple[int, int, float]:
         user, nice, system, idle, wait, *rest = map(
@@ -285,7 +276,7 @@ def cpu_of_others() -> Callable[[], float]:
 
 
 def header() -> str:
-    """What the numbers were taken on."""
+    """The machine and the versions of a measurement."""
     names = [
         x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x
     ]
@@ -298,68 +289,64 @@ def header() -> str:
     )
 
 
+COLUMNS = dict.fromkeys(["case", "image", "dtype"], "")  # of the table, with their formats
+COLUMNS |= dict.fromkeys(["ours s", "peer s", "ratio", "min ratio"], ".2f")
+COLUMNS |= dict.fromkeys(["ours MiB", "peer MiB"], ",.0f") | {"error": ".1e"}
+
+
 def table(rows: list[dict]) -> str:
-    """Markdown."""
-    columns = [
-        "case",
-        "picture",
-        "dtype",
-        "ours s",
-        "peer s",
-        "ratio",
-        "min ratio",
-        "ours MiB",
-        "peer MiB",
-        "error",
-    ]
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    forms = {"ours s": ".2f", "peer s": ".2f", "ratio": ".2f", "min ratio": ".2f", "error": ".1e"}
-    forms |= {"ours MiB": ",.0f", "peer MiB": ",.0f"}
+    """The rows as a Markdown table; the verdict stands in place of missing numbers."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for row in rows:
-        cells = [format(row[x], forms.get(x, "")) if x in row else row.get("verdict", "") for x in columns]
+        cells = [format(row[x], form) if x in row else row.get("verdict", "") for x, form in COLUMNS.items()]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def cpu_suite(names: list[str], dtypes: list[str], *, size: int, rounds: int, out: str | None) -> int:
+    """Measure and print every row of CASES and "load" in `names`; return the exit code."""
+    print(header(), flush=True)
+    rows = []
+    for name in names:
+        measured = ["float32"] if name == "load" else list(CASES[name].bounds)
+        for dtype in [x for x in dtypes if x in measured] or measured:
+            rows.append(compare_loading() if name == "load" else compare(name, dtype, size, rounds))
+            print(json.dumps(rows[-1]), flush=True)
+    print(table(rows))
+    if out:
+        Path(out).write_text(json.dumps({"machine": header(), "rows": rows}, indent=1))
+    return int(any("verdict" in row for row in rows))
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Measure TADA against its peers.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--suite", choices=["cpu", "kernels"], default="cpu", help="what to measure")
-    parser.add_argument("--only", choices=[*CASES, "load"], nargs="+", default=[*CASES, "load"], help="rows")
-    parser.add_argument("--dtype", choices=list(BOUND), nargs="+", default=list(BOUND), help="precisions")
-    parser.add_argument(
-        "--size",
-        type=int,
-        default=512,
-        help="side of the picture in pixels, a multiple of 64; at least 256 for mask2former-loss",
-    )
-    parser.add_argument("--rounds", type=int, default=7, help="runs of each side per row, at least 3")
-    parser.add_argument("--out", metavar="FILE.json", help="also write every number here")
+    add = parser.add_argument
+    add("--suite", choices=["cpu", "kernels"], default="cpu", help="what to measure")
+    add("--only", choices=[*CASES, "load"], nargs="+", default=[*CASES, "load"], help="rows")
+    add("--dtype", choices=list(BOUND), nargs="+", default=list(BOUND), help="precisions")
+    size = "side of the image in pixels, a multiple of 64; at least 256 for mask2former-loss"
+    add("--size", type=int, default=512, help=size)
+    add("--rounds", type=int, default=7, help="runs of each side per row, at least 3")
+    add("--out", metavar="FILE.json", help="also write all numbers to this file")
     options = parser.parse_args(argv)
     if options.rounds < 3:
-        parser.error(f"--rounds {options.rounds}: a median wants at least 3")
+        parser.error(f"--rounds {options.rounds}: give at least 3 for a median")
     if options.size < 64 or options.size % 64:
         parser.error(f"--size {options.size}: give a multiple of 64")
-    if options.suite == "kernels":
-        if not torch.cuda.is_available():
-            parser.error("--suite kernels: torch sees no GPU here; --suite cpu needs none")
-        from lab.bench_kernels import Sizes, suite  # imports triton, which has wheels for Linux alone
+    if options.suite == "kernels" and not torch.cuda.is_available():
+        parser.error("--suite kernels: torch finds no GPU; --suite cpu needs none")
 
-        return suite(Sizes(torch.device("cuda")), options.out)
-    print(header(), flush=True)
-    rows = []
-    for name in options.only:
-        float32_alone = name == "load" or list(CASES[name].bounds) == ["float32"]
-        for dtype in ["float32"] if float32_alone else options.dtype:
-            rows.append(
-                compare_loading() if name == "load" else compare(name, dtype, options.size, options.rounds)
-            )
-            print(json.dumps(rows[-1]), flush=True)
-    print(table(rows))
-    if options.out:
-        Path(options.out).write_text(json.dumps({"machine": header(), "rows": rows}, indent=1))
-    return int(any("verdict" in row for row in rows))
+    def work() -> int:
+        if options.suite == "kernels":
+            from lab.bench_kernels import Sizes, gpu_clock, suite  # Triton has wheels for Linux only
+
+            return suite(Sizes(), gpu_clock, options.out)
+        numbers = {"size": options.size, "rounds": options.rounds, "out": options.out}
+        return cpu_suite(options.only, options.dtype, **numbers)
+
+    return run_command("bench", work)
 
 
 if __name__ == "__main__":

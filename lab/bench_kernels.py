@@ -1,32 +1,33 @@
-"""`python -m lab.bench --suite kernels`: the Triton kernels on a GPU, against all that torch has for their work.
+"""`python -m lab.bench --suite kernels`: the Triton kernels on a GPU, against torch's ways of the same work.
 
-First what the conclusions of kernels/ rest on: this GPU's own rates of copying and multiplying, of its
-convolutions and of its attention, each way that torch can take. Then one row per shape: our time, the fastest
-peer's, their ratio, and the floor: the bytes that must move at the measured copy rate, or the products at the
-measured rate of products, whichever takes longer. A row is right first: on fresh inputs, in memory that was
-filled with NaN before, ours may be off float64 by at most twice what plain torch is in the same precision,
-and it must repeat itself to the bit. Else it says FAIL, and the exit code is 1.
+One row per shape and direction: our time, the fastest peer's, their ratio, and the floor: the bytes that must
+move at this GPU's measured copy rate, or the products at its measured rate of products, whichever takes
+longer. Correctness comes first: in memory that was filled with NaN, our error against float64 may be at most
+twice that of plain torch in the same precision, and a second run must give the same bits. Otherwise the row
+reads FAIL, is not timed, and the exit code is 1. A peer that fails (out of memory, a shape that it does not
+support) is named with its error.
 
-A time is that of a CUDA graph of several calls, each with inputs of its own, together larger than the cache,
-so that neither launches nor the cache are measured; the median of some replays, ours and its peers in turns.
-A backward time is that of forward and backward less that of forward.
+A time is the median of replays of a CUDA graph (`triton.testing.do_bench_cudagraph`) that calls the function
+on several sets of inputs, together larger than the cache: neither launches nor the cache are measured. Ours
+and the peers run twice each, in mirrored order. The time of backward is that of both passes less forward's.
 
-Top to bottom: times, a row, the cases, the rates, the report.
+In this order: the clock, a row, the cases, the report.
 """
 
 import json
+import math
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import version
+from itertools import chain, product
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -35,63 +36,85 @@ from kernels.cross_attention import cross_attention
 from kernels.group_norm import group_norm_silu
 from kernels.row_attention import row_attention
 from kernels.upsample_cross_entropy import upsample_argmax, upsample_cross_entropy
+from run.folder import commit
 
-ROTATED = 180e6  # bytes of inputs in turn: three times the 60 MB second-level cache of an H200
+Clock = Callable[[Callable[[], object]], float]  # microseconds of one call
+
+ROTATED = 180e6  # bytes of all input sets: three times the 60 MB second-level cache of an H200
 MOST_SETS = 24
-REPLAYS = 9
-SLACK = 2.0  # times plain torch's own error are right, if a case does not say otherwise
-BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
-GOALS = {  # the largest geometric mean of the ratios, ours / best peer, that was aimed at
-    "cross-attention, batch 16, forward": 0.80,
-    "cross-attention, batch 16, backward": 0.60,
-    "cross-attention, batch 2, backward": 0.40,
-    "GroupNorm + SiLU, forward": 0.40,
-    "keys and values, batch 1, forward": 0.25,
-    "keys and values, batch 16, forward": 0.60,
-    "upsampling + cross-entropy, forward": 0.15,
-    "upsampling + cross-entropy, backward": 0.15,
-}
 
 
-# ---- times
+def gpu_clock(work: Callable[[], object]) -> float:
+    """Microseconds of `work` on the GPU, the median of a CUDA graph's replays."""
+    from triton.testing import do_bench_cudagraph  # Triton has wheels for Linux only
+
+    torch.cuda.synchronize()  # the graph runs on a stream of its own
+    return do_bench_cudagraph(work, return_mode="median") * 1e3
 
 
-def microseconds(calls: Sequence[Callable], device: torch.device) -> float:
-    """Of one call; on a CPU by its clock, which only rehearses this file."""
-    if device.type == "cpu":
-        start = time.perf_counter()
-        for call in calls:
-            call()
-        return (time.perf_counter() - start) / len(calls) * 1e6
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        calls[0](), calls[-1]()  # compiles, and chooses algorithms
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for call in calls:
-            call()
-    graph.replay()
-    times = []
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        graph.replay()  # keeps the GPU busy while the CPU hands over what is timed
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times)
+# ---- a row
+
+
+@dataclass(frozen=True)
+class Case:
+    """The same work by our kernel and by torch.
+
+    `inputs()` returns new tensors; `moved` and `products` are the least bytes and floating-point operations
+    of forward and of backward; `key` is the entry of kernels.WINS; an error of `slack` times plain torch's is
+    allowed.
+    """
+
+    name: str
+    inputs: Callable[[], list[Tensor]]
+    ours: Callable[..., Tensor]
+    plain: Callable[..., Tensor]  # in any precision
+    peers: dict[str, Callable[..., Tensor]]
+    moved: tuple[float, float]
+    products: tuple[float, float] = (0.0, 0.0)
+    backward: bool = True
+    key: tuple[str, int] | None = None
+    slack: float = 2.0
+
+
+@dataclass
+class Row:
+    """The measurements of a case in one direction; times are in microseconds, NaN for a wrong result."""
+
+    case: Case
+    direction: str
+    error: float
+    plain_error: float
+    repeats: bool
+    floor: float
+    ours: float = math.nan
+    peers: dict[str, float] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)  # peers without a time: their error
+
+    @property
+    def right(self) -> bool:
+        return self.repeats and self.error <= self.case.slack * self.plain_error + 1e-6
+
+    @property
+    def best(self) -> str:
+        return min(self.peers, key=self.peers.get)
+
+    @property
+    def ratio(self) -> float:
+        """Ours / the fastest peer; infinite if nothing was measured, so that such a row never wins."""
+        return self.ours / self.peers[self.best] if self.right and self.peers else math.inf
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Measured: bytes per second of a copy, read and written; floating-point operations per second."""
+
+    copy: float
+    products: float
 
 
 @contextmanager
-def poisoned() -> Iterator[None]:
-    """New memory is full of NaN: what is not written is seen."""
+def nan_memory() -> Iterator[None]:
+    """Fill new memory with NaN, so that unwritten results are noticed."""
     before = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -102,197 +125,139 @@ def poisoned() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = before
 
 
-# ---- a row
-
-
-@dataclass
-class Case:
-    """The same work done by us and by torch.
-
-    `inputs()` makes fresh ones; `moved` and `products` are the bytes and floating-point operations that
-    forward, and backward, cannot do without. `key` is the entry of kernels.WINS.
-    """
-
-    goal: str
-    name: str
-    inputs: Callable[[], list]
-    ours: Callable[..., Tensor]
-    plain: Callable[..., Tensor]  # torch's, in any precision
-    peers: dict[str, Callable[..., Tensor]]
-    moved: tuple[float, float]
-    products: tuple[float, float] = (0.0, 0.0)
-    backward: bool = True
-    key: tuple[str, int] | None = None
-    slack: float = SLACK
-
-
-@dataclass
-class Row:
-    """What was measured of a case in one direction; without a time if it is wrong."""
-
-    case: str
-    goal: str
-    direction: str
-    error: float
-    plain_error: float
-    repeats: bool
-    floor: float  # microseconds
-    ours: float = float("nan")
-    peers: dict[str, float] = field(default_factory=dict)
-    key: tuple[str, int] | None = None
-    slack: float = SLACK
-
-    @property
-    def right(self) -> bool:
-        return self.error <= self.slack * self.plain_error + 1e-6 and self.repeats
-
-    @property
-    def best(self) -> str:
-        return min(self.peers, key=self.peers.get)
-
-    @property
-    def ratio(self) -> float:
-        return self.ours / self.peers[self.best]
-
-
-def leaves(inputs: list) -> list[Tensor]:
-    return [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
-
-
-def both(function: Callable, inputs: list, seed: Tensor | None) -> list[Tensor]:
-    """The result and, of a seed, the gradients."""
+def evaluate(function: Callable[..., Tensor], inputs: list[Tensor], dy: Tensor | None) -> list[Tensor]:
+    """The result and, given its gradient dy, the gradients of the inputs that require one."""
     y = function(*inputs)
-    return [y] if seed is None else [y, *torch.autograd.grad(y, leaves(inputs), seed)]
+    return [y] if dy is None else [y, *torch.autograd.grad(y, [x for x in inputs if x.requires_grad], dy)]
 
 
-def doubled(inputs: list) -> list:
-    """Inputs in float64."""
-    made = []
-    for x in inputs:
-        wide = isinstance(x, Tensor) and x.is_floating_point()
-        made.append(x.detach().double().requires_grad_(x.requires_grad) if wide else x)
-    return made
+def doubled(x: Tensor) -> Tensor:
+    return x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
 
 
-def error(found: Tensor, exact: Tensor) -> float:
-    """Relative RMS; of labels the share that differs."""
+def error(result: Tensor, exact: Tensor) -> float:
+    """Relative RMS error, infinite for NaN; of class maps, the share that differs."""
     if not exact.is_floating_point():
-        return float((found != exact).double().mean())
-    found, exact = found.detach().double(), exact.detach()
-    return float((found - exact).norm() / exact.norm().clamp(min=1e-30))
+        return (result != exact).double().mean().item()
+    result, exact = result.detach().double(), exact.detach()
+    ratio = ((result - exact).norm() / exact.norm().clamp(min=1e-30)).item()
+    return math.inf if math.isnan(ratio) else ratio
 
 
-def check(case: Case) -> list[tuple[float, float, bool]]:
-    """Per direction: our error, plain torch's, and whether a second run gives the same bits."""
+def check(case: Case, rates: Rates) -> list[Row]:
+    """The rows of a case without times: the worst error of each direction, and whether runs repeat."""
     inputs = case.inputs()
-    with torch.no_grad():
-        like = case.plain(*inputs)
-    seed = torch.randn_like(like) if case.backward else None
-    exact = both(case.plain, doubled(inputs), None if seed is None else seed.double())
-    plain = both(case.plain, inputs, seed)
-    with poisoned():
-        ours, again = (both(case.ours, inputs, seed) for _ in range(2))
-    found = []
-    for part in (slice(0, 1), slice(1, None)):
-        pairs = list(zip(ours[part], plain[part], again[part], exact[part], strict=True))
-        if pairs:
-            errors, theirs, repeats = zip(
-                *((error(a, d), error(b, d), torch.equal(a, c)) for a, b, c, d in pairs), strict=True
-            )
-            worst = max(range(len(errors)), key=lambda i: errors[i] - case.slack * theirs[i])
-            found.append((errors[worst], theirs[worst], all(repeats)))
-    return found
-
-
-def measure(case: Case, rates: "Rates", device: torch.device) -> list[Row]:
-    """Right first, then both directions' times, ours and the peers in turns."""
+    dy = torch.randn_like(case.plain(*inputs)) if case.backward else None
+    exact = evaluate(case.plain, [doubled(x) for x in inputs], None if dy is None else dy.double())
+    plain = evaluate(case.plain, inputs, dy)
+    with nan_memory():
+        ours, again = (evaluate(case.ours, inputs, dy) for _ in range(2))
     rows = []
-    for i, (ours, plain, repeats) in enumerate(check(case)):
-        direction = ("forward", "backward")[i]
+    for i, part in enumerate([slice(1), slice(1, None)][: 1 + case.backward]):
+        errors = [
+            (error(x, z), error(y, z)) for x, y, z in zip(ours[part], plain[part], exact[part], strict=True)
+        ]
+        worst = max(errors, key=lambda pair: pair[0] - case.slack * pair[1])
+        repeats = all(map(torch.equal, ours[part], again[part]))
         floor = max(case.moved[i] / rates.copy, case.products[i] / rates.products) * 1e6
-        numbers = ours, plain, repeats, floor
-        rows.append(Row(case.name, case.goal, direction, *numbers, key=case.key, slack=case.slack))
-    if all(row.right for row in rows):
-        for name, values in time_all(case, device).items():
-            for row, value in zip(rows, values, strict=True):
-                if name == "ours":
-                    row.ours = value
-                else:
-                    row.peers[name] = value
+        rows.append(Row(case, ("forward", "backward")[i], *worst, repeats, floor))
     return rows
 
 
-def time_all(case: Case, device: torch.device) -> dict[str, list[float]]:
-    """Microseconds of ours and of each peer that takes the shape: forward and, if there is one, backward."""
-    first = case.inputs()
-    size = sum(x.numel() * x.element_size() for x in first if isinstance(x, Tensor))
-    count = 1 if device.type == "cpu" else max(2, min(MOST_SETS, int(ROTATED / size) + 1))
-    sets = [first, *(case.inputs() for _ in range(count - 1))]
-    seeds = [[None] * count]
-    if case.backward:
-        seeds.append([torch.randn_like(case.plain(*inputs)) for inputs in sets])
+def measure(case: Case, rates: Rates, clock: Clock) -> list[Row]:
+    """Check the case; if all its rows are right, add the times of ours and of each peer."""
+    rows = check(case, rates)
+    if not all(row.right for row in rows):
+        return rows
+    sets = [case.inputs()]
+    size = sum(x.numel() * x.element_size() for x in sets[0])
+    more = min(MOST_SETS - 1, max(1, int(ROTATED / size))) if sets[0][0].is_cuda else 0
+    sets += [case.inputs() for _ in range(more)]
+    dys = [torch.randn_like(case.plain(*inputs)) for inputs in sets] if case.backward else []
+
     functions = {"ours": case.ours, **case.peers}
-    times: dict[str, list[list[float]]] = {name: [] for name in functions}
-    for turn in (list(functions), list(reversed(functions))):
-        for name in turn:
-            passes = [[partial(both, functions[name], *x) for x in zip(sets, y, strict=True)] for y in seeds]
-            try:
-                times[name].append([microseconds(calls, device) for calls in passes])
-            except torch.OutOfMemoryError:
+    turns, failed = defaultdict(list), {}
+    for name in (*functions, *reversed(functions)):
+        try:
+            if name not in failed:
+                turns[name].append(time_passes(functions[name], sets, dys, clock))
+        except RuntimeError as refusal:  # out of memory, or a backend that does not support the shape
+            if name == "ours":
                 raise
-            except RuntimeError:  # a backend that does not take this shape
-                if name == "ours":
-                    raise
-    found = {}
-    for name, turns in times.items():
-        if turns:
-            forward, *whole = (statistics.mean(x) for x in zip(*turns, strict=True))
-            found[name] = [forward, *(max(x - forward, 1e-3) for x in whole)]  # noise may be larger
-    return found
+            memory = isinstance(refusal, torch.OutOfMemoryError)
+            failed[name] = "out of memory" if memory else str(refusal).partition("\n")[0]
+            turns.pop(name, None)
+    for i, row in enumerate(rows):
+        times = {name: statistics.mean(turn[i] for turn in both) for name, both in turns.items()}
+        row.ours, row.peers, row.failed = times.pop("ours"), times, failed
+    return rows
+
+
+def time_passes(function: Callable, sets: list[list[Tensor]], dys: list[Tensor], clock: Clock) -> list[float]:
+    """Microseconds of forward and, if there are gradients dys, of backward, per set of inputs."""
+
+    def work(gradients: list[Tensor] | list[None]) -> None:
+        for inputs, dy in zip(sets, gradients, strict=True):
+            evaluate(function, inputs, dy)
+
+    forward = clock(lambda: work([None] * len(sets))) / len(sets)
+    if not dys:
+        return [forward]
+    return [forward, max(clock(lambda: work(dys)) / len(sets) - forward, 1e-3)]  # noise may exceed backward
 
 
 # ---- the cases
 
 
-def sdpa(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """torch's attention by one of its backends."""
+@dataclass(frozen=True)
+class Sizes:
+    """The shapes of Stable Diffusion v1.5 at 512x512."""
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(BACKENDS[name]):
-            return reference.attention(q, k, v)
+    device: str = "cuda"
+    dtype: torch.dtype = torch.bfloat16
+    batches: tuple[int, ...] = (16, 2)
+    levels: tuple[tuple[int, int], ...] = ((4096, 40), (1024, 80), (256, 160), (64, 160))  # N, d
+    contexts: tuple[int, ...] = (32, 77, 150)
+    heads: int = 8
+    backends: tuple[str, ...] = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")
+    unet_maps: tuple[tuple[int, int, int], ...] = (  # B, C, side
+        *((16, 320, 64), (16, 960, 64), (16, 640, 32), (16, 1920, 32)),
+        *((16, 1280, 16), (16, 2560, 16), (16, 1280, 8), (2, 320, 64)),
+    )
+    vae_maps: tuple[tuple[int, int, int], ...] = ((4, 128, 512), (4, 256, 256), (4, 512, 128), (4, 512, 64))
+    groups: int = 32
+    logits: tuple[int, int, int, int] = (4, 150, 64, 8)  # B, K, side, stride
+    wide: tuple[int, int, int] = (4, 4096, 512)  # B, N, d
+    compiled: bool = True
 
-    return run
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, device=self.device, dtype=self.dtype)
 
-
-def attention_cases(sizes: "Sizes") -> Iterator[Case]:
-    """Cross-attention at the four levels of the UNet, 512x512; k and v are slices of one product's result."""
-    for batch in sizes.batches:
-        for N, d in sizes.levels:
-            for M in sizes.contexts:
-                n = sizes.heads
-
-                def inputs(B=batch, N=N, M=M, n=n, d=d) -> list[Tensor]:
-                    kv = sizes.random(B, M, 2 * n * d)
-                    k, v = (x.unflatten(-1, (n, d)).detach().requires_grad_() for x in kv.chunk(2, dim=-1))
-                    return [sizes.random(B, N, n, d).requires_grad_(), k, v]
-
-                size, width = sizes.dtype.itemsize, batch * n * d
-                forward = size * width * (2 * N + 2 * M)
-                flops = 4.0 * batch * n * N * M * d
-                yield Case(
-                    f"cross-attention, batch {batch}",
-                    f"cross-attention B {batch} N {N} M {M} d {d}",
-                    inputs,
-                    cross_attention,
-                    reference.attention,
-                    {name: sdpa(name) for name in sizes.backends},
-                    (forward, 2.0 * forward),
-                    (flops, 2.5 * flops),
-                    key=("cross_attention", d),
-                )
+    def peers(self, plain: Callable[..., Tensor]) -> dict[str, Callable[..., Tensor]]:
+        return {"eager": plain} | ({"compiled": torch.compile(plain, dynamic=False)} if self.compiled else {})
 
 
-def norm_cases(sizes: "Sizes") -> Iterator[Case]:
+def attention_cases(sizes: Sizes) -> Iterator[Case]:
+    """Cross-attention at the four levels of the UNet; k and v are slices of one product's result."""
+
+    def by(backend: str) -> Callable[..., Tensor]:
+        return sdpa_kernel(getattr(SDPBackend, backend))(reference.attention)
+
+    n, bytes_each, plain = sizes.heads, sizes.dtype.itemsize, reference.attention
+    peers = {backend: by(backend) for backend in sizes.backends}
+    for B, (N, d), M in product(sizes.batches, sizes.levels, sizes.contexts):
+
+        def inputs(B: int = B, N: int = N, M: int = M, d: int = d) -> list[Tensor]:
+            q, kv = sizes.random(B, N, n, d), sizes.random(B, M, 2 * n, d)
+            return [x.detach().requires_grad_() for x in (q, *kv.chunk(2, dim=2))]
+
+        name, key = f"cross-attention B {B} N {N} M {M} d {d}", ("cross_attention", d)
+        moved, flops = bytes_each * B * n * d * (2.0 * N + 2 * M), 4.0 * B * n * N * M * d
+        costs = (moved, 2 * moved), (flops, 2.5 * flops)
+        yield Case(name, inputs, cross_attention, plain, peers, *costs, key=key)
+
+
+def norm_cases(sizes: Sizes) -> Iterator[Case]:
     """GroupNorm + SiLU on channels-last maps of the UNet and, without gradients, of the autoencoder."""
 
     def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -301,268 +266,87 @@ def norm_cases(sizes: "Sizes") -> Iterator[Case]:
     def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return group_norm_silu(x, sizes.groups, weight, bias, 1e-5)
 
-    compiled = torch.compile(plain, dynamic=False) if sizes.compile else None
-    for part, batch, C, side in sizes.maps:
-        trained = part == "UNet"
+    peers = sizes.peers(plain)
+    for trained, (B, C, side) in [(True, x) for x in sizes.unet_maps] + [(False, x) for x in sizes.vae_maps]:
 
-        def inputs(B=batch, C=C, side=side, trained=trained) -> list[Tensor]:
+        def inputs(B: int = B, C: int = C, side: int = side, trained: bool = trained) -> list[Tensor]:
             x = sizes.random(B, C, side, side).contiguous(memory_format=torch.channels_last)
-            weight, bias = sizes.random(C), sizes.random(C)
-            return [y.detach().requires_grad_(trained) for y in (x, weight, bias)]
+            return [x.requires_grad_(trained) for x in (x, sizes.random(C), sizes.random(C))]
 
-        values = batch * C * side * side * sizes.dtype.itemsize
-        yield Case(
-            "GroupNorm + SiLU",
-            f"GroupNorm + SiLU {part} B {batch} C {C} {side}x{side}",
-            inputs,
-            ours,
-            plain,
-            {"eager": plain} | ({"compiled": compiled} if compiled else {}),
-            (3.0 * values, 5.0 * values),  # x is read twice: 6 bytes a value in bfloat16; backward 10
-            backward=trained,
-            key=("group_norm_silu", C),
-        )
+        name = f"GroupNorm + SiLU {'UNet' if trained else 'VAE'} B {B} C {C} {side}x{side}"
+        values = B * C * side * side * sizes.dtype.itemsize
+        moved = 3.0 * values, 5.0 * values  # x is read twice: 6 bytes a value in bfloat16; backward 10
+        key = ("group_norm_silu", C)
+        yield Case(name, inputs, ours, plain, peers, moved, backward=trained, key=key)
 
 
-def projection_cases(sizes: "Sizes") -> Iterator[Case]:
-    """Keys and values of all cross-attention layers: one product against one Linear each."""
-    widths = [width for width, count in sizes.layers for _ in range(2 * count)]
-    for batch in (1, 16):
-
-        def inputs(B=batch) -> list[Tensor]:
-            return [
-                sizes.random(B, sizes.tokens, sizes.context),
-                *(sizes.random(x, sizes.context) for x in widths),
-            ]
-
-        def together(x: Tensor, *weights: Tensor) -> Tensor:
-            return F.linear(x, torch.cat(weights))
-
-        def alone(x: Tensor, *weights: Tensor) -> Tensor:
-            return [F.linear(x, weight) for weight in weights][-1]
-
-        total = sum(widths)
-        rows = batch * sizes.tokens
-        moved = sizes.dtype.itemsize * (total * sizes.context + rows * (total + sizes.context))
-        yield Case(
-            f"keys and values, batch {batch}",
-            f"keys and values of {len(widths) // 2} layers, B {batch}",
-            inputs,
-            together,
-            together,
-            {"one Linear each": alone},
-            (moved, 0.0),
-            (2.0 * rows * total * sizes.context, 0.0),
-            backward=False,
-        )
-
-
-def loss_cases(sizes: "Sizes") -> Iterator[Case]:
-    """The loss of a map of logits at stride 8 at the picture's size; and the classes of its pixels."""
+def loss_cases(sizes: Sizes) -> Iterator[Case]:
+    """The loss of logits at stride 8 at the size of the image, and the classes of its pixels."""
     B, K, side, stride = sizes.logits
+    large = stride * side
 
-    def inputs(trained: bool) -> list:
-        logits = sizes.random(B, K, side, side).requires_grad_(trained)
-        labels = torch.randint(0, K, (B, stride * side, stride * side), device=sizes.device)
-        labels[:, :3] = 255
-        return [logits, labels]
+    def inputs(trained: bool) -> list[Tensor]:
+        labels = torch.randint(0, K, (B, large, large), device=sizes.device)
+        labels[:, :3] = reference.IGNORE
+        return [sizes.random(B, K, side, side).requires_grad_(trained), labels]
+
+    def upsampled(logits: Tensor) -> Tensor:
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return F.interpolate(logits, (large, large), mode="bilinear", align_corners=False)
+
+    def plain(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(upsampled(logits), labels, ignore_index=reference.IGNORE, reduction="sum")
 
     def ours(logits: Tensor, labels: Tensor) -> Tensor:
         return upsample_cross_entropy(logits, labels)[0]
 
-    def plain(logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(large(logits, labels), labels, ignore_index=255, reduction="sum")
+    def plain_argmax(logits: Tensor, labels: Tensor) -> Tensor:
+        return upsampled(logits).argmax(dim=1)
 
-    def large(logits: Tensor, labels: Tensor) -> Tensor:
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        return F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=False)
+    def our_argmax(logits: Tensor, labels: Tensor) -> Tensor:
+        return upsample_argmax(logits, (large, large))
 
-    pixels = B * (stride * side) ** 2
-    small = B * K * side * side * sizes.dtype.itemsize
-    peers = {"eager": plain} | ({"compiled": torch.compile(plain, dynamic=False)} if sizes.compile else {})
-    yield Case(
-        "upsampling + cross-entropy",
-        f"upsampling + cross-entropy B {B} K {K} {side} -> {stride * side}",
-        lambda: inputs(True),
-        ours,
-        plain,
-        peers,
-        (small + 8.0 * pixels, 2.0 * small + 8.0 * pixels),
-        (10.0 * pixels * K, 20.0 * pixels * K),
-        key=("upsample_cross_entropy", K),
-    )
-
-    def most(logits: Tensor, labels: Tensor) -> Tensor:
-        return large(logits, labels).argmax(dim=1)
-
-    yield Case(
-        "upsampling + arg-max",
-        f"upsampling + arg-max B {B} K {K} {side} -> {stride * side}",
-        lambda: inputs(False),
-        lambda logits, labels: upsample_argmax(logits, tuple(labels.shape[1:])),
-        most,
-        {"eager": most},
-        (small + 8.0 * pixels, 0.0),
-        (10.0 * pixels * K, 0.0),
-        backward=False,
-        key=("upsample_argmax", K),
-    )
+    small, labels, flops = B * K * side**2 * sizes.dtype.itemsize, 8.0 * B * large**2, 10.0 * B * K * large**2
+    shape, peers = f"B {B} K {K} {side} -> {large}", sizes.peers(plain)
+    name, key = f"upsampling + cross-entropy {shape}", ("upsample_cross_entropy", K)
+    costs = (small + labels, 2 * small + labels), (flops, 2 * flops)
+    yield Case(name, partial(inputs, True), ours, plain, peers, *costs, key=key)
+    name, key, peers = f"upsampling + arg-max {shape}", ("upsample_argmax", K), {"eager": plain_argmax}
+    costs, frozen = ((small + labels, 0.0), (flops, 0.0)), partial(inputs, False)
+    yield Case(name, frozen, our_argmax, plain_argmax, peers, *costs, backward=False, key=key)
 
 
-def wide_cases(sizes: "Sizes") -> Iterator[Case]:
+def wide_cases(sizes: Sizes) -> Iterator[Case]:
     """The autoencoder's attention: one head of 512 channels over 64x64 positions, without gradients."""
     B, N, d = sizes.wide
-    size = sizes.dtype.itemsize
-    yield Case(
-        "attention of the autoencoder",
-        f"wide attention B {B} N {N} d {d}",
-        lambda: [sizes.random(B, N, 1, d) for _ in range(3)],
-        row_attention,
-        reference.attention,
-        {"torch's choice": reference.attention},
-        (4.0 * size * B * N * d, 0.0),
-        (4.0 * B * N * N * d, 0.0),
-        backward=False,
-        key=("row_attention", d),
-        slack=3.0,  # its scores are rounded to bfloat16, which torch's are not
-    )
+    plain, peers = reference.attention, {"torch's choice": reference.attention}
+    costs = (4.0 * sizes.dtype.itemsize * B * N * d, 0.0), (4.0 * B * N * N * d, 0.0)
 
+    def inputs() -> list[Tensor]:
+        return [sizes.random(B, N, 1, d) for _ in range(3)]
 
-@dataclass
-class Sizes:
-    """The shapes of Stable Diffusion v1.5 at 512x512; `small` ones rehearse the suite without a GPU."""
-
-    device: torch.device
-    dtype: torch.dtype = torch.bfloat16
-    batches: tuple[int, ...] = (16, 2)
-    levels: tuple[tuple[int, int], ...] = ((4096, 40), (1024, 80), (256, 160), (64, 160))  # N, d
-    contexts: tuple[int, ...] = (32, 77, 150)
-    heads: int = 8
-    backends: tuple[str, ...] = tuple(BACKENDS)
-    maps: tuple[tuple[str, int, int, int], ...] = (  # part, B, C, side
-        ("UNet", 16, 320, 64),
-        ("UNet", 16, 960, 64),
-        ("UNet", 16, 640, 32),
-        ("UNet", 16, 1920, 32),
-        ("UNet", 16, 1280, 16),
-        ("UNet", 16, 2560, 16),
-        ("UNet", 16, 1280, 8),
-        ("UNet", 2, 320, 64),
-        ("VAE", 4, 128, 512),
-        ("VAE", 4, 256, 256),
-        ("VAE", 4, 512, 128),
-        ("VAE", 4, 512, 64),
-    )
-    groups: int = 32
-    layers: tuple[tuple[int, int], ...] = ((320, 5), (640, 5), (1280, 6))  # width, how many
-    context: int = 768
-    tokens: int = 77
-    logits: tuple[int, int, int, int] = (4, 150, 64, 8)  # B, K, side, stride
-    wide: tuple[int, int, int] = (4, 4096, 512)
-    compile: bool = True
-
-    @classmethod
-    def small(cls) -> "Sizes":
-        return cls(
-            torch.device("cpu"),
-            torch.float32,  # the interpreter's bfloat16 is wrong
-            batches=(2,),
-            levels=((40, 8),),
-            contexts=(5,),
-            heads=2,
-            backends=("flash",),
-            maps=(("UNet", 2, 16, 4), ("VAE", 1, 16, 8)),
-            groups=8,
-            layers=((16, 1), (32, 2)),
-            context=24,
-            tokens=7,
-            logits=(1, 5, 3, 4),
-            wide=(1, 20, 24),
-            compile=False,
-        )
-
-    def random(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, device=self.device, dtype=self.dtype)
-
-    def cases(self) -> Iterator[Case]:
-        for made in (attention_cases, norm_cases, projection_cases, loss_cases, wide_cases):
-            yield from made(self)
-
-
-# ---- the rates
-
-
-@dataclass
-class Rates:
-    """Measured: bytes per second of a copy, read and written; operations per second of products."""
-
-    copy: float
-    products: float
-
-
-def measure_rates(sizes: Sizes) -> Rates:
-    """A copy of 1 GiB, a product of 8192 x 8192 matrices."""
-    n, side = (2**29, 8192) if sizes.device.type == "cuda" else (2**16, 64)
-    source = sizes.random(n)
-    target = torch.empty_like(source)
-    a, b = sizes.random(side, side), sizes.random(side, side)
-    copied = microseconds([lambda: target.copy_(source)], sizes.device) * 1e-6
-    multiplied = microseconds([lambda: a @ b], sizes.device) * 1e-6
-    return Rates(2.0 * n * source.element_size() / copied, 2.0 * side**3 / multiplied)
-
-
-def convolutions(sizes: Sizes, rates: Rates) -> Iterator[str]:
-    """3x3 convolutions, channels-last, forward: the largest part of all time, and not ours to write."""
-    shapes = [part for part in sizes.maps if part[2] <= 1280]
-    for part, batch, C, side in shapes:
-        x = sizes.random(batch, C, side, side).contiguous(memory_format=torch.channels_last)
-        weight = sizes.random(C, C, 3, 3).contiguous(memory_format=torch.channels_last)
-        with torch.no_grad():
-            took = microseconds([lambda x=x, w=weight: F.conv2d(x, w, padding=1)] * 3, sizes.device) * 1e-6
-        rate = 18.0 * batch * C * C * side * side / took
-        yield f"| {part} B {batch} C {C} {side}x{side} | {rate / 1e12:,.0f} | {rate / rates.products:.0%} |"
-
-
-def chosen_backend(sizes: Sizes, N: int, M: int, d: int, batch: int) -> str:
-    """The name of the kernel that torch's attention really launches by default."""
-    q, k, v = (sizes.random(batch, length, sizes.heads, d) for length in (N, M, M))
-    reference.attention(q, k, v)
-    if sizes.device.type == "cpu":
-        return "a CPU"
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        reference.attention(q, k, v)
-        torch.cuda.synchronize()
-    events = [x for x in profile.key_averages() if x.device_time_total > 0]
-    return max(events, key=lambda x: x.device_time_total).key[:48] if events else "unknown"
-
-
-def self_attention(sizes: Sizes) -> Iterator[str]:
-    """What each backend needs for the UNet's self-attention, forward and backward; none of it is ours."""
-    batch = sizes.batches[0]
-    for N, d in sizes.levels[:3]:
-        inputs = [sizes.random(batch, N, sizes.heads, d).requires_grad_() for _ in range(3)]
-        seed, found = torch.randn_like(inputs[0]), []
-        for name in sizes.backends:
-            run = sdpa(name)
-            try:
-                forward, whole = (
-                    microseconds([partial(both, run, inputs, x)] * 3, sizes.device) for x in (None, seed)
-                )
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:  # it does not take this shape
-                continue
-            found.append(f"{name} {forward:,.0f} + {whole - forward:,.0f}")
-        yield f"| B {batch} N {N} d {d} | {chosen_backend(sizes, N, N, d, batch)} | {', '.join(found)} |"
+    name, key = f"wide attention B {B} N {N} d {d}", ("row_attention", d)
+    slack = 3.0  # its scores are rounded to bfloat16, torch's are not
+    yield Case(name, inputs, row_attention, plain, peers, *costs, backward=False, key=key, slack=slack)
 
 
 # ---- the report
 
 
-def header(device: torch.device) -> str:
-    versions = f"torch {torch.__version__}, triton {triton.__version__}"
-    if device.type == "cpu":
-        return f"a rehearsal on the CPU, {versions}: the times mean nothing"
+def measure_rates(sizes: Sizes, clock: Clock) -> Rates:
+    """The rates of a copy of 1 GiB and of a product of 8192 x 8192 matrices."""
+    n, side = (2**29, 8192) if sizes.device == "cuda" else (2**16, 64)
+    source, a, b = sizes.random(n), sizes.random(side, side), sizes.random(side, side)
+    target = torch.empty_like(source)
+    copied, multiplied = clock(lambda: target.copy_(source)) * 1e-6, clock(lambda: a @ b) * 1e-6
+    return Rates(2.0 * n * source.element_size() / copied, 2.0 * side**3 / multiplied)
+
+
+def header(device: str) -> str:
+    """The machine, the versions and the commit of a measurement."""
+    versions = f"torch {torch.__version__}, triton {version('triton')}, commit {commit() or 'unknown'}"
+    if device == "cpu":
+        return f"rehearsal on a CPU, {versions}: the times mean nothing"
     major, minor = torch.cuda.get_device_capability()
     cudnn = torch.backends.cudnn.version()
     return f"{torch.cuda.get_device_name()}, sm_{major}{minor}, {versions}, cuDNN {cudnn}, bfloat16"
@@ -570,75 +354,45 @@ def header(device: torch.device) -> str:
 
 def line(row: Row) -> str:
     """A row of the table."""
+    start = f"| {row.case.name} | {row.direction} |"
     if not row.right:
-        why = f"FAIL: error {row.error:.1e}, plain torch {row.plain_error:.1e}"
-        why += "" if row.repeats else ", a second run differs"
-        return f"| {row.case} | {row.direction} | {why} | | | | | |"
-    numbers = (
-        f"{row.ours:,.1f} | {row.peers[row.best]:,.1f} ({row.best}) | {row.ratio:.2f}"
-        if row.peers
-        else "- | - | -"
-    )
-    share = f"{row.floor:,.1f} | {row.floor / row.ours:.0%}"
-    return f"| {row.case} | {row.direction} | {numbers} | {share} | {row.error:.1e} | {row.plain_error:.1e} |"
-
-
-def goals(rows: list[Row]) -> Iterator[str]:
-    """The geometric mean of each goal's ratios, and the worst."""
-    found: dict[str, list[float]] = {}
-    for row in rows:
-        if row.right and row.peers:
-            found.setdefault(f"{row.goal}, {row.direction}", []).append(row.ratio)
-    for goal, ratios in found.items():
-        wanted = f"{GOALS[goal]:.2f}" if goal in GOALS else "-"
-        mean = statistics.geometric_mean(ratios)
-        yield f"| {goal} | {len(ratios)} | {mean:.2f} | {max(ratios):.2f} | {wanted} |"
+        changes = "" if row.repeats else ", a second run differs"
+        return f"{start} FAIL: error {row.error:.1e}, plain torch {row.plain_error:.1e}{changes} |" + 6 * " |"
+    best = f"{row.peers[row.best]:,.1f} ({row.best}) | {row.ratio:.2f}" if row.peers else "- | -"
+    failed = "".join(f"; {name}: {message}" for name, message in row.failed.items())
+    numbers = f"{row.ours:,.1f} | {best} | {row.floor:,.1f} | {row.floor / row.ours:.0%}"
+    return f"{start} {numbers} | {row.error:.1e} | {row.plain_error:.1e}{failed} |"
 
 
 def wins(rows: list[Row]) -> dict[str, list[int]]:
-    """What kernels.WINS should say of this GPU: sizes at which no row was slower than the best peer."""
-    worst: dict[tuple[str, int], float] = {}
+    """The entries of kernels.WINS for this GPU: sizes at which no row was slower than the fastest peer."""
+    ratios, sizes = defaultdict(list), defaultdict(list)
     for row in rows:
-        if row.key:
-            ratio = row.ratio if row.right and row.peers else float("inf")
-            worst[row.key] = max(worst.get(row.key, 0.0), ratio)
-    found: dict[str, list[int]] = {}
-    for (kernel, size), ratio in sorted(worst.items()):
-        if ratio < 1:
-            found.setdefault(kernel, []).append(size)
-    return found
+        if row.case.key:
+            ratios[row.case.key].append(row.ratio)
+    for (kernel, size), values in sorted(ratios.items()):
+        if max(values) < 1:
+            sizes[kernel].append(size)
+    return dict(sizes)
 
 
-def suite(sizes: Sizes, out: str | None = None) -> int:
-    """Measure all, print the tables; the exit code."""
+def suite(sizes: Sizes, clock: Clock, out: str | Path | None = None) -> int:
+    """Measure all cases, print the tables, write them to the JSON file `out`; return the exit code."""
     torch.manual_seed(0)
-    torch.backends.cudnn.benchmark = True
-    torch._dynamo.config.recompile_limit = 64  # a graph per shape: with torch's 8 the ninth would run eagerly
+    torch._dynamo.config.recompile_limit = 64  # a graph per shape: beyond the default of 8 they run eagerly
     print(header(sizes.device), flush=True)
-    rates = measure_rates(sizes)
+    rates = measure_rates(sizes, clock)
     print(f"copy {rates.copy / 1e9:,.0f} GB/s, products {rates.products / 1e12:,.1f} TFLOP/s\n")
-    print("| 3x3 convolution, channels-last | TFLOP/s | of the products' rate |\n|---|---|---|")
-    print("\n".join(convolutions(sizes, rates)), flush=True)
-    print("\n| self-attention | torch's choice | each backend, forward + backward us |\n|---|---|---|")
-    print("\n".join(self_attention(sizes)), flush=True)
-    M, B = sizes.contexts[-1], sizes.batches[0]
-    print("\ncross-attention by torch's choice: ", end="")
-    print(", ".join(f"d {d} {chosen_backend(sizes, N, M, d, B)}" for N, d in sizes.levels[:3]), end="\n\n")
     print("| case | direction | ours us | best peer us | ratio | floor us | share | error | plain |")
     print("|---|---|---|---|---|---|---|---|---|")
     rows: list[Row] = []
-    for case in sizes.cases():
-        new = measure(case, rates, sizes.device)
+    for case in chain.from_iterable(f(sizes) for f in (attention_cases, norm_cases, loss_cases, wide_cases)):
+        new = measure(case, rates, clock)
         rows += new
         print("\n".join(map(line, new)), flush=True)
-    print("\n| goal | rows | mean ratio | worst | wanted |\n|---|---|---|---|---|")
-    print("\n".join(goals(rows)))
     print(f"\nkernels.WINS of this GPU: {wins(rows)}")
     if out:
-        facts: list[dict[str, Any]] = [
-            vars(row) | {"ratio": row.ratio if row.peers else None} for row in rows
-        ]
-        Path(out).write_text(
-            json.dumps({"machine": header(sizes.device), "rates": vars(rates), "rows": facts})
-        )
+        record = [vars(row) | {"case": row.case.name, "ratio": row.ratio} for row in rows]
+        facts = {"machine": header(sizes.device), "rates": vars(rates), "rows": record}
+        Path(out).write_text(json.dumps(facts, indent=1))
     return int(not all(row.right for row in rows))

@@ -1,7 +1,7 @@
-"""Mask2Former beside transformers': the same maps, weights, segments and points, for bench.py and the tests.
+"""Mask2Former and transformers' one, on the same maps, weights, segments and points: for bench.py and tests.
 
-transformers' model takes a picture, and wants maps at strides 4 to 32. So its backbone is replaced by the
-UNet's maps, brought to twice their size, which is 2 % of its forward time; ours does that in the decoder.
+transformers' model takes an image and needs maps at strides 4 to 32. So its backbone is replaced by the
+UNet's maps, upsampled to twice their size, which is 2 % of its forward time; ours does that in the decoder.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from decoders import CHANNELS
 from mask2former import COCO_THINGS, Mask2Former, Target
 
-SEGMENTS = 12  # of the picture, about as many as COCO's have
+SEGMENTS = 12  # per image, about as many as in COCO
 
 NAMES = {  # theirs: ours, in this order
     "model.pixel_level_module.decoder.encoder.": "pixel_decoder.",
@@ -42,7 +42,7 @@ NAMES = {  # theirs: ours, in this order
 
 
 def our_names(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of the reference under our names; packed queries, keys and values are taken apart."""
+    """Rename transformers' tensors to ours; packed queries, keys and values are split."""
     ours = {}
     for name, x in theirs.items():
         for old, new in NAMES.items():
@@ -62,7 +62,7 @@ def our_names(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Maps(nn.Module):
-    """A backbone that gives what it is told to."""
+    """A backbone that returns the maps it was given."""
 
     def forward(self, pixels: Tensor) -> SimpleNamespace:
         return SimpleNamespace(feature_maps=self.maps)
@@ -71,10 +71,10 @@ class Maps(nn.Module):
 def peer_mask2former(
     channels: Sequence[int] = CHANNELS, classes: int = len(COCO_THINGS), **options
 ) -> nn.Module:
-    """transformers' model over given maps; `options` are its configuration's, by default the paper's."""
+    """transformers' model for given maps; `options` are its configuration's, by default the paper's."""
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
 
-    stages = [f"stage{i}" for i in (1, 2, 3, 4)]  # only their widths are of use
+    stages = [f"stage{i}" for i in (1, 2, 3, 4)]  # only their widths are used
     backbone = ResNetConfig(hidden_sizes=list(channels), depths=[1] * 4, out_features=stages)
     config = Mask2FormerConfig(backbone_config=backbone, num_labels=classes, **options)
     model = Mask2FormerForUniversalSegmentation(config)
@@ -93,13 +93,13 @@ def twice(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
-# ---- what is measured: x holds four maps, then classes `(T,)` and masks `(T, H, W)`, 0 or 1, of one picture
+# ---- what is measured: x is four maps, then classes `(T,)` and masks `(T, H, W)`, 0 or 1, of one image
 
 
 def maps_and_segments(
     size: int, channels: Sequence[int] = CHANNELS, classes: int = len(COCO_THINGS)
 ) -> list[Tensor]:
-    """Random maps of a picture of `size` pixels a side, and squares on it."""
+    """Random maps of an image of `size` pixels a side, and squares as its segments."""
     maps = [torch.randn(1, C, size // (8 << i), size // (8 << i)) for i, C in enumerate(channels)]
     masks = torch.zeros(SEGMENTS, size, size)
     for mask in masks:
@@ -109,7 +109,7 @@ def maps_and_segments(
 
 
 def predict(model: Mask2Former, x: list[Tensor]) -> list[Tensor]:
-    """Logits after the last layer, of classes and of masks."""
+    """The class and mask logits after the last layer."""
     prediction = model(x[:4])
     return [prediction.classes[-1], prediction.masks[-1]]
 
@@ -120,7 +120,7 @@ def predict_peer(model: nn.Module, x: list[Tensor]) -> list[Tensor]:
 
 
 def learn(model: Mask2Former, x: list[Tensor]) -> list[Tensor]:
-    """The loss, and how large its gradients are: of each map, and of all weights together."""
+    """The loss, and the norms of its gradients: of each map, and of all weights together."""
     *maps, classes, masks = x
     maps = [x.detach().requires_grad_() for x in maps]
     torch.manual_seed(0)  # equal seeds, equal points
@@ -137,8 +137,8 @@ def learn_peer(model: nn.Module, x: list[Tensor]) -> list[Tensor]:
 
 
 def backward(loss: Tensor, maps: list[Tensor], model: nn.Module) -> list[Tensor]:
-    """Sizes, since rounding picks one of two equally uncertain points: that turns a gradient by up to 7e-4 in
-    float32 (5e-9 in float64), and leaves its size alone.
+    """Norms, since rounding decides which of two equally uncertain points is taken: that rotates a gradient
+    by up to 7e-4 in float32 (5e-9 in float64) and keeps its norm.
     """
     gradients = torch.autograd.grad(loss, [*maps, *model.parameters()])
     sizes = [x.norm() for x in gradients[: len(maps)]]

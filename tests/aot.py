@@ -6,7 +6,7 @@ driver that only says which GPU to compile for; `calls` calls the public functio
 device. So what is compiled is what a user's call would launch: the same table of block sizes, and arguments
 specialised (a stride that 16 divides, say) by the same code of Triton. Nothing runs.
 
-    python tests/aot.py test_aot:cross_attention        prints the table of a test's calls
+    python tests/aot.py test_kernels_aot_cross_attention:on_hopper 90      prints a table of its calls
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""What the tests share that needs no reference model: bars and errors, memory that begins as NaN, mistakes.
+"""Helpers of the tests that need no reference model: bars and errors, memory filled with NaN, mistakes.
 
 A kernel's bar: against float64, its error is at most twice that of plain torch in the kernel's own precision.
 """
@@ -26,11 +26,11 @@ def error(ours: Tensor, exact: Tensor) -> float:
 
 
 def gradients(loss: Tensor, model: nn.Module, **leaves: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Of a loss, by every parameter and leaf that it depends on: by name, and all in one vector."""
+    """The gradients of a loss by all parameters and leaves that it depends on: by name, and as one vector."""
     names = dict(model.named_parameters()) | leaves
-    found = torch.autograd.grad(loss, names.values(), allow_unused=True)
-    found = {name: x for name, x in sorted(zip(names, found, strict=True)) if x is not None}
-    return found, torch.cat([x.flatten() for x in found.values()])
+    values = torch.autograd.grad(loss, names.values(), allow_unused=True)
+    named = {name: x for name, x in sorted(zip(names, values, strict=True)) if x is not None}
+    return named, torch.cat([x.flatten() for x in named.values()])
 
 
 def results(
@@ -47,18 +47,25 @@ def excess(
     plain: Callable[..., Tensor],
     inputs: Sequence[Tensor],
     dy: Tensor,
-    dtype: torch.dtype | None = None,
+    *,
+    kernel_inputs: Sequence[Tensor] | None = None,
+    floor: float = 0.0,
 ) -> list[float]:
-    """How many times the error of plain torch the kernel's is, for the value and each gradient.
+    """The ratio of the kernel's error to that of plain torch, for the value and each gradient.
 
-    Plain torch computes in `dtype`, by default that of the first input; the kernel takes inputs as they are.
-    To torch's error comes float32's last half bit: sums of a few numbers are that exact, and then which of
-    two orders is the luckier is chance.
+    Plain torch computes in the type of the first input; the kernel takes `kernel_inputs`, by default the
+    inputs as they are. To torch's error are added `floor` and float32's last half bit: sums of a few numbers
+    are that exact, and then it is chance which of two orders has the smaller error.
     """
     exact = results(plain, inputs, dy, torch.float64)
-    same = results(plain, inputs, dy, dtype or inputs[0].dtype)
-    ours = results(kernel, inputs, dy)
-    return [error(x, z) / (error(y, z) + 2**-24) for x, y, z in zip(ours, same, exact, strict=True)]
+    same = results(plain, inputs, dy, inputs[0].dtype)
+    ours = results(kernel, inputs if kernel_inputs is None else kernel_inputs, dy)
+    ratios = []
+    for x, y, z in zip(ours, same, exact, strict=True):
+        assert x.shape == z.shape, f"{tuple(x.shape)} is not {tuple(z.shape)}"
+        allowed = (y.double() - z).norm() + 2**-24 * z.norm() + floor
+        ratios.append(((x.double() - z).norm() / allowed).nan_to_num(torch.inf).item())
+    return ratios
 
 
 @pytest.fixture
@@ -79,12 +86,16 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def planted(folder: Path, file: str, right: str, wrong: str) -> types.ModuleType:
-    """The kernel's module with `right` replaced by `wrong` wherever it stands; its operators are its own."""
-    source = (ROOT / "kernels" / file).read_text()
-    assert right in source, f"{file} no longer says {right!r}: plant the mistake where it now belongs"
-    copy = folder / f"mistaken_{file}"
+    """The module of `file` with `right` replaced by `wrong` everywhere; its operators have their own names.
+
+    The copy is a file, since Triton reads the source of a kernel; it belongs to the package of the original.
+    """
+    source = (ROOT / file).read_text()
+    assert right in source, f"{file} no longer has {right!r}: plant the mistake where it now belongs"
+    copy = folder / f"mistaken_{Path(file).name}"
     copy.write_text(source.replace(right, wrong).replace('"tada::', f'"{folder.name}::'))
-    spec = importlib.util.spec_from_file_location(f"kernels.{folder.name}_{copy.stem}", copy)
+    name = ".".join([*Path(file).parent.parts, f"{folder.name}_{copy.stem}"])
+    spec = importlib.util.spec_from_file_location(name, copy)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

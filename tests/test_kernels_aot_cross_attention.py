@@ -1,6 +1,6 @@
 """What the launched configurations of the cross-attention kernels become on sm_80, sm_90 and sm_100.
 
-python tests/aot.py test_aot_cross_attention:everything 80 90 100        prints the whole table
+python tests/aot.py test_kernels_aot_cross_attention:everything 80 90 100        prints the whole table
 """
 
 from collections.abc import Callable
@@ -11,11 +11,11 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._library.triton import set_wrap_triton_enabled
 
-from kernels.cross_attention import attention_maps, cross_attention
+from kernels.cross_attention import cross_attention
 
 QUERIES = {40: 4096, 80: 1024, 160: 256}  # by head width, of Stable Diffusion v1.5 at 512 x 512
 WIDE = 24960  # all layers' keys and values come from one product
-KERNELS = {"forward_kernel", "queries_kernel", "keys_kernel", "sum_kernel", "sums_kernel", "maps_kernel"}
+KERNELS = {"forward_kernel", "queries_kernel", "keys_kernel", "sum_kernel"}
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
@@ -33,37 +33,26 @@ def call(d: int, M: int, dtype: torch.dtype = BF16, B: int = 2, ragged: bool = T
     return launch
 
 
-def look(d: int, M: int, dtype: torch.dtype = BF16) -> Callable:
-    q, k = (torch.empty(2, x, 8, d, dtype=dtype, device="meta") for x in (QUERIES[d], M))
-
-    def launch() -> None:
-        with set_wrap_triton_enabled(False):
-            attention_maps(q, k)
-
-    return launch
-
-
 def on_hopper() -> dict[str, Callable]:
     """Every width with one, two and three tiles of keys; the rest where it is hardest, and the smallest."""
     calls = {f"d {d}, {M} keys": call(d, M) for d in QUERIES for M in (32, 77, 150)}
     calls |= {"d 160, 1024 keys": call(160, 1024), "d 160, 150 keys, float16": call(160, 150, FP16)}
     calls |= {"d 160, no lengths, batch 16": call(160, 150, B=16, ragged=False), "d 8, 5 keys": call(8, 5)}
-    return calls | {f"maps, d {d}": look(d, 150) for d in QUERIES}
+    return calls
 
 
 def elsewhere() -> dict[str, Callable]:
     """The kind of context that takes most registers and memory."""
-    return {f"d {d}, 150 keys": call(d, 150) for d in QUERIES} | {"maps, d 160": look(160, 150)}
+    return {f"d {d}, 150 keys": call(d, 150) for d in QUERIES}
 
 
 def everything() -> dict[str, Callable]:
-    calls = {
+    return {
         f"d {d}, {M} keys, {dtype}": call(d, M, dtype)
         for dtype in (BF16, FP16)
         for d in (*QUERIES, *range(8, 161, 8))
         for M in (5, 32, 77, 100, 150, 1024)
     }
-    return calls | {f"maps, d {d}, {dtype}": look(d, 150, dtype) for dtype in (BF16, FP16) for d in QUERIES}
 
 
 def graphs() -> dict[str, Callable]:
@@ -95,7 +84,7 @@ def multiplies(x: Compiled) -> bool:
 
 
 def test_torch_compile_sees_the_kernels():
-    """Nothing is left outside the graphs; the values are checked on a GPU (tests/test_cross_attention.py)."""
+    """Nothing is left outside the graphs; test_kernels_cross_attention.py checks the values on a GPU."""
     compiled(graphs, (90,))
 
 

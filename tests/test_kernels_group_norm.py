@@ -204,13 +204,13 @@ MISTAKES = {
 
 
 def test_the_right_kernel_passes_the_comparison(tmp_path):
-    module = planted(tmp_path, "group_norm.py", "import torch", "import torch")
+    module = planted(tmp_path, "kernels/group_norm.py", "import torch", "import torch")
     assert worst(module) <= 2
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_the_mistake_is_seen(name, tmp_path):
-    assert worst(planted(tmp_path, "group_norm.py", *MISTAKES[name])) > 20
+    assert worst(planted(tmp_path, "kernels/group_norm.py", *MISTAKES[name])) > 20
 
 
 def worst(module) -> float:

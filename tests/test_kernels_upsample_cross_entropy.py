@@ -203,19 +203,19 @@ MISTAKES = {
         "tl.sum((1 - f_column) * gradient, axis=0)",
     ),
     "the label not subtracted": ("gradient -= (k", "gradient -= 0 * (k"),
-    "the sum's own gradient forgotten": ("tl.load(Dtotal) *", "1.0 *"),
+    "the sum's own gradient forgotten": ("tl.load(DTOTAL) *", "1.0 *"),
     "corners aligned": ("(2 * y + 1) * small - size -", "2 * y * (small - 1) * size // (size - 1) -"),
 }
 
 
 def test_the_right_kernel_passes_the_comparison(tmp_path):
-    module = planted(tmp_path, "upsample_cross_entropy.py", "import torch\n", "import torch\n")
+    module = planted(tmp_path, "kernels/upsample_cross_entropy.py", "import torch\n", "import torch\n")
     assert worst(module) <= 2
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_the_mistake_is_seen(name, tmp_path):
-    assert worst(planted(tmp_path, "upsample_cross_entropy.py", *MISTAKES[name])) > 20
+    assert worst(planted(tmp_path, "kernels/upsample_cross_entropy.py", *MISTAKES[name])) > 20
 
 
 def worst(module) -> float:

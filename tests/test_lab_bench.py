@@ -1,4 +1,4 @@
-"""bench.py times nothing that is wrong, nothing on a busy machine, and counts memory in MiB."""
+"""bench.py times no wrong result, nothing on a busy machine, and measures memory in MiB."""
 
 from dataclasses import replace
 from functools import partial
@@ -94,7 +94,7 @@ def test_every_part_of_a_result_counts(masks, factor, monkeypatch):
 
 
 def test_mask2former_is_measured_in_float32_alone(monkeypatch, capsys):
-    """transformers' pixel decoder gives nan in bfloat16."""
+    """transformers' pixel decoder returns NaN in bfloat16."""
     monkeypatch.setattr(bench, "compare", lambda name, dtype, size, rounds: {"case": name, "dtype": dtype})
     assert bench.main(["--only", "unet", "mask2former", "mask2former-loss"]) == 0
     rows = [line.split("|")[1:4:2] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
@@ -136,7 +136,7 @@ def test_others_are_all_that_is_not_ours(monkeypatch):
 
 
 def test_peak_memory_is_counted():
-    """256 MiB taken and given back show in the peak, and not in what is resident."""
+    """256 MiB allocated and freed count in the peak, not in the resident size."""
     before = bench.resident()
     bench.start_peak()
     torch.ones(64 * 2**20)
@@ -144,8 +144,10 @@ def test_peak_memory_is_counted():
     assert bench.resident() - before < 50
 
 
-def test_the_command_refuses_what_makes_no_sense(capsys):
-    for options, named in ((["--rounds", "2"], "--rounds 2"), (["--size", "100"], "--size 100")):
+def test_invalid_options_are_refused(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    kernels = (["--suite", "kernels"], "torch finds no GPU; --suite cpu needs none")
+    for options, named in ((["--rounds", "2"], "--rounds 2"), (["--size", "100"], "--size 100"), kernels):
         with pytest.raises(SystemExit) as stop:
             bench.main(options)
         assert stop.value.code == 2

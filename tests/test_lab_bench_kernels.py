@@ -1,47 +1,72 @@
-"""bench_kernels.py, rehearsed without a GPU: small shapes in Triton's interpreter."""
+"""bench_kernels.py without a GPU: small shapes in Triton's interpreter, timed by the CPU's clock."""
 
 import json
+import time
+from dataclasses import replace
 
 import pytest
 import torch
 
-from lab.bench_kernels import Case, Rates, Row, Sizes, check, measure, poisoned, suite, wins
+from lab.bench_kernels import Case, Rates, Row, Sizes, check, line, measure, nan_memory, suite, wins
 
-CPU = torch.device("cpu")
 RATES = Rates(copy=1e12, products=1e15)
+SMALL = Sizes(
+    device="cpu",
+    dtype=torch.float32,  # the interpreter computes bfloat16 wrongly
+    batches=(2,),
+    levels=((40, 8),),
+    contexts=(5,),
+    heads=2,
+    backends=("FLASH_ATTENTION",),
+    unet_maps=((2, 16, 4),),
+    vae_maps=((1, 16, 8),),
+    groups=8,
+    logits=(1, 5, 3, 4),
+    wide=(1, 20, 24),
+    compiled=False,
+)
+
+
+def cpu_clock(work) -> float:
+    start = time.perf_counter()
+    work()
+    return (time.perf_counter() - start) * 1e6
+
+
+def refuse(a, b):
+    raise RuntimeError("no kernel for this shape\nmore")
+
+
+def exhaust(a, b):
+    raise torch.OutOfMemoryError("tried to allocate 1 TiB")
 
 
 def product(ours) -> Case:
     """A product of matrices, by ours and by torch."""
     return Case(
         "product",
-        "product B 2",
         lambda: [torch.randn(5, 7, requires_grad=True), torch.randn(7, 3)],
         ours,
         torch.matmul,
-        {"torch": torch.matmul, "no backend": refuse},
+        {"torch": torch.matmul, "unsupported": refuse, "large": exhaust},
         (2e6, 4e6),
         (1e9, 5e9),
         key=("product", 7),
     )
 
 
-def refuse(a, b):
-    raise RuntimeError("no kernel takes this shape")
-
-
 def test_the_whole_suite_runs_and_is_right(tmp_path, capsys):
-    """Every kernel, every kind of row; the last table and the file hold what was measured."""
-    assert suite(Sizes.small(), tmp_path / "rows.json") == 0
-    said = capsys.readouterr().out
-    assert "FAIL" not in said and "rehearsal" in said
+    """Every kernel and every kind of row; the file holds what was measured, with versions and commit."""
+    assert suite(SMALL, cpu_clock, tmp_path / "rows.json") == 0
+    output = capsys.readouterr().out
+    assert "FAIL" not in output and "rehearsal" in output and "kernels.WINS of this GPU: {" in output
     facts = json.loads((tmp_path / "rows.json").read_text())
+    assert all(word in facts["machine"] for word in ("torch 2", "triton 3", "commit"))
     kinds = {row["case"].split(" B ")[0] for row in facts["rows"]}
     assert kinds == {
         "cross-attention",
         "GroupNorm + SiLU UNet",
         "GroupNorm + SiLU VAE",
-        "keys and values of 3 layers,",
         "upsampling + cross-entropy",
         "upsampling + arg-max",
         "wide attention",
@@ -50,40 +75,56 @@ def test_the_whole_suite_runs_and_is_right(tmp_path, capsys):
 
 
 def test_a_row_has_floor_peers_and_both_directions():
-    forward, backward = measure(product(lambda a, b: a @ b), RATES, CPU)
+    forward, backward = measure(product(lambda a, b: a @ b), RATES, cpu_clock)
     assert (forward.direction, backward.direction) == ("forward", "backward")
     assert forward.floor == pytest.approx(2.0) and backward.floor == pytest.approx(5.0)  # bytes; products
-    assert set(forward.peers) == {"torch"}  # what refuses a shape is left out
     assert forward.right and backward.right and forward.ours > 0
 
 
-@pytest.mark.parametrize("wrong", [lambda a, b: a @ b * 1.001, lambda a, b: a.detach() @ b + 0 * a.sum()])
+def test_a_peer_that_fails_is_shown_with_its_error():
+    row, _ = measure(product(lambda a, b: a @ b), RATES, cpu_clock)
+    assert set(row.peers) == {"torch"}
+    assert row.failed == {"unsupported": "no kernel for this shape", "large": "out of memory"}
+    assert "unsupported: no kernel for this shape; large: out of memory" in line(row)
+
+
+def test_our_own_failure_stops_the_suite():
+    passed = iter([True] * 2)  # both runs of the check
+    with pytest.raises(torch.OutOfMemoryError):
+        measure(product(lambda a, b: a @ b if next(passed, False) else exhaust(a, b)), RATES, cpu_clock)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [lambda a, b: a @ b * 1.001, lambda a, b: a.detach() @ b + 0 * a.sum(), lambda a, b: a @ b * torch.nan],
+)
 def test_a_wrong_result_or_gradient_has_no_time(wrong):
-    rows = measure(product(wrong), RATES, CPU)
-    assert not all(row.right for row in rows)
+    rows = measure(product(wrong), RATES, cpu_clock)
+    assert not all(row.right for row in rows) and any("FAIL" in line(row) for row in rows)
     assert all(row.ours != row.ours and not row.peers for row in rows)  # NaN
+    assert wins(rows) == {}
 
 
-def test_a_case_says_how_wrong_it_may_be():
-    inexact = product(lambda a, b: a @ b * 1.001)
-    inexact.slack = 1e9
-    assert all(row.right for row in measure(inexact, RATES, CPU))
+def test_a_case_sets_its_largest_error():
+    inexact = replace(product(lambda a, b: a @ b * 1.001), slack=1e9)
+    assert all(row.right for row in measure(inexact, RATES, cpu_clock))
 
 
-def test_a_result_that_changes_is_seen():
-    noisy = iter([0.0, 1e-6] * 4)
-    found = check(product(lambda a, b: a @ b * (1 + next(noisy))))
-    assert not found[0][2]
+def test_a_result_that_changes_is_noticed():
+    noise = iter([0.0, 1e-6] * 4)
+    row, _ = check(product(lambda a, b: a @ b * (1 + next(noise))), RATES)
+    assert not row.repeats and not row.right and "a second run differs" in line(row)
 
 
-def test_memory_is_poisoned():
-    with poisoned():
+def test_new_memory_is_nan():
+    with nan_memory():
         assert torch.empty(9).isnan().all()
     assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_wins_are_the_sizes_that_never_lost():
-    def row(size, ours, peer):
-        return Row("x", "x", "forward", 0.0, 0.0, True, 1.0, ours, {"a": peer, "b": 9.0}, ("kernel", size))
+    def row(size: int, ours: float, peer: float) -> Row:
+        case = replace(product(torch.matmul), key=("kernel", size))
+        return Row(case, "forward", 0.0, 0.0, True, 1.0, ours, {"a": peer, "b": 9.0})
 
     assert wins([row(40, 1, 2), row(40, 1, 3), row(80, 1, 2), row(80, 3, 2)]) == {"kernel": [40]}

@@ -3,9 +3,7 @@
 A mistake is planted in a copy of the source; the comparison of the other test files must then fail its bar.
 """
 
-import importlib.util
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,21 +16,7 @@ from oracle import (
     reference_unet,
     reference_vae,
 )
-from proof import BAR, error
-
-ROOT = Path(__file__).parents[1]
-
-
-def planted(folder: Path, file: str, right: str, wrong: str) -> types.ModuleType:
-    """The module of `file` with every `right` replaced by `wrong`."""
-    source = (ROOT / file).read_text()
-    assert right in source, f"{file} no longer contains {right!r}: update the planted mistake"
-    copy = folder / f"mistaken_{file}"
-    copy.write_text(source.replace(right, wrong))
-    spec = importlib.util.spec_from_file_location(copy.stem, copy)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from proof import BAR, error, planted
 
 
 def unet_error(module: types.ModuleType) -> float:
