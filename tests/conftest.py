@@ -1,20 +1,20 @@
-"""What every test shares: the interpreter for kernels, the thread count, the reference data, a panoptic
-data set.
-"""
+"""Shared by all tests: the interpreter for kernels, seed, threads, reference data, a panoptic data set."""
 
 import importlib.metadata
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-DATA = (
-    Path(__file__).parents[2] / "shared" / "data"
-)  # real photographs, tables and golden numbers, beside the project
+ROOT = Path(__file__).parents[1]
+FETCHED = ROOT / "weights" / "sd15" / "tokenizer"  # where `python -m weights.fetch` puts CLIP's vocabulary
+MISSING = pytest.StashKey[set[str]]()  # names of the reference data for which a test was skipped
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.stash[MISSING] = set()
     selected = config.option.markexpr
     if "gpu" not in selected or "not gpu" in selected:
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported; kernels then run on the CPU
@@ -31,18 +31,106 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """Restore the number of threads after each test: a command's --threads sets it for the whole process."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Compute on one thread in the whole module: the rounding of a sum depends on the number of threads.
+
+    For tests that compare bits, or a curve in which rounding grows, with those of a process of one thread.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# ---- reference data: photographs, official tables and golden numbers that the repository does not hold
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if missing := sorted(config.stash[MISSING]):
+        terminalreporter.write_line(
+            f"tests skipped for lack of reference data ({', '.join(missing)}): set TADA_TEST_DATA to the "
+            "folder that holds it; of clip_bpe, `python -m weights.fetch` is enough for most tests"
+        )
+
+
+def reference(config: pytest.Config, name: str) -> Path:
+    """Return folder `name` of the reference data: below TADA_TEST_DATA, else ../shared/data.
+
+    Skip the test if it is in neither; fail under continuous integration.
+    """
+    folders = [ROOT.parent / "shared" / "data"]
+    if chosen := os.environ.get("TADA_TEST_DATA"):
+        folders.insert(0, Path(chosen))
+    for folder in folders:
+        if (folder / name).is_dir():
+            return folder / name
+    config.stash[MISSING].add(name)
+    message = f"the reference data {name} is in none of {', '.join(map(str, folders))}"
+    pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+
+
 @pytest.fixture(scope="session")
-def data() -> Path:
-    """The reference data. A clone that lacks it skips, saying so; continuous integration fails."""
-    if not DATA.is_dir():
-        message = f"the reference data is not at {DATA}"
-        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
-    return DATA
+def clip_vocabulary(pytestconfig: pytest.Config) -> Path:
+    """The folder with vocab.json and merges.txt of CLIP: the fetched one, else that of the reference data."""
+    if all((FETCHED / name).is_file() for name in ("vocab.json", "merges.txt")):
+        return FETCHED
+    return reference(pytestconfig, "clip_bpe")
+
+
+@pytest.fixture(scope="session")
+def clip_bpe(pytestconfig: pytest.Config) -> Path:
+    """Token ids of OpenAI's own tokenizer (golden_tokens_openai.json), made with the official vocabulary."""
+    return reference(pytestconfig, "clip_bpe")
+
+
+@pytest.fixture(scope="session")
+def clip_class_embeddings(pytestconfig: pytest.Config) -> Path:
+    """CLIP's text vectors of the class names of ADE20K."""
+    return reference(pytestconfig, "clip_class_embeddings")
+
+
+@pytest.fixture(scope="session")
+def ade20k_samples(pytestconfig: pytest.Config) -> Path:
+    """Three validation images with labels, the official tables, one pair of a full and a challenge label."""
+    return reference(pytestconfig, "ade20k_samples")
+
+
+@pytest.fixture(scope="session")
+def camvid(pytestconfig: pytest.Config) -> Path:
+    """CamVid as a `folder` data set."""
+    return reference(pytestconfig, "camvid")
+
+
+@pytest.fixture(scope="session")
+def coco_stuff(pytestconfig: pytest.Config) -> Path:
+    """COCO-Stuff's table of labels and example label maps."""
+    return reference(pytestconfig, "coco_stuff")
+
+
+@pytest.fixture(scope="session")
+def panopticapi_samples(pytestconfig: pytest.Config) -> Path:
+    """Two images of COCO panoptic with their segments, and the PQ that panopticapi computes."""
+    return reference(pytestconfig, "panopticapi_samples")
+
+
+@pytest.fixture(scope="session")
+def ram(pytestconfig: pytest.Config) -> Path:
+    """RAM's photographs, of which one has 14 megapixels."""
+    return reference(pytestconfig, "ram")
 
 
 @pytest.fixture(scope="session")
 def segments(tmp_path_factory) -> Path:
-    """Eight pictures of 4:3 with their segments, in the form of COCO panoptic, and three to validate."""
+    """Eight training and three validation images of 4:3 with their segments, in COCO panoptic's format."""
     from images.panoptic import annotation, write_annotations, write_ids
     from panoptic_data import PanopticScenes
 

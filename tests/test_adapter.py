@@ -373,8 +373,8 @@ def test_parameters_at_full_width():
 
 
 @pytest.fixture(scope="module")
-def ade20k(data) -> Tensor:
-    return torch.from_numpy(np.load(data / "clip_class_embeddings" / "ade20k_150.npy"))
+def ade20k(clip_class_embeddings) -> Tensor:
+    return torch.from_numpy(np.load(clip_class_embeddings / "ade20k_150.npy"))
 
 
 @pytest.fixture

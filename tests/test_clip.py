@@ -182,12 +182,12 @@ def test_full_width_equals_the_reference(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def tokenizer(data):
-    return Tokenizer(data / "clip_bpe")
+def tokenizer(clip_vocabulary):
+    return Tokenizer(clip_vocabulary)
 
 
-def golden(data, group: str) -> list[dict]:
-    return json.loads((data / "clip_bpe" / "golden_tokens_openai.json").read_text())[group]
+def golden(clip_bpe, group: str) -> list[dict]:
+    return json.loads((clip_bpe / "golden_tokens_openai.json").read_text())[group]
 
 
 def padded(ids: list[int]) -> list[int]:
@@ -197,28 +197,27 @@ def padded(ids: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("group", ["ade20k", "cityscapes", "coco_panoptic", "coco_stuff", "ram"])
-def test_ids_of_every_class_name_and_tag(tokenizer, data, group):
-    entries = golden(data, group)
+def test_ids_of_every_class_name_and_tag(tokenizer, clip_bpe, group):
+    entries = golden(clip_bpe, group)
     ids = tokenizer([x["text"] for x in entries])
     assert ids.dtype == torch.int64
     assert ids.tolist() == [padded(x["ids"]) for x in entries]
 
 
-def test_ids_of_hard_texts(tokenizer, data):
+def test_ids_of_hard_texts(tokenizer, clip_bpe):
     """Accents, scripts, emoji, digits, blanks, contractions; six texts differ, for two stated reasons."""
     needs_ftfy = {"&amp;lt; html &eacute;", "ﬁne ﬂuid", "ＡＢＣ", "…—“quotes”"}  # OpenAI repairs them first
     markup = {"<|endoftext|> inside", "<|startoftext|>hello"}  # OpenAI obeys it, we spell it out
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        different = {
-            x["text"] for x in golden(data, "extra") if tokenizer([x["text"]])[0].tolist() != padded(x["ids"])
-        }
+        entries = golden(clip_bpe, "extra")
+        different = {x["text"] for x in entries if tokenizer([x["text"]])[0].tolist() != padded(x["ids"])}
     assert different == needs_ftfy | markup
 
 
-def test_ids_equal_transformers(tokenizer, data):
-    """The same files, loaded by transformers."""
-    folder = data / "clip_bpe"
+def test_ids_equal_transformers(tokenizer, clip_vocabulary):
+    """The same files read by the library that Stable Diffusion is used with."""
+    folder = clip_vocabulary
     reference = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
     texts = [
         "a photograph of a horse",
@@ -277,9 +276,9 @@ def test_spelling_has_one_token_per_byte():
     assert ((spelled([*lengths]) != end).sum(dim=1) - 1).tolist() == [*lengths.values()]
 
 
-def test_different_names_are_spelled_differently(data):
+def test_different_names_are_spelled_differently(clip_bpe):
     """All class names and tags of the reference data; case, blanks and composition apart, as in CLIP."""
-    names = {x["text"].lower() for group in ("ade20k", "coco_stuff", "ram") for x in golden(data, group)}
+    names = {x["text"].lower() for group in ("ade20k", "coco_stuff", "ram") for x in golden(clip_bpe, group)}
     names |= {"ae", "æ", "a e", "日", "月", "🚗", "🚕", "e", "é", "ė", "snow", "snow.", "1 1", "1"}
     assert len(names) > 800
     assert len({tuple(ids) for ids in spelled([*names]).tolist()}) == len(names)
@@ -319,17 +318,17 @@ def wide_pair():
 NAMES = ["sea", "traffic light", "naïve café", "person who rides a bicycle"]
 
 
-def reference_ids(data, texts: list[str]) -> dict[str, torch.Tensor]:
-    folder = data / "clip_bpe"
+def reference_ids(clip_vocabulary, texts: list[str]) -> dict[str, torch.Tensor]:
+    folder = clip_vocabulary
     tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
     return tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
 
 
 @pytest.mark.parametrize("templates", [(PROMPT,), TEMPLATES], ids=["one", "80"])
-def test_name_vectors_equal_transformers(wide_pair, tokenizer, data, templates):
+def test_name_vectors_equal_transformers(wide_pair, tokenizer, clip_vocabulary, templates):
     """Pooled: the mean of `pooler_output`; shared: that of the unit `get_text_features`, at unit length."""
     reference, ours = wide_pair
-    ids = reference_ids(data, [template.format(name) for name in NAMES for template in templates])
+    ids = reference_ids(clip_vocabulary, [template.format(name) for name in NAMES for template in templates])
     each = len(NAMES), len(templates)
     with torch.no_grad():
         pooled = reference.text_model(**ids).pooler_output.unflatten(0, each)
@@ -351,11 +350,11 @@ def test_a_vector_depends_only_on_its_name(wide_pair, tokenizer, shared):
             assert torch.equal(name_vectors(ours, tokenizer, [name], templates, shared)[0], vector)
 
 
-def test_zero_shot_equals_transformers(wide_pair, tokenizer, data):
-    """The softmax of `logits_per_image`, two images and four names."""
+def test_zero_shot_equals_transformers(wide_pair, tokenizer, clip_vocabulary):
+    """The softmax of `logits_per_image`, two pictures and four names."""
     reference, ours = wide_pair
     image = torch.rand(2, 3, 56, 56) * 2 - 1
-    ids = reference_ids(data, [PROMPT.format(name) for name in NAMES])
+    ids = reference_ids(clip_vocabulary, [PROMPT.format(name) for name in NAMES])
     with torch.no_grad():
         reference.logit_scale.fill_(3.0)
         ours.logit_scale.fill_(3.0)

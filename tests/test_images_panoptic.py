@@ -45,9 +45,9 @@ CATEGORIES = Categories(["cat", "dog", "grass"], [7, 3, 100], np.eye(3, dtype=np
 
 
 @pytest.fixture(scope="module")
-def golden(data):
+def golden(panopticapi_samples):
     """The samples' truth and the perturbed prediction, with what panopticapi itself says of them."""
-    samples = data / "panopticapi_samples"
+    samples = panopticapi_samples
     truth = read_annotations(samples / "golden_pq/gt.json")
     predicted = read_annotations(samples / "golden_pq/pr.json")
     expected = json.loads((samples / "golden_pq/expected.json").read_text())["expected"]
@@ -85,16 +85,16 @@ def test_ids_and_colours(ids):
     assert (value[..., 0] + 256 * value[..., 1] + 65536 * value[..., 2] == ids).all()
 
 
-def test_the_official_samples(golden, data):
+def test_the_official_samples(golden, panopticapi_samples):
     """133 classes, 80 of them things, in the official order and colours; every PNG fits its segments."""
     truth, folder, *_ = golden
-    official = json.loads((data / "panopticapi_samples/panoptic_coco_categories.json").read_text())
+    official = json.loads((panopticapi_samples / "panoptic_coco_categories.json").read_text())
     assert [c["name"] for c in official] == truth.categories.names
     assert [c["color"] for c in official] == truth.categories.palette.tolist()
     assert [c["id"] for c in official] == truth.categories.ids
     assert truth.categories.things.sum() == 80
     assert [len(truth.segments(i)) for i in range(2)] == [18, 32]
-    raw = json.loads((data / "panopticapi_samples/golden_pq/gt.json").read_text())
+    raw = json.loads((panopticapi_samples / "golden_pq/gt.json").read_text())
     for i, official in enumerate(raw["annotations"]):
         ids, segments = truth.ids(i, folder), truth.segments(i)
         assert any(s.crowd for s in segments)
@@ -455,12 +455,12 @@ def test_average_precision_by_hand():
     assert np.isnan(numbers["APl"])
 
 
-def test_things_as_instances_are_cocos_own_conversion(golden, data):
+def test_things_as_instances_are_cocos_own_conversion(golden, panopticapi_samples):
     """The samples in COCO's detection format, made by panopticapi: classes, areas, boxes, pixels."""
     from pycocotools import mask
 
     truth, folder, *_ = golden
-    official = json.loads((data / "panopticapi_samples/panoptic_coco_detection_format.json").read_text())
+    official = json.loads((panopticapi_samples / "panoptic_coco_detection_format.json").read_text())
     things = {c["id"] for c in truth.categories.as_json() if c["isthing"]}
     keys = ("image_id", "category_id", "area", "iscrowd", "bbox")
     rows = [[a[key] for key in keys] for a in official["annotations"] if a["category_id"] in things]

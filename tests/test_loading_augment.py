@@ -170,9 +170,9 @@ def test_evaluation_resizes_the_picture_alone():
     assert (pixels.permute(1, 2, 0).numpy() == np.asarray(image)).all()
 
 
-def test_reduced_decoding_is_exact_enough(data, tmp_path):
+def test_reduced_decoding_is_exact_enough(ram, tmp_path):
     """3216x4288, decoded at 1/2 to 1/8: once resized, within a level of whole decoding on average."""
-    path = data / "ram/images/demo3.jpg"
+    path = ram / "images/demo3.jpg"
     full, size = read_picture(path)
     assert size == (4288, 3216)
     for short, reduced in ((700, 1), (500, 2), (260, 4), (130, 8)):

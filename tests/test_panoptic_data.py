@@ -47,9 +47,9 @@ def own(root: Path, pictures: int = 2, size: tuple[int, int] = (24, 36)) -> Path
 
 
 @pytest.fixture(scope="module")
-def coco(data, tmp_path_factory) -> Path:
+def coco(panopticapi_samples, tmp_path_factory) -> Path:
     """The official samples in the official layout, as val2017."""
-    root, samples = tmp_path_factory.mktemp("coco"), data / "panopticapi_samples"
+    root, samples = tmp_path_factory.mktemp("coco"), panopticapi_samples
     shutil.copytree(samples / "input_images", root / "val2017")
     shutil.copytree(samples / "panoptic_examples", root / "annotations/panoptic_val2017")
     shutil.copy(samples / "golden_pq/gt.json", root / "annotations/panoptic_val2017.json")

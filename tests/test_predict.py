@@ -65,13 +65,7 @@ def restless(config: TadaConfig) -> Tada:
     return tada
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The bits of a sum do not depend on how many threads there are, here and in the processes started."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # sums in one order, also in the processes started
 
 
 @pytest.fixture(scope="module")
@@ -329,9 +323,9 @@ def test_a_turned_picture_is_seen_upright(steered, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_large_photograph(steered, data, tmp_path):
+def test_a_large_photograph(steered, ram, tmp_path):
     """14 megapixels: the label map at its size, the overlay small, memory bounded."""
-    command = [sys.executable, "predict.py", steered, str(data / "ram" / "images" / "demo3.jpg")]
+    command = [sys.executable, "predict.py", steered, str(ram / "images" / "demo3.jpg")]
     # Not getrusage's ru_maxrss, which a process inherits from the one that started it.
     measure = (
         "import sys, predict; code = predict.main(sys.argv[1:]); status = open('/proc/self/status').read()"

@@ -40,6 +40,10 @@ HERE = Ranks(0, 1, torch.device("cpu"))
 TIMES = ("images_per_second", "data_share", "memory_gib", "eta_seconds")  # may differ between two runs
 
 
+# Compare like with like: all runs here have --threads 1, and so have the processes that torchrun starts.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Eight images of 4:3 with labels, some of them mostly ignored."""
@@ -157,9 +161,10 @@ cleanup()
 
 @pytest.mark.parametrize("decoder", ["fpn", "mask2former"])
 def test_two_processes_and_two_micro_batches_make_the_step_of_one(folder, segments, tmp_path, decoder):
-    """The same loss and gradient at step 1, the same losses for three; unequally many ignored pixels, or
-    segments. The random points of Mask2Former's loss are the same too.
+    """The same loss and gradient at step 1, the same losses for three, each process on one thread; numbers
+    of ignored pixels, or segments, are unequal. The random points of Mask2Former's loss are the same too.
     """
+    assert torch.get_num_threads() == 1, "another number rounds differently, and matching amplifies rounding"
     folder = segments if decoder == "mask2former" else folder
     step = partial(one_step, folder, decoder=decoder)
     losses, gradient = step()
@@ -261,7 +266,7 @@ def test_a_step_at_full_size():
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(folder, tmp_path_factory):
+def uninterrupted(folder, one_thread, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "uninterrupted"
     assert train.main(command(folder, run)) == 0
     return run
