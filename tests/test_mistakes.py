@@ -1,4 +1,4 @@
-"""The suite sees wrong details: each mistake below keeps every shape, and each would pass a test of shapes.
+"""The suite detects wrong details: each mistake below keeps every shape, so it would pass a test of shapes.
 
 A mistake is planted in a copy of the source; the comparison that the other files make must then miss its bar.
 """
@@ -57,7 +57,7 @@ def clip_error(module: types.ModuleType) -> float:
     with torch.no_grad():
         text, image = reference.text_model(ids), reference.vision_model(pixels)
         hidden, pooled = ours.text(ids)
-        # Undo the normalisation, so that the tower sees these pixels if it normalises rightly.
+        # Undo the normalisation, so that the tower reads these pixels if it normalises correctly.
         mean, std = (torch.tensor(x)[:, None, None] for x in (MEAN, STD))
         tokens, embedding = ours.image((pixels * std + mean) * 2 - 1)
         embedded = reference.visual_projection(image.pooler_output)
@@ -136,6 +136,6 @@ def test_the_right_source_passes(file, tmp_path):
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_the_mistake_is_seen(name, tmp_path):
+def test_the_mistake_is_detected(name, tmp_path):
     file, right, wrong = MISTAKES[name]
     assert ERRORS[file](planted(tmp_path, file, right, wrong)) > 2 * BAR
