@@ -320,7 +320,9 @@ def cpu_suite(names: list[str], dtypes: list[str], *, size: int, rounds: int, ou
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description="Measure TADA against its peers.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog="python -m lab.bench",
+        description="Measure TADA against its peers.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--suite", choices=["cpu", "kernels"], default="cpu", help="what to measure")

@@ -1,8 +1,8 @@
 """What the compiler makes of the kernels on GPUs that are not here: registers, spills, memory, instructions.
 
-A kernel that compiles proves little: it may spill, ask for more memory than there is, or leave the tensor
-cores idle. `compiled(calls)` runs `calls` in a process of its own, without Triton's interpreter and with a
-driver that only says which GPU to compile for; `calls` calls the public functions on tensors of the meta
+A kernel that compiles proves little: it may spill, need more memory than there is, or leave the tensor cores
+idle. `compiled(calls)` runs `calls` in a process of its own, without Triton's interpreter and with a
+driver that only names the GPU to compile for; `calls` calls the public functions on tensors of the meta
 device. So what is compiled is what a user's call would launch: the same table of block sizes, and arguments
 specialised (a stride that 16 divides, say) by the same code of Triton. Nothing runs.
 
@@ -53,7 +53,7 @@ class Compiled:
 def compiled(calls: Callable[[], dict[str, Callable]], capabilities: tuple[int, ...]) -> list[Compiled]:
     """Every kernel that `calls`, a function of a test file, launches, once per GPU: 80, 90, 100 are sm_80...
 
-    `calls()` returns a name for each call; it must not need pytest. Kernels launched twice are told once.
+    `calls()` returns a name for each call; it must not need pytest. A kernel launched twice is listed once.
     """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     target = f"{calls.__module__}:{calls.__name__}"
@@ -70,7 +70,7 @@ def compile_here(calls: dict[str, Callable], capabilities: tuple[int, ...]) -> l
     from triton.runtime.jit import JITFunction
 
     class Driver:
-        """All that compiling asks of a GPU."""
+        """The part of a GPU's driver that the compiler calls."""
 
         def __init__(self, capability: int):
             self.capability = capability
@@ -103,7 +103,7 @@ def compile_here(calls: dict[str, Callable], capabilities: tuple[int, ...]) -> l
 
 
 def read(call: str, capability: int, kernel) -> Compiled:
-    """The facts of one compiled kernel, from the compiler's notes and the machine code."""
+    """The facts of one compiled kernel, from the compiler's metadata and the machine code."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -1,4 +1,4 @@
-"""kernels/__init__.py: what is chosen, and said; kernels/row_attention.py and kernels/linear.py."""
+"""kernels/__init__.py: the choice and its description; kernels/row_attention.py and kernels/linear.py."""
 
 import subprocess
 import sys
@@ -30,7 +30,7 @@ def test_a_cpu_runs_plain_torch():
     assert not kernels.chosen("cross_attention", torch.empty(1), 40)
 
 
-def test_what_is_asked_by_name_is_said():
+def test_kernels_asked_for_by_name_are_described():
     kernels.use("triton")
     assert "triton, as asked" in kernels.describe("cpu")
     assert kernels.chosen("cross_attention", torch.empty(1), 40, worth=False)
@@ -45,8 +45,8 @@ def test_without_a_gpu_triton_is_refused_in_one_sentence(monkeypatch):
         kernels.use("triton")
 
 
-def test_a_gpu_runs_a_kernel_where_the_table_says_that_it_won(monkeypatch):
-    """Checked without a GPU: what the choice looks at is a tensor's place and torch's answer about it."""
+def test_a_gpu_runs_a_kernel_where_the_table_lists_it(monkeypatch):
+    """Checked without a GPU: the choice depends on a tensor's device and on torch's capability of it."""
     monkeypatch.setitem(kernels.WINS, ("cross_attention", (9, 0)), frozenset({40}))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     on_gpu = type("OnGpu", (), {"is_cuda": True, "device": torch.device("cuda")})()

@@ -1,4 +1,4 @@
-"""What the launched kernels become on sm_80, sm_90 and sm_100; first, that the harness sees what is wrong."""
+"""What the launched kernels become on sm_80, sm_90 and sm_100; first, that the harness detects errors."""
 
 from collections.abc import Callable
 
@@ -24,7 +24,7 @@ def products() -> dict[str, Callable]:
     return {"square": call(64), "narrow": call(32), "too large": call(256)}
 
 
-def test_the_harness_sees_what_fits_and_what_does_not():
+def test_the_harness_detects_what_fits_and_what_does_not():
     """256 x 256 are two operands of 128 KiB, and 512 float32 accumulators for each of 128 threads."""
     facts = {x.call: x for x in compiled(products, (90,))}
     square, narrow, large = facts["square"], facts["narrow"], facts["too large"]

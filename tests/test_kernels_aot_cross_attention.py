@@ -83,7 +83,7 @@ def multiplies(x: Compiled) -> bool:
     return x.kernel != "sum_kernel"
 
 
-def test_torch_compile_sees_the_kernels():
+def test_torch_compile_traces_the_kernels():
     """Nothing is left outside the graphs; test_kernels_cross_attention.py checks the values on a GPU."""
     compiled(graphs, (90,))
 
@@ -97,7 +97,7 @@ def test_hopper_runs_them_without_spills_on_its_own_matrix_instructions():
 
 
 def test_they_fit_ampere_and_blackwell():
-    """Wide heads spill on sm_80, for want of registers: this is told, and a benchmark must decide."""
+    """Wide heads spill on sm_80, for want of registers: the test prints it, and a benchmark must decide."""
     facts = compiled(elsewhere, (80, 100))
     assert {(x.kernel, x.capability) for x in facts} == {(x, gpu) for x in KERNELS for gpu in (80, 100)}
     for x in facts:

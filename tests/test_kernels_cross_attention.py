@@ -176,7 +176,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["no mistake", *MISTAKES])
-def test_mistakes_are_seen(name, dtype, tmp_path):
+def test_mistakes_are_detected(name, dtype, tmp_path):
     right, wrong = MISTAKES.get(name, ("import torch", "import torch"))
     mistaken = planted(tmp_path, "kernels/cross_attention.py", right, wrong)
     inputs, lengths = make(2, 17, 77, 2, 40, dtype), ragged(2, 77)
@@ -216,7 +216,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_refusals_say_the_value_and_the_cure(name, triton_asked):
+def test_errors_have_the_value_and_the_cure(name, triton_asked):
     change, message = REFUSALS[name]
     with pytest.raises(AssertionError, match=message):
         kernels.attention(*change(*make(2, 3, 5, 2, 16, torch.float32)[:3]))

@@ -214,7 +214,7 @@ def test_the_right_kernel_passes_the_comparison(tmp_path):
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_the_mistake_is_seen(name, tmp_path):
+def test_the_mistake_is_detected(name, tmp_path):
     assert worst(planted(tmp_path, "kernels/upsample_cross_entropy.py", *MISTAKES[name])) > 20
 
 
