@@ -56,10 +56,11 @@ def one_thread() -> Iterator[None]:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if missing := sorted(config.stash[MISSING]):
-        terminalreporter.write_line(
-            f"tests skipped for lack of reference data ({', '.join(missing)}): set TADA_TEST_DATA to the "
-            "folder that holds it; of clip_bpe, `python -m weights.fetch` is enough for most tests"
-        )
+        cure = "set TADA_TEST_DATA to the folder that holds them"
+        if "clip_bpe" in missing:
+            cure += "; `python -m weights.fetch` brings CLIP's vocabulary"
+        names = ", ".join(missing)
+        terminalreporter.write_line(f"tests skipped for lack of reference data ({names}): {cure}")
 
 
 def reference(config: pytest.Config, name: str) -> Path:

@@ -1,10 +1,10 @@
 """Runs and checkpoints of commit 82e1c58 load and resume with today's commands, with the numbers of then.
 
-tests/fixtures/run-82e1c58 was written by the commands of that commit: `run.tar.xz` by train.py on `folder`
-(eight scenes' cut-outs), stopped by SIGTERM after step 51 of 60; expected.json has the log of its own resumed
-run, and its evaluation of step 51; the two PNG files are its predictions for `folder/images/val/8.png`.
-mask2former.safetensors is a model with random, rounded weights. So that the files compress, all but 8 channels
-of the decoder of the run were set to 0 before the first step, where training leaves them.
+tests/fixtures/run-82e1c58 was written by that commit. `run.tar.xz`: a run of train.py on `folder` (seven
+scenes of 96 x 72 pixels), stopped by SIGTERM at step 51 of 60. expected.json: the log of its own
+resumed run, and its evaluation of step 51. The two PNG files: its predictions for `folder/images/val/8.png`.
+mask2former.safetensors: a model with random, rounded weights, written by save_model. So that the run
+compresses, all but 8 channels of its decoder were set to 0 before the first step; training leaves them there.
 """
 
 import json
@@ -32,9 +32,9 @@ FOLDER = FIXTURE / "folder"
 IMAGE = FOLDER / "images" / "val" / "8.png"
 EXPECTED = json.loads((FIXTURE / "expected.json").read_text())
 FLAGS = (
-    "--dataset folder --model tiny --weights weights/tiny --freeze-unet --condition none --decoder fpn --crop 64 "
-    "--short 64 --batch 2 --iterations 60 --save-every 30 --eval-every 30 --log-every 1 --workers 0 --threads 1 "
-    "--dropout 0.1 --lr 1e-2"
+    "--dataset folder --model tiny --weights weights/tiny --freeze-unet --condition none --decoder fpn "
+    "--crop 64 --short 64 --batch 2 --iterations 60 --save-every 30 --eval-every 30 --log-every 1 "
+    "--workers 0 --threads 1 --dropout 0.1 --lr 1e-2"
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
