@@ -1,72 +1,99 @@
-"""Images with dense labels: data sets as their authors publish them, the check before training.
+"""Images with dense labels: data sets as their authors publish them, and one's own.
 
     dataset = open_dataset("ade20k", "data/ADEChallengeData2016", "train")
-    print(check(dataset))
-    picture, labels = dataset.load(0)
+    image, labels, ids, segments = dataset.load(0)  # ids and segments where the data set has instances
 
 Images are 8-bit RGB; labels are uint8 `(H, W)` with classes 0..K-1 and 255 = ignore.
 
-Top to bottom: the layouts and what opens them, tables of classes, the check. Decoding is in images/read.py, tag
-files are in loading/tags.py, what is done to an image and its labels in loading/augment.py.
+COCO panoptic (cocodataset.org, panoptic_annotations_trainval2017.zip and its inner zips) has the layout
+
+    coco/annotations/panoptic_train2017.json    coco/annotations/panoptic_train2017/000000000009.png
+    coco/train2017/000000000009.jpg             and the same of val2017
+
+Your own, `--dataset panoptic`, is a folder with `panoptic_train.json`, `train/` and so on in these places:
+a street of 4 x 2 pixels with two cars side by side, and an image of the street alone. Ids are your choice
+within an image; 0 is void, pixels without a label.
+
+    annotations/panoptic_train/one.png      1 1 2 2      annotations/panoptic_train/two.png      7 7 7 7
+    (R; G and B are 0)                      3 3 3 3                                              7 7 0 0
+
+    annotations/panoptic_train.json, for the images train/one.jpg and train/two.jpg:
+    {"categories": [{"id": 1, "name": "car", "isthing": 1, "color": [0, 0, 142]},
+                    {"id": 2, "name": "street", "isthing": 0, "color": [128, 64, 128]}],
+     "images": [{"id": 1, "file_name": "one.jpg", "height": 2, "width": 4},
+                {"id": 2, "file_name": "two.jpg", "height": 2, "width": 4}],
+     "annotations": [{"image_id": 1, "file_name": "one.png", "segments_info":
+                      [{"id": 1, "category_id": 1},
+                       {"id": 2, "category_id": 1},
+                       {"id": 3, "category_id": 2}]},
+                     {"image_id": 2, "file_name": "two.png", "segments_info":
+                      [{"id": 7, "category_id": 2}]}]}
+
+Training and evaluation need `train` and `val`. A segment may have `"iscrowd": 1`; "color" is optional.
+
+Top to bottom: the layouts, the data sets, what opens them, tables of classes. Decoding is in images/read.py,
+the check before training in loading/check.py, augmentation in loading/augment.py.
 """
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from errors import DataError
 from images import scenes
+from images.panoptic import Categories, Segment, read_annotations, semantic
 from images.read import (
     IGNORE,
     LOSSLESS,
     PICTURES,
-    SHOWN,
     Size,
     distinct_colour,
     label_table,
+    read_image,
     read_labels,
-    read_picture,
-    walk,
+    scan,
 )
 
 TRAIN_IDS = "_labelTrainIds"  # label files with this ending already hold 0..K-1
 
-Sample = tuple[Image.Image, np.ndarray]  # an RGB picture and its labels (H, W) uint8
+
+class Sample(NamedTuple):
+    """One image and its labels; ids and segments where the data set has instances."""
+
+    image: Image.Image  # RGB, perhaps reduced (`read_image`)
+    labels: np.ndarray  # (H, W) uint8 at the image's own size, 255 = ignore
+    ids: np.ndarray | None = None  # (H, W) int32, 0 = void
+    segments: Sequence[Segment] = ()
 
 
-class CheckError(DataError):
-    """What `check` found; `report` holds the table and every fault."""
-
-    def __init__(self, message: str, report: "Report"):
-        super().__init__(message)
-        self.report = report
-
-
-# ---- the data sets ---------------------------------------------------------------------------------------
+# ---- the layouts -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a data set lies on disk, as published (mmsegmentation's docs/en/dataset_prepare.md)."""
+    """A data set's folders as published (mmsegmentation's docs/en/dataset_prepare.md; cocodataset.org)."""
 
     root: str  # its official name
-    pictures: str  # folders below the root, with {} for the split
+    images: str  # folders below the root, with {} for the split
     labels: str
     splits: dict[str, str]  # our name of a split -> theirs
-    picture: str = ""  # how a picture's name ends before its extension
-    label: tuple[str, ...] = ("",)  # how a label's name ends, the preferred one first
+    image: str = ""  # the ending of an image's name before its extension
+    label: tuple[str, ...] = ("",)  # the endings of a label's name, the preferred one first
     ignored: range = range(0)  # raw values that are legal although no class has them
     hint: str = ""  # what a label file that does not fit usually is
+    panoptic: bool = False  # a JSON and PNGs of COCO's panoptic format
 
 
 LAYOUTS = {
     "ade20k": Layout(
         root="ADEChallengeData2016",
-        pictures="images/{}",
+        images="images/{}",
         labels="annotations/{}",
         splits={"train": "training", "val": "validation"},
         ignored=range(1),  # 0: other objects
@@ -74,7 +101,7 @@ LAYOUTS = {
     ),
     "cocostuff": Layout(
         root="coco_stuff164k",
-        pictures="images/{}",
+        images="images/{}",
         labels="annotations/{}",
         splits={"train": "train2017", "val": "val2017"},
         label=("", TRAIN_IDS),
@@ -82,22 +109,36 @@ LAYOUTS = {
     ),
     "cityscapes": Layout(
         root="cityscapes",
-        pictures="leftImg8bit/{}",
+        images="leftImg8bit/{}",
         labels="gtFine/{}",
         splits={"train": "train", "val": "val"},
-        picture="_leftImg8bit",
+        image="_leftImg8bit",
         label=(f"_gtFine{TRAIN_IDS}", "_gtFine_labelIds"),
         ignored=range(34),  # the labelIds; labels/cityscapes.txt lists the 19 that are evaluated
     ),
     "folder": Layout(
         root="the folder that holds images, labels and classes.txt",
-        pictures="images/{}",
+        images="images/{}",
         labels="labels/{}",
         splits={"train": "train", "val": "val"},
     ),
+    "coco-panoptic": Layout(
+        root="coco",
+        images="{}",
+        labels="annotations/panoptic_{}",
+        splits={"train": "train2017", "val": "val2017"},
+        panoptic=True,
+    ),
+    "panoptic": Layout(
+        root="the folder that holds annotations, train and val",
+        images="{}",
+        labels="annotations/panoptic_{}",
+        splits={"train": "train", "val": "val"},
+        panoptic=True,
+    ),
 }
 
-# COCO-Stuff's compounds are "thing-kind", and these are not or would read badly.
+# COCO-Stuff's compounds are "thing-kind"; these are not, or would read badly.
 IRREGULAR = {
     "window-blind": "window blind",
     "structural-other": "structure",
@@ -106,36 +147,56 @@ IRREGULAR = {
 }
 
 
-class Dataset:
-    """One split: `classes` as shown, `prompts` as a text tower reads them, `palette (K, 3)`, pictures."""
+# ---- the data sets ---------------------------------------------------------------------------------------
 
-    def __init__(self, name: str, split: str, classes: list[str], palette: np.ndarray):
+
+class Dataset:
+    """One split: `classes` as shown, `prompts` as a text tower reads them, `palette (K, 3)`, its images.
+
+    `categories` are the classes as things and stuff, None without instances; `image_ids` then name the images
+    in COCO's files.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        classes: list[str],
+        palette: np.ndarray,
+        categories: Categories | None = None,
+        image_ids: Sequence[int | str] = (),
+    ):
         self.name, self.split, self.classes, self.palette = name, split, classes, palette
+        self.categories, self.image_ids = categories, image_ids
         self.prompts = [prompt(c, name) for c in classes]
-        self.missing: list[str] = []  # a sentence for each picture or label file without its counterpart
+        self.missing: list[str] = []  # a sentence for each image or label file without its counterpart
 
     def __len__(self) -> int:
         raise NotImplementedError
 
     def path(self, i: int) -> str:
-        """Where picture `i` is, relative to the root, with "/": the key of tag files."""
+        """The path of image `i` relative to the root, with "/": the key of tag files."""
         raise NotImplementedError
 
     def files(self, i: int) -> list[Path]:
-        """The files of sample `i`."""
+        """The files of sample `i` that exist."""
         raise NotImplementedError
 
+    def png(self, i: int) -> str:
+        """The name of sample `i`'s PNG in COCO's panoptic files."""
+        return "/".join(self.path(i).split("/")[1:]) + ".png"
+
     def load(self, i: int, short: int | None = None, long: int | None = None) -> Sample:
-        """Picture `i`, RGB, and its labels `(H, W)` uint8, 255 = ignore. Raises DataError with the path.
+        """Sample `i`. Raises DataError with the path.
 
         With the box (short, long) that it will be resized into, a large JPEG comes reduced (see
-        `read_picture`). The labels never do: their shape is the picture's own.
+        `read_image`). The labels never do: their shape is the image's own.
         """
         raise NotImplementedError
 
 
-class Files(Dataset):
-    """A data set that lies on disk."""
+class SemanticFiles(Dataset):
+    """A data set on disk: an image and a label map per sample."""
 
     def __init__(self, name: str, root: Path, split: str):
         layout = LAYOUTS[name]
@@ -144,18 +205,14 @@ class Files(Dataset):
         super().__init__(name, split, classes, palette)
         self.root, self.hint = root, layout.hint
         self.raw_ids, self.train_ids = label_table(raw, layout.ignored), label_table(range(len(classes)), ())
-        folder = layout.pictures.format(layout.splits[split])
-        pictures = scan(root, folder, PICTURES, (layout.picture,))
+        folder = layout.images.format(layout.splits[split])
+        images = scan(root, folder, PICTURES, (layout.image,))
         labels = scan(root, layout.labels.format(layout.splits[split]), LOSSLESS, layout.label)
-        if not pictures:
-            raise DataError(
-                f"{root / folder} holds no picture *{layout.picture}.jpg, .png, ...: check --data"
-            )
-        self.pairs = [(pictures[key], labels.get(key)) for key in sorted(pictures)]
+        if not images:
+            raise DataError(f"{root / folder} holds no image *{layout.image}.jpg, .png, ...: check --data")
+        self.pairs = [(images[key], labels.get(key)) for key in sorted(images)]
         self.missing = [self.unlabelled(i) for i, (_, label) in enumerate(self.pairs) if label is None]
-        self.missing += [
-            f"{root / labels[key]} has no picture" for key in sorted(labels) if key not in pictures
-        ]
+        self.missing += [f"{root / labels[key]} has no image" for key in sorted(labels) if key not in images]
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -170,65 +227,142 @@ class Files(Dataset):
         return [self.root / file for file in self.pairs[i] if file]
 
     def load(self, i: int, short: int | None = None, long: int | None = None) -> Sample:
-        picture, label = self.pairs[i]
+        path, label = self.pairs[i]
         if label is None:
             raise DataError(self.unlabelled(i))
-        image, size = read_picture(self.root / picture, short, long)
+        image, size = read_image(self.root / path, short, long)
         table = self.train_ids if Path(label).stem.endswith(TRAIN_IDS) else self.raw_ids
         labels = read_labels(self.root / label, table, self.hint)
-        if labels.shape != size:
-            (H, W), (h, w) = size, labels.shape
-            raise DataError(
-                f"{self.root / label} is {w}x{h} and its picture, turned as its EXIF tag says, {W}x{H}: "
-                "both need the same size"
-            )
-        return image, labels
+        require_size(self.root / label, labels, size)
+        return Sample(image, labels)
+
+
+class PanopticFiles(Dataset):
+    """A panoptic data set on disk, in order of its images' names. The JSON is read at once."""
+
+    def __init__(self, name: str, root: Path, split: str):
+        self.root, self.folder = root, LAYOUTS[name].splits[split]
+        self.pngs = root / LAYOUTS[name].labels.format(self.folder)
+        self.annotations = a = read_annotations(self.pngs.with_name(self.pngs.name + ".json"))
+        super().__init__(name, split, a.categories.names, a.categories.palette, a.categories, a.image_ids)
+        if name == "coco-panoptic":  # COCO-Stuff's names, where several of its classes are merged into one
+            self.prompts = [prompt(c.removesuffix("-merged"), "cocostuff") for c in self.classes]
+        on_disk = {folder: set(os.listdir(folder)) for folder in (root / self.folder, self.pngs)}
+        listed = [file for i in range(len(self)) for file in self.pair(i)]
+        self.lost = {
+            file
+            for file in listed
+            if not (file.name in on_disk[file.parent] if file.parent in on_disk else file.exists())
+        }
+        self.missing = [self.without(file) for file in listed if file in self.lost]
+        self.missing += [
+            f"{root / self.folder / name} has no annotation in {a.file}"
+            for name in sorted(on_disk[root / self.folder].difference(a.pictures))
+            if name.lower().endswith(PICTURES) and not name.startswith(".")
+        ]
+
+    def __len__(self) -> int:
+        return len(self.annotations)
+
+    def path(self, i: int) -> str:
+        return f"{self.folder}/{self.annotations.pictures[i]}"
+
+    def png(self, i: int) -> str:
+        return self.annotations.pngs[i]
+
+    def pair(self, i: int) -> tuple[Path, Path]:
+        """The image and its PNG."""
+        return self.root / self.path(i), self.pngs / self.png(i)
+
+    def without(self, file: Path) -> str:
+        return f"{file} does not exist, but {self.annotations.file} lists it"
+
+    def files(self, i: int) -> list[Path]:
+        return [file for file in self.pair(i) if file not in self.lost]
+
+    def load(self, i: int, short: int | None = None, long: int | None = None) -> Sample:
+        path, png = self.pair(i)
+        for file in self.lost.intersection((path, png)):
+            raise DataError(self.without(file))
+        image, size = read_image(path, short, long)
+        segments, ids = self.annotations.segments(i), self.annotations.ids(i, self.pngs)
+        require_size(png, ids, size)
+        return Sample(image, semantic(ids, segments), ids, segments)
 
 
 class Scenes(Dataset):
-    """The drawn data set: no files; `path` is "scenes/" and the index that `scenes.draw` takes."""
+    """The drawn data set, without files; `path` is "scenes/" and the index that `scenes.draw` takes.
+
+    Its instances are segments, each class of stuff is one; nothing is void.
+    """
 
     def __init__(self, split: str):
-        if split not in scenes.SPLITS:
-            raise DataError(f"scenes has no split {split!r}: choose {', '.join(scenes.SPLITS)}")
-        self.indices = scenes.SPLITS[split]
-        super().__init__("scenes", split, list(scenes.CLASSES), np.array(scenes.PALETTE, np.uint8))
+        names, palette = list(scenes.CLASSES), np.array(scenes.PALETTE, np.uint8)
+        things = np.array([name in scenes.THINGS for name in names])
+        categories = Categories(names, [*range(1, len(names) + 1)], palette, things)
+        super().__init__("scenes", split, names, palette, categories, list(scenes.SPLITS[split]))
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.image_ids)
 
     def path(self, i: int) -> str:
-        return f"scenes/{self.indices[i]:06d}"
+        return f"scenes/{self.image_ids[i]:06d}"
 
     def files(self, i: int) -> list[Path]:
         return []
 
     def load(self, i: int, short: int | None = None, long: int | None = None) -> Sample:
-        scene = scenes.draw(self.indices[i])
-        return Image.fromarray(scene.image), np.array(scene.labels)
+        scene = scenes.draw(self.image_ids[i])
+        n = int(scene.instances.max())  # the instances are 1..n; stuff comes after them, by class
+        ids = np.where(scene.instances > 0, scene.instances, n + 1 + scene.labels.astype(np.int32))
+        unique, first = np.unique(ids, return_index=True)
+        labels = scene.labels.ravel()[first].tolist()
+        segments = [Segment(id, k, id <= n) for id, k in zip(unique.tolist(), labels, strict=True)]
+        return Sample(Image.fromarray(scene.image), np.array(scene.labels), ids.astype(np.int32), segments)
+
+
+def require_size(file: Path, labels: np.ndarray, size: Size) -> None:
+    """Raise DataError unless labels `(H, W)` have the size of their image."""
+    if labels.shape != size:
+        (H, W), (h, w) = size, labels.shape
+        raise DataError(
+            f"{file} is {w}x{h} and its image, turned as its EXIF tag says, {W}x{H}: both need the same size"
+        )
 
 
 def open_dataset(name: str, root: str | Path, split: str) -> Dataset:
-    """The split "train" or "val" of "ade20k", "cocostuff", "cityscapes", "folder"; of "scenes" also "test".
+    """Open the split "train" or "val" of a data set of `LAYOUTS`; of "scenes" also "test".
 
-    `root` is the folder that the data set's authors name (scenes need none). Files are listed, not opened;
-    `check` opens some. Raises DataError if this is not the data set, or the list of classes cannot be read.
+    `root` is the folder that the data set's authors name (scenes need none). Files are listed, not opened,
+    except tables of classes and a panoptic JSON. Raises DataError if this is not the data set, or a table
+    cannot be read.
     """
+    if name != "scenes" and name not in LAYOUTS:
+        raise DataError(f"no data set {name!r}: choose {', '.join(LAYOUTS)} or scenes")
+    splits = scenes.SPLITS if name == "scenes" else LAYOUTS[name].splits
+    if split not in splits:
+        raise DataError(f"{name} has no labelled split {split!r}: choose {', '.join(splits)}")
     if name == "scenes":
         return Scenes(split)
-    if name not in LAYOUTS:
-        raise DataError(f"there is no data set {name!r}: choose {', '.join(LAYOUTS)} or scenes")
     layout, root = LAYOUTS[name], Path(root)
-    if split not in layout.splits:
-        raise DataError(f"{name} has no labelled split {split!r}: choose {' or '.join(layout.splits)}")
-    needed = [part.format(layout.splits[split]) for part in (layout.pictures, layout.labels)]
+    images, labels = (part.format(layout.splits[split]) for part in (layout.images, layout.labels))
+    needed = [images, f"{labels}.json", labels] if layout.panoptic else [images, labels]
     needed += ["classes.txt"] if name == "folder" else []
     absent = [part for part in needed if not (root / part).exists()]
     if absent:
         inside = root / layout.root
         cure = f"give --data {inside}" if inside.is_dir() else f"--data must be {layout.root}"
+        if layout.panoptic and absent == [labels]:
+            cure = f"unpack {labels}.zip there"
         raise DataError(f"{root} is not {name}: {' and '.join(absent)} not found there; {cure}")
-    return Files(name, root, split)
+    return (PanopticFiles if layout.panoptic else SemanticFiles)(name, root, split)
+
+
+def default_data(name: str) -> str:
+    """The default folder of a data set; "" for one's own panoptic data, which has none."""
+    if name in ("scenes", "panoptic"):
+        return "scenes" if name == "scenes" else ""
+    return f"data/{LAYOUTS[name].root}"
 
 
 def prompt(name: str, dataset: str) -> str:
@@ -244,7 +378,7 @@ def prompt(name: str, dataset: str) -> str:
 def read_classes(file: Path) -> tuple[list[str], np.ndarray, list[int]]:
     """Names, palette `(K, 3)` uint8 and raw label values of a table: one class a line, in train-id order.
 
-    A line is "name", "name, r g b" or "name, r g b, raw value"; a class without a colour gets its own.
+    A line is "name", "name, r g b" or "name, r g b, raw value"; a class without a colour gets one.
     """
     try:
         lines = file.read_text(encoding="utf-8-sig").rstrip().splitlines()
@@ -269,108 +403,3 @@ def read_classes(file: Path) -> tuple[list[str], np.ndarray, list[int]]:
     if not names:
         raise DataError(f"{file} lists no class: give it one class name a line")
     return names, np.array(palette, np.uint8), raw
-
-
-def scan(root: Path, folder: str, suffixes: tuple[str, ...], endings: tuple[str, ...]) -> dict[str, str]:
-    """Files below root/folder: relative path without ending and suffix -> path relative to `root`, with "/".
-
-    Of several files with one key, the one whose ending comes first is taken; two of one ending are refused.
-    """
-    found: dict[str, tuple[int, str]] = {}
-    for where, _, names in walk(root / folder):
-        below = Path(where).relative_to(root).as_posix()
-        for name in names:
-            stem, suffix = os.path.splitext(name)
-            fits = [ending for ending in endings if stem.endswith(ending)]
-            if suffix.lower() not in suffixes or not fits:
-                continue
-            ending = max(fits, key=len)
-            key = f"{below}/{stem.removesuffix(ending)}".removeprefix(folder)
-            new = (endings.index(ending), f"{below}/{name}")
-            old = found.setdefault(key, new)
-            if old[0] == new[0] and old != new:
-                raise DataError(
-                    f"{root / old[1]} and {root / new[1]} differ only in their extension: rename one"
-                )
-            found[key] = min(old, new)
-    return {key: path for key, (_, path) in found.items()}
-
-
-# ---- checked before training -----------------------------------------------------------------------------
-
-
-@dataclass
-class Report:
-    """What `check` saw; `str` makes it a table."""
-
-    title: str
-    classes: list[str]
-    sizes: list[Size]  # of the pictures that were read
-    pixels: np.ndarray  # (256,) of each train id in them
-    faults: list[str]  # one sentence for each, with its path
-
-    def __str__(self) -> str:
-        if not self.sizes:
-            return self.title
-        low, middle, high = (np.quantile(self.sizes, q, axis=0, method="nearest") for q in (0, 0.5, 1))
-        lines = [
-            self.title,
-            f"  height {low[0]} to {high[0]}, median {middle[0]}",
-            f"  width  {low[1]} to {high[1]}, median {middle[1]}",
-            f"  {self.pixels[IGNORE] / self.pixels.sum():.2%} of the pixels are ignored; of the others:",
-        ]
-        counts = self.pixels[: len(self.classes)]
-        order = [k for k in np.argsort(-counts, kind="stable") if counts[k]]
-        cells = [f"{counts[k] / counts.sum():7.2%} {self.classes[k]}" for k in order]
-        width = max(map(len, cells), default=0) + 2
-        for i in range(0, len(cells), 3):
-            lines.append("".join(cell.ljust(width) for cell in cells[i : i + 3]).rstrip())
-        absent = [name for name, count in zip(self.classes, counts, strict=True) if not count]
-        if absent:
-            lines.append(f"  not seen ({len(absent)}): {', '.join(absent)}")
-        return "\n".join(lines)
-
-
-def check(dataset: Dataset, samples: int = 200) -> Report:
-    """Look at the size of every file, and decode `samples` evenly spaced pictures with their labels.
-
-    Raises CheckError, with at most ten of the faults: missing counterparts, files that are empty or cannot be
-    decoded, labels of a wrong mode, value or size, nothing labelled at all.
-    """
-    faults, sizes, pixels, spoilt = list(dataset.missing), [], np.zeros(256, np.int64), set()
-    for i in range(len(dataset)):
-        for file in dataset.files(i):
-            if not has_content(file):
-                faults.append(f"{file} is empty or gone")
-                spoilt.add(i)
-    chosen = np.linspace(0, len(dataset) - 1, min(samples, len(dataset))).astype(int).tolist()
-    for i in chosen:
-        if i in spoilt:
-            continue
-        try:
-            _, labels = dataset.load(i)
-        except DataError as error:
-            if str(error) not in dataset.missing:
-                faults.append(str(error))
-            continue
-        sizes.append(labels.shape)
-        pixels += np.bincount(labels.ravel(), minlength=256)
-    if sizes and not pixels[:IGNORE].any():
-        faults.append(f"all {len(sizes)} label files that were read hold nothing but ignored pixels")
-    title = f"{dataset.name} {dataset.split}: {len(dataset):,} pictures, {len(sizes):,} of them read"
-    report = Report(title, dataset.classes, sizes, pixels, faults)
-    if faults:
-        raise CheckError(
-            f"{dataset.name} {dataset.split} has {len(faults)} faults, mend or remove these files:"
-            + "".join(f"\n  {fault}" for fault in faults[:SHOWN])
-            + (f"\n  and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""),
-            report,
-        )
-    return report
-
-
-def has_content(file: Path) -> bool:
-    try:
-        return file.stat().st_size > 0
-    except OSError:
-        return False

@@ -1,74 +1,57 @@
-"""Evaluate: the mIoU of a trained model, every class's IoU, what is taken for what, how good its tags are.
-
-Where the data set has instances, also the PQ of its segments.
+"""Evaluate: mIoU of a trained model, IoU of every class, confusion matrix, tag quality; PQ of data sets with
+instances.
 
     python eval.py runs/NAME                             # its best step, the val split, the default protocol
     python eval.py runs/NAME --ms                        # "+MS": five scales, each also mirrored
-    torchrun --nproc-per-node 8 eval.py runs/NAME/last   # the processes share the pictures
+    torchrun --nproc-per-node 8 eval.py runs/NAME/last   # the processes share the images
 
-It writes result.json, result.md, confusion.csv and confusion.png; of mask2former also panoptic.json and, in
-panoptic/, the PNGs that it lists, as COCO's server takes them. Those of an earlier evaluation are moved to
-eval-val.1, eval-val.2 and so on, before the new one begins. The checkpoint knows its data set, classes, sizes
-and condition, so no flag asks for them. Top to bottom: reading the pictures, what was counted and what
-follows from it, the report, its files, the command line.
+Writes result.json, result.md, confusion.csv and confusion.png; for mask2former also panoptic.json and, in
+panoptic/, the PNGs that it lists, as COCO's server takes them. Earlier results are moved to eval-val.1,
+eval-val.2 and so on first. The checkpoint holds its data set, classes, sizes and condition, so no flag asks
+for them. Top to bottom: the loop, the command, its flags. The report is in metrics/report.py.
 """
 
 import argparse
-import csv
 import json
-import math
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import inference
 import kernels
-from data import Dataset, check
-from errors import DataError, TadaError
-from images.draw import confusion_matrix
+from data import Dataset, default_data, open_dataset
+from errors import DataError, ModelError, TadaError, run_command
 from images.panoptic import components
-from images.read import IGNORE, fit
+from images.read import fit
 from images.scenes import VERSION
-from inference import Prediction, Segmented
+from inference import Prediction, Segmented, stride_of
 from loading.augment import normalise
-from loading.jitter import PanopticEvaluationStream
+from loading.check import check
 from loading.stream import EvaluationStream, Item
 from loading.tags import TagSource, open_words
 from mask2former import OVERLAP, SCORE, Instances, Mask2Former
-from metrics.judge import PanopticEvaluator, PanopticResult
+from metrics.judge import PanopticEvaluator
+from metrics.report import Result, confusion
 from model import Size, Tada, TadaConfig
-from panoptic_data import PanopticDataset
 from run.checkpoint import find_model, load_model, read_about, read_config
 from run.folder import lock
 from run.ranks import Ranks, cleanup, init_distributed
-from run.recipes import add_segment_flags, default_data, open_set, segment_options, stride_of
 from weights.words import digest
 
-COMPONENTS = "connected components"
 MULTISCALE = (1.0, 1.125, 1.25, 1.375, 1.5)  # VPD's "+MS"
-MEASURES = (
-    ("PQ", "PQ"),
-    ("SQ", "SQ"),
-    ("RQ", "RQ"),
-    ("PQ of things", "PQ_things"),
-    ("PQ of stuff", "PQ_stuff"),
-    ("AP of things", "AP"),
-)
-WORST = 10  # classes that the report lists again
-CHECKED = 10  # pictures and labels that are decoded before the model is loaded
+CHECKED = 10  # images and labels that are decoded before the model is loaded
+FILES = ("result.json", "result.md", "confusion.csv", "confusion.png", "panoptic.json", "panoptic")
 
 
-# ---- reading the pictures
+# ---- the loop
 
 
 def evaluate(
@@ -85,19 +68,21 @@ def evaluate(
     rank: int = 0,
     world: int = 1,
     show: bool = False,
+    panoptic: bool = True,
     score: float = SCORE,
     overlap: float = OVERLAP,
     folder: Path | None = None,
     instances: bool = False,
-) -> "Result":
-    """Predict the pictures `indices` (None: all) one by one, each at its own size, and count.
+) -> Result:
+    """Predict the images `indices` (None: all) one by one, each at its own size, and count.
 
-    Each is resized into `config.box` once; for other scales than 1 every size is made from the picture as it
-    is. It is read in windows of `window`, whole if None. `world` processes share the pictures; each calls
-    this and gets the result of all. Of a panoptic data set, segments are judged: those of mask2former,
-    which reads pictures whole (`score`, `overlap`; `instances`: also their AP; `folder`: where they are
-    written), or the connected components of a semantic decoder's classes. No global random state is touched,
-    every module keeps its mode. Raises DataError, in all processes, if one of them cannot read a picture.
+    Each is resized into `config.box` once; for other scales than 1 every size is made from the original
+    image. It is read in windows of `window`, whole if None. `world` processes share the images; each calls
+    this and gets the result of all. Unless `panoptic` is false, segments are measured where the data set has
+    instances: those of mask2former, which reads images whole (`score`, `overlap`; `instances`: also their AP;
+    `folder`: where they are written), or the connected components of a semantic decoder's classes. No global
+    random state is touched, every module keeps its mode. Raises DataError on all ranks if one of them cannot
+    read an image.
     """
     start = time.perf_counter()
     config, ranks = tada.config, Ranks(rank, world, tada.unet.conv_in.weight.device)
@@ -105,21 +90,20 @@ def evaluate(
     mine, n, K = indices[rank::world], len(indices), len(config.classes)
     once = tuple(scales) == (1.0,) or config.box is None
     box = config.box if once and config.box else (None, None)
-    panoptic = isinstance(dataset, PanopticDataset)
-    stream = PanopticEvaluationStream if panoptic else EvaluationStream
-    items = stream(dataset, *box, workers, ranks.device.type).items(mine)
+    items = EvaluationStream(dataset, *box, workers, ranks.device.type).items(mine)
     bar = tqdm(items, f"{dataset.name} {dataset.split}", len(mine), disable=None if show else True)
-    predict, how = (
-        partial(inference.predict, tada, scales=scales, flip=flip, window=window, stride=stride),
-        COMPONENTS,
-    )
     if isinstance(tada.decoder, Mask2Former):
-        assert once and not flip and window is None, "Mask2Former reads a picture whole, once"
+        assert once and not flip and window is None, "Mask2Former reads an image whole, once"
         predict = partial(inference.segment, tada, score=score, overlap=overlap, instances=instances)
         how = f"mask2former, score {score:g}, overlap {overlap:g}"
-    judge = PanopticEvaluator(dataset, how, folder, instances) if panoptic else None
-    confusion = torch.zeros(K, K, dtype=torch.int64, device=ranks.device)
-    spoken = confusion.new_zeros(3)
+    else:
+        protocol = {"scales": scales, "flip": flip, "window": window, "stride": stride}
+        predict, how = partial(inference.predict, tada, **protocol), "connected components"
+    evaluator = None
+    if panoptic and dataset.categories is not None:
+        evaluator = PanopticEvaluator(dataset, how, folder, instances)
+    total = torch.zeros(K, K, dtype=torch.int64, device=ranks.device)
+    tag_counts = total.new_zeros(3)
     present, scores = torch.zeros(2, n, K, device=ranks.device)
 
     error, training = None, [module for module in tada.modules() if module.training]
@@ -127,72 +111,63 @@ def evaluate(
     try:
         for place, item in zip(range(rank, n, world), bar, strict=True):
             base = {} if once else {"base": fit(item.labels.shape, *config.box)}
-            found, some = read(tada, item, words, partial(predict, **base))
-            confusion += count(item.labels.to(ranks.device), found.labels[0], K)
+            prediction, tags = predict_item(tada, item, words=words, predict=partial(predict, **base))
+            total += confusion(item.labels.to(ranks.device), prediction.labels[0], K)
             present[place, item.present] = 1
-            if found.tag_logits is not None:
-                scores[place] = found.tag_logits[0]
-            if judge is not None:
-                judge.add(item, *segments_of(found, dataset))
-            if some is not None:
-                right = {config.prompts[k] for k in item.present}.intersection(some)
-                spoken += spoken.new_tensor([len(right), len(set(some)), len(item.present)])
+            if prediction.tag_logits is not None:
+                scores[place] = prediction.tag_logits[0]
+            if evaluator is not None:
+                evaluator.add(item, *segments_of(prediction, dataset))
+            if tags is not None:
+                right = {config.prompts[k] for k in item.present}.intersection(tags)
+                tag_counts += tag_counts.new_tensor([len(right), len(set(tags)), len(item.present)])
     except DataError as caught:
         error = caught
     finally:
         bar.close()
         for module in training:
             module.training = True
-    agree(error, ranks)
-    confusion, present, scores, spoken = (
-        ranks.all_reduce(x).cpu() for x in (confusion, present, scores, spoken)
-    )
+    raise_on_all_ranks(error, ranks)
+    counts = (ranks.all_reduce(x).cpu() for x in (total, present, scores, tag_counts))
     stride = stride or window
     about = describe(tada, dataset, words) | {"scales": [*scales], "flip": flip}
     about |= {"window": window and [*window], "stride": stride and [*stride]}
-    segments = judge and judge.end(ranks)
-    seconds = time.perf_counter() - start
-    return Result(config.classes, about, confusion, present, scores, spoken, seconds, segments)
+    segments = evaluator and evaluator.finish(ranks)
+    return Result(config.classes, about, *counts, time.perf_counter() - start, segments)
 
 
-def read(
-    tada: Tada, item: Item, words: TagSource, predict: partial
+def predict_item(
+    tada: Tada, item: Item, words: TagSource, predict: Callable[..., Prediction | Segmented]
 ) -> tuple[Prediction | Segmented, list[str] | None]:
-    """One picture: what is predicted at its own size, the words it was read with."""
+    """The prediction for one image at its own size, and the tags it was made with."""
     device = tada.unet.conv_in.weight.device
     image = normalise(item.image[None].to(device))  # (1, 3, h, w)
-    some = words(item.path, item.present)
+    given = words(item.path, item.present)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        tags = tada.resolve_tags(image, None if some is None else [some])
-        found = predict(image, tags, size=tuple(item.labels.shape))
-    return found, tags and tags[0]
+        tags = tada.resolve_tags(image, None if given is None else [given])
+        prediction = predict(image, tags, size=tuple(item.labels.shape))
+    return prediction, tags and tags[0]
 
 
 def segments_of(
-    found: Prediction | Segmented, dataset: PanopticDataset
+    prediction: Prediction | Segmented, dataset: Dataset
 ) -> tuple[np.ndarray, Sequence, Instances | None]:
-    """One picture's ids `(H, W)`, their segments, and the things that may overlap if they were asked for."""
-    if isinstance(found, Prediction):
-        labels = found.labels[0].byte().cpu().numpy()
+    """The ids `(H, W)` of one image, their segments, and the things that may overlap if requested."""
+    if isinstance(prediction, Prediction):
+        labels = prediction.labels[0].byte().cpu().numpy()
         return *components(labels, dataset.categories.things), None
-    ids, segments = found.panoptic[0]
-    return ids.cpu().numpy(), segments, found.instances and found.instances[0]
+    ids, segments = prediction.panoptic[0]
+    return ids.cpu().numpy(), segments, prediction.instances and prediction.instances[0]
 
 
-def count(truth: Tensor, predicted: Tensor, K: int) -> Tensor:
-    """Pixels `(K, K)` int64 [truth, prediction] of two maps `(H, W)`, where the truth is not 255."""
-    kept = truth != IGNORE
-    return torch.bincount(K * truth[kept].long() + predicted[kept], minlength=K * K).view(K, K)
-
-
-def agree(error: DataError | None, ranks: Ranks) -> None:
-    """Raise an error of any process in all of them: none waits for one that has left."""
+def raise_on_all_ranks(error: DataError | None, ranks: Ranks) -> None:
+    """Re-raise any rank's error on every rank, so none hangs in a collective."""
     for sentence in ranks.all_gather_object([str(error)] if error else []):
         raise DataError(sentence)
 
 
 def describe(tada: Tada, dataset: Dataset, words: TagSource) -> dict:
-    """What is evaluated. `oracle`: the model is told the truth, so the numbers are a bound and no result."""
+    """What is evaluated. `oracle`: the model sees ground-truth tags, so its scores are upper bounds."""
     config = tada.config
     about = {"dataset": dataset.name, "split": dataset.split, "split_images": len(dataset)}
     about |= {"scenes_version": VERSION} if dataset.name == "scenes" else {}
@@ -203,313 +178,107 @@ def describe(tada: Tada, dataset: Dataset, words: TagSource) -> dict:
     return about | {"box": config.box and [*config.box]}
 
 
-# ---- what was counted, and what follows from it
-
-
-@dataclass
-class Result:
-    """n pictures, K classes. Fractions are in 0..1; NaN or None where nothing was counted."""
-
-    classes: Sequence[str]
-    about: dict  # what was evaluated, and how
-    confusion: Tensor  # (K, K) int64 pixels [truth, prediction], without the ignored ones
-    present: Tensor  # (n, K) 1 where a class is in the picture's labels
-    scores: Tensor  # (n, K) logits of the multi-label head
-    spoken: Tensor  # (3,) words that name a class in their picture, words, classes in their pictures
-    seconds: float
-    segments: PanopticResult | None = None  # of a panoptic data set
-
-    @property
-    def iou(self) -> Tensor:
-        """`(K,)` intersection over union of all pictures' pixels; NaN where both are empty.
-
-        As mmsegmentation (core/evaluation/metrics.py); ADE20K's own script gives an empty class 0.
-        """
-        right = self.confusion.diag().double()
-        return right / (self.confusion.sum(0) + self.confusion.sum(1) - right)
-
-    @property
-    def mIoU(self) -> float:
-        """The mean of `iou` over the classes that occur, in the truth or the prediction."""
-        return self.iou.nanmean().item()
-
-    @property
-    def recall(self) -> Tensor:
-        """`(K,)` the share of a class's pixels that were found; NaN where it has none."""
-        return self.confusion.diag().double() / self.confusion.sum(1)
-
-    @property
-    def class_accuracy(self) -> float:
-        """The mean of `recall` over the classes in the truth."""
-        return self.recall.nanmean().item()
-
-    @property
-    def pixel_accuracy(self) -> float:
-        return (self.confusion.diag().sum().double() / self.confusion.sum()).item()
-
-    @property
-    def tag_mAP(self) -> float | None:
-        """Of the multi-label head: the mean average precision of the classes that are in some picture."""
-        if not self.about["tag_head"] or not self.present.any():
-            return None
-        seen = self.present.any(dim=0).nonzero().flatten().tolist()
-        return sum(average_precision(self.scores[:, k], self.present[:, k] > 0) for k in seen) / len(seen)
-
-    @property
-    def words_precision(self) -> float | None:
-        """Of the words that steered, the share that name a class in their picture."""
-        return self.named(1)
-
-    @property
-    def words_recall(self) -> float | None:
-        """Of the classes in the pictures, the share that the words name."""
-        return self.named(2)
-
-    def named(self, of: int) -> float | None:
-        steered, counts = self.about["condition"] in ("tagging", "oracle"), self.spoken.tolist()
-        return counts[0] / counts[of] if steered and counts[of] else None
-
-    def as_json(self) -> dict:
-        """Everything that result.json holds of it; null where nothing was counted."""
-        numbers = {
-            "mIoU": self.mIoU,
-            "pixel_accuracy": self.pixel_accuracy,
-            "class_accuracy": self.class_accuracy,
-            "tag_mAP": self.tag_mAP,
-            "words_precision": self.words_precision,
-            "words_recall": self.words_recall,
-        }
-        numbers = {name: known(x) for name, x in numbers.items()}
-        numbers |= {"images": len(self.present), "seconds": self.seconds}
-        classes = dict(zip(self.classes, map(known, self.iou.tolist()), strict=True))
-        if self.segments is None:
-            return {**numbers, **self.about, "classes": classes}
-        pq = dict(zip(self.classes, map(known, self.segments.quality.classes[:, 0].tolist()), strict=True))
-        return {**numbers, **self.segments.as_json(), **self.about, "classes": classes, "classes_PQ": pq}
-
-    # ---- the report
-
-    def as_markdown(self) -> str:
-        """The warnings, every class, the ten worst, and the line to paste."""
-        about, names = self.about, [name.replace("|", "\\|") for name in self.classes]
-        iou, confusion = self.iou.tolist(), self.confusion
-        shares = (confusion.sum(1) / confusion.sum()).tolist()
-        lines = [f"# {about['dataset']} {about['split']}", ""]
-        lines += [f"**{sentence}**\n" for sentence in self.warnings()]
-        lines += ["| id | class | IoU % | found % | share of the pixels % |", "|--:|---|--:|--:|--:|"]
-        for k, row in enumerate(zip(iou, self.recall.tolist(), shares, strict=True)):
-            lines.append(f"| {k} | {names[k]} | {' | '.join(map(percent, row))} |")
-
-        worst = sorted((k for k, x in enumerate(iou) if not math.isnan(x)), key=iou.__getitem__)[:WORST]
-        lines += [f"\nThe {len(worst)} worst:\n", "| class | IoU % | most often taken for |", "|---|--:|---|"]
-        for k in worst:
-            wrong = confusion[k].clone()
-            wrong[k] = 0
-            most, total = int(wrong.argmax()), int(confusion[k].sum())
-            other = f"{names[most]} ({percent(int(wrong[most]) / total)} %)" if wrong.any() else "-"
-            lines.append(f"| {names[k]} | {percent(iou[k])} | {other} |")
-        if self.segments is not None:
-            lines += ["", *self.segments_table()]
-        return "\n".join([*lines, f"\n    {self.line()}", ""])
-
-    def segments_table(self) -> list[str]:
-        """PQ, SQ and RQ of all classes together and of each."""
-        quality, names = self.segments.quality, [name.replace("|", "\\|") for name in self.classes]
-        rows = [f"Segments: {self.segments.how}", ""]
-        rows += ["| classes | PQ % | SQ % | RQ % | how many occur |", "|---|--:|--:|--:|--:|"]
-        for which in ("all", "things", "stuff"):
-            *means, n = quality.mean(which).values()
-            rows.append(f"| {which} | {' | '.join(map(percent, means))} | {n} |")
-        rows += ["", "| class | PQ % | SQ % | RQ % |", "|---|--:|--:|--:|"]
-        for name, row in zip(names, quality.classes.tolist(), strict=True):
-            rows.append(f"| {name} | {' | '.join(map(percent, row))} |")
-        return rows
-
-    def warnings(self) -> list[str]:
-        """Sentences without which the numbers mislead."""
-        about, n = self.about, len(self.present)
-        said = []
-        if about["oracle"]:
-            said.append("ORACLE: the model is told a picture's true classes: a bound, not a result.")
-        if about["random_weights"]:
-            said.append("RANDOM WEIGHTS: no prior was used: this says nothing about the method.")
-        if n < about["split_images"]:
-            said.append(f"PART: {n} of the split's {about['split_images']} pictures.")
-        if self.segments is not None and self.segments.lacking:
-            said.append(self.segments.lacking)
-        return said
-
-    def line(self) -> str:
-        """The result and how it was taken, to paste."""
-        about, numbers = self.about, self.as_json()
-        occur = sum(x is not None for x in numbers["classes"].values())
-        version = f" version {about['scenes_version']}" if "scenes_version" in about else ""
-        tags = [("tag mAP", "tag_mAP"), ("words' precision", "words_precision"), ("recall", "words_recall")]
-        size = "{}x{}".format
-        parts = [
-            f"{about['dataset']}{version} {about['split']} mIoU {percent(numbers['mIoU'])}",
-            f"{occur} of {len(self.classes)} classes occur",
-            *(f"{name} {percent(numbers[key])}" for name, key in MEASURES if key in numbers),
-            *([numbers["segments"]] if "segments" in numbers else []),
-            f"pixel accuracy {percent(numbers['pixel_accuracy'])}",
-            f"class accuracy {percent(numbers['class_accuracy'])}",
-            *(f"{name} {percent(numbers[key])}" for name, key in tags if numbers[key] is not None),
-            f"{numbers['images']} pictures",
-            " ".join(["scale", *(f"{x:g}" for x in about["scales"])]) + " + flip" * about["flip"],
-            f"windows {size(*about['window'])} by {size(*about['stride'])}" if about["window"] else "whole",
-            f"{about['model']} {about['decoder']} {about['condition']}, tags {about['tags']}",
-            *(["ORACLE"] if about["oracle"] else []),
-            *(["RANDOM WEIGHTS"] if about["random_weights"] else []),
-        ]
-        return ", ".join(parts)
-
-
-def average_precision(scores: Tensor, there: Tensor) -> float:
-    """The mean, over the positives `there (n,)`, of the precision among all that score no lower.
-
-    Equal scores are one step, so the order of the pictures plays no part (scikit-learn's definition).
-    """
-    scores, order = scores.sort(descending=True)
-    no_lower = torch.searchsorted(-scores, -scores, right=True)  # how many
-    right = there[order].cumsum(0)[no_lower - 1]
-    return (right / no_lower)[there[order]].double().mean().item()
-
-
-def known(x: float | None) -> float | None:
-    """NaN, which JSON lacks, as None."""
-    return None if x is None or math.isnan(x) else x
-
-
-def percent(x: float | None) -> str:
-    return "-" if known(x) is None else f"{100 * x:.2f}"
-
-
-# ---- its files
-
-FILES = ("result.json", "result.md", "confusion.csv", "confusion.png", "panoptic.json", "panoptic")
-
-
-def put_aside(out: Path) -> None:
-    """Move what an earlier evaluation wrote into a new folder beside `out`; a stopped one's rest goes."""
-    shutil.rmtree(out / ".tmp-panoptic", ignore_errors=True)
-    earlier = [name for name in FILES if (out / name).exists()]
-    if not earlier:
-        return
-    number, out = 1, out.resolve()
-    while (aside := out.with_name(f"{out.name}.{number}")).exists():
-        number += 1
-    try:
-        aside.mkdir()
-    except OSError as error:
-        raise TadaError(
-            f"{aside}, for the earlier evaluation, cannot be made ({error.strerror}): give another --out"
-        ) from None
-    for name in earlier:
-        shutil.move(out / name, aside / name)
-    print(f"the earlier evaluation is now {aside}")
-
-
-def write(result: Result, out: Path, file: Path, sha256: str) -> None:
-    """result.json with the model's `file` and its hash, result.md, confusion.csv and confusion.png."""
-    entries = result.as_json() | {"checkpoint": str(file), "sha256": sha256}
-    (out / "result.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
-    signed = f"{result.as_markdown()}\nCheckpoint {file}, sha256 {sha256}\n"
-    (out / "result.md").write_text(signed, encoding="utf-8")
-    with (out / "confusion.csv").open("w", newline="", encoding="utf-8") as f:
-        table = csv.writer(f)
-        table.writerow(["truth \\ prediction", *result.classes])
-        for name, row in zip(result.classes, result.confusion.tolist(), strict=True):
-            table.writerow([name, *row])
-    confusion_matrix(result.confusion, result.classes).save(out / "confusion.png")
-
-
-# ---- the command line
+# ---- the command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name that it cannot show stops nothing
-    options = parse(argv)
-    ranks = init_distributed()
-    try:
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is escaped
+    options, ranks = parse(argv), init_distributed()
+
+    def work() -> int:
         kernels.use(options.kernels)
-        run(options, ranks)
-    except KeyboardInterrupt:
-        if ranks.is_main:
-            print("stopped: no result was written", file=sys.stderr)
-        return 130
-    except (TadaError, OSError) as error:
-        if ranks.is_main or isinstance(error, OSError):  # the others are the same in all processes
-            print(f"eval.py: {error}", file=sys.stderr)
-        return 2
-    cleanup()
-    return 0
+        run(ranks=ranks, **{name: x for name, x in vars(options).items() if name != "kernels"})
+        cleanup()
+        return 0
+
+    return run_command("eval.py", work, "interrupted: no result was written")
 
 
-def run(options: argparse.Namespace, ranks: Ranks) -> None:
-    """Open all that is needed, what is quick first; evaluate; rank 0 reports."""
-    file = find_model(Path(options.checkpoint)).resolve()  # `best` may lead elsewhere soon
+def run(
+    checkpoint: str,
+    *,
+    ranks: Ranks,
+    data: str | None,
+    split: str,
+    limit: int | None,
+    tags: str | None,
+    ms: bool,
+    scales: Sequence[float],
+    flip: bool,
+    whole: bool,
+    window: Size | None,
+    stride: Size | None,
+    weights: str | None,
+    workers: int,
+    out: str | None,
+    **segments: float,
+) -> None:
+    """Open everything, cheapest checks first; evaluate; rank 0 reports. `segments`: score and overlap."""
+    file = find_model(Path(checkpoint)).resolve()  # `best` may point elsewhere soon
     config, home = read_config(read_about(file)["config"], file), run_folder(file)
-    root = options.data or data_folder(home, config)
-    decoder = "mask2former" if config.dataset == "scenes" else config.decoder  # they have instances
-    dataset = open_set(config.dataset, root, options.split, decoder)
+    root = data or data_folder(home, config)
+    dataset = open_dataset(config.dataset, root, split)
     if tuple(dataset.classes) != config.classes:
         raise TadaError(
             f"{root} has {len(dataset.classes)} classes, such as {dataset.classes[0]}, but {file} "
             f"was trained on {len(config.classes)}, such as {config.classes[0]}: give another --data"
         )
-    refuse_flags(options, config)
-    reading = segment_options(options, config.decoder)
-    words = open_dataset_words(options.tags, config, dataset, root)
-    window, stride = windows_of(options, config)
+    panoptic = config.decoder == "mask2former"
+    if panoptic:
+        flags = {"ms": ms, "flip": flip, "window": window, "stride": stride, "scales": scales != [1.0]}
+        for name in [name for name, value in flags.items() if value][:1]:
+            raise TadaError(f"--{name}: mask2former reads an image whole, once; leave it out")
+    protocol = {"scales": scales, "flip": flip} | segment_options(segments, config.decoder)
+    protocol["window"], protocol["stride"] = windows_of(config, whole=whole, window=window, stride=stride)
+    words = open_dataset_words(tags, config, dataset=dataset, root=root)
     check(dataset, CHECKED)
-    n = min(options.limit or len(dataset), len(dataset))
-    protocol = {"scales": options.scales, "flip": options.flip, "window": window, "stride": stride}
-    mine = {"workers": options.workers, "rank": ranks.rank, "world": ranks.world, "show": ranks.is_main}
-    indices = [i * len(dataset) // n for i in range(n)]
-    out = Path(options.out) if options.out else (home or Path()) / f"eval-{options.split}"
-    if config.decoder == "mask2former":
-        mine |= {**reading, "folder": out / "panoptic", "instances": True}
+    n = min(limit or len(dataset), len(dataset))
+    protocol["indices"] = [i * len(dataset) // n for i in range(n)]
+    out = Path(out) if out else (home or Path()) / f"eval-{split}"
+    if panoptic:
+        protocol |= {"folder": out / "panoptic", "instances": True}
 
     with lock(out, "--out") if ranks.is_main else nullcontext():
         sha256 = digest(file)
-        tada = load_model(file, options.weights, ranks.device)
+        tada = load_model(file, weights, ranks.device)
         if ranks.is_main:
             print(kernels.describe(ranks.device))
-            put_aside(out)
+            move_earlier_results(out)
         ranks.barrier()  # only now may files appear
-        result = evaluate(tada, dataset, words, **protocol, indices=indices, **mine)
+        shares = {"workers": workers, "rank": ranks.rank, "world": ranks.world, "show": ranks.is_main}
+        result = evaluate(tada, dataset, words, **protocol, **shares)
         if ranks.is_main:
             print(result.as_markdown())
-            write(result, out, file, sha256)
-            more = ", panoptic.json, panoptic/" if config.decoder == "mask2former" else ""
+            result.write(out, checkpoint=file, sha256=sha256)
+            more = ", panoptic.json, panoptic/" if panoptic else ""
             print(f"written: {out}/result.json, result.md, confusion.csv, confusion.png{more}")
 
 
 def run_folder(file: Path) -> Path | None:
-    """The run that a model's file belongs to; None if it lies alone."""
+    """The run that a model's file belongs to; None if it belongs to none."""
     folder = file.resolve().parent
     folder = folder.parent if folder.name.startswith("step-") else folder
     return folder if (folder / "config.json").is_file() else None
 
 
 def data_folder(home: Path | None, config: TadaConfig) -> str:
-    """Where the run had its data set, or where it is by default."""
+    """The data set's folder of the run, or the default one."""
     if home is not None:
         try:
-            found = json.loads((home / "config.json").read_text()).get("data")
+            folder = json.loads((home / "config.json").read_text()).get("data")
         except (OSError, ValueError, AttributeError) as error:
             raise TadaError(f"{home / 'config.json'} cannot be read ({error}): give --data") from None
-        if found:
-            return found
+        if folder:
+            return folder
     if config.dataset in ("folder", "panoptic"):
-        raise TadaError("the checkpoint does not say where its data set is: give its folder with --data")
+        raise TadaError("the checkpoint does not hold its data set's folder: give it with --data")
     return default_data(config.dataset)
 
 
 def open_dataset_words(tags: str | None, config: TadaConfig, dataset: Dataset, root: str) -> TagSource:
-    """The words of training, or those that --tags names instead."""
+    """The tags of training, or those of --tags instead."""
     if tags and config.condition not in ("caption", "tagging", "oracle"):
-        raise TadaError(f"--tags {tags}: a model of condition {config.condition} reads no words of a picture")
+        raise TadaError(f"--tags {tags}: a model of condition {config.condition} uses no tags per image")
     if tags in ("classes", "clip") and tags != config.tags:
         raise TadaError(
             f"--tags {tags}: the model was trained with tags {config.tags}; give a file or oracle"
@@ -518,24 +287,40 @@ def open_dataset_words(tags: str | None, config: TadaConfig, dataset: Dataset, r
     return open_words(config.condition, tags or config.tags, dataset.prompts, root, paths)
 
 
-def refuse_flags(options: argparse.Namespace, config: TadaConfig) -> None:
-    """What mask2former has no use for."""
-    given = [name for name in ("ms", "flip", "window", "stride") if getattr(options, name)]
-    given += ["scales"] if not given and options.scales != [1.0] else []
-    if given and config.decoder == "mask2former":
-        raise TadaError(f"--{given[0]}: mask2former reads a picture whole, once; leave it out")
-
-
-def windows_of(options: argparse.Namespace, config: TadaConfig) -> tuple[Size | None, Size | None]:
-    """The window and its stride that the flags ask for."""
-    if options.whole or config.decoder == "mask2former":
+def windows_of(
+    config: TadaConfig, *, whole: bool, window: Size | None, stride: Size | None
+) -> tuple[Size | None, Size | None]:
+    """The window and its stride that the flags request."""
+    if whole or config.decoder == "mask2former":
         return None, None
-    window = options.window or config.crop
-    thirds = tuple(map(stride_of, window))
-    stride = options.stride or (thirds if options.window else config.stride)
+    default = tuple(map(stride_of, window)) if window else config.stride
+    window, stride = window or config.crop, stride or default
     if any(step > side for step, side in zip(stride, window, strict=True)):
         raise TadaError(f"--stride {stride} leaves gaps between windows of {window}: give at most the window")
     return window, stride
+
+
+def move_earlier_results(out: Path) -> None:
+    """Move earlier results to `out.N` and delete leftovers of an interrupted run."""
+    shutil.rmtree(out / ".tmp-panoptic", ignore_errors=True)
+    earlier = [name for name in FILES if (out / name).exists()]
+    if not earlier:
+        return
+    number, out = 1, out.resolve()
+    while (folder := out.with_name(f"{out.name}.{number}")).exists():
+        number += 1
+    try:
+        folder.mkdir()
+    except OSError as error:
+        raise TadaError(
+            f"{folder}, for the earlier evaluation, cannot be created ({error.strerror}): give another --out"
+        ) from None
+    for name in earlier:
+        shutil.move(out / name, folder / name)
+    print(f"moved the earlier evaluation to {folder}")
+
+
+# ---- its flags
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -543,26 +328,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="eval.py",
         description="Evaluate a trained model: mIoU, every class, the confusion matrix, its tags.",
-        epilog="By default a picture is resized as training said and, where it is then larger than the "
-        "crop of training, read in windows of that crop; their logits are averaged where they overlap.",
+        epilog="By default an image is resized as in training and, where it is then larger than the crop of "
+        "training, read in windows of that crop; their logits are averaged where they overlap.",
     )
     parser.add_argument(
         "checkpoint", help="a run folder (its best step), a step folder or a model.safetensors"
     )
-    add = parser.add_argument_group("the pictures").add_argument
-    add(
-        "--data",
-        metavar="DIR",
-        help="the data set (default: that of the run, or data/ and its official name)",
-    )
+    add = parser.add_argument_group("the images").add_argument
+    data = "the data set (default: that of the run, or data/ and its official name)"
+    add("--data", metavar="DIR", help=data)
     add("--split", default="val", metavar="NAME", help="train or val; of scenes also test (default: val)")
-    add("--limit", type=positive, metavar="N", help="so many, evenly spread over the split (default: all)")
-    add("--tags", metavar="WHERE", help="FILE.jsonl or oracle (default: where training had its words from)")
+    add("--limit", type=positive, metavar="N", help="evenly spaced images of the split (default: all)")
+    add("--tags", metavar="WHERE", help="FILE.jsonl or oracle (default: the tags of training)")
     group = parser.add_argument_group("the protocol")
     add = group.add_mutually_exclusive_group().add_argument
     add("--ms", action="store_true", help="scales 1, 1.125, 1.25, 1.375, 1.5 and --flip (default: no)")
     add("--scales", type=scale, nargs="+", metavar="X", default=[1.0], help="times that size (default: 1)")
-    group.add_argument("--flip", action="store_true", help="add the mirrored picture (default: no)")
+    group.add_argument("--flip", action="store_true", help="add the mirrored image (default: no)")
     add, sides = group.add_mutually_exclusive_group().add_argument, {"type": positive, "nargs": "+"}
     add("--whole", action="store_true", help="no windows (default: windows)")
     add("--window", **sides, metavar="N", help="its height and width (default: the crop of training)")
@@ -570,8 +352,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--stride", **sides, metavar="N", help=steps)
     add_segment_flags(parser)
     add = parser.add_argument_group("the run").add_argument
-    add("--weights", metavar="DIR", help="the frozen files (default: where training had them)")
-    add("--workers", type=int, default=2, metavar="N", help="processes that load pictures (default: 2)")
+    add("--weights", metavar="DIR", help="the frozen files (default: their folder in training)")
+    add("--workers", type=int, default=2, metavar="N", help="processes that load images (default: 2)")
     which = "Triton kernels: where they won the benchmark, never, or by name (default: auto)"
     add("--kernels", choices=["auto", "torch", "triton"], default="auto", help=which)
     add("--out", metavar="DIR", help="(default: eval-SPLIT in the run folder, or here if there is none)")
@@ -588,6 +370,34 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.ms:
         options.scales, options.flip = list(MULTISCALE), True
     return options
+
+
+def add_segment_flags(parser: argparse.ArgumentParser) -> None:
+    """--score and --overlap of eval.py and predict.py; the options lack one that is not given."""
+    add = parser.add_argument_group("the segments of mask2former").add_argument
+    common = {"type": fraction, "metavar": "X", "default": argparse.SUPPRESS}
+    least = f"minimum probability of a segment's class (default: {SCORE}, Mask2Former's; ODISE's is 0.0)"
+    add("--score", **common, help=least)
+    kept = f"minimum share of its mask that a segment keeps after overlaps (default: {OVERLAP})"
+    add("--overlap", **common, help=kept)
+
+
+def segment_options(given: dict[str, float], decoder: str) -> dict[str, float]:
+    """`score` and `overlap` of mask2former, {} of another decoder. Raises ModelError if that is given one."""
+    if decoder == "mask2former":
+        return {"score": SCORE, "overlap": OVERLAP} | given
+    for name in given:
+        raise ModelError(
+            f"--{name} is for mask2former's segments, this model's decoder is {decoder}: leave it out"
+        )
+    return {}
+
+
+def fraction(text: str) -> float:
+    x = float(text)  # argparse reports a ValueError
+    if not 0 <= x <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not in 0..1")
+    return x
 
 
 def positive(text: str) -> int:

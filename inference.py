@@ -194,3 +194,8 @@ def resize_rows(x: Tensor, size: Size, top: int, bottom: int) -> Tensor:
     share = (y - above)[:, None]  # the weight of the row below
     rows = x[:, :, above] * (1 - share) + x[:, :, (above + 1).clamp(max=h - 1)] * share
     return resize(rows, (bottom - top, W))
+
+
+def stride_of(side: int) -> int:
+    """Two thirds of a window's side, as mmsegmentation: 341 of 512, 683 of 1024, but 426 of 640."""
+    return 426 if side == 640 else max(round(side * 2 / 3), 1)

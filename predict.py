@@ -48,7 +48,7 @@ from errors import DataError, DataWarning, TadaError, Unreadable
 from eval import scale
 from images.draw import TILE, heat, mosaic, overlay, percent, segment_overlay
 from images.panoptic import to_colours
-from images.read import PICTURES, distinct_colour, fit, read_picture, walk
+from images.read import PICTURES, distinct_colour, fit, read_image, walk
 from inference import windows
 from loading.augment import normalise, resize, to_tensor
 from loading.tags import LONGEST_CAPTION, LONGEST_TAG, MOST_TAGS, read_tags
@@ -207,7 +207,7 @@ def predict(tada: Tada, job: Job, options: argparse.Namespace, folder: "Folder")
     """Read the picture, write its results; its line of predictions.jsonl. Raises Unreadable."""
     config, device = tada.config, folder.ranks.device
     before = on_disk(job.path)
-    picture, size = read_picture(job.path)
+    picture, size = read_image(job.path)
     small = fit(size, *config.box) if config.box else size
     image = model_input(picture, small).to(device)  # (1, 3, h, w)
     # As eval.py does: for other scales than 1 every size is made from the picture as it is.

@@ -25,13 +25,14 @@ from torch import Tensor, nn
 import inference
 import kernels
 from assemble import build, parameter_groups
-from data import Dataset, check
+from data import Dataset, open_dataset
 from errors import CheckpointError, ModelError, RunError, run_command
 from eval import Result, evaluate
 from images import scenes
 from images.panoptic import Segment
-from loading.augment import normalise
-from loading.jitter import NOBODY, PanopticBatch, PanopticTrainStream, masks_of
+from loading.augment import Augment, normalise
+from loading.check import check
+from loading.jitter import UNOWNED, Jitter, masks_of
 from loading.stream import Batch, EvaluationStream, TrainStream
 from loading.tags import TagSource
 from mask2former import Rand, Target
@@ -40,7 +41,7 @@ from run import checkpoint
 from run.folder import Run, fingerprint, open_run
 from run.progress import Meter, StopOnSignal, describe, draw, log_line
 from run.ranks import Ranks, cleanup, init_distributed
-from run.recipes import DROPS, Options, config_of, defaults, open_set, parse
+from run.recipes import DROPS, Options, config_of, defaults, parse
 from run.tagging import open_tags
 
 SHOWN = 8  # images in inputs.jpg and in val/
@@ -113,11 +114,11 @@ def count_all(
     return dict(zip(counts[0], total.clamp(min=1), strict=True))
 
 
-def segments_of(tada: Tada, batch: Batch | PanopticBatch, device: torch.device) -> list[Target] | None:
-    """The segments of each picture as Mask2Former's loss takes them; None of a batch that has none."""
-    if not isinstance(batch, PanopticBatch):
+def segments_of(tada: Tada, batch: Batch, device: torch.device) -> list[Target] | None:
+    """The segments of each image as Mask2Former's loss takes them; None for a batch without segments."""
+    if batch.owners is None:
         return None
-    owners = tada.padded(batch.owners.to(device, non_blocking=True), NOBODY)
+    owners = tada.padded(batch.owners.to(device, non_blocking=True), UNOWNED)
     classes = [x.to(device, non_blocking=True) for x in batch.classes]
     return [
         Target(labels, masks_of(owner, len(labels)), tuple(size))
@@ -238,11 +239,12 @@ def loop(training: Training, stop: StopOnSignal) -> int:
 def training_stream(
     options: Options, tada: Tada, dataset: Dataset, batch: int, **shares: int | str
 ) -> TrainStream:
-    """The samples that the decoder is trained on, with segments or classes alone."""
-    crop = tada.config.crop
+    """The augmented samples: large-scale jitter with segments for Mask2Former, else labels alone."""
     if options.decoder == "mask2former":
-        return PanopticTrainStream(dataset, crop, batch, options.seed, tuple(options.scales), **shares)
-    return TrainStream(dataset, crop, options.short, options.long, batch, options.seed, **shares)
+        augmentation = Jitter(tada.config.crop, tuple(options.scales))
+    else:
+        augmentation = Augment(tada.config.crop, options.short, options.long)
+    return TrainStream(dataset, augmentation, batch=batch, seed=options.seed, **shares)
 
 
 # ---- validation
@@ -275,6 +277,7 @@ def evaluate_val(training: Training, limit: int | None = None) -> Result:
     sets, ranks = training.sets, training.run.ranks
     indices = range(min(limit or len(sets.val), len(sets.val)))
     shares = {"workers": training.options.workers, "rank": ranks.rank, "world": ranks.world}
+    shares["panoptic"] = training.metric == "PQ"
     how = {"words": sets.val_words, "indices": indices, **training.windows, **shares}
     return evaluate(training.tada, sets.val, **how)
 
@@ -311,7 +314,7 @@ def draw_inputs(run: Run, sets: "Sets", batch: Batch) -> None:
     pictures = batch.image.permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
     words = words_of(batch, sets.train_words) or [None] * len(pictures)
     targets = batch.labels.numpy()
-    if isinstance(batch, PanopticBatch):  # NOBODY, -1, becomes 0, which is void
+    if batch.owners is not None:  # UNOWNED, -1, becomes 0, which is void
         owned = [[Segment(i, k, False) for i, k in enumerate(x.tolist(), 1)] for x in batch.classes]
         targets = zip(batch.owners.numpy() + 1, owned, strict=True)
     draw(run.folder / "inputs.jpg", sets.train, zip(pictures, targets, words, strict=True))
@@ -387,9 +390,7 @@ def train(options: Options, ranks: Ranks) -> int:
 def prepare(run: Run, options: Options) -> Training:
     """Open everything, cheapest checks first: data, run folder, model, tags, optimiser, checkpoint."""
     ranks = run.ranks
-    train_set, val_set = (
-        open_set(options.dataset, options.data, split, options.decoder) for split in ("train", "val")
-    )
+    train_set, val_set = (open_dataset(options.dataset, options.data, split) for split in ("train", "val"))
     if ranks.is_main:
         for dataset in (train_set, val_set):
             run.print0(str(check(dataset)))

@@ -24,6 +24,31 @@ SHOWN = 10  # paths in a message
 Size = tuple[int, int]  # height, width
 
 
+def scan(root: Path, folder: str, suffixes: tuple[str, ...], endings: tuple[str, ...]) -> dict[str, str]:
+    """The files below root/folder: path without ending and suffix -> path relative to `root`, with "/".
+
+    Of several files with one key, the one whose ending comes first is used; two of one ending are refused.
+    """
+    paths: dict[str, tuple[int, str]] = {}
+    for where, _, names in walk(root / folder):
+        below = Path(where).relative_to(root).as_posix()
+        for name in names:
+            stem, suffix = os.path.splitext(name)
+            fits = [ending for ending in endings if stem.endswith(ending)]
+            if suffix.lower() not in suffixes or not fits:
+                continue
+            ending = max(fits, key=len)
+            key = f"{below}/{stem.removesuffix(ending)}".removeprefix(folder)
+            new = (endings.index(ending), f"{below}/{name}")
+            old = paths.setdefault(key, new)
+            if old[0] == new[0] and old != new:
+                raise DataError(
+                    f"{root / old[1]} and {root / new[1]} differ only in their extension: rename one"
+                )
+            paths[key] = min(old, new)
+    return {key: path for key, (_, path) in paths.items()}
+
+
 def walk(top: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
     """`os.walk` in order, without what is hidden. A folder that links lead to again is left out.
 
@@ -58,22 +83,22 @@ def opened(path: Path, limit: int) -> Iterator[Image.Image]:
         raise Unreadable(f"{path} is too large ({error}): at most {limit:,} pixels are read") from None
     except UnidentifiedImageError:
         raise Unreadable(
-            f"{path} is not a picture, or its first bytes are damaged: replace or remove it"
+            f"{path} is not an image, or its first bytes are corrupt: replace or remove it"
         ) from None
     except (OSError, SyntaxError, ValueError) as error:  # SyntaxError: a broken PNG
         reason = getattr(error, "strerror", None) or error
         raise Unreadable(f"{path} cannot be read ({reason}): replace or remove it") from None
 
 
-GAP = 3  # a reduced JPEG keeps at least this many times the pixels, per side, that the picture is resized to
+GAP = 3  # a reduced JPEG keeps at least this many times the pixels, per side, that the image is resized to
 
 
-def read_picture(
+def read_image(
     path: str | Path, short: int | None = None, long: int | None = None, limit: int = MAX_PIXELS
 ) -> tuple[Image.Image, Size]:
     """The first frame as 8-bit RGB, turned upright by its EXIF tag, and its full (H, W). Raises Unreadable.
 
-    Grey, palette, CMYK and 16-bit pictures are converted; transparency is dropped, as OpenCV drops it. With
+    Grey, palette, CMYK and 16-bit images are converted; transparency is dropped, as OpenCV drops it. With
     the box (short, long) that it will be resized into, a JPEG 2 GAP times larger or more is decoded at 1/2,
     1/4 or 1/8. On photographs the resized picture then differs by at most 0.8 of 255 levels on average, 3 in
     99 of 100 pixels.

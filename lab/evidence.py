@@ -25,11 +25,11 @@ from tqdm import tqdm
 from assemble import prior
 from clip import CLIP, TEMPLATES, Tokenizer, name_vectors, zero_shot
 from errors import run_command
-from eval import average_precision
 from images import scenes
 from images.draw import INK, PAPER, mosaic
 from lab.draw import ddim_times, sample
 from lab.pretrain import DrawnScenes, caption, draw_scenes
+from metrics.report import average_precision
 from unet import TIMES, UNet, alphas_cumprod
 from vae import VAE
 

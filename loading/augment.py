@@ -1,12 +1,15 @@
-"""Random scale, crop, flip and colours for training, one resize for evaluation: picture and labels together.
+"""Random scale, crop, flip and colours for training, one resize for evaluation: image and labels together.
 
 The recipe is mmsegmentation's, as in VPD (mmseg/datasets/pipelines/transforms.py of its 0.x); where we differ
-on purpose, the function says so. Pictures leave as uint8 `(3, H, W)`, RGB, labels as uint8 `(H, W)`, classes
+on purpose, the docstring states it. Images leave as uint8 `(3, H, W)`, RGB, labels as uint8 `(H, W)`, classes
 0..K-1 and 255 = ignore. All randomness comes from the generator that the caller gives.
 
-Top to bottom: `normalise` (bytes to the model's floats), `augment`, `evaluation`, and their parts: the window
+Top to bottom: `normalise` (bytes to the model's floats), `Augment`, `evaluation`, and their parts: the window
 that is cropped, resizing, colours.
 """
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -14,14 +17,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from data import Sample
 from images.read import IGNORE, Size, fit
 
-RATIOS = (0.5, 2.0)  # of the base box; mmsegmentation's `ratio_range`
 LARGEST_SHARE = 0.75  # of one class in a crop; mmsegmentation's `cat_max_ratio`
 TRIES = 10
-PAD = 128  # grey; see `augment`
+PAD = 128  # grey; see `Augment`
 
-Window = tuple[int, int, int, int]  # top, left, bottom, right in pixels of the resized picture
+Window = tuple[int, int, int, int]  # top, left, bottom, right in pixels of the resized image
 
 
 def normalise(image: Tensor) -> Tensor:
@@ -29,27 +32,46 @@ def normalise(image: Tensor) -> Tensor:
     return image.float().div_(127.5).sub_(1)
 
 
-def augment(
-    image: Image.Image, labels: np.ndarray, crop: Size, short: int, long: int, rng: np.random.Generator
-) -> tuple[Tensor, Tensor]:
+class View(NamedTuple):
+    """A training image and its targets; the last three for panoptic samples, of T segments."""
+
+    image: Tensor  # (3, H, W) uint8
+    labels: Tensor  # (H, W) uint8, crowds too; 255 = ignore, void and padding
+    owners: Tensor | None = None  # (H, W) int16: each pixel's segment as an index into `classes`, or UNOWNED
+    classes: Tensor | None = None  # (T,) int64; T may be 0
+    size: Size | None = None  # of the image in the top left; the rest is padding
+
+
+@dataclass(frozen=True)
+class Augment:
     """Random scale, crop, flip and colours: image `(3, H, W)` uint8, labels `(H, W)` uint8, (H, W) = crop.
 
-    mmsegmentation's order: resize into 0.5-2 times the box (short, long), crop, mirror with probability
+    mmsegmentation's order: resize into `ratio` times the box (short, long), crop, mirror with probability
     1/2, distort the colours, pad on the right and below. Padding is 255 = ignore in the labels and 128 in the
-    picture: 0.004 in [-1, 1], where mmsegmentation has the 0 that no uint8 gives. Resizing is antialiased and
-    centred, where mmcv's is neither (see `resize` and `nearest`). `rng` should depend on the sample alone
-    (`randomness` in stream.py).
+    image: 0.004 in [-1, 1], where mmsegmentation has the 0 that no uint8 gives. Resizing is antialiased and
+    centred, where mmcv's is neither (see `resize` and `nearest`).
     """
-    ratio = rng.uniform(*RATIOS)  # the first number drawn: stream.py looks at it ahead
-    size = fit(labels.shape, int(short * ratio), int(long * ratio))
-    window = choose_window(labels, size, crop, rng)
-    pixels = to_tensor(resize(image, labels.shape, size, window))
-    target = torch.from_numpy(nearest(labels, size, window))
-    if coin(rng):
-        pixels, target = pixels.flip(2), target.flip(1)
-    pixels = photometric(pixels, rng)
-    right, below = crop[1] - target.shape[1], crop[0] - target.shape[0]
-    return F.pad(pixels, (0, right, 0, below), value=PAD), F.pad(target, (0, right, 0, below), value=IGNORE)
+
+    crop: Size
+    short: int
+    long: int
+    ratios: ClassVar[tuple[float, float]] = (0.5, 2.0)  # mmsegmentation's `ratio_range`
+
+    def box(self, ratio: float) -> tuple[int, int]:
+        """Short and long side that the image is resized into."""
+        return int(self.short * ratio), int(self.long * ratio)
+
+    def __call__(self, sample: Sample, ratio: float, rng: np.random.Generator) -> View:
+        labels = sample.labels
+        size = fit(labels.shape, *self.box(ratio))
+        window = choose_window(labels, size, self.crop, rng)
+        pixels = to_tensor(resize(sample.image, labels.shape, size, window))
+        target = torch.from_numpy(nearest(labels, size, window))
+        if coin(rng):
+            pixels, target = pixels.flip(2), target.flip(1)
+        pixels = photometric(pixels, rng)
+        padding = (0, self.crop[1] - target.shape[1], 0, self.crop[0] - target.shape[0])
+        return View(F.pad(pixels, padding, value=PAD), F.pad(target, padding, value=IGNORE))
 
 
 def evaluation(
@@ -61,19 +83,19 @@ def evaluation(
 
 
 def choose_window(labels: np.ndarray, size: Size, crop: Size, rng: np.random.Generator) -> Window:
-    """A window in which no class has 75 % of the labelled pixels; the 11th one in any case."""
+    """A window in which no class has 75 % of the labelled pixels; after 10 tries any window."""
     for _ in range(TRIES):
         window = draw_window(size, crop, rng)
         count = np.bincount(nearest(labels, size, window).ravel(), minlength=256)[:IGNORE]
         if count.max() < LARGEST_SHARE * count.sum():
             return window
-        if window == (0, 0, *size):  # all of the picture: there is no other
+        if window == (0, 0, *size):  # the whole image: there is no other
             return window
     return draw_window(size, crop, rng)
 
 
 def draw_window(size: Size, crop: Size, rng: np.random.Generator) -> Window:
-    """A window of `crop`, anywhere in a picture of `size`; where the picture is smaller, all of it."""
+    """A window of `crop`, anywhere in an image of `size`; all of a smaller image."""
     top, left = (int(rng.integers(max(whole - part, 0) + 1)) for whole, part in zip(size, crop, strict=True))
     return top, left, min(top + crop[0], size[0]), min(left + crop[1], size[1])
 
@@ -82,7 +104,7 @@ def nearest(labels: np.ndarray, size: Size, window: Window) -> np.ndarray:
     """The window of the labels resized to `size`: each pixel takes the label below its centre.
 
     Computed in whole numbers, so a window equals that part of the whole. mmcv takes the label below the
-    pixel's corner, which shifts the labels against the picture by up to half a pixel.
+    pixel's corner, which shifts the labels against the image by up to half a pixel.
     """
     top, left, bottom, right = window
     rows = (2 * np.arange(top, bottom) + 1) * labels.shape[0] // (2 * size[0])
@@ -91,14 +113,14 @@ def nearest(labels: np.ndarray, size: Size, window: Window) -> np.ndarray:
 
 
 def resize(image: Image.Image, original: Size, size: Size, window: Window) -> Image.Image:
-    """The window of the picture resized to `size`, bilinear and antialiased (mmcv's aliases when it shrinks).
+    """The window of the image resized to `size`, bilinear and antialiased (mmcv's aliases when it shrinks).
 
     Only the window is computed; Pillow's filter reads beyond its box, so this is that part of the whole, to
-    rounding. `original` (H, W) is the picture's own size, of which `image` may be a half, a quarter or an
+    rounding. `original` (H, W) is the image's own size, of which `image` may be a half, a quarter or an
     eighth, rounded up.
     """
     reductions = [f for f in (1, 2, 4, 8) if image.size == (-(-original[1] // f), -(-original[0] // f))]
-    assert reductions, f"the picture is {image.size}, but (W, H) of its labels is {original[::-1]}"
+    assert reductions, f"the image is {image.size}, but (W, H) of its labels is {original[::-1]}"
     y, x = (whole / (shown * reductions[0]) for whole, shown in zip(original, size, strict=True))
     top, left, bottom, right = window
     box = left * x, top * y, min(right * x, image.width), min(bottom * y, image.height)

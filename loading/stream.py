@@ -1,10 +1,11 @@
 """The order of samples, and batches in that order: the same for any number of ranks, workers and restarts.
 
-    stream = TrainStream(dataset, crop=(512, 512), short=512, long=2048, batch=16, seed=0, rank=0, world=1)
+    stream = TrainStream(dataset, Augment(crop=(512, 512), short=512, long=2048), batch=16, seed=0)
     for batch in stream.batches(position): ...  # `position`: global samples done, for resuming
 
 Nothing here reads or moves a global random state: a sample is a function of (seed, epoch, index), the order
-one of (seed, position). Pictures and labels stay bytes; `normalise` in augment.py makes the model's floats.
+one of (seed, position). Images and labels stay bytes; `normalise` in loading/augment.py makes the model's
+floats.
 
 Top to bottom: the order and each rank's share of it, a sample and a batch, training, evaluation, the loader
 that both use.
@@ -13,21 +14,22 @@ that both use.
 import atexit
 import signal
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from data import Dataset
+from data import Dataset, Sample
 from errors import DataError, DataWarning, Unreadable
+from images.panoptic import Segment
 from images.read import IGNORE, Size
-from loading.augment import RATIOS, augment, evaluation
+from loading.augment import View, evaluation
 
 ORDER, SAMPLE = 1, 2  # keep the two uses of a seed apart
 
@@ -71,14 +73,19 @@ def shard(start: int, count: int, rank: int, world: int, accumulate: int = 1) ->
 
 
 class Item(NamedTuple):
-    """One sample. `skipped` has a sentence for every unreadable file that this sample stands in for."""
+    """One sample; the fields with defaults where the data set has segments."""
 
     image: Tensor  # (3, H, W) uint8
     labels: Tensor  # (H, W) uint8
-    present: list[int]  # the classes of the whole picture, of which training sees a crop
+    present: list[int]  # the classes of the whole image, of which training sees a crop
     position: int  # in global samples; in evaluation the index
     path: str
-    skipped: list[str]
+    skipped: list[str]  # a sentence for every unreadable file that this sample replaces
+    owners: Tensor | None = None  # as in `View`
+    classes: Tensor | None = None
+    size: Size | None = None
+    ids: np.ndarray | None = None  # (H, W) int32, in evaluation
+    segments: Sequence[Segment] = ()
 
 
 class Batch(NamedTuple):
@@ -90,22 +97,34 @@ class Batch(NamedTuple):
     positions: list[int]
     paths: list[str]
     skipped: list[str]
+    owners: Tensor | None = None  # (b, H, W) int16; this and the next of samples with segments
+    classes: list[Tensor] | None = None  # b times (T,) int64
+    sizes: list[Size] | None = None
+
+
+class Augmentation(Protocol):
+    """What makes a training image of a sample: `Augment` or `Jitter`."""
+
+    ratios: tuple[float, float]  # the range of the first number drawn
+
+    def box(self, ratio: float) -> tuple[int, int]: ...
+
+    def __call__(self, sample: Sample, ratio: float, rng: np.random.Generator) -> View: ...
 
 
 class TrainStream:
-    """The training samples of one rank in their global order, from any position on, for ever.
+    """The training samples of one rank in their global order, endlessly, starting at any position.
 
-    A file that cannot be decoded is named in a DataWarning and the next index takes its place; `seen` and
-    `replaced` count. More than 1 % of the samples that this rank has seen (and more than one) is a DataError;
-    so is a label file with wrong content.
+    A file that cannot be decoded is named in a DataWarning and replaced by the next index; `seen` and
+    `replaced` count. More than 1 % of the samples of this rank (and more than one) is a DataError; so is a
+    label file with wrong content.
     """
 
     def __init__(
         self,
         dataset: Dataset,
-        crop: Size,
-        short: int,
-        long: int,
+        augmentation: Augmentation,
+        *,
         batch: int,
         seed: int,
         rank: int = 0,
@@ -116,33 +135,25 @@ class TrainStream:
         tolerated: float = 0.01,
     ):
         shard(0, batch, rank, world, accumulate)  # refuses a batch that cannot be divided
-        self.dataset, self.crop, self.short, self.long = dataset, crop, short, long
+        self.dataset, self.augmentation = dataset, augmentation
         self.batch, self.seed, self.order = batch, seed, Order(len(dataset), seed)
         self.rank, self.world, self.accumulate = rank, world, accumulate
         self.workers, self.device, self.tolerated = workers, device, tolerated
         self.seen = self.replaced = 0
 
     def batches(self, position: int = 0) -> Iterator[Batch]:
-        """Micro-batches, `accumulate` to a step, from the step that starts at global sample `position`."""
-        for batch in load_in_order(self, self.micro_batches(position), self.merge, self.workers, self.device):
+        """Micro-batches, `accumulate` per step, from the step that starts at global sample `position`."""
+        for batch in load_in_order(self, self.micro_batches(position), collate, self.workers, self.device):
             self.seen += len(batch.paths)
             for sentence in batch.skipped:
                 self.replaced += 1
-                warnings.warn(f"{sentence}; another picture takes its place", DataWarning, stacklevel=2)
+                warnings.warn(f"{sentence}; another image takes its place", DataWarning, stacklevel=2)
                 if self.replaced > max(1, self.tolerated * self.seen):
                     raise DataError(
                         f"{self.replaced} of the first {self.seen} samples could not be read, more than "
-                        f"{self.tolerated:.0%}: mend the data set; the last one: {sentence}"
+                        f"{self.tolerated:.0%}: repair the data set; the last one: {sentence}"
                     )
             yield batch
-
-    @staticmethod
-    def merge(items: list[Item | DataError]) -> Batch | DataError:
-        for item in items:
-            if isinstance(item, DataError):
-                return item
-        images, labels, *lists, skipped = map(list, zip(*items, strict=True))
-        return Batch(torch.stack(images), torch.stack(labels), *lists, list(chain(*skipped)))
 
     def micro_batches(self, position: int) -> Iterator[range]:
         while True:
@@ -159,16 +170,28 @@ class TrainStream:
                 skipped.append(str(error))
             except DataError as error:
                 return error  # raised in the main process: a worker would wrap it into a traceback
-        return DataError(f"{len(skipped)} pictures in a row cannot be read, such as: {skipped[-1]}")
+        return DataError(f"{len(skipped)} images in a row cannot be read, such as: {skipped[-1]}")
 
     def sample(self, position: int, epoch: int, index: int, skipped: list[str]) -> Item:
-        ratio = randomness(self.seed, epoch, index).uniform(*RATIOS)  # what `augment` will draw first
-        box = int(self.short * ratio), int(self.long * ratio)
-        image, labels = self.dataset.load(index, *box)
-        present = classes_in(labels)
         rng = randomness(self.seed, epoch, index)
-        image, labels = augment(image, labels, self.crop, self.short, self.long, rng)
-        return Item(image, labels, present, position, self.dataset.path(index), skipped)
+        ratio = rng.uniform(*self.augmentation.ratios)
+        sample = self.dataset.load(index, *self.augmentation.box(ratio))
+        image, labels, *targets = self.augmentation(sample, ratio, rng)
+        about = classes_in(sample.labels), position, self.dataset.path(index), skipped
+        return Item(image, labels, *about, *targets)
+
+
+def collate(items: list[Item | DataError]) -> Batch | DataError:
+    """The items as one batch, or the first error."""
+    for item in items:
+        if isinstance(item, DataError):
+            return item
+    images, labels, present, positions, paths, skipped, owners, classes, sizes, *_ = zip(*items, strict=True)
+    maps, lists = (torch.stack(images), torch.stack(labels)), map(list, (present, positions, paths))
+    batch = Batch(*maps, *lists, list(chain(*skipped)))
+    if owners[0] is None:
+        return batch
+    return batch._replace(owners=torch.stack(owners), classes=list(classes), sizes=list(sizes))
 
 
 def classes_in(labels: np.ndarray | Tensor) -> list[int]:
@@ -178,7 +201,7 @@ def classes_in(labels: np.ndarray | Tensor) -> list[int]:
 
 @dataclass
 class EvaluationStream:
-    """Pictures resized into a box (not if `short` is None) with their labels at the original size."""
+    """Images resized into a box (not if `short` is None), labels and segments at the original size."""
 
     dataset: Dataset
     short: int | None
@@ -192,10 +215,12 @@ class EvaluationStream:
 
     def __getitem__(self, i: int) -> Item | DataError:
         try:
-            image, labels = evaluation(*self.dataset.load(i, self.short, self.long), self.short, self.long)
+            sample = self.dataset.load(i, self.short, self.long)
         except DataError as error:
             return error
-        return Item(image, labels, classes_in(labels), i, self.dataset.path(i), [])
+        image, labels = evaluation(sample.image, sample.labels, self.short, self.long)
+        item = Item(image, labels, classes_in(labels), i, self.dataset.path(i), [])
+        return item._replace(ids=sample.ids, segments=sample.segments)
 
 
 def load_in_order(

@@ -1,11 +1,11 @@
-"""What a model finds is counted: PQ, SQ, RQ, AP of things, and the files that COCO's server takes.
+"""The measures of predicted segments: PQ, SQ, RQ, AP of things; and the files that COCO's server takes.
 
-    judge = PanopticEvaluator(dataset, "mask2former", folder=out / "panoptic", instances=True)
-    judge.add(item, ids, segments, instances)  # every picture of this process, at its own size
-    found = judge.end(ranks)                   # `PanopticResult`, the same in all processes
+    evaluator = PanopticEvaluator(dataset, "mask2former", folder=out / "panoptic", instances=True)
+    evaluator.add(item, ids, segments, instances)  # every image of this process, at its own size
+    result = evaluator.finish(ranks)               # `PanopticResult`, the same on all ranks
 
-The measures are panoptic.py's. A semantic decoder is judged too, by the connected components of its classes:
-what a panoptic decoder must beat.
+The measures are those of metrics/quality.py. A semantic decoder is measured too, by the connected components
+of its classes: the baseline of a panoptic one.
 """
 
 import math
@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from data import Dataset
 from errors import DataError
 from images.panoptic import annotation, write_annotations, write_ids
-from loading.jitter import PanopticTruth
-from mask2former import Instances
+from loading.stream import Item
 from metrics.quality import Quality, average_precision, coco_results, coco_truth, count, pycocotools
-from panoptic_data import PanopticDataset, PanopticFiles
 from run.ranks import Ranks
 
 GROUPS = ("all", "things", "stuff")
@@ -30,12 +30,22 @@ GROUPS = ("all", "things", "stuff")
 
 @dataclass
 class PanopticResult:
-    """The segments of all pictures, measured."""
+    """The measured segments of all images."""
 
-    how: str  # what made the segments of a picture
+    how: str  # the method that made the segments
     quality: Quality
-    precision: dict[str, float] | None  # AP, AP50, ... of things; None where it was not asked for
-    lacking: str = ""  # why there is no AP although it was
+    precision: dict[str, float] | None  # AP, AP50, ... of things; None where it was not requested
+    lacking: str = ""  # reason AP was requested but not computed
+
+    def as_table(self) -> list[str]:
+        """PQ, SQ and RQ of all classes, of things and of stuff, as lines of Markdown."""
+        lines = [f"Segments: {self.how}", "", "| classes | PQ % | SQ % | RQ % | how many occur |"]
+        lines.append("|---|--:|--:|--:|--:|")
+        for which in GROUPS:
+            *means, n = self.quality.mean(which).values()
+            cells = ("-" if math.isnan(x) else f"{100 * x:.2f}" for x in means)
+            lines.append(f"| {which} | {' | '.join(cells)} | {n} |")
+        return lines
 
     def as_json(self) -> dict[str, str | float | None]:
         """PQ, SQ, RQ, PQ_things, ..., PQ_stuff, ..., AP, ...; None where nothing was counted."""
@@ -49,14 +59,12 @@ class PanopticResult:
 
 
 class PanopticEvaluator:
-    """Counts one process's pictures; with a `folder` it also writes their ids, as PNGs.
+    """Counts one process's images; with a `folder` it also writes their ids, as PNGs.
 
-    They lie beside the folder, in `.tmp-` and its name, until all are there: neither may be there before.
+    The PNGs are in `.tmp-` + the folder's name until the last one is written; neither may exist before.
     """
 
-    def __init__(
-        self, dataset: PanopticDataset, how: str, folder: Path | None = None, instances: bool = False
-    ):
+    def __init__(self, dataset: Dataset, how: str, folder: Path | None = None, instances: bool = False):
         self.dataset, self.how, self.folder = dataset, how, folder
         self.new = folder and folder.with_name(f".tmp-{folder.name}")
         self.counts = torch.zeros(len(dataset.classes), 4, dtype=torch.float64)
@@ -73,17 +81,22 @@ class PanopticEvaluator:
         self.instances = instances and not self.lacking
 
     def add(
-        self, item: PanopticTruth, ids: np.ndarray, segments: Sequence, instances: Instances | None = None
+        self,
+        item: Item,
+        ids: np.ndarray,
+        segments: Sequence,
+        instances: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> None:
-        """One picture: ids `(H, W)` with their segments, and the things that may overlap."""
+        """Count one image: ids `(H, W)` with their segments; `instances` are labels, scores and masks of
+        things that may overlap.
+        """
         self.counts += count(item.ids, item.segments, ids, segments, len(self.counts))
         image_id, (H, W) = self.dataset.image_ids[item.position], ids.shape
         categories = self.dataset.categories.ids
         name = "/".join(Path(item.path).parts[1:])
         self.images.append({"id": image_id, "file_name": name, "height": H, "width": W})
         if self.folder is not None:
-            files = isinstance(self.dataset, PanopticFiles)
-            png = self.dataset.annotations.pngs[item.position] if files else f"{name}.png"
+            png = self.dataset.png(item.position)
             write_ids(ids, self.new / png)
             self.entries.append(annotation(image_id, png, ids, segments, categories))
         if self.instances and instances is not None:
@@ -92,8 +105,8 @@ class PanopticEvaluator:
             self.results += coco_results(image_id, things, categories)
             self.truth += coco_truth(image_id, item.ids, item.segments, categories)
 
-    def end(self, ranks: Ranks) -> PanopticResult:
-        """The measures of all processes' pictures; rank 0 names the folder and writes the JSON beside it."""
+    def finish(self, ranks: Ranks) -> PanopticResult:
+        """The measures of all processes' images; rank 0 renames the folder and writes the JSON next to it."""
         counts = ranks.all_reduce(self.counts.to(ranks.device)).cpu()
         images, entries, truth, results = (
             ranks.all_gather_object(x) for x in (self.images, self.entries, self.truth, self.results)

@@ -14,20 +14,15 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from data import LAYOUTS, Dataset, open_dataset
-from errors import ModelError
+from data import LAYOUTS, Dataset, default_data
+from inference import stride_of
 from loading.jitter import SCALES
-from mask2former import OVERLAP, SCORE
 from model import TadaConfig
-from panoptic_data import PANOPTIC_LAYOUTS, PanopticDataset, open_panoptic
 
 LONGEST = 200  # characters of a run folder's name; file systems allow 255 bytes
 TAG_SOURCES = ("classes", "clip", "oracle")  # values of --tags that are not a file
-WITH_INSTANCES = tuple(PANOPTIC_LAYOUTS)  # data sets on disk for mask2former
-DROPS = (
-    8 / 9,
-    26 / 27,
-)  # shares of a panoptic run: the rate falls to a tenth (ODISE configs/common/schedule)
+WITH_INSTANCES = [name for name, layout in LAYOUTS.items() if layout.panoptic]  # on disk, for mask2former
+DROPS = (8 / 9, 26 / 27)  # of a panoptic run: the rate falls to a tenth (ODISE configs/common/schedule)
 
 
 # ---- the recipes
@@ -123,7 +118,7 @@ TOKENS = "a tag is one pooled vector, or all tags are one prompt"
 START = "the adapter's first context: the empty prompt's, or its own"
 KERNELS = "Triton kernels: where they won the benchmark, never, or by name"
 FOLDER = "its folder; * runs/<dataset>-<model>-<decoder>-<condition> and the flags that change the result"
-SETS = [*LAYOUTS, *PANOPTIC_LAYOUTS, "scenes"]
+SETS = [*LAYOUTS, "scenes"]
 CONDITIONS = ["none", "caption", "classes", "implicit", "tagging", "oracle"]
 
 
@@ -327,7 +322,7 @@ def refuse_nonsense(p: argparse.ArgumentParser, o: Options) -> None:
 def config_of(options: Options, dataset: Dataset) -> TadaConfig:
     """The model that the options ask for, over the classes of a data set."""
     shared = {setting.name for setting in fields(TadaConfig)} & {option.name for option in fields(Options)}
-    things = dataset.categories.things.tolist() if isinstance(dataset, PanopticDataset) else ()
+    things = dataset.categories.things.tolist() if dataset.categories else ()
     return TadaConfig(
         classes=tuple(dataset.classes),
         things=tuple(things),
@@ -337,53 +332,3 @@ def config_of(options: Options, dataset: Dataset) -> TadaConfig:
         stride=tuple(stride_of(side) for side in options.crop),
         **{name: getattr(options, name) for name in shared},
     )
-
-
-def stride_of(side: int) -> int:
-    """Two thirds of a test window, as mmsegmentation has it: 341 of 512, 683 of 1024, but 426 of 640."""
-    return 426 if side == 640 else max(round(side * 2 / 3), 1)
-
-
-def default_data(dataset: str) -> str:
-    """Where a data set lies if nobody says; scenes lie nowhere, and "panoptic" wherever its owner put it."""
-    if dataset in ("scenes", "panoptic"):
-        return "scenes" if dataset == "scenes" else ""
-    return f"data/{(LAYOUTS | PANOPTIC_LAYOUTS)[dataset].root}"
-
-
-def open_set(dataset: str, root: str, split: str, decoder: str) -> Dataset:
-    """A split of any data set; with its instances where it has some on disk, or the decoder needs them."""
-    needed = dataset in PANOPTIC_LAYOUTS or decoder == "mask2former"
-    return (open_panoptic if needed else open_dataset)(dataset, root, split)
-
-
-# ---- the flags of segments
-
-
-def add_segment_flags(parser: argparse.ArgumentParser) -> None:
-    """--score and --overlap of eval.py and predict.py; the options lack one that is not given."""
-    add = parser.add_argument_group("the segments of mask2former").add_argument
-    some = {"type": share, "metavar": "X", "default": argparse.SUPPRESS}
-    least = f"least probability of a segment's class (default: {SCORE}, Mask2Former's; ODISE's is 0.0)"
-    add("--score", **some, help=least)
-    kept = f"least share of its mask that a segment keeps of what others claim (default: {OVERLAP})"
-    add("--overlap", **some, help=kept)
-
-
-def segment_options(options: argparse.Namespace, decoder: str) -> dict[str, float]:
-    """`score` and `overlap` of mask2former, {} of another decoder. Raises ModelError if that is given one."""
-    given = {name: value for name, value in vars(options).items() if name in ("score", "overlap")}
-    if decoder == "mask2former":
-        return {"score": SCORE, "overlap": OVERLAP} | given
-    for name in given:
-        raise ModelError(
-            f"--{name}: it is of mask2former's segments, and this model's decoder is {decoder}; leave it out"
-        )
-    return {}
-
-
-def share(text: str) -> float:
-    x = float(text)  # argparse reports a ValueError
-    if not 0 <= x <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not in 0..1")
-    return x

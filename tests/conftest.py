@@ -132,8 +132,9 @@ def ram(pytestconfig: pytest.Config) -> Path:
 @pytest.fixture(scope="session")
 def segments(tmp_path_factory) -> Path:
     """Eight training and three validation images of 4:3 with their segments, in COCO panoptic's format."""
-    from images.panoptic import annotation, write_annotations, write_ids
     from panoptic_data import PanopticScenes
+
+    from images.panoptic import annotation, write_annotations, write_ids
 
     root = tmp_path_factory.mktemp("segments")
     for split, indices in (("train", range(8)), ("val", range(3))):

@@ -17,7 +17,7 @@ from PIL import Image
 
 from data import CheckError, check, open_dataset
 from errors import DataError, DataWarning, Unreadable
-from images.read import distinct_colour, fit, label_table, read_labels, read_picture
+from images.read import distinct_colour, fit, label_table, read_image, read_labels
 from loading.stream import TrainStream
 from loading.tags import read_tags
 
@@ -372,11 +372,11 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path):
     grey = colours[..., 0]
     for mode in ("L", "LA", "1", "P", "RGBA", "RGB"):
         path = save(Image.fromarray(colours).convert(mode), tmp_path / f"{mode}.png")
-        image, size = read_picture(path)
+        image, size = read_image(path)
         assert (image.mode, image.size, size) == ("RGB", (9, 6), (6, 9))
-    assert (np.asarray(read_picture(tmp_path / "RGBA.png")[0]) == colours).all()
+    assert (np.asarray(read_image(tmp_path / "RGBA.png")[0]) == colours).all()
     assert (
-        np.asarray(read_picture(tmp_path / "L.png")[0])[..., 2]
+        np.asarray(read_image(tmp_path / "L.png")[0])[..., 2]
         == np.asarray(Image.fromarray(colours).convert("L"))
     ).all()
 
@@ -384,19 +384,19 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path):
     save(Image.fromarray(wide), tmp_path / "16.png")
     save(Image.fromarray(wide), tmp_path / "16.tif")
     for name in ("16.png", "16.tif"):
-        assert (np.asarray(read_picture(tmp_path / name)[0]) == grey[..., None]).all()
+        assert (np.asarray(read_image(tmp_path / name)[0]) == grey[..., None]).all()
     rows = [((colours[y].astype(">u2") << 8) + 200).astype(">u2").tobytes() for y in range(6)]
     (tmp_path / "48.png").write_bytes(png((9, 6), 16, 2, rows))
-    assert (np.asarray(read_picture(tmp_path / "48.png")[0]) == colours).all()
+    assert (np.asarray(read_image(tmp_path / "48.png")[0]) == colours).all()
 
     ink = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
-    red = np.asarray(read_picture(save(ink, tmp_path / "cmyk.jpg", quality=95))[0])[8, 8]
+    red = np.asarray(read_image(save(ink, tmp_path / "cmyk.jpg", quality=95))[0])[8, 8]
     assert red[0] > 240 and red[1] < 16 and red[2] < 16
     with pytest.raises(Unreadable, match=r"float\.tif holds floating-point"):
-        read_picture(save(Image.new("F", (4, 4)), tmp_path / "float.tif"))
+        read_image(save(Image.new("F", (4, 4)), tmp_path / "float.tif"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        read_picture(save(Image.fromarray(grey, "P"), tmp_path / "t.png", transparency=b"\x80\x40"))
+        read_image(save(Image.fromarray(grey, "P"), tmp_path / "t.png", transparency=b"\x80\x40"))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -416,10 +416,10 @@ def test_pictures_stand_upright(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = save(np.ascontiguousarray(stored), tmp_path / "x.jpg", exif=exif, quality=98, subsampling=0)
-    image, size = read_picture(path)
+    image, size = read_image(path)
     assert size == (160, 96)
     assert np.abs(np.asarray(image).astype(int) - upright).mean() < 2
-    small, size = read_picture(path, 15, 160)  # 96 is 6.4 times 15: half is enough
+    small, size = read_image(path, 15, 160)  # 96 is 6.4 times 15: half is enough
     assert (small.size, size) == ((48, 80), (160, 96))
     half = np.asarray(Image.fromarray(upright).reduce(2)).astype(int)
     assert np.abs(np.asarray(small).astype(int) - half).mean() < 4
@@ -455,7 +455,7 @@ def test_an_odd_exif_entry_stops_nothing(tmp_path):
     exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + turned + odd + struct.pack(">I", 0)
     for name in ("x.jpg", "x.png", "x.webp"):
         path = save(noise(8, 12), tmp_path / name, exif=exif)
-        assert read_picture(path)[0].size == (8, 12) and read_picture(path)[1] == (12, 8)
+        assert read_image(path)[0].size == (8, 12) and read_image(path)[1] == (12, 8)
 
 
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
@@ -499,12 +499,12 @@ def test_huge_pictures_are_refused_unread(tmp_path):
             pytest.raises(Unreadable, match=r"huge\.png is too large .*at most 64,000,000"),
         ):
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            read_picture(tmp_path / "huge.png")
+            read_image(tmp_path / "huge.png")
         assert time.process_time() - start < 1
     path = save(noise(20, 30), tmp_path / "small.png")
     with pytest.raises(Unreadable, match=r"too large \(30x20\): at most 599 pixels"):
-        read_picture(path, limit=599)
-    assert read_picture(path, limit=600)[1] == (20, 30)
+        read_image(path, limit=599)
+    assert read_image(path, limit=600)[1] == (20, 30)
 
 
 def test_label_modes(tmp_path):

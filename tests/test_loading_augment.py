@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_data import save
 
-from images.read import fit, read_picture
+from images.read import fit, read_image
 from loading import augment as module
 from loading.augment import (
     augment,
@@ -173,10 +173,10 @@ def test_evaluation_resizes_the_picture_alone():
 def test_reduced_decoding_is_exact_enough(ram, tmp_path):
     """3216x4288, decoded at 1/2 to 1/8: once resized, within a level of whole decoding on average."""
     path = ram / "images/demo3.jpg"
-    full, size = read_picture(path)
+    full, size = read_image(path)
     assert size == (4288, 3216)
     for short, reduced in ((700, 1), (500, 2), (260, 4), (130, 8)):
-        image, same = read_picture(path, short, 4 * short)
+        image, same = read_image(path, short, 4 * short)
         assert same == size
         assert image.size == (3216 // reduced, 4288 // reduced)
         target = fit(size, short, 4 * short)
@@ -193,9 +193,9 @@ def test_odd_sizes_stay_in_place_when_reduced(tmp_path):
     """A quarter of 1001x635 is 250.25x158.75, stored as 251x159: borders must not move by 3/4 of a pixel."""
     picture = np.zeros((635, 1001, 3), np.uint8)
     picture[-80:, :, 0] = picture[:, -80:, 2] = 255
-    image, size = read_picture(save(picture, tmp_path / "x.png"), 50, 100)
+    image, size = read_image(save(picture, tmp_path / "x.png"), 50, 100)
     assert image.size == (1001, 635)  # a PNG cannot be reduced
-    image, size = read_picture(save(picture, tmp_path / "x.jpg", quality=98, subsampling=0), 50, 100)
+    image, size = read_image(save(picture, tmp_path / "x.jpg", quality=98, subsampling=0), 50, 100)
     assert (image.size, size) == ((251, 159), (635, 1001))
     pixels = evaluation(image, np.zeros(size, np.uint8), 50, 100)[0].double() / 255
     h, w = fit(size, 50, 100)

@@ -528,14 +528,14 @@ def test_a_crash_between_two_files_is_gone_on_from(steered, tmp_path, monkeypatc
 def test_ctrl_c_keeps_what_is_done(steered, tmp_path, capsys, monkeypatch):
     for i in range(2):
         save(tmp_path / "in" / f"{i}.jpg")
-    real = module.read_picture
+    real = module.read_image
 
     def interrupted(path, *box):
         if path.endswith("1.jpg"):
             raise KeyboardInterrupt
         return real(path, *box)
 
-    monkeypatch.setattr(module, "read_picture", interrupted)
+    monkeypatch.setattr(module, "read_image", interrupted)
     arguments = [steered, str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--tags", "sea"]
     assert main(arguments) == 130
     assert "what was written stays" in capsys.readouterr().err
