@@ -112,7 +112,7 @@ def attention(tada: Tada, image: Tensor, tags: Tags | None = None) -> Tensor:
     config = tada.config
     if not isinstance(tada.adapter, (Classes, Oracle, Tagging)):
         raise ModelError(
-            f"condition {config.condition!r} has no words to attend to: use classes, tagging or oracle"
+            f"condition {config.condition} has no words to attend to: use classes, tagging or oracle"
         )
     if tags is not None and config.tag_tokens == "prompt":
         raise ModelError("tag_tokens 'prompt' joins the tags into one text: use a model with 'pooled'")

@@ -725,3 +725,11 @@ def test_clean_removes_only_leftovers(tmp_path):
     (tmp_path / "log.jsonl").write_text("{}")
     clean(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"step-000001", "last", "log.jsonl"}
+
+
+def test_the_removed_pixel_decoder_setting(tmp_path):
+    """Older checkpoints with the deformable pixel decoder load; any other value is refused."""
+    config = checkpoint.read_config({"classes": ["sea"], "pixel_decoder": "deformable"}, tmp_path)
+    assert config.classes == ("sea",)
+    with pytest.raises(CheckpointError, match="has pixel_decoder 'fpn', only 'deformable' is"):
+        checkpoint.read_config({"classes": ["sea"], "pixel_decoder": "fpn"}, tmp_path)
