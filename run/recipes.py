@@ -105,16 +105,15 @@ def recipe(dataset: str, model: str, decoder: str) -> Recipe:
 # ---- the options, each with its flag
 
 
-def flag(
-    help: str, default: Any = MISSING, least: float | None = None, role: str = "training", **argument: Any
-) -> Any:
+def flag(help: str, default: Any = MISSING, **metadata: Any) -> Any:
     """A field of `Options` with its flag; without a default it depends on the other flags (* in --help).
 
-    `least` is the smallest legal number. `role` is what the flag changes: "training" (the result; the name of
-    the run folder contains it), "start" (the result; the name begins with it), "speed" (a run resumes only
-    with the same value), "free" (a run may resume with another: rounding depends on it at most).
+    Numbers are legal from `least` and less than `below`. `role` is what the flag changes: "training" (the
+    result; the name of the run folder contains it), "start" (the result; the name begins with it), "speed" (a
+    run resumes only with the same value), "free" (a run may resume with another: rounding depends on it at
+    most).
     """
-    return field(default=default, metadata={"help": help, "least": least, "role": role, "argument": argument})
+    return field(default=default, metadata={"help": help, "role": "training", **metadata})
 
 
 # Texts and choices too long for one line below.
@@ -148,11 +147,11 @@ class Options:
     blocks: int = flag("of the tagging adapter", TadaConfig.blocks, least=1)
     adapter_start: str = flag(START, TadaConfig.adapter_start, choices=["empty", "random"])
     tag_loss_weight: float = flag("of Eq. 7; 0 turns it off", TadaConfig.tag_loss_weight, least=0)
-    timestep: int = flag("of the minor noise, 0 to 999", TadaConfig.timestep)
+    timestep: int = flag("of the minor noise", TadaConfig.timestep, least=0, below=1000)
     noise: str = flag("one for all images, or none", TadaConfig.noise, choices=["fixed", "none"])
     attention_maps: bool = flag("add the UNet's cross-attention (VPD)", TadaConfig.attention_maps)
     freeze_unet: bool = flag("train only the adapter and the decoder", TadaConfig.freeze_unet)
-    dropout: float = flag("before the classifier; * 0.1, tiny 0")
+    dropout: float = flag("before the classifier; * 0.1, tiny 0", least=0, below=1)
 
     preset: str | None = flag("VPD's recipe; flags override it", None, choices=["vpd"], group="the run")
     iterations: int = flag("* of COCO panoptic 9,000 as printed; ODISE's schedule is 92,188", least=1)
@@ -163,7 +162,7 @@ class Options:
     weight_decay: float = flag("on weights of Linear and Conv; *", least=0)
     warmup: int = flag("iterations; * min(1500, iterations / 10), 250 of COCO panoptic", least=0)
     clip: float | None = flag("largest gradient norm; * none, of mask2former 0.01")
-    seed: int = flag("of weights, order, augmentation and dropout", 0, least=0)
+    seed: int = flag("of weights, order, augmentation and dropout", 0, least=0, below=2**63)
     threads: int = flag("per process; * the CPUs / processes", least=1, role="free")
     kernels: str = flag(KERNELS, "auto", role="speed", choices=["auto", "torch", "triton"])
     compile: bool = flag("torch.compile the UNet and the decoder", False, role="speed")
@@ -193,9 +192,10 @@ def parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     for option in FLAGS:
-        text, argument = option.metadata["help"], dict(option.metadata["argument"])
-        if "group" in argument:
-            group = p.add_argument_group(argument.pop("group"))
+        text, metadata = option.metadata["help"], option.metadata
+        argument = {key: metadata[key] for key in ("choices", "metavar", "nargs") if key in metadata}
+        if "group" in metadata:
+            group = p.add_argument_group(metadata["group"])
         if option.type is bool:
             argument["action"] = "store_true"
         else:
@@ -296,19 +296,14 @@ def refuse_nonsense(p: argparse.ArgumentParser, o: Options) -> None:
     if len(o.crop) != 2 or min(o.crop) < 1:
         p.error(f"--crop {' '.join(map(str, o.crop))}: give one or two sizes in pixels")
     for option in FLAGS:
-        least, value = option.metadata["least"], getattr(o, option.name)
-        if least is not None and not least <= value < math.inf:
-            p.error(f"{dashed(option.name)} {value}: give {least} or more")
-    if not 0 <= o.timestep < 1000:
-        p.error(f"--timestep {o.timestep}: give 0 to 999")
+        value, least, below = getattr(o, option.name), *map(option.metadata.get, ("least", "below"))
+        if least is not None and not least <= value < (below or math.inf):
+            limit = f", and less than {below}" if below else ""
+            p.error(f"{dashed(option.name)} {value}: give {least} or more{limit}")
     if not 0 < o.lr < math.inf:
         p.error(f"--lr {o.lr}: give a positive number")
     if o.clip is not None and not o.clip > 0:
         p.error(f"--clip {o.clip}: give a positive number")
-    if not 0 <= o.dropout < 1:
-        p.error(f"--dropout {o.dropout}: give 0 or more, and less than 1")
-    if o.seed >= 2**63:
-        p.error(f"--seed {o.seed}: give less than 2**63")
     if o.tags not in TAG_SOURCES and not os.path.isfile(o.tags):
         p.error(f"--tags {o.tags}: choose classes, clip, oracle, or a file of JSON lines that exists")
     if o.condition == "oracle" and o.tags != "oracle":
