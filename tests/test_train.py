@@ -32,8 +32,9 @@ from model import TadaConfig
 from panoptic_data import PanopticScenes
 from run.checkpoint import load_model
 from run.folder import Run
+from run.options import parse
 from run.ranks import Ranks
-from run.recipes import open_set, parse
+from run.recipes import open_set
 
 ROOT = Path(train.__file__).parent
 HERE = Ranks(0, 1, torch.device("cpu"))
