@@ -5,7 +5,7 @@
     python train.py --dataset folder --data DIR            # images/, labels/, classes.txt
 
 Re-running the command resumes from the last checkpoint of its run folder. Top to bottom: one step, the loop,
-validation, saving, start. The flags are in run/recipes.py, the run folder in run/folder.py.
+validation, saving, start. The flags are in run/options.py, the run folder in run/folder.py.
 """
 
 import math
@@ -39,9 +39,10 @@ from mask2former import Rand, Target
 from model import Size, Tada
 from run import checkpoint
 from run.folder import Run, fingerprint, open_run
+from run.options import Options, config_of, defaults, parse
 from run.progress import Meter, StopOnSignal, describe, draw, log_line
 from run.ranks import Ranks, cleanup, init_distributed
-from run.recipes import DROPS, Options, config_of, defaults, parse
+from run.recipes import DROPS
 from run.tagging import open_tags
 
 SHOWN = 8  # images in inputs.jpg and in val/
@@ -326,8 +327,7 @@ def draw_inputs(run: Run, sets: "Sets", batch: Batch) -> None:
 def save_checkpoint(training: Training, metrics: dict[str, float], final: bool) -> bool:
     """Write a checkpoint; False on a rank that failed. A full disk is fatal only if it is `final`."""
     run, best = training.run, training.best
-    tensors = checkpoint.training_state(training.optimizer, run.ranks)
-    written = True
+    tensors, written = checkpoint.training_state(training.optimizer, run.ranks), True
     if run.ranks.is_main:
         facts = {"step": training.step, "best": best, "judged": training.validated}
         try:

@@ -114,7 +114,7 @@ def open_run(
 ) -> Path | None:
     """Lock the run folder, write config.json, and find the step to resume from, None for a new run.
 
-    The fields of the dataclass `options` carry a "role" (run/recipes.py), `defaults` holds their values
+    The fields of the dataclass `options` carry a "role" (run/options.py), `defaults` holds their values
     without flags, `read` is a `fingerprint`. Raises RunError if the folder holds a run with other options or
     data, or one without an intact checkpoint.
     """

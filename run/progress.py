@@ -19,7 +19,8 @@ from data import Dataset
 from images.draw import mosaic, overlay, segment_overlay
 from model import Tada
 from run.folder import Run
-from run.recipes import Options, recipe
+from run.options import Options
+from run.recipes import recipe
 
 LOSSES = ("loss", "seg", "aux", "class", "mask", "dice", "tag")
 

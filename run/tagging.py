@@ -11,7 +11,7 @@ from loading.tags import TagSource, open_words
 from model import Tada
 from run.checkpoint import replace_text
 from run.folder import Run
-from run.recipes import Options
+from run.options import Options
 from weights.words import word_vectors
 
 

@@ -76,7 +76,7 @@ def test_a_truncated_log_ends_at_the_checkpoint(tmp_path):
 
 @dataclass
 class Settings:
-    """As run/recipes.py has them, in small; `newer` is a flag that old runs lack."""
+    """As run/options.py has them, in small; `newer` is a flag that old runs lack."""
 
     data: str = field(default="x", metadata={"role": "free"})
     fresh: bool = field(default=False, metadata={"role": "free"})

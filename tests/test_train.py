@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.run
+from panoptic_data import PanopticScenes
 from PIL import Image
 
 import train
@@ -29,11 +30,11 @@ from loading.jitter import PanopticTrainStream
 from loading.stream import TrainStream
 from loading.tags import TagSource
 from model import TadaConfig
-from panoptic_data import PanopticScenes
 from run.checkpoint import load_model
 from run.folder import Run
+from run.options import parse
 from run.ranks import Ranks
-from run.recipes import open_set, parse
+from run.recipes import open_set
 
 ROOT = Path(train.__file__).parent
 HERE = Ranks(0, 1, torch.device("cpu"))

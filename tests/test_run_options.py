@@ -1,4 +1,4 @@
-"""run/recipes.py: the paper's recipes, the flags, validation, the name of the run folder."""
+"""run/recipes.py, run/options.py: the paper's recipes, the flags, validation, the name of the run folder."""
 
 from dataclasses import asdict, fields
 
@@ -6,7 +6,8 @@ import pytest
 import torch.distributed.run
 
 from model import TadaConfig
-from run.recipes import Options, config_of, open_set, parse, parser, recipe
+from run.options import Options, config_of, parse, parser
+from run.recipes import open_set, recipe
 
 # The keys of "options" in config.json of runs before a flag was an entry of `Options`.
 KEYS = """
