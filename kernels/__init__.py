@@ -31,7 +31,7 @@ __all__ = [
 
 # (kernel, compute capability) -> the sizes at which it won `python -m lab.bench --suite kernels`. The size is
 # the head width for attention, the number of channels for group_norm_silu, and the number of classes for
-# upsample_cross_entropy and upsample_argmax. Empty: no GPU has been measured yet (BENCH.md).
+# upsample_cross_entropy. Empty: no GPU has been measured yet (BENCH.md).
 WINS: dict[tuple[str, tuple[int, int]], frozenset[int]] = {}
 MANY = 1024  # keys from which row_attention is worth a megabyte for each shape of its products on a CPU
 
@@ -112,10 +112,6 @@ def upsampled_cross_entropy(logits: Tensor, labels: Tensor, ignore: int = IGNORE
 
 def upsampled_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """The most likely class of every pixel at `size` = (H, W): logits `(B, K, h, w)` -> `(B, H, W)` int64."""
-    if chosen("upsample_argmax", logits, logits.shape[1], logits.dtype != torch.float32):
-        from .upsample_cross_entropy import upsample_argmax
-
-        return upsample_argmax(logits, size)
     return reference.upsample_argmax(logits, size)
 
 

@@ -1,7 +1,7 @@
-"""Bilinear upsampling with the cross-entropy, or the most likely class, of its result, which is never stored.
+"""Bilinear upsampling with the cross-entropy of its result, which is never stored.
 
 Logits `(B, K, h, w)` are upsampled to the labels' `(B, H, W)`. At 512x512 pixels and 150 classes the result
-takes 157 MB in float32 per image; what is computed from them is one number, or one class per pixel.
+takes 157 MB in float32 per image; the loss is one number.
 
 Bilinear interpolation, pixel centres aligned (`align_corners=False`). Row y of the image lies at
 
@@ -61,15 +61,6 @@ def upsample_cross_entropy(logits: Tensor, labels: Tensor, ignore: int = IGNORE)
     )
     total, _ = forward(rows(logits), labels.contiguous(), logits.shape[1], ignore)
     return total, (labels != ignore).sum()
-
-
-def upsample_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """The most likely class of every pixel at `size` = (H, W): logits `(B, K, h, w)` -> `(B, H, W)` int64.
-
-    The lowest of equal classes. If two differ by less than the rounding of float32, either may win.
-    """
-    check(logits)
-    return most_likely(rows(logits), *size)
 
 
 def check(logits: Tensor) -> None:
@@ -150,15 +141,6 @@ def differentiate(ctx, dtotal: Tensor, _) -> tuple[Tensor, None, None, None]:
 
 
 forward.register_autograd(differentiate, setup_context=keep)
-
-
-@triton_op("tada::upsample_argmax", mutates_args=())
-def most_likely(logits: Tensor, H: int, W: int) -> Tensor:
-    """`upsample_argmax` of padded rows."""
-    B, h, w, stride = logits.shape
-    classes = torch.empty(B, H, W, dtype=torch.int64, device=logits.device)
-    wrap_triton(choose_classes)[(w, h, B)](logits, classes, stride, h, w, H, W, **tiling(h, w, H, W))
-    return classes
 
 
 @triton.jit
@@ -304,31 +286,3 @@ def add_shares(SHARES, DTOTAL, DLOGITS, stride, CLASSES: tl.constexpr):
     lower_right = tl.load(above - 4 * stride + 3 * stride, mask=real & (i > 0) & (j > 0), other=0)
     dlogits = tl.load(DTOTAL) * (upper_left + upper_right + lower_left + lower_right)
     tl.store(DLOGITS + pixel * stride + k, dlogits.to(DLOGITS.dtype.element_ty), mask=real)
-
-
-@triton.jit
-def choose_classes(
-    LOGITS, OUT, stride, h, w, H, W,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CLASSES: tl.constexpr,
-):  # fmt: skip
-    """One cell: the class of the largest logit of each pixel, the lowest of equal ones (B, H, W)."""
-    j, i, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    bottom, right = first_of(i + 1, h, H), first_of(j + 1, w, W)
-    pixel = tl.arange(0, ROWS * COLUMNS)
-    for top in range(first_of(i, h, H), bottom, ROWS):
-        for left in range(first_of(j, w, W), right, COLUMNS):
-            y, x = top + pixel // COLUMNS, left + pixel % COLUMNS
-            f_row, f_column = fraction(y, i, h, H), fraction(x, j, w, W)
-            largest = tl.full([ROWS * COLUMNS], float("-inf"), tl.float32)
-            chosen = tl.zeros([ROWS * COLUMNS], tl.int32)
-            for first in range(0, stride, CLASSES):
-                k = first + tl.arange(0, CLASSES)
-                c00, c01, c10, c11 = load_corners(LOGITS, i, j, k, stride, h, w)
-                logit = mixed(
-                    c00[:, None], c01[:, None], c10[:, None], c11[:, None], f_row[None, :], f_column[None, :],
-                )  # fmt: skip
-                large, where = tl.max(logit, axis=0, return_indices=True, return_indices_tie_break_left=True)
-                chosen = tl.where(large > largest, first + where, chosen)
-                largest = tl.maximum(largest, large)
-            at = (b.to(tl.int64) * H + y) * W + x
-            tl.store(OUT + at, chosen.to(tl.int64), mask=(y < bottom) & (x < right))

@@ -35,7 +35,7 @@ from kernels import reference
 from kernels.cross_attention import cross_attention
 from kernels.group_norm import group_norm_silu
 from kernels.row_attention import row_attention
-from kernels.upsample_cross_entropy import upsample_argmax, upsample_cross_entropy
+from kernels.upsample_cross_entropy import upsample_cross_entropy
 from run.folder import commit
 
 Clock = Callable[[Callable[[], object]], float]  # microseconds of one call
@@ -281,7 +281,7 @@ def norm_cases(sizes: Sizes) -> Iterator[Case]:
 
 
 def loss_cases(sizes: Sizes) -> Iterator[Case]:
-    """The loss of logits at stride 8 at the size of the image, and the classes of its pixels."""
+    """The loss of logits at stride 8 at the size of the image."""
     B, K, side, stride = sizes.logits
     large = stride * side
 
@@ -300,20 +300,11 @@ def loss_cases(sizes: Sizes) -> Iterator[Case]:
     def ours(logits: Tensor, labels: Tensor) -> Tensor:
         return upsample_cross_entropy(logits, labels)[0]
 
-    def plain_argmax(logits: Tensor, labels: Tensor) -> Tensor:
-        return upsampled(logits).argmax(dim=1)
-
-    def our_argmax(logits: Tensor, labels: Tensor) -> Tensor:
-        return upsample_argmax(logits, (large, large))
-
     small, labels, flops = B * K * side**2 * sizes.dtype.itemsize, 8.0 * B * large**2, 10.0 * B * K * large**2
     shape, peers = f"B {B} K {K} {side} -> {large}", sizes.peers(plain)
     name, key = f"upsampling + cross-entropy {shape}", ("upsample_cross_entropy", K)
     costs = (small + labels, 2 * small + labels), (flops, 2 * flops)
     yield Case(name, partial(inputs, True), ours, plain, peers, *costs, key=key)
-    name, key, peers = f"upsampling + arg-max {shape}", ("upsample_argmax", K), {"eager": plain_argmax}
-    costs, frozen = ((small + labels, 0.0), (flops, 0.0)), partial(inputs, False)
-    yield Case(name, frozen, our_argmax, plain_argmax, peers, *costs, backward=False, key=key)
 
 
 def wide_cases(sizes: Sizes) -> Iterator[Case]:
