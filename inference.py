@@ -128,6 +128,19 @@ def attention(tada: Tada, image: Tensor, tags: Tags | None = None) -> Tensor:
     return sum(resize(x, padded) for x in maps)[..., :H, :W] / len(maps)
 
 
+def attention_in_windows(tada: Tada, image: Tensor, tags: Tags | None = None) -> Tensor:
+    """`attention` in the windows of training's crop, averaged where they overlap: `(B, T, H, W)`."""
+    size, parts = tuple(image.shape[2:]), []
+    for top, left, bottom, right in windows(size, tada.config.crop, tada.config.stride):
+        part = attention(tada, image[..., top:bottom, left:right], tags)
+        parts.append((part, (top, left, bottom, right)))
+    total, count = part.new_zeros(*part.shape[:2], *size), part.new_zeros(size)
+    for part, (top, left, bottom, right) in parts:
+        total[..., top:bottom, left:right] += part
+        count[top:bottom, left:right] += 1
+    return total.div_(count)
+
+
 # ---- parts
 
 

@@ -1,399 +1,139 @@
-"""Predict: what a trained model sees in a picture, a folder or a glob, and how words steer it.
+"""Predict: label maps and overlays of an image, a folder or a glob, and the effect of words on them.
 
     python predict.py runs/NAME photo.jpg  # predictions/photo.png, predictions/photo.overlay.jpg
     python predict.py runs/NAME photos --tags "sea, boat" --attention --out seen
-    torchrun --nproc-per-node 8 predict.py runs/NAME "photos/**/*.jpg"  # the processes share the pictures
+    torchrun --nproc-per-node 8 predict.py runs/NAME "photos/**/*.jpg"  # the processes share the images
 
 For `x.jpg` it writes into --out:
 
-    x.png            the class of every pixel: one channel, the picture's size, upright as EXIF says
-    x.overlay.jpg    the picture under its classes' colours, a legend, the words that steered the model
-    x.attention.jpg  with --attention: where each word is attended to
-    x.segments.png   of mask2former: the segment of every pixel, its id as R + 256 G + 65536 B, 0 = none; the
-        overlay then has a line around each segment, and its name
-    a line of predictions.jsonl: "path" of the picture, "labels" (x.png), "size" [height, width], "tags" (null
-        if the model reads none), "shares" (of each class that is seen, largest first), of mask2former
-        "segments" (id, class and score of each), what made it, and "bytes" and "mtime_ns" of the picture's
-        file as it was then
+    x.png            the class of every pixel: one channel, the image's size, upright by its EXIF tag
+    x.overlay.jpg    the image under its classes' colours (mask2former: and outlines), a legend, its words
+    x.attention.jpg  with --attention: where the model attends to each word
+    x.segments.png   mask2former: the segment of every pixel, its id as R + 256 G + 65536 B, 0 = none
+    predictions.jsonl  per image "path", "labels" (x.png), "size" [height, width], "tags" (null: none),
+        "shares" of its classes, mask2former's "segments", its settings, and "bytes", "mtime_ns" of its file
 
-Folders are mirrored, and so is what a glob's wildcards match. Where two results would share a name the later
-picture keeps its suffix (1.jpg -> 1.png, 1.png -> 1.png.png); inputs that share names (a/1.jpg b/1.jpg) are
-mirrored from the folder that holds them all. What another picture or program wrote is never overwritten. What
-the same model did with the same words, scales, flip, score and overlap is skipped, if the picture's file has
-the same size and time.
+Folders are mirrored below the folder that holds all inputs; where two results would share a name the later
+image keeps its suffix (1.jpg -> 1.png, 1.png -> 1.png.png). Files of another image or program are never
+overwritten: a line is written before the files that it lists, so files without a line belong to others. An
+image is skipped if its line has the same model, settings, size and time, and its files exist.
 
-Top to bottom: which pictures, under which names, with which words; one picture; what is written; the command.
+Top to bottom: one image; what is written; the command.
 """
 
 import argparse
-import glob
+import fcntl
 import json
 import os
 import re
 import sys
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 import inference
 import kernels
-from errors import DataError, DataWarning, TadaError, Unreadable
+from errors import TadaError, Unreadable, run_command
 from eval import add_segment_flags, scale, segment_options
-from images.draw import TILE, heat, mosaic, overlay, percent, segment_overlay
+from images.draw import attention_mosaic, overlay, percent, segment_overlay
 from images.panoptic import to_colours
-from images.read import PICTURES, distinct_colour, fit, read_image, walk
-from inference import windows
-from loading.augment import normalise, resize, to_tensor
-from loading.tags import LONGEST_CAPTION, LONGEST_TAG, MOST_TAGS, read_tags
-from loading.tags import text as clean
-from model import Size, Tada, TadaConfig
-from run.checkpoint import find_model, load_model, read_about, read_config
+from images.read import distinct_colour, find_images, fit, read_image
+from loading.augment import model_input
+from loading.tags import choose_words
+from model import Tada
+from run.checkpoint import find_model, load_model, read_about, read_config, replace_text
 from run.folder import lock
 from run.ranks import Ranks, cleanup, init_distributed
 from weights.words import digest
 
-LIST = "predictions.jsonl"
-SEGMENTS = ".segments.png"  # how the map of ids ends
+LIST, SEGMENTS = "predictions.jsonl", ".segments.png"
 ENDINGS = (".png", ".overlay.jpg", ".attention.jpg", SEGMENTS)  # of all results
-NAMES, WORDS = 10, 24  # the most class names, or words of a picture, whose attention is drawn
 
 
-class Job(NamedTuple):
-    """One picture: where it is, its results' name below --out, the words to steer with (None: not given)."""
+@dataclass(frozen=True)
+class Settings:
+    """What a result depends on, besides its image and its words."""
 
-    path: str
-    name: str
-    words: list[str] | None
+    checkpoint: str  # its sha256
+    scales: Sequence[float]
+    flip: bool
+    attention: bool
+    reading: dict[str, float]  # score and overlap of mask2former's segments; {} for other decoders
 
+    def of(self, path: str, words: list[str] | None) -> dict:
+        """The entries of a line by which an existing result is recognised; {} without the image's file."""
+        if not os.path.exists(path):
+            return {}
+        file = os.stat(path)
+        made = {"checkpoint": self.checkpoint, "asked": words, "scales": self.scales, "flip": self.flip}
+        return made | self.reading | {"bytes": file.st_size, "mtime_ns": file.st_mtime_ns}
 
-# ---- which pictures, under which names
-
-
-def find(inputs: Iterable[str], out: Path) -> dict[str, str]:
-    """Absolute path of each picture -> the folder that it is mirrored from.
-
-    A file is taken whatever its suffix; of folders and globs the pictures (`PICTURES`), hidden ones apart.
-    What lies in `out` is never taken.
-    """
-    found: dict[str, str] = {}
-    for asked in inputs:
-        wild = re.search(r"[*?[]", asked)
-        if os.path.exists(asked):
-            base, roots = asked if os.path.isdir(asked) else os.path.dirname(asked), [asked]
-        elif wild:
-            base, roots = os.path.dirname(asked[: wild.start()]), sorted(glob.glob(asked, recursive=True))
-            roots = [root for root in roots if os.path.isdir(root) or is_picture(root)]
-        else:
-            raise TadaError(f"{asked} does not exist: give a picture, a folder or a quoted glob")
-        new = [path for root in roots for path in below(root, out)]
-        if not new:
-            raise TadaError(
-                f"{asked} has no picture ({' '.join(PICTURES)}) outside of --out {out}: change one of them"
-            )
-        for path in new:
-            found.setdefault(os.path.abspath(path), os.path.abspath(base))
-    return found
+    @property
+    def endings(self) -> list[str]:
+        """Of the files of one image, the label map last: where it exists, all others do."""
+        optional = [SEGMENTS] * bool(self.reading) + [".attention.jpg"] * self.attention
+        return [".overlay.jpg", *optional, ".png"]
 
 
-def below(root: str, out: Path) -> Iterator[str]:
-    """The file `root`, or the pictures below the folder `root`."""
-    out = Path(os.path.realpath(out))
-    if not os.path.isdir(root):
-        if not Path(os.path.realpath(root)).is_relative_to(out):
-            yield root
-        return
-    for where, folders, names in walk(root):
-        if Path(os.path.realpath(where)).is_relative_to(out):
-            folders.clear()
-        else:
-            yield from (os.path.join(where, name) for name in names if is_picture(name))
-
-
-def is_picture(path: str) -> bool:
-    return path.lower().endswith(PICTURES) and not os.path.basename(path).startswith(".")
-
-
-def name_results(found: dict[str, str], taken: dict[str, str]) -> dict[str, str]:
-    """Path of each picture -> the name of its results below --out, without ".png".
-
-    taken: such names, in lower case -> the pictures that have them already.
-    """
-    first: dict[str, str] = {}
-    stems = ((os.path.splitext(os.path.relpath(path, base))[0].lower(), base) for path, base in found.items())
-    apart = all(first.setdefault(stem, base) == base for stem, base in stems)
-    shared = "" if apart else os.path.commonpath(found.values())
-    names, taken = {}, dict(taken)
-    for path, base in found.items():
-        whole = os.path.relpath(path, shared or base)
-        stem = os.path.splitext(whole)[0]
-        free = [name for name in (stem, whole) if taken.get(name.lower(), path) == path]
-        if not free:
-            raise TadaError(f"{path} and {taken[stem.lower()]} would share {stem}.png: give another --out")
-        names[path] = free[0]
-        taken[free[0].lower()] = path
-    return names
-
-
-# ---- with which words
-
-
-def read_words(config: TadaConfig, given: str | None, paths: Iterable[str]) -> dict[str, list[str] | None]:
-    """Path of each picture -> its words, from --tags or the file of training; None where neither is read."""
-    if given is not None:
-        if config.tags == "classes":
-            raise TadaError(
-                f"--tags {given!r}: this model reads no words of a picture "
-                f"(condition {config.condition}, tags {config.tags}); leave --tags out"
-            )
-        return dict.fromkeys(paths, parse_words(config, given))
-    if config.tags in ("classes", "clip"):
-        return dict.fromkeys(paths)
-    if config.tags == "oracle":
-        raise TadaError(
-            "this model was told what is in each picture (tags oracle): say it, as in --tags 'sea, boat'"
-        )
-    return look_up(config, list(paths))
-
-
-def parse_words(config: TadaConfig, given: str) -> list[str]:
-    """The words between the commas, each once; of a model that reads captions, one sentence."""
-    try:
-        if config.condition == "caption":
-            return [clean(given, LONGEST_CAPTION)]
-        words = [clean(word, LONGEST_TAG) for word in given.split(",") if word.strip()]
-        words = list(dict.fromkeys(words))
-    except ValueError as error:
-        raise TadaError(f"--tags: {error}") from None
-    if not 1 <= len(words) <= MOST_TAGS:
-        raise TadaError(f"--tags {given[:80]!r} has {len(words)} words: give 1 to {MOST_TAGS}")
-    return words
-
-
-def look_up(config: TadaConfig, paths: list[str]) -> dict[str, list[str]]:
-    """The words of each picture in the tag file of training, found by as much of its path as the file has."""
-    cure = "say what is in the pictures with --tags"
-    ends = {path: [path[i + 1 :] for i in range(len(path)) if path[i] == os.sep] for path in paths}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DataWarning)  # it has lines for many other pictures
-            tags, captions, _ = read_tags(config.tags, "/", {end for some in ends.values() for end in some})
-    except DataError as error:
-        raise TadaError(f"the words of training are not there ({error}): {cure}") from None
-    known = {path: [caption] for path, caption in captions.items()}
-    if config.condition != "caption":
-        known = {path: [tag for tag, _ in pairs] for path, pairs in tags.items()}
-    words = {path: next((known[end] for end in ends[path] if end in known), None) for path in paths}
-    lacking = [path for path in paths if words[path] is None]
-    if lacking:
-        raise TadaError(
-            f"{config.tags} lacks {len(lacking)} of {len(paths)} pictures, such as {lacking[0]}: {cure}"
-        )
-    return words
-
-
-# ---- one picture
+# ---- one image
 
 
 @torch.no_grad()
-def predict(tada: Tada, job: Job, options: argparse.Namespace, folder: "Folder") -> dict:
-    """Read the picture, write its results; its line of predictions.jsonl. Raises Unreadable."""
-    config, device = tada.config, folder.ranks.device
-    before = on_disk(job.path)
-    picture, size = read_image(job.path)
+def predict(
+    tada: Tada, path: str, words: list[str] | None, *, settings: Settings
+) -> tuple[dict, dict[str, Image.Image]]:
+    """The entries of an image's line, and its results by their `endings`. Raises Unreadable."""
+    config, device = tada.config, tada.unet.conv_in.weight.device
+    image, size = read_image(path)
     small = fit(size, *config.box) if config.box else size
-    image = model_input(picture, small).to(device)  # (1, 3, h, w)
-    # As eval.py does: for other scales than 1 every size is made from the picture as it is.
-    seen = image if options.scales == [1.0] else model_input(picture, size).to(device)
-    how = {"window": config.crop, "stride": config.stride, "scales": options.scales, "flip": options.flip}
+    x = model_input(image, small).to(device)  # (1, 3, h, w)
+    # As eval.py: for other scales than 1 every size is made from the original image.
+    original = x if settings.scales == [1.0] else model_input(image, size).to(device)
+    how = {"window": config.crop, "stride": config.stride, "scales": settings.scales, "flip": settings.flip}
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        tags = tada.resolve_tags(image, None if job.words is None else [job.words])
+        tags = tada.resolve_tags(x, None if words is None else [words])
         if config.decoder == "mask2former":
-            found = inference.segment(tada, image, tags, size=size, **folder.reading)
+            prediction = inference.segment(tada, x, tags, size=size, **settings.reading)
         else:
-            found = inference.predict(tada, seen, tags, size=size, base=small, **how)
-        labels = found.labels[0].byte().cpu().numpy()  # (H, W)
-        maps = attention(tada, image, tags)[0].cpu().numpy() if options.attention else None  # (T, h, w)
+            prediction = inference.predict(tada, original, tags, size=size, base=small, **how)
+        maps = inference.attention_in_windows(tada, x, tags)[0] if settings.attention else None  # (T, h, w)
+    labels = prediction.labels[0].byte().cpu().numpy()  # (H, W)
 
-    words = tags and tags[0]
+    tags = tags and tags[0]
     counts = Image.fromarray(labels).histogram()
     order = sorted((k for k in range(len(config.classes)) if counts[k]), key=lambda k: -counts[k])
     shares = {config.classes[k]: counts[k] / labels.size for k in order}
-    record = {"path": job.path, "labels": f"{job.name}.png", "size": [*size], "tags": words, "shares": shares}
-
-    colours = config.palette or [distinct_colour(k + 1) for k in range(len(config.classes))]
-    colours, ids = np.array(colours, np.uint8), None
+    record = {"size": [*size], "tags": tags, "shares": shares}
+    palette = np.array(config.palette or [*map(distinct_colour, range(1, len(config.classes) + 1))], np.uint8)
+    names, results = {"palette": palette, "classes": config.classes, "words": tags}, {}
     if config.decoder == "mask2former":
-        ids, segments = found.panoptic[0]
+        ids, segments = prediction.panoptic[0]
         ids = ids.cpu().numpy()
-        drawn = segment_overlay(np.asarray(picture), ids, segments, colours, config.classes, words)
-        record["segments"] = [
-            {"id": s.id, "class": config.classes[s.label], "score": s.score} for s in segments
-        ]
+        entries = [(s.id, config.classes[s.label], s.score) for s in segments]
+        record["segments"] = [dict(zip(("id", "class", "score"), x, strict=True)) for x in entries]
+        results[".overlay.jpg"] = segment_overlay(np.asarray(image), ids, segments, **names)
+        results[SEGMENTS] = Image.fromarray(to_colours(ids))
     else:
-        drawn = overlay(np.asarray(picture), labels, colours, config.classes, words)
-    # The label map goes first and comes last: where there is one, all that belongs to it is there.
-    # The line comes before any file: it says whose they are, also after a crash.
-    (folder.out / record["labels"]).unlink(missing_ok=True)
-    folder.append(record | folder.settings(job) | before)
-    folder.save(drawn, f"{job.name}.overlay.jpg")
-    if ids is not None:
-        folder.save(Image.fromarray(to_colours(ids)), f"{job.name}{SEGMENTS}")
+        results[".overlay.jpg"] = overlay(np.asarray(image), labels, **names)
     if maps is not None:
-        folder.save(draw_attention(picture, maps, config, words), f"{job.name}.attention.jpg")
-    folder.save(Image.fromarray(labels), record["labels"])
-    return record
-
-
-def on_disk(path: str) -> dict[str, int]:
-    """Size and time of a picture's file, by which a change is seen; {} where there is none."""
-    try:
-        about = os.stat(path)
-    except OSError:
-        return {}
-    return {"bytes": about.st_size, "mtime_ns": about.st_mtime_ns}
-
-
-def model_input(picture: Image.Image, size: Size) -> Tensor:
-    """The picture at `size` (H, W) as the model takes it, `(1, 3, H, W)` in [-1, 1]."""
-    return normalise(to_tensor(resize(picture, picture.size[::-1], size, (0, 0, *size)))[None])
-
-
-def attention(tada: Tada, image: Tensor, tags: list[list[str]] | None) -> Tensor:
-    """`Tada.attention` in the windows that the prediction was made in, averaged where they overlap."""
-    total, count = None, image.new_zeros(image.shape[2:])
-    for top, left, bottom, right in windows(image.shape[2:], tada.config.crop, tada.config.stride):
-        part = inference.attention(tada, image[..., top:bottom, left:right], tags)
-        if total is None:
-            total = part.new_zeros(*part.shape[:2], *image.shape[2:])  # (1, T, h, w)
-        total[..., top:bottom, left:right] += part
-        count[top:bottom, left:right] += 1
-    return total.div_(count)
-
-
-def draw_attention(
-    picture: Image.Image, maps: np.ndarray, config: TadaConfig, words: list[str] | None
-) -> Image.Image:
-    """A tile for each word, with its share of all attention; of many words, those with the most."""
-    names = config.classes if words is None else words or ["(no word)"]
-    strength = maps.mean(axis=(1, 2))
-    order = np.argsort(-strength, kind="stable")[: NAMES if words is None else WORDS]
-    picture = picture.copy()
-    picture.thumbnail((TILE, TILE))
-    tiles = [heat(np.asarray(picture), maps[i], f"{names[i]}  {percent(strength[i])}") for i in order]
-    return mosaic(tiles, 3 if picture.width > picture.height else 4)
+        results[".attention.jpg"] = attention_mosaic(image, maps.cpu().numpy(), config.classes, words=tags)
+    return record, results | {".png": Image.fromarray(labels)}
 
 
 # ---- what is written
 
 
-class Folder:
-    """--out: every file appears whole, under its name, or not at all."""
-
-    def __init__(
-        self,
-        out: Path,
-        options: argparse.Namespace,
-        checkpoint: str,
-        ranks: Ranks,
-        reading: dict[str, float],
-    ):
-        self.out, self.options, self.checkpoint, self.ranks = out, options, checkpoint, ranks
-        self.reading = reading  # how segments are read; {}: no map of ids belongs to a picture
-        self.lock = None
-        self.list = out / (LIST if ranks.world == 1 else f".{ranks.rank}.{LIST}")  # each process has its own
-
-    def release(self) -> None:
-        """Let others have the folder."""
-        if self.lock is not None:
-            self.lock.close()
-
-    def claim(self) -> None:
-        """Make the folder ours until `release`; tidy up after a process that was interrupted."""
-        self.lock = lock(self.out, "--out")
-        try:
-            for left in self.out.rglob(".tmp-*"):
-                if re.fullmatch(rf"\.tmp-(\d+|{re.escape(LIST)})", left.name) and left.is_file():
-                    left.unlink()
-            self.merge()
-        except OSError as error:
-            raise TadaError(f"{self.out} cannot be written ({error.strerror}): give another --out") from None
-
-    def merge(self) -> None:
-        """One list out of those of all processes: a line for every picture of which some result is there."""
-        records, parts = {}, sorted(self.out.glob(f".*.{LIST}"))
-        for file in (self.out / LIST, *parts):
-            records |= read_list(file)
-        lines = [json.dumps(records[name]) for name in sorted(records) if self.is_there(name)]
-        new = self.out / f".tmp-{LIST}"
-        new.write_text("".join(f"{line}\n" for line in lines))
-        os.replace(new, self.out / LIST)
-        for file in parts:
-            file.unlink()
-
-    def is_there(self, labels: str) -> bool:
-        """Is the label map there, or another result of its picture?"""
-        name = labels.removesuffix(".png")
-        return any(os.path.exists(self.out / f"{name}{ending}") for ending in ENDINGS)
-
-    def plan(self, found: dict[str, str], words: dict[str, list[str] | None]) -> tuple[list[Job], list[Job]]:
-        """All jobs, and those that are not done. Raises TadaError where a file is somebody else's."""
-        records = {name.removesuffix(".png"): x for name, x in read_list(self.out / LIST).items()}
-        names = name_results(found, {name.lower(): record["path"] for name, record in records.items()})
-        jobs = [Job(path, name, words[path]) for path, name in names.items()]
-        for job in jobs:
-            there = [file for file in self.files(job) if job.name not in records and file.exists()]
-            if there:
-                raise TadaError(f"{there[0]} is there and {LIST} has no line for it: give another --out")
-            ids = f"{job.name}{SEGMENTS}"
-            if self.reading and ids.removesuffix(".png") in {*records, *names.values()}:
-                raise TadaError(f"{self.out / ids} is another picture's label map: give another --out")
-        return jobs, [job for job in jobs if not self.is_done(job, records.get(job.name))]
-
-    def append(self, record: dict) -> None:
-        with self.list.open("a") as f:
-            f.write(json.dumps(record) + "\n")
-
-    def save(self, image: Image.Image, name: str) -> None:
-        """JPEG or PNG, as `name` ends. Raises OSError."""
-        file = self.out / name
-        new = file.with_name(f".tmp-{self.ranks.rank}")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            image.save(new, "PNG" if name.endswith(".png") else "JPEG", quality=92)
-            os.replace(new, file)
-        except OSError as error:
-            raise OSError(
-                f"{file} cannot be written ({error.strerror or error}): what is done stays"
-            ) from None
-
-    def settings(self, job: Job) -> dict:
-        """What a result depends on, beside its picture."""
-        options = self.options
-        asked = {"asked": job.words, "scales": options.scales, "flip": options.flip}
-        return {"checkpoint": self.checkpoint, **asked, **self.reading}
-
-    def is_done(self, job: Job, record: dict | None) -> bool:
-        """Was all that is asked for made of this picture, and not changed since?"""
-        now = on_disk(job.path)
-        if not record or not now or not (self.settings(job) | now).items() <= record.items():
-            return False
-        return all(file.is_file() for file in self.files(job))
-
-    def files(self, job: Job) -> list[Path]:
-        """All that is asked for of this picture."""
-        endings = [".png", ".overlay.jpg"] + [".attention.jpg"] * self.options.attention
-        return [self.out / f"{job.name}{ending}" for ending in endings + [SEGMENTS] * bool(self.reading)]
-
-
-def read_list(file: Path) -> dict[str, dict]:
-    """Label map -> its line, the last if there are several. A last line that a crash cut off is left out."""
+def read_list(out: Path) -> dict[str, dict]:
+    """Label map -> its line, the last if there are several, of images that have any result."""
+    file = out / LIST
     lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
     records = {}
     for number, line in enumerate(lines, 1):
@@ -401,93 +141,133 @@ def read_list(file: Path) -> dict[str, dict]:
             record = json.loads(line)
             records[record["labels"]] = record | {"path": record["path"]}
         except (ValueError, KeyError, TypeError):
-            if line.endswith(b"\n"):
+            if line.endswith(b"\n"):  # else a crash truncated it
                 raise TadaError(f"{file}, line {number}, is not of predict.py: give another --out") from None
-    return records
+    return {
+        labels: record
+        for labels, record in sorted(records.items())
+        if any((out / f"{labels.removesuffix('.png')}{ending}").exists() for ending in ENDINGS)
+    }
 
 
-# ---- the command line
+def tidy(out: Path) -> None:
+    """Delete files that an interrupted process left half-written, and lines without a result."""
+    try:
+        for left in out.rglob(".tmp-*"):
+            if re.fullmatch(rf"\.tmp-(\d+|{re.escape(LIST)})", left.name) and left.is_file():
+                left.unlink()
+        replace_text(out / LIST, "".join(json.dumps(record) + "\n" for record in read_list(out).values()))
+    except OSError as error:
+        raise TadaError(f"{out} cannot be written ({error.strerror}): give another --out") from None
+
+
+def to_do(names: dict[str, str], words: dict, out: Path, settings: Settings) -> list[str]:
+    """The paths of the images without a result of these settings. Raises TadaError where a file belongs to
+    another image or program.
+    """
+    records, todo = read_list(out), []
+    by_name = {labels.removesuffix(".png").lower(): x for labels, x in records.items()}
+    for path, name in names.items():
+        record = by_name.get(name.lower(), {})
+        files = [out / f"{name}{ending}" for ending in settings.endings]
+        if record.get("path", path) != path:
+            raise TadaError(f"{out / name}.png is the label map of {record['path']}: give another --out")
+        other = f"{name}{SEGMENTS}".removesuffix(".png")
+        if settings.reading and (other in names.values() or other.lower() in by_name):
+            raise TadaError(f"{out / name}{SEGMENTS} is another image's label map: give another --out")
+        for file in [file for file in files if not record and file.exists()][:1]:
+            raise TadaError(f"{file} exists and {LIST} has no line for it: give another --out")
+        made = settings.of(path, words[path])
+        if not made or not made.items() <= record.items() or not all(file.is_file() for file in files):
+            todo.append(path)
+    return todo
+
+
+def write(out: Path, name: str, record: dict, results: dict[str, Image.Image], rank: int) -> None:
+    """Append the line, then write the files, each whole or not at all, the label map last. Raises OSError."""
+    (out / f"{name}.png").unlink(missing_ok=True)
+    with (out / LIST).open("a") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)  # of the ranks one at a time
+        f.write(json.dumps(record) + "\n")
+    for ending, image in results.items():
+        file = out / f"{name}{ending}"
+        new = file.with_name(f".tmp-{rank}")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            image.save(new, "PNG" if ending.endswith(".png") else "JPEG", quality=92)
+            os.replace(new, file)
+        except OSError as error:
+            reason = error.strerror or error
+            raise OSError(f"{file} cannot be written ({reason}): earlier results stay") from None
+
+
+# ---- the command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name that it cannot show stops nothing
-    options = parse(argv)
-    ranks = init_distributed()
-    try:
-        code = run(options, ranks)
-    except KeyboardInterrupt:
-        if ranks.is_main:
-            print("stopped: what was written stays, the same command goes on", file=sys.stderr)
-        return 130
-    except (TadaError, OSError) as error:
-        if ranks.is_main or isinstance(error, OSError):  # the others are the same in all processes
-            print(f"predict.py: {error}", file=sys.stderr)
-        return 2
-    cleanup()
-    return code
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is escaped
+    options, ranks = parse(argv), init_distributed()
+    work = partial(run, ranks=ranks, **vars(options))
+    return run_command("predict.py", work, "interrupted: results stay, re-run the command to continue")
 
 
-def run(options: argparse.Namespace, ranks: Ranks) -> int:
-    """Plan, what can be refused first; predict this process's share; 1 if some picture could not be read."""
-    file = find_model(Path(options.checkpoint)).resolve()  # `best` may lead elsewhere soon
-    config = read_config(read_about(file)["config"], file)
-    if options.attention and config.condition in ("none", "caption", "implicit"):
-        raise TadaError(
-            f"--attention: a model of condition {config.condition} has no words to attend to; leave it out"
-        )
-    if config.decoder == "mask2former" and (options.flip or options.scales != [1.0]):
-        name = "flip" if options.flip else "scales"
-        raise TadaError(f"--{name}: mask2former reads a picture whole, once; leave it out")
-    reading = segment_options(options, config.decoder)
-    out = Path(options.out).absolute()
-    found = find(options.inputs, out)
-    words = read_words(config, options.tags, found)
-
-    folder = Folder(out, options, digest(file), ranks, reading)
-    try:
-        if ranks.is_main:
-            folder.claim()
-        ranks.barrier()
-        return predict_all(folder, found, words, config, file)
-    finally:
-        folder.release()
-
-
-def predict_all(
-    folder: Folder,
-    found: dict[str, str],
-    words: dict[str, list[str] | None],
-    config: TadaConfig,
-    file: Path,
+def run(
+    checkpoint: str,
+    inputs: Sequence[str],
+    *,
+    ranks: Ranks,
+    out: str,
+    weights: str | None,
+    tags: str | None,
+    scales: Sequence[float],
+    flip: bool,
+    attention: bool,
+    **segments: Any,
 ) -> int:
-    """This process's share of the pictures that are not done; 1 if some picture could not be read."""
-    options, ranks, out = folder.options, folder.ranks, folder.out
-    jobs, todo = folder.plan(found, words)
-    ranks.barrier()  # only now may files appear
-    if todo:
-        tada = load_model(file, options.weights, ranks.device)
+    """Cheapest checks first; predict this rank's share; return 1 if some image could not be read."""
+    file = find_model(Path(checkpoint)).resolve()  # `best` may point elsewhere soon
+    config = read_config(read_about(file)["config"], file)
+    if attention and config.condition in ("none", "caption", "implicit"):
+        raise TadaError(f"--attention: condition {config.condition} has no words to attend to; leave it out")
+    if config.decoder == "mask2former" and (flip or scales != [1.0]):
+        raise TadaError(
+            f"--{'flip' if flip else 'scales'}: mask2former reads an image whole, once; leave it out"
+        )
+    settings = Settings(digest(file), scales, flip, attention, segment_options(segments, config.decoder))
+    folder = Path(out).absolute()
+    names = find_images(inputs, folder)
+    words = choose_words(tags, config.tags, condition=config.condition, paths=[*names])
+    with lock(folder, "--out") if ranks.is_main else nullcontext():
+        if ranks.is_main:
+            tidy(folder)
+        ranks.barrier()
+        todo = to_do(names, words, folder, settings)
+        ranks.barrier()  # only now may files appear
+        tada = load_model(file, weights, ranks.device) if todo else None
         if ranks.is_main:
             print(kernels.describe(ranks.device))
-    if ranks.is_main and config.weights == "random":
-        print("random weights: this model knows nothing but what it was trained on")
-
-    mine, failed = todo[ranks.rank :: ranks.world], 0
-    with tqdm(mine, "predicting", disable=None if ranks.is_main else True) as bar:
-        for job in bar:
-            try:
-                record = predict(tada, job, options, folder)
-            except Unreadable as error:
-                failed += 1
-                tqdm.write(f"skipped: {error}", file=sys.stderr)
-                continue
-            if ranks.is_main and bar.disable:
-                most = [f"{name} {percent(share)}" for name, share in [*record["shares"].items()][:3]]
-                print(f"{out / record['labels']}: {', '.join(most)}")
-    failed = int(ranks.all_reduce(torch.tensor(failed, device=ranks.device)))  # and now all have written all
-    if ranks.is_main:
-        folder.merge()
-        done = len(todo) - failed
-        print(f"{out}: {done} predicted, {len(jobs) - len(todo)} done before, {failed} unreadable")
+            if config.weights == "random":
+                print("random weights: without a prior")
+        failed, mine = 0, todo[ranks.rank :: ranks.world]
+        with tqdm(mine, "predicting", disable=None if ranks.is_main else True) as bar:
+            for path in bar:
+                made = {"path": path, "labels": f"{names[path]}.png"} | settings.of(path, words[path])
+                try:
+                    record, results = predict(tada, path, words[path], settings=settings)
+                except Unreadable as error:
+                    failed += 1
+                    tqdm.write(f"skipped: {error}", file=sys.stderr)
+                    continue
+                write(folder, names[path], made | record, results=results, rank=ranks.rank)
+                if ranks.is_main and bar.disable:
+                    most = [f"{name} {percent(share)}" for name, share in [*record["shares"].items()][:3]]
+                    print(f"{folder / made['labels']}: {', '.join(most)}")
+        failed = int(ranks.all_reduce(torch.tensor(failed, device=ranks.device)))
+        if ranks.is_main:
+            tidy(folder)
+            done = len(todo) - failed
+            print(f"{folder}: {done} predicted, {len(names) - len(todo)} skipped, {failed} unreadable")
+    cleanup()
     return 1 if failed else 0
 
 
@@ -498,23 +278,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Predict: for x.jpg the label map x.png, x.overlay.jpg, and a line of predictions.jsonl.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "checkpoint", help="a run folder (its best step), a step folder or a model.safetensors"
-    )
-    pictures = parser.add_argument_group("the pictures")
-    pictures.add_argument("inputs", nargs="+", metavar="INPUT", help="a picture, a folder or a quoted glob")
-    pictures.add_argument("--out", metavar="DIR", default="predictions", help="where the results go")
-    model = parser.add_argument_group("the model")
-    weights = "its frozen files (default: where training had them)"
-    model.add_argument("--weights", metavar="DIR", default=argparse.SUPPRESS, help=weights)
-    tags = "what is in the pictures, 'sea, boat', or their caption (default: as in training)"
-    model.add_argument("--tags", metavar="WORDS", default=argparse.SUPPRESS, help=tags)
-    scales = "sizes, as multiples of the model's own, whose predictions are averaged"
-    model.add_argument("--scales", type=scale, nargs="+", metavar="X", default=[1.0], help=scales)
-    model.add_argument("--flip", action="store_true", help="average with the mirrored picture's prediction")
-    model.add_argument("--attention", action="store_true", help="draw where each word is attended to")
+    parser.add_argument("checkpoint", help="a run folder (its best step), a step folder, model.safetensors")
+    add = parser.add_argument_group("the images").add_argument
+    add("inputs", nargs="+", metavar="INPUT", help="an image, a folder or a quoted glob")
+    add("--out", metavar="DIR", default="predictions", help="the folder of the results")
+    add = parser.add_argument_group("the model").add_argument
+    frozen = "its frozen files (default: their folder in training)"
+    add("--weights", metavar="DIR", default=argparse.SUPPRESS, help=frozen)
+    tags = "what the images show, 'sea, boat', or their caption (default: as in training)"
+    add("--tags", metavar="WORDS", default=argparse.SUPPRESS, help=tags)
+    sizes = "sizes, as multiples of the model's own, whose predictions are averaged"
+    add("--scales", type=scale, nargs="+", metavar="X", default=[1.0], help=sizes)
+    add("--flip", action="store_true", help="average with the mirrored image's prediction")
+    add("--attention", action="store_true", help="draw the attention to each word")
     add_segment_flags(parser)
-    options = parser.parse_intermixed_args(argv)  # pictures may follow flags too
+    options = parser.parse_intermixed_args(argv)  # images may follow flags too
     options.weights, options.tags = getattr(options, "weights", None), getattr(options, "tags", None)
     return options
 

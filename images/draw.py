@@ -21,6 +21,7 @@ SMALLEST = 512  # of an image's longer side as drawn: smaller ones are enlarged,
 WIDEST, HIGHEST = 1600, 1320  # of an image as drawn: with its legend it is at most 1600 pixels high
 ROWS = 4  # of classes in a legend, in 2 to 4 columns
 TILE = 640  # the widest image in a mosaic
+MOST_CLASSES, MOST_WORDS = 10, 24  # whose attention is drawn
 NAMED = 40  # classes; a confusion matrix of more is drawn without names
 COVER = 0.55  # of a class's colour over the image
 LINE = 0.75  # of white in the line around a segment
@@ -173,6 +174,21 @@ def heat(image: np.ndarray, strength: np.ndarray, title: str) -> Image.Image:
     place = canvas.width / 2, drawn.height + 18
     ImageDraw.Draw(canvas).text(place, fitting(title, font, canvas.width - 8), INK, font, "mm")
     return canvas
+
+
+def attention_mosaic(
+    image: Image.Image, maps: np.ndarray, classes: Sequence[str], words: Sequence[str] | None
+) -> Image.Image:
+    """A tile for each word (class without `words`) with its share of all attention `maps (T, h, w)`; of many,
+    those with the most.
+    """
+    names = classes if words is None else words or ["(no word)"]
+    strength = maps.mean(axis=(1, 2))
+    order = np.argsort(-strength, kind="stable")[: MOST_CLASSES if words is None else MOST_WORDS]
+    image = image.copy()
+    image.thumbnail((TILE, TILE))
+    tiles = [heat(np.asarray(image), maps[i], f"{names[i]}  {percent(strength[i])}") for i in order]
+    return mosaic(tiles, 3 if image.width > image.height else 4)
 
 
 def mosaic(images: Sequence[Image.Image], columns: int) -> Image.Image:

@@ -5,7 +5,9 @@ Images are 8-bit RGB; labels are uint8 `(H, W)` with classes 0..K-1 and 255 = ig
 Top to bottom: folders, images, label maps, the colours of classes without one.
 """
 
+import glob
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,49 @@ MAX_PIXELS = 64_000_000  # 192 MB decoded
 SHOWN = 10  # paths in a message
 
 Size = tuple[int, int]  # height, width
+
+
+def find_images(inputs: Iterable[str], out: Path) -> dict[str, str]:
+    """Absolute path of each image -> the name of its results below --out, without ".png".
+
+    A file is read whatever its suffix; of folders and globs the images (`PICTURES`) that are not hidden, and
+    never what lies in `out`.
+    """
+    paths, bases, out = [], [], os.path.realpath(out)
+    for given in inputs:
+        wild, exists = re.search(r"[*?[]", given), os.path.exists(given)
+        if not exists and not wild:
+            raise DataError(f"{given} does not exist: give an image, a folder or a quoted glob")
+        roots = [given] if exists else sorted(glob.glob(given, recursive=True))
+        new = [os.path.abspath(path) for root in roots for path in below(root, exists)]
+        new = [path for path in new if not Path(os.path.realpath(path)).is_relative_to(out)]
+        if not new:
+            raise DataError(
+                f"{given} has no image ({' '.join(PICTURES)}) outside of --out {out}: change one of them"
+            )
+        paths += new
+        folder = (
+            given if os.path.isdir(given) else os.path.dirname(given if exists else given[: wild.start()])
+        )
+        bases.append(os.path.abspath(folder))
+    base, names, taken = os.path.commonpath(bases), {}, {}
+    for path in dict.fromkeys(paths):
+        whole = os.path.relpath(path, base)
+        name = next((x for x in (os.path.splitext(whole)[0], whole) if x.lower() not in taken), None)
+        if name is None:
+            raise DataError(f"{path} and {taken[whole.lower()]} would share {whole}.png: give another --out")
+        names[path] = name
+        taken[name.lower()] = path
+    return names
+
+
+def below(root: str, given: bool) -> list[str]:
+    """The file `root` if it was `given` or is an image, or the images below the folder `root`."""
+    if os.path.isdir(root):
+        files = [os.path.join(where, name) for where, _, names in walk(root) for name in names]
+        return [file for file in files if file.lower().endswith(PICTURES)]
+    hidden = os.path.basename(root).startswith(".")
+    return [root] if given or (root.lower().endswith(PICTURES) and not hidden) else []
 
 
 def scan(root: Path, folder: str, suffixes: tuple[str, ...], endings: tuple[str, ...]) -> dict[str, str]:

@@ -82,6 +82,11 @@ def evaluation(
     return to_tensor(resize(image, labels.shape, size, (0, 0, *size))), torch.from_numpy(labels)
 
 
+def model_input(image: Image.Image, size: Size) -> Tensor:
+    """The image at `size` (H, W) as the model takes it, `(1, 3, H, W)` in [-1, 1]."""
+    return normalise(to_tensor(resize(image, image.size[::-1], size, (0, 0, *size)))[None])
+
+
 def choose_window(labels: np.ndarray, size: Size, crop: Size, rng: np.random.Generator) -> Window:
     """A window in which no class has 75 % of the labelled pixels; after 10 tries any window."""
     for _ in range(TRIES):

@@ -98,6 +98,57 @@ def open_words(
     return TagSource(tags, prompts, table)
 
 
+def choose_words(
+    given: str | None, tags: str, condition: str, paths: Sequence[str]
+) -> dict[str, list[str] | None]:
+    """Path of each image to predict -> its words: those `given` by --tags, else by the `tags` of training;
+    None where neither is used. Raises DataError.
+    """
+    if given is None:
+        if tags in ("classes", "clip"):
+            return dict.fromkeys(paths)
+        if tags == "oracle":
+            raise DataError(
+                "this model was trained with ground-truth tags: give the images', as in --tags 'sea, boat'"
+            )
+        return look_up(tags, condition, paths)
+    if tags == "classes":
+        raise DataError(
+            f"--tags {given!r}: this model uses no words per image (condition {condition}, tags {tags}); "
+            "leave --tags out"
+        )
+    try:
+        parts = [given] if condition == "caption" else [x for x in given.split(",") if x.strip()]
+        longest = LONGEST_CAPTION if condition == "caption" else LONGEST_TAG
+        words = list(dict.fromkeys(text(x, longest) for x in parts))
+    except ValueError as error:
+        raise DataError(f"--tags: {error}") from None
+    if not 1 <= len(words) <= MOST_TAGS:
+        raise DataError(f"--tags {given[:80]!r} has {len(words)} words: give 1 to {MOST_TAGS}")
+    return {path: words for path in paths}
+
+
+def look_up(file: str, condition: str, paths: Sequence[str]) -> dict[str, list[str]]:
+    """The words of images by as much of each absolute path as the tag file of training has."""
+    ends = {path: [path[i + 1 :] for i in range(len(path)) if path[i] == os.sep] for path in paths}
+    cure = "give the words of the images with --tags"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DataWarning)  # it has lines for many other images
+            entries = read_tags(file, "/", {end for tails in ends.values() for end in tails})
+    except DataError as error:
+        raise DataError(f"the words of training cannot be used ({error}): {cure}") from None
+    if condition == "caption":
+        table = {path: [caption] for path, caption in entries.captions.items()}
+    else:
+        table = {path: [tag for tag, _ in pairs] for path, pairs in entries.tags.items()}
+    words = {path: next((table[end] for end in ends[path] if end in table), None) for path in paths}
+    lacking = [path for path in paths if words[path] is None]
+    if lacking:
+        raise DataError(f"{file} lacks {len(lacking)} of {len(paths)} images, such as {lacking[0]}: {cure}")
+    return words
+
+
 def parse_tags(line: bytes, root: str) -> tuple[str, list[tuple[str, float]], str]:
     """Path, tags and caption ("" if there is none) of one line. Raises ValueError with the fault."""
     try:
