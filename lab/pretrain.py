@@ -15,7 +15,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -90,8 +90,8 @@ class DrawnScenes(NamedTuple):
         images = torch.from_numpy(self.images[indices.numpy()])
         return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
-    def captions(self, indices: Tensor, r: Random) -> list[str]:
-        return [caption(self.tags[i], r) for i in indices.tolist()]
+    def captions(self, indices: Iterable[int], r: Random) -> list[str]:
+        return [caption(self.tags[int(i)], r) for i in indices]
 
 
 def draw_scenes(run: Path, count: int, first: int = scenes.SPLITS["pretrain"].start) -> DrawnScenes:
