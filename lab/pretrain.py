@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
@@ -71,11 +73,8 @@ class Job(NamedTuple):
 
 STAGES = {"vae": Stage(4000, 8, 1e-3), "clip": Stage(1000, 128, 1e-3), "unet": Stage(6000, 16, 1e-3)}
 KINDS = {"vae": (VAE, VAEConfig), "clip": (CLIP, CLIPConfig), "unet": (UNet, UNetConfig)}
-FILES = {
-    "vae": "vae/diffusion_pytorch_model.safetensors",
-    "clip": "clip/model.safetensors",
-    "unet": "unet/diffusion_pytorch_model.safetensors",
-}
+FILES = {"clip": "clip/model.safetensors"}
+FILES |= {part: f"{part}/diffusion_pytorch_model.safetensors" for part in ("vae", "unet")}
 RECORD = "training.json"  # in the folder of the weights: steps, time, losses, seed and commit of each part
 
 
@@ -167,7 +166,10 @@ def train_unet(drawn: DrawnScenes, stage: Stage, job: Job) -> None:
     """Train on Eq. 2: predict the noise in a latent at a random time, given its caption."""
     clip = load(CLIP(CLIPConfig.tiny()), job.out / "clip").to(job.device).eval()
     tokenizer = Tokenizer(job.out / "tokenizer")
-    latents = encode_all(drawn, job)  # (N, 4, 16, 16)
+    vae = load(VAE(part_configs("tiny", job.out)[0]), job.out / "vae").to(job.device).eval()
+    parts = tqdm(torch.arange(len(drawn.tags)).split(32), desc="encoding", disable=None)
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(drawn.batch(part).to(job.device)).cpu() for part in parts])
     alphas = alphas_cumprod()
 
     def loss(unet: UNet, indices: Tensor, r: Random, noise: torch.Generator) -> Tensor:
@@ -181,14 +183,6 @@ def train_unet(drawn: DrawnScenes, stage: Stage, job: Job) -> None:
         return F.mse_loss(unet(z.to(job.device), t.to(job.device), context).float(), eps.to(job.device))
 
     finish("unet", fit("unet", loss, len(drawn.tags), stage, job), job)
-
-
-@torch.no_grad()
-def encode_all(drawn: DrawnScenes, job: Job) -> Tensor:
-    """Return the latents of all scenes, `(N, 4, 16, 16)`."""
-    vae = load(VAE(part_configs("tiny", job.out)[0]), job.out / "vae").to(job.device).eval()
-    parts = tqdm(torch.arange(len(drawn.tags)).split(32), desc="encoding", disable=None)
-    return torch.cat([vae.encode(drawn.batch(part).to(job.device)).cpu() for part in parts])
 
 
 def train_tokenizer(drawn: DrawnScenes, folder: Path, seed: int) -> Tokenizer:
@@ -218,13 +212,10 @@ def train_tokenizer(drawn: DrawnScenes, folder: Path, seed: int) -> Tokenizer:
 # ---- the shared training loop
 
 
-def fit(
-    name: str,
-    loss: Callable[[nn.Module, Tensor, Random, torch.Generator], Tensor],
-    count: int,
-    stage: Stage,
-    job: Job,
-) -> nn.Module:
+Loss = Callable[[nn.Module, Tensor, Random, torch.Generator], Tensor]
+
+
+def fit(name: str, loss: Loss, count: int, stage: Stage, job: Job) -> nn.Module:
     """Train part `name` by AdamW on `loss` of random batches of `count` images; return the averaged weights.
 
     Resume from `RUN/NAME.safetensors`, which is replaced every minute. Raise RunError if that file was made
@@ -234,7 +225,7 @@ def fit(
     kind, config = KINDS[name]
     model = kind(config.tiny()).to(job.device)
     averaged = AveragedModel(model, multi_avg_fn=average)
-    optimizer = torch.optim.AdamW(model.parameters(), stage.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = AdamW(model.parameters(), stage.lr, betas=(0.9, 0.99), weight_decay=0.01)
     budget = {**stage._asdict(), "pictures": count, "seed": job.seed}
     state = State(job.run / f"{name}.safetensors", budget, model, averaged, optimizer)
     saved = time.monotonic()
@@ -266,14 +257,7 @@ def fit(
 class State:
     """A stage's checkpoint: weights, averaged weights, optimiser, mean losses per 100 steps and seconds."""
 
-    def __init__(
-        self,
-        file: Path,
-        budget: dict,
-        model: nn.Module,
-        averaged: AveragedModel,
-        optimizer: torch.optim.Optimizer,
-    ):
+    def __init__(self, file: Path, budget: dict, model: nn.Module, averaged: AveragedModel, optimizer: AdamW):
         self.file, self.budget = file, budget
         self.model, self.averaged, self.optimizer = model, averaged, optimizer
         self.step, self.seconds, self.losses, self.sums = 0, 0.0, [], (0.0, 0)
@@ -294,6 +278,7 @@ class State:
         return self.sums[0] / self.sums[1]
 
     def tensors(self) -> dict[str, Tensor]:
+        """Every tensor to resume from, by name; in the memory of the model and the optimiser."""
         tensors = {f"averaged/{name}": x for name, x in self.averaged.state_dict().items()}
         for name, p in self.model.named_parameters():
             tensors[f"model/{name}"] = p.detach()
@@ -301,17 +286,11 @@ class State:
         return tensors
 
     def save(self) -> None:
-        facts = {"step": self.step, "seconds": self.seconds, "losses": self.losses, "sums": self.sums}
-        facts |= {"budget": self.budget, "commit": commit(), "torch": torch.__version__}
-        facts |= {"device": next(self.model.parameters()).device.type, "threads": torch.get_num_threads()}
-        new = self.file.with_suffix(".tmp")
-        save_file(
-            {name: x.cpu().contiguous().clone() for name, x in self.tensors().items()},
-            new,
-            metadata={"facts": json.dumps(facts, sort_keys=True)},
-        )
-        sync(new)
-        os.replace(new, self.file)
+        facts = {name: getattr(self, name) for name in ("step", "seconds", "losses", "sums", "budget")}
+        facts |= {"commit": commit(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+        facts["device"] = next(self.model.parameters()).device.type
+        tensors = {name: x.cpu().contiguous().clone() for name, x in self.tensors().items()}
+        save_replacing(tensors, self.file, {"facts": json.dumps(facts, sort_keys=True)})
 
     def load(self) -> None:
         facts = read_facts(self.file)
@@ -320,17 +299,14 @@ class State:
                 f"{self.file} was made with {facts['budget']}, not {self.budget}: "
                 "give the same settings, or another --run"
             )
-        tensors = load_file(self.file)
-        for name, p in self.model.named_parameters():
-            p.data.copy_(tensors[f"model/{name}"])
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            state = {key: tensors[f"{key}/{name}"].clone() for key in keys}
-            self.optimizer.state[p] = {k: x if k == "step" else x.to(p.device) for k, x in state.items()}
-        self.averaged.load_state_dict(
-            {name: tensors[f"averaged/{name}"] for name in self.averaged.state_dict()}
-        )
-        self.step, self.seconds = facts["step"], facts["seconds"]
-        self.losses, self.sums = facts["losses"], tuple(facts["sums"])
+        saved = load_file(self.file)
+        for p in self.model.parameters():
+            self.optimizer.state[p] = {"step": torch.zeros(())}
+            self.optimizer.state[p] |= {key: torch.empty_like(p) for key in ("exp_avg", "exp_avg_sq")}
+        for name, x in self.tensors().items():
+            x.copy_(saved[name])
+        self.step, self.seconds, self.losses = facts["step"], facts["seconds"], facts["losses"]
+        self.sums = tuple(facts["sums"])
 
 
 def read_facts(file: Path) -> dict:
@@ -349,9 +325,11 @@ def average(averages: list[Tensor], weights: list[Tensor], n: Tensor | int) -> N
 def rate(step: int, steps: int) -> float:
     """Return the factor of the learning rate: linear warm-up, then a cosine to 0."""
     warmup = min(WARMUP, steps // 10 + 1)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+    return (
+        (step + 1) / warmup
+        if step < warmup
+        else 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+    )
 
 
 # ---- files
@@ -374,8 +352,15 @@ def write(model: nn.Module, file: Path) -> None:
         f"{overflow[0]} and {len(overflow) - 1} more overflow float16: lower the learning rate"
     )
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, file.with_suffix(".tmp"), metadata={"format": "pt"})
-    os.replace(file.with_suffix(".tmp"), file)
+    save_replacing(state, file, {"format": "pt"})
+
+
+def save_replacing(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file atomically."""
+    new = file.with_suffix(".tmp")
+    save_file(tensors, new, metadata=metadata)
+    sync(new)
+    os.replace(new, file)
 
 
 def write_config(config: VAEConfig, scale: float, file: Path) -> None:
@@ -395,13 +380,14 @@ def write_config(config: VAEConfig, scale: float, file: Path) -> None:
     replace_text(file, json.dumps(settings, indent=1))
 
 
-def train_all(job: Job, longer: float, count: int) -> None:
+def train_all(job: Job, longer: float, count: int) -> int:
     """Train or resume the three stages on `count` scenes; `longer` multiplies their steps."""
     with lock(job.run, "--run"):
         drawn = draw_scenes(job.run, count)
         for name, train in (("vae", train_vae), ("clip", train_clip), ("unet", train_unet)):
             stage = STAGES[name]._replace(steps=max(round(longer * STAGES[name].steps), 1))
             train(drawn, stage, job)
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -421,13 +407,8 @@ def main(argv: list[str] | None = None) -> int:
         got = f"--longer {options.longer} --images {options.images}"
         parser.error(f"{got}: need --longer > 0 and 512 to 500000 images")
 
-    def work() -> int:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        train_all(
-            Job(options.run, options.out, options.seed, device), longer=options.longer, count=options.images
-        )
-        return 0
-
+    job = Job(options.run, options.out, options.seed, "cuda" if torch.cuda.is_available() else "cpu")
+    work = partial(train_all, job, longer=options.longer, count=options.images)
     return run_command("lab.pretrain", work, "interrupted: run the same command again to resume")
 
 
