@@ -97,6 +97,11 @@ def peer_hidden(model: nn.Module, x: list[Tensor]) -> Tensor:
     return model.vision_model(pixels(*x, 224).to(x[0].dtype)).last_hidden_state
 
 
+def mask_case(title: str, ours: Callable, peer: Callable, **mode: Callable) -> Case:
+    sides = Side(Mask2Former, ours), Side(masks.peer_mask2former, peer)
+    return Case(title, masks.maps_and_segments, *sides, masks.our_names, MASKS_BOUND, **mode)
+
+
 CASES = {
     "unet": Case(
         "UNet, 77 tokens",
@@ -116,22 +121,9 @@ CASES = {
         Side(CLIP, lambda model, x: model.image(*x)[0]),
         Side(peer_clip, peer_hidden),
     ),
-    "mask2former": Case(
-        "Mask2Former",
-        masks.maps_and_segments,
-        Side(Mask2Former, masks.predict),
-        Side(masks.peer_mask2former, masks.predict_peer),
-        masks.our_names,
-        MASKS_BOUND,
-    ),
-    "mask2former-loss": Case(
-        "Mask2Former, loss, backward",
-        masks.maps_and_segments,
-        Side(Mask2Former, masks.learn),
-        Side(masks.peer_mask2former, masks.learn_peer),
-        masks.our_names,
-        MASKS_BOUND,
-        torch.enable_grad,
+    "mask2former": mask_case("Mask2Former", masks.predict, masks.predict_peer),
+    "mask2former-loss": mask_case(
+        "Mask2Former, loss, backward", masks.learn, masks.learn_peer, mode=torch.enable_grad
     ),
 }
 

@@ -3,10 +3,9 @@
     python -m lab.pretrain                    # weights/tiny; 60 to 90 minutes on 2 cores
     python -m lab.pretrain --longer 10        # ten times the steps: for a GPU, used if there is one
 
-Images are `scenes` of the range "pretrain", captions are lists of their tags; no label map is used. Three
-stages, each from the files of the one before: the autoencoder, CLIP with its own vocabulary, the UNet on
-latents (Eq. 2). A stage's randomness is a function of seed and step alone, so an interrupted run resumes from
-its last save to the same numbers. `python -m lab.evidence` measures the result.
+Images are `scenes` of the range "pretrain", captions are lists of their tags; no label map is used. A stage's
+randomness is a function of seed and step alone, so an interrupted run resumes from its last save to the same
+numbers. `python -m lab.evidence` measures the result.
 """
 
 import argparse
@@ -110,7 +109,7 @@ def draw_scenes(run: Path, count: int, first: int = scenes.SPLITS["pretrain"].st
 
 
 def caption(tags: tuple[str, ...], r: Random) -> str:
-    """Join the tags in random order, each dropped with probability 0.2; half of the captions get a prompt.
+    """Join the tags in random order, some dropped, in a prompt or not.
 
     One caption in five names a single tag: Eq. 6 and the oracle use the vectors of single names.
     """
@@ -135,8 +134,7 @@ def train_vae(drawn: DrawnScenes, stage: Stage, job: Job) -> None:
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
         return F.l1_loss(vae.decoder(vae.post_quant_conv(z)), image) + KL_WEIGHT * kl
 
-    vae = fit("vae", loss, len(drawn.tags), stage, job)
-    finish("vae", vae, job)
+    finish("vae", fit("vae", loss, len(drawn.tags), stage, job), job)
     vae = load(VAE(VAEConfig.tiny()), job.out / "vae").to(job.device)
     with torch.no_grad():
         means = [vae.moments(drawn.batch(part).to(job.device))[0] for part in torch.arange(512).split(32)]
@@ -190,12 +188,9 @@ def train_tokenizer(drawn: DrawnScenes, folder: Path, seed: int) -> Tokenizer:
     size = CLIPConfig.tiny().vocabulary
     spelling = Tokenizer.spelling(size)
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=size - 258,  # minus the 256 bytes that end a word, start and end
-        initial_alphabet=letters,
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
+    settings = {"initial_alphabet": letters, "end_of_word_suffix": "</w>", "show_progress": False}
+    # Less the 256 bytes that end a word, start and end.
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size - 258, **settings)
     r = Random(f"tokenizer {seed}")
     spelling.bpe.train_from_iterator((caption(tags, r) for tags in drawn.tags), trainer)
     merges = json.loads(spelling.bpe.to_str())["model"]["merges"]
@@ -218,18 +213,22 @@ Loss = Callable[[nn.Module, Tensor, Random, torch.Generator], Tensor]
 def fit(name: str, loss: Loss, count: int, stage: Stage, job: Job) -> nn.Module:
     """Train part `name` by AdamW on `loss` of random batches of `count` images; return the averaged weights.
 
-    Resume from `RUN/NAME.safetensors`, which is replaced every minute. Raise RunError if that file was made
-    with another budget.
+    Resume from `RUN/NAME.safetensors`, replaced every minute; RunError if its budget is another.
     """
     torch.manual_seed(job.seed)
     kind, config = KINDS[name]
     model = kind(config.tiny()).to(job.device)
     averaged = AveragedModel(model, multi_avg_fn=average)
     optimizer = AdamW(model.parameters(), stage.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    file, trained = job.run / f"{name}.safetensors", (model, averaged, optimizer)
     budget = {**stage._asdict(), "pictures": count, "seed": job.seed}
-    state = State(job.run / f"{name}.safetensors", budget, model, averaged, optimizer)
+    # Mean losses per 100 steps; sum and number of losses since the last multiple of 100.
+    facts = {"budget": budget, "step": 0, "seconds": 0.0, "losses": [], "sums": (0.0, 0)}
+    if file.is_file():
+        facts = resume(file, budget, *trained)
     saved = time.monotonic()
-    bar = tqdm(range(state.step, stage.steps), desc=name, initial=state.step, total=stage.steps, disable=None)
+    steps = range(facts["step"], stage.steps)
+    bar = tqdm(steps, desc=name, initial=facts["step"], total=stage.steps, disable=None)
     for step in bar:
         start = time.monotonic()
         noise = torch.Generator().manual_seed(1_000_000 * job.seed + step)
@@ -243,70 +242,53 @@ def fit(name: str, loss: Loss, count: int, stage: Stage, job: Job) -> nn.Module:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         averaged.update_parameters(model)
-        state.add(float(value.detach()), time.monotonic() - start)
-        last = state.step == stage.steps
+        assert value.isfinite(), f"{name}: the loss of step {step} is {value}"
+        total, n = facts["sums"] if step % 100 else (0.0, 0)
+        total, n = total + float(value.detach()), n + 1
+        facts |= {"step": step + 1, "sums": (total, n)}
+        facts["seconds"] += time.monotonic() - start
+        last, hundred = step + 1 == stage.steps, (step + 1) % 100 == 0
+        if hundred:
+            facts["losses"].append(round(total / n, 5))
         if last or time.monotonic() - saved > SAVE_SECONDS:
-            state.save()
+            save(file, facts, *trained)
             saved = time.monotonic()
-        if last or state.step % 100 == 0:
-            bar.write(f"{name} {state.step}/{stage.steps} loss {state.mean_loss():.4f} {state.seconds:.0f} s")
-            sys.stdout.flush()
+        if last or hundred:
+            bar.write(f"{name} {step + 1}/{stage.steps} loss {total / n:.4f} {facts['seconds']:.0f} s")
     return averaged.module.eval()
 
 
-class State:
-    """A stage's checkpoint: weights, averaged weights, optimiser, mean losses per 100 steps and seconds."""
+def tensors_of(model: nn.Module, averaged: AveragedModel, optimizer: AdamW) -> dict[str, Tensor]:
+    """Every tensor to resume from, by name, in the memory of the model and the optimiser."""
+    tensors = {f"averaged/{name}": x for name, x in averaged.state_dict().items()}
+    for name, p in model.named_parameters():
+        tensors[f"model/{name}"] = p.detach()
+        tensors |= {f"{key}/{name}": x for key, x in optimizer.state[p].items()}
+    return tensors
 
-    def __init__(self, file: Path, budget: dict, model: nn.Module, averaged: AveragedModel, optimizer: AdamW):
-        self.file, self.budget = file, budget
-        self.model, self.averaged, self.optimizer = model, averaged, optimizer
-        self.step, self.seconds, self.losses, self.sums = 0, 0.0, [], (0.0, 0)
-        if file.is_file():
-            self.load()
 
-    def add(self, loss: float, seconds: float) -> None:
-        """Count one step. Stop at a loss that is not finite."""
-        assert math.isfinite(loss), f"{self.file.stem}: the loss of step {self.step} is {loss}"
-        total, n = self.sums if self.step % 100 else (0.0, 0)
-        self.sums = (total + loss, n + 1)
-        self.step, self.seconds = self.step + 1, self.seconds + seconds
-        if self.step % 100 == 0:
-            self.losses.append(round(self.mean_loss(), 5))
+def save(file: Path, facts: dict, model: nn.Module, *others: AveragedModel | AdamW) -> None:
+    """Write a stage's checkpoint: its tensors and, as JSON, `facts` and the machine."""
+    machine = {"commit": commit(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    machine["device"] = next(model.parameters()).device.type
+    tensors = {name: x.cpu().contiguous().clone() for name, x in tensors_of(model, *others).items()}
+    save_replacing(tensors, file, {"facts": json.dumps(facts | machine, sort_keys=True)})
 
-    def mean_loss(self) -> float:
-        """Mean loss since the last multiple of 100 steps."""
-        return self.sums[0] / self.sums[1]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor to resume from, by name; in the memory of the model and the optimiser."""
-        tensors = {f"averaged/{name}": x for name, x in self.averaged.state_dict().items()}
-        for name, p in self.model.named_parameters():
-            tensors[f"model/{name}"] = p.detach()
-            tensors |= {f"{key}/{name}": x for key, x in self.optimizer.state[p].items()}
-        return tensors
-
-    def save(self) -> None:
-        facts = {name: getattr(self, name) for name in ("step", "seconds", "losses", "sums", "budget")}
-        facts |= {"commit": commit(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-        facts["device"] = next(self.model.parameters()).device.type
-        tensors = {name: x.cpu().contiguous().clone() for name, x in self.tensors().items()}
-        save_replacing(tensors, self.file, {"facts": json.dumps(facts, sort_keys=True)})
-
-    def load(self) -> None:
-        facts = read_facts(self.file)
-        if facts["budget"] != self.budget:
-            raise RunError(
-                f"{self.file} was made with {facts['budget']}, not {self.budget}: "
-                "give the same settings, or another --run"
-            )
-        saved = load_file(self.file)
-        for p in self.model.parameters():
-            self.optimizer.state[p] = {"step": torch.zeros(())}
-            self.optimizer.state[p] |= {key: torch.empty_like(p) for key in ("exp_avg", "exp_avg_sq")}
-        for name, x in self.tensors().items():
-            x.copy_(saved[name])
-        self.step, self.seconds, self.losses = facts["step"], facts["seconds"], facts["losses"]
-        self.sums = tuple(facts["sums"])
+def resume(file: Path, budget: dict, model: nn.Module, averaged: AveragedModel, optimizer: AdamW) -> dict:
+    """Restore a stage's checkpoint in place, and return its facts."""
+    facts = read_facts(file)
+    if facts["budget"] != budget:
+        raise RunError(
+            f"{file} was made with {facts['budget']}, not {budget}: give the same settings, or another --run"
+        )
+    saved = load_file(file)
+    for p in model.parameters():
+        optimizer.state[p] = {"step": torch.zeros(())}
+        optimizer.state[p] |= {key: torch.empty_like(p) for key in ("exp_avg", "exp_avg_sq")}
+    for name, x in tensors_of(model, averaged, optimizer).items():
+        x.copy_(saved[name])
+    return facts
 
 
 def read_facts(file: Path) -> dict:
@@ -348,9 +330,7 @@ def write(model: nn.Module, file: Path) -> None:
     """Write the weights in float16, under the official names; the file is replaced atomically."""
     state = {name: x.detach().cpu().to(torch.float16).contiguous() for name, x in model.state_dict().items()}
     overflow = [name for name, x in state.items() if not x.isfinite().all()]
-    assert not overflow, (
-        f"{overflow[0]} and {len(overflow) - 1} more overflow float16: lower the learning rate"
-    )
+    assert not overflow, f"{overflow[0]} and {len(overflow) - 1} more overflow float16: lower the rate"
     file.parent.mkdir(parents=True, exist_ok=True)
     save_replacing(state, file, {"format": "pt"})
 
@@ -384,9 +364,8 @@ def train_all(job: Job, longer: float, count: int) -> int:
     """Train or resume the three stages on `count` scenes; `longer` multiplies their steps."""
     with lock(job.run, "--run"):
         drawn = draw_scenes(job.run, count)
-        for name, train in (("vae", train_vae), ("clip", train_clip), ("unet", train_unet)):
-            stage = STAGES[name]._replace(steps=max(round(longer * STAGES[name].steps), 1))
-            train(drawn, stage, job)
+        for stage, train in zip(STAGES.values(), (train_vae, train_clip, train_unet), strict=True):
+            train(drawn, stage._replace(steps=max(round(longer * stage.steps), 1)), job)
     return 0
 
 
