@@ -27,6 +27,8 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -63,9 +65,7 @@ class Case:
     ours: Side
     peer: Side
     names: Callable[[dict], dict] = dict  # the peer's weights under our names
-    bounds: dict[str, float] = field(
-        default_factory=BOUND.copy
-    )  # of the error, by precision; others are not measured
+    bounds: dict[str, float] = field(default_factory=BOUND.copy)  # of the error, by the precisions to measure
     mode: Callable = torch.inference_mode
 
 
@@ -85,17 +85,21 @@ def peer_vae() -> nn.Module:
 def peer_clip() -> nn.Module:
     from transformers import CLIPConfig, CLIPModel
 
-    text = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-    image = {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-    }
-    image |= {"patch_size": 14, "image_size": 224, "projection_dim": 768}
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    text = dict(zip(sizes, (768, 3072, 12, 12), strict=True)) | {"projection_dim": 768}
+    image = dict(zip(sizes, (1024, 4096, 24, 16), strict=True)) | {"patch_size": 14, "projection_dim": 768}
     return CLIPModel(
-        CLIPConfig(projection_dim=768, text_config=text | {"projection_dim": 768}, vision_config=image)
+        CLIPConfig(projection_dim=768, text_config=text, vision_config=image | {"image_size": 224})
     )
+
+
+def peer_hidden(model: nn.Module, x: list[Tensor]) -> Tensor:
+    return model.vision_model(pixels(*x, 224).to(x[0].dtype)).last_hidden_state
+
+
+def mask_case(title: str, ours: Callable, peer: Callable, **mode: Callable) -> Case:
+    sides = Side(Mask2Former, ours), Side(masks.peer_mask2former, peer)
+    return Case(title, masks.maps_and_segments, *sides, masks.our_names, MASKS_BOUND, **mode)
 
 
 CASES = {
@@ -115,26 +119,11 @@ CASES = {
         "CLIP image tower",
         lambda size: [torch.rand(1, 3, 224, 224) * 2 - 1],
         Side(CLIP, lambda model, x: model.image(*x)[0]),
-        Side(
-            peer_clip, lambda model, x: model.vision_model(pixels(*x, 224).to(x[0].dtype)).last_hidden_state
-        ),
+        Side(peer_clip, peer_hidden),
     ),
-    "mask2former": Case(
-        "Mask2Former",
-        masks.maps_and_segments,
-        Side(Mask2Former, masks.predict),
-        Side(masks.peer_mask2former, masks.predict_peer),
-        masks.our_names,
-        MASKS_BOUND,
-    ),
-    "mask2former-loss": Case(
-        "Mask2Former, loss, backward",
-        masks.maps_and_segments,
-        Side(Mask2Former, masks.learn),
-        Side(masks.peer_mask2former, masks.learn_peer),
-        masks.our_names,
-        MASKS_BOUND,
-        torch.enable_grad,
+    "mask2former": mask_case("Mask2Former", masks.predict, masks.predict_peer),
+    "mask2former-loss": mask_case(
+        "Mask2Former, loss, backward", masks.learn, masks.learn_peer, mode=torch.enable_grad
     ),
 }
 
@@ -145,20 +134,19 @@ def compare(name: str, dtype: str, size: int, rounds: int) -> dict:
     case = CASES[name]
     ours, peer = case.ours.build(), case.peer.build()
     ours.load_state_dict(case.names(peer.state_dict()))
-    sides = [(case.ours.run, ours), (case.peer.run, peer)]
-    for _, model in sides:
-        model.to(getattr(torch, dtype)).eval()
     inputs = cast(case.inputs(size), dtype)
+    models = (model.to(getattr(torch, dtype)).eval() for model in (ours, peer))
+    runs = [partial(side.run, model, inputs) for side, model in zip((case.ours, case.peer), models)]
     row = {"case": case.title, "image": size, "dtype": dtype}
     with case.mode():
-        mine, theirs = (run(model, inputs) for run, model in sides)  # also the warm-up
+        mine, theirs = (run() for run in runs)  # also the warm-up
         row["error"] = torch.stack([relative(*x) for x in zip(mine, theirs, strict=True)]).max().item()
         if not row["error"] <= case.bounds[dtype]:
             return row | {"verdict": "FAIL"}
-        times = in_turns([lambda run=run, model=model: run(model, inputs) for run, model in sides], rounds)
+        times = in_turns(runs, rounds)
     if times is None:
         return row | {"verdict": "BUSY"}
-    del ours, peer, model, sides, mine, theirs
+    del ours, peer, models, runs, mine, theirs  # free their memory
     row["ours s"], row["peer s"] = (statistics.median(x) for x in times)
     row["ratio"] = statistics.median(mine / theirs for mine, theirs in zip(*times, strict=True))
     row["min ratio"] = min(times[0]) / min(times[1])
@@ -177,7 +165,7 @@ def in_turns(sides: list[Callable], rounds: int) -> list[list[float]] | None:
     for _ in range(3):
         times, others = ([], []), cpu_of_others()
         for i in range(rounds):
-            for who in (0, 1) if i % 2 == 0 else (1, 0):
+            for who in (i % 2, 1 - i % 2):
                 start = time.perf_counter()
                 sides[who]()
                 times[who].append(time.perf_counter() - start)
@@ -192,8 +180,7 @@ def cast(inputs: list[Tensor], dtype: str) -> list[Tensor]:
 
 def peak_of_run(name: str, who: str, dtype: str, size: int) -> float:
     """Peak resident MiB of one run, with the weights, without imports and construction."""
-    case = CASES[name]
-    side = getattr(case, who)
+    case, side = CASES[name], getattr(CASES[name], who)
     with torch.device("meta"):
         side.build()  # imports the peer
     before = resident()
@@ -232,8 +219,8 @@ def load_once(side: str, folder: str) -> tuple[float, float]:
 
 
 def alone(function: Callable, *arguments):
-    """Run a function in a new process, where glibc returns freed blocks over 1 MiB to the system at once, so
-    that live tensors are compared and not the fragmentation of the heap.
+    """Run a function in a new process, where glibc frees blocks over 1 MiB at once: peaks then compare
+    live tensors, not the fragmentation of the heap.
     """
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(MIB)  # glibc reads it when a process starts
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -260,11 +247,9 @@ def cpu_of_others() -> Callable[[], float]:
     """Return a function: called later, it returns the share of all CPUs that other processes took since."""
 
     def ticks() -> tuple[int, int, float]:
-        user, nice, system, idle, wait, *rest = map(
-            int, Path("/proc/stat").read_text().split("\n")[0].split()[1:]
-        )
-        busy = user + nice + system + sum(rest[:3])
-        return busy, busy + idle + wait, sum(os.times()[:4]) * os.sysconf("SC_CLK_TCK")
+        counts = [int(x) for x in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+        whole, own = sum(counts), sum(os.times()[:4]) * os.sysconf("SC_CLK_TCK")
+        return whole - counts[3] - counts[4], whole, own  # less idle and wait
 
     start = ticks()
 
@@ -277,16 +262,14 @@ def cpu_of_others() -> Callable[[], float]:
 
 def header() -> str:
     """The machine and the versions of a measurement."""
-    names = [
+    cpus = [
         x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x
     ]
     bf16 = "bfloat16 by oneDNN" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "bfloat16 emulated"
-    simd = torch.backends.cpu.get_cpu_capability()
-    versions = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
-    versions += [f"{x} {__import__(x).__version__}" for x in ("diffusers", "transformers")]
-    return f"{names[0]}, {len(names)} CPUs, {simd}, {bf16}, {torch.get_num_threads()} threads; " + ", ".join(
-        versions
-    )
+    packages = [f"{x} {version(x)}" for x in ("torch", "diffusers", "transformers")]
+    machine = f"{cpus[0]}, {len(cpus)} CPUs, {torch.backends.cpu.get_cpu_capability()}, {bf16}"
+    threads = f"{torch.get_num_threads()} threads"
+    return f"{machine}, {threads}; Python {platform.python_version()}, {', '.join(packages)}"
 
 
 COLUMNS = dict.fromkeys(["case", "image", "dtype"], "")  # of the table, with their formats
@@ -328,8 +311,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--suite", choices=["cpu", "kernels"], default="cpu", help="what to measure")
     add("--only", choices=[*CASES, "load"], nargs="+", default=[*CASES, "load"], help="rows")
     add("--dtype", choices=list(BOUND), nargs="+", default=list(BOUND), help="precisions")
-    size = "side of the image in pixels, a multiple of 64; at least 256 for mask2former-loss"
-    add("--size", type=int, default=512, help=size)
+    add("--size", type=int, default=512, help="of the image, a multiple of 64; mask2former-loss: 256 or more")
     add("--rounds", type=int, default=7, help="runs of each side per row, at least 3")
     add("--out", metavar="FILE.json", help="also write all numbers to this file")
     options = parser.parse_args(argv)
@@ -340,15 +322,12 @@ def main(argv: list[str] | None = None) -> int:
     if options.suite == "kernels" and not torch.cuda.is_available():
         parser.error("--suite kernels: torch finds no GPU; --suite cpu needs none")
 
-    def work() -> int:
-        if options.suite == "kernels":
-            from lab.bench_kernels import Sizes, gpu_clock, suite  # Triton has wheels for Linux only
+    if options.suite == "kernels":
+        from lab.bench_kernels import Sizes, gpu_clock, suite  # Triton has wheels for Linux only
 
-            return suite(Sizes(), gpu_clock, options.out)
-        numbers = {"size": options.size, "rounds": options.rounds, "out": options.out}
-        return cpu_suite(options.only, options.dtype, **numbers)
-
-    return run_command("bench", work)
+        return run_command("bench", lambda: suite(Sizes(), gpu_clock, options.out))
+    numbers = {"size": options.size, "rounds": options.rounds, "out": options.out}
+    return run_command("bench", lambda: cpu_suite(options.only, options.dtype, **numbers))
 
 
 if __name__ == "__main__":

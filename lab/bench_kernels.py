@@ -10,8 +10,6 @@ support) is named with its error.
 A time is the median of replays of a CUDA graph (`triton.testing.do_bench_cudagraph`) that calls the function
 on several sets of inputs, together larger than the cache: neither launches nor the cache are measured. Ours
 and the peers run twice each, in mirrored order. The time of backward is that of both passes less forward's.
-
-In this order: the clock, a row, the cases, the report.
 """
 
 import json
@@ -21,7 +19,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.metadata import version
 from itertools import chain, product
 from pathlib import Path
@@ -39,6 +36,7 @@ from kernels.upsample_cross_entropy import upsample_cross_entropy
 from run.folder import commit
 
 Clock = Callable[[Callable[[], object]], float]  # microseconds of one call
+Function = Callable[..., Tensor]
 
 ROTATED = 180e6  # bytes of all input sets: three times the 60 MB second-level cache of an H200
 MOST_SETS = 24
@@ -57,23 +55,18 @@ def gpu_clock(work: Callable[[], object]) -> float:
 
 @dataclass(frozen=True)
 class Case:
-    """The same work by our kernel and by torch.
-
-    `inputs()` returns new tensors; `moved` and `products` are the least bytes and floating-point operations
-    of forward and of backward; `key` is the entry of kernels.WINS; an error of `slack` times plain torch's is
-    allowed.
-    """
+    """The same work by our kernel and by torch."""
 
     name: str
-    inputs: Callable[[], list[Tensor]]
-    ours: Callable[..., Tensor]
-    plain: Callable[..., Tensor]  # in any precision
-    peers: dict[str, Callable[..., Tensor]]
-    moved: tuple[float, float]
-    products: tuple[float, float] = (0.0, 0.0)
+    inputs: Callable[[], list[Tensor]]  # new tensors
+    ours: Function
+    plain: Function  # in any precision
+    peers: dict[str, Function]
+    key: tuple[str, int]  # the entry of kernels.WINS
+    moved: tuple[float, float]  # least bytes of forward and of backward
+    products: tuple[float, float] = (0.0, 0.0)  # their least floating-point operations
     backward: bool = True
-    key: tuple[str, int] | None = None
-    slack: float = 2.0
+    slack: float = 2.0  # times plain torch's error is allowed
 
 
 @dataclass
@@ -125,14 +118,10 @@ def nan_memory() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = before
 
 
-def evaluate(function: Callable[..., Tensor], inputs: list[Tensor], dy: Tensor | None) -> list[Tensor]:
+def evaluate(function: Function, inputs: list[Tensor], dy: Tensor | None) -> list[Tensor]:
     """The result and, given its gradient dy, the gradients of the inputs that require one."""
     y = function(*inputs)
     return [y] if dy is None else [y, *torch.autograd.grad(y, [x for x in inputs if x.requires_grad], dy)]
-
-
-def doubled(x: Tensor) -> Tensor:
-    return x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
 
 
 def error(result: Tensor, exact: Tensor) -> float:
@@ -148,7 +137,10 @@ def check(case: Case, rates: Rates) -> list[Row]:
     """The rows of a case without times: the worst error of each direction, and whether runs repeat."""
     inputs = case.inputs()
     dy = torch.randn_like(case.plain(*inputs)) if case.backward else None
-    exact = evaluate(case.plain, [doubled(x) for x in inputs], None if dy is None else dy.double())
+    doubled = [
+        x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs
+    ]
+    exact = evaluate(case.plain, doubled, None if dy is None else dy.double())
     plain = evaluate(case.plain, inputs, dy)
     with nan_memory():
         ours, again = (evaluate(case.ours, inputs, dy) for _ in range(2))
@@ -179,16 +171,14 @@ def measure(case: Case, rates: Rates, clock: Clock) -> list[Row]:
     turns, failed = defaultdict(list), {}
     for name in (*functions, *reversed(functions)):
         try:
-            if name not in failed:
-                turns[name].append(time_passes(functions[name], sets, dys, clock))
+            turns[name].append(time_passes(functions[name], sets, dys, clock))
         except RuntimeError as refusal:  # out of memory, or a backend that does not support the shape
             if name == "ours":
                 raise
             memory = isinstance(refusal, torch.OutOfMemoryError)
             failed[name] = "out of memory" if memory else str(refusal).partition("\n")[0]
-            turns.pop(name, None)
     for i, row in enumerate(rows):
-        times = {name: statistics.mean(turn[i] for turn in both) for name, both in turns.items()}
+        times = {x: statistics.mean(turn[i] for turn in turns[x]) for x in functions if x not in failed}
         row.ours, row.peers, row.failed = times.pop("ours"), times, failed
     return rows
 
@@ -233,18 +223,15 @@ class Sizes:
     def random(self, *shape: int) -> Tensor:
         return torch.randn(*shape, device=self.device, dtype=self.dtype)
 
-    def peers(self, plain: Callable[..., Tensor]) -> dict[str, Callable[..., Tensor]]:
+    def peers(self, plain: Function) -> dict[str, Function]:
         return {"eager": plain} | ({"compiled": torch.compile(plain, dynamic=False)} if self.compiled else {})
 
 
 def attention_cases(sizes: Sizes) -> Iterator[Case]:
     """Cross-attention at the four levels of the UNet; k and v are slices of one product's result."""
 
-    def by(backend: str) -> Callable[..., Tensor]:
-        return sdpa_kernel(getattr(SDPBackend, backend))(reference.attention)
-
     n, bytes_each, plain = sizes.heads, sizes.dtype.itemsize, reference.attention
-    peers = {backend: by(backend) for backend in sizes.backends}
+    peers = {name: sdpa_kernel(getattr(SDPBackend, name))(plain) for name in sizes.backends}
     for B, (N, d), M in product(sizes.batches, sizes.levels, sizes.contexts):
 
         def inputs(B: int = B, N: int = N, M: int = M, d: int = d) -> list[Tensor]:
@@ -254,7 +241,7 @@ def attention_cases(sizes: Sizes) -> Iterator[Case]:
         name, key = f"cross-attention B {B} N {N} M {M} d {d}", ("cross_attention", d)
         moved, flops = bytes_each * B * n * d * (2.0 * N + 2 * M), 4.0 * B * n * N * M * d
         costs = (moved, 2 * moved), (flops, 2.5 * flops)
-        yield Case(name, inputs, cross_attention, plain, peers, *costs, key=key)
+        yield Case(name, inputs, cross_attention, plain, peers, key, *costs)
 
 
 def norm_cases(sizes: Sizes) -> Iterator[Case]:
@@ -276,8 +263,7 @@ def norm_cases(sizes: Sizes) -> Iterator[Case]:
         name = f"GroupNorm + SiLU {'UNet' if trained else 'VAE'} B {B} C {C} {side}x{side}"
         values = B * C * side * side * sizes.dtype.itemsize
         moved = 3.0 * values, 5.0 * values  # x is read twice: 6 bytes a value in bfloat16; backward 10
-        key = ("group_norm_silu", C)
-        yield Case(name, inputs, ours, plain, peers, moved, backward=trained, key=key)
+        yield Case(name, inputs, ours, plain, peers, ("group_norm_silu", C), moved, backward=trained)
 
 
 def loss_cases(sizes: Sizes) -> Iterator[Case]:
@@ -285,10 +271,10 @@ def loss_cases(sizes: Sizes) -> Iterator[Case]:
     B, K, side, stride = sizes.logits
     large = stride * side
 
-    def inputs(trained: bool) -> list[Tensor]:
+    def inputs() -> list[Tensor]:
         labels = torch.randint(0, K, (B, large, large), device=sizes.device)
         labels[:, :3] = reference.IGNORE
-        return [sizes.random(B, K, side, side).requires_grad_(trained), labels]
+        return [sizes.random(B, K, side, side).requires_grad_(), labels]
 
     def upsampled(logits: Tensor) -> Tensor:
         logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -304,7 +290,7 @@ def loss_cases(sizes: Sizes) -> Iterator[Case]:
     shape, peers = f"B {B} K {K} {side} -> {large}", sizes.peers(plain)
     name, key = f"upsampling + cross-entropy {shape}", ("upsample_cross_entropy", K)
     costs = (small + labels, 2 * small + labels), (flops, 2 * flops)
-    yield Case(name, partial(inputs, True), ours, plain, peers, *costs, key=key)
+    yield Case(name, inputs, ours, plain, peers, key, *costs)
 
 
 def wide_cases(sizes: Sizes) -> Iterator[Case]:
@@ -318,7 +304,7 @@ def wide_cases(sizes: Sizes) -> Iterator[Case]:
 
     name, key = f"wide attention B {B} N {N} d {d}", ("row_attention", d)
     slack = 3.0  # its scores are rounded to bfloat16, torch's are not
-    yield Case(name, inputs, row_attention, plain, peers, *costs, backward=False, key=key, slack=slack)
+    yield Case(name, inputs, row_attention, plain, peers, key, *costs, backward=False, slack=slack)
 
 
 # ---- the report
@@ -357,13 +343,9 @@ def line(row: Row) -> str:
 
 def wins(rows: list[Row]) -> dict[str, list[int]]:
     """The entries of kernels.WINS for this GPU: sizes at which no row was slower than the fastest peer."""
-    ratios, sizes = defaultdict(list), defaultdict(list)
-    for row in rows:
-        if row.case.key:
-            ratios[row.case.key].append(row.ratio)
-    for (kernel, size), values in sorted(ratios.items()):
-        if max(values) < 1:
-            sizes[kernel].append(size)
+    lost, sizes = {row.case.key for row in rows if not row.ratio < 1}, defaultdict(list)
+    for kernel, size in sorted({row.case.key for row in rows} - lost):
+        sizes[kernel].append(size)
     return dict(sizes)
 
 

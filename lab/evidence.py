@@ -1,6 +1,6 @@
 """Measure whether `weights/tiny` is a text-to-image model, on scenes that it was not trained on.
 
-    python -m lab.evidence    # about 10 minutes on 2 cores; prints numbers, writes weights/tiny/prompts.png
+    python -m lab.evidence    # about 10 minutes on 2 cores; prints numbers as JSON
 
 VAE: the error of reconstruction. CLIP: zero-shot tags, and retrieval of an image's caption among 128. UNet:
 the denoising loss with an image's own caption, the empty one and another image's. Drawing: the tags that a
@@ -15,10 +15,8 @@ from itertools import pairwise
 from pathlib import Path
 from random import Random
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -26,9 +24,8 @@ from assemble import prior
 from clip import CLIP, TEMPLATES, Tokenizer, name_vectors, zero_shot
 from errors import run_command
 from images import scenes
-from images.draw import INK, PAPER, mosaic
 from lab.draw import ddim_times, sample
-from lab.pretrain import DrawnScenes, caption, draw_scenes
+from lab.pretrain import DrawnScenes, draw_scenes
 from metrics.report import average_precision
 from unet import TIMES, UNet, alphas_cumprod
 from vae import VAE
@@ -39,15 +36,7 @@ CLASSIFIER_STEPS, CLASSIFIER_BATCH = 1500, 32
 PER_TAG = 8  # images drawn for each of the 24 tags
 PROMPT_TAGS = 3
 STEPS, GUIDANCE = 50, 4.0
-PROMPTS = (  # rows of prompts.png
-    "sheep, grass, sky",
-    "boat, sea, sky",
-    "snow, tree, mountain",
-    "car, road, house",
-    "sand, umbrella, sea",
-    "lamp, building, car",
-)
-SEEDS = 6  # columns
+Parts = tuple[VAE, UNet, CLIP, Tokenizer]
 
 
 def psnr(vae: VAE, held_out: DrawnScenes) -> float:
@@ -65,13 +54,11 @@ def retrieval(clip: CLIP, tokenizer: Tokenizer, held_out: DrawnScenes) -> dict[s
     """Zero-shot mAP of tags, and how often an image's own caption ranks first among 128."""
     embeddings = torch.cat([clip.image(held_out.batch(part))[1] for part in torch.arange(COUNT).split(64)])
     names = name_vectors(clip, tokenizer, scenes.CLASSES, TEMPLATES, shared=True)
-    targets = tags_matrix(held_out.tags)
-    mAP, chance = mean_average_precision(zero_shot(clip, embeddings, names), targets)
+    mAP, chance = mean_average_precision(zero_shot(clip, embeddings, names), tags_matrix(held_out.tags))
 
-    r = Random("retrieval")
-    ids = tokenizer([caption(tags, r) for tags in held_out.tags])
-    texts = F.normalize(clip.text_projection(clip.text(ids)[1]), dim=-1)
-    blocks = zip(F.normalize(embeddings, dim=-1).split(128), texts.split(128), strict=True)
+    captions = held_out.captions(range(COUNT), Random("retrieval"))
+    texts = clip.text_projection(clip.text(tokenizer(captions))[1])
+    blocks = zip(*(F.normalize(x, dim=-1).split(128) for x in (embeddings, texts)), strict=True)
     hits = [(image @ text.T).argmax(dim=1) == torch.arange(128) for image, text in blocks]
     return {"tag_mAP": mAP, "chance_mAP": chance, "caption_recall": float(torch.cat(hits).float().mean())}
 
@@ -83,19 +70,19 @@ def tags_matrix(tags: list[tuple[str, ...]]) -> Tensor:
 
 def mean_average_precision(scores: Tensor, targets: Tensor) -> tuple[float, float]:
     """mAP over the classes, and its chance level: the share of positives."""
-    values = [average_precision(scores[:, k], targets[:, k]) for k in range(targets.shape[1])]
+    values = [average_precision(*column) for column in zip(scores.T, targets.T, strict=True)]
     return sum(values) / len(values), float(targets.float().mean())
 
 
-def denoising(parts: tuple[VAE, UNet, CLIP, Tokenizer], held_out: DrawnScenes) -> dict[str, float]:
+def denoising(parts: Parts, held_out: DrawnScenes) -> dict[str, float]:
     """Denoising loss (Eq. 2) with an image's own caption, the empty one and the next image's.
 
     The three losses share times and noises; `*_error` is the standard error of the paired difference to
     "empty".
     """
     vae, unet, clip, tokenizer = parts
-    r, noise = Random("denoising"), torch.Generator().manual_seed(0)
-    captions = [caption(tags, r) for tags in held_out.tags]
+    noise = torch.Generator().manual_seed(0)
+    captions = held_out.captions(range(COUNT), Random("denoising"))
     prompts = {"right": captions, "empty": [""] * COUNT, "wrong": captions[1:] + captions[:1]}
     losses = {name: [] for name in prompts}
     for part in torch.arange(COUNT).split(32):
@@ -114,11 +101,11 @@ def denoising(parts: tuple[VAE, UNet, CLIP, Tokenizer], held_out: DrawnScenes) -
     return result
 
 
-def train_classifier(drawn: DrawnScenes, seed: int = 0) -> nn.Module:
+def train_classifier(drawn: DrawnScenes) -> nn.Module:
     """Train a small convolutional network on scenes: images in [-1, 1] -> tag logits `(B, 24)`."""
-    torch.manual_seed(seed)
-    widths, layers = (3, 32, 64, 128, 128), []
-    for a, b in pairwise(widths):
+    torch.manual_seed(0)
+    layers = []
+    for a, b in pairwise((3, 32, 64, 128, 128)):
         layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.SiLU()]
     model = nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(128, len(scenes.CLASSES)))
     targets = tags_matrix(drawn.tags).float()
@@ -135,76 +122,48 @@ def train_classifier(drawn: DrawnScenes, seed: int = 0) -> nn.Module:
 
 
 @torch.no_grad()
-def draw_images(parts: tuple[VAE, UNet, CLIP, Tokenizer], prompts: list[str], seeds: list[int]) -> Tensor:
-    """Draw an image of each of N prompts as `python -m lab.draw` does: `(N, 3, 128, 128)` in [-1, 1]."""
+def drawn_tags(parts: Parts, classifier: nn.Module, held_out: DrawnScenes) -> dict[str, float]:
+    """mAP of the classifier for the prompted tags of drawn images and for the tags of held-out scenes.
+
+    The prompts are, for every class, eight sets of three tags that held-out scenes show together; prompt i is
+    drawn as `python -m lab.draw` does with seed i.
+    """
     vae, unet, clip, tokenizer = parts
-    images = []
-    for i in tqdm(range(0, len(prompts), 24), desc="drawing from prompts", disable=None):
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[i : i + 24]]
-        noise = torch.cat([torch.randn(1, 4, 16, 16, generator=generator) for generator in generators])
-        context, _ = clip.text(tokenizer(prompts[i : i + 24]))
-        empty, _ = clip.text(tokenizer([""] * len(noise)))
-        latent = sample(unet, noise, context, empty, ddim_times(STEPS), GUIDANCE)
-        images.append(vae.decode(latent).clamp(-1, 1))
-    return torch.cat(images)
-
-
-def sample_prompts(held_out: DrawnScenes) -> list[tuple[str, ...]]:
-    """Prompts: for every class eight sets of three tags that held-out scenes show together."""
     r, prompts = Random("prompts"), []
     for name in scenes.CLASSES:
         candidates = [tags for tags in held_out.tags if name in tags and len(tags) >= PROMPT_TAGS]
         for tags in r.sample(candidates, PER_TAG):
-            others = [tag for tag in tags if tag != name]
-            prompts.append((name, *r.sample(others, PROMPT_TAGS - 1)))
-    return prompts
-
-
-def drawn_tags(
-    parts: tuple[VAE, UNet, CLIP, Tokenizer], classifier: nn.Module, held_out: DrawnScenes
-) -> dict[str, float]:
-    """mAP of the classifier for the prompted tags of drawn images and for the tags of held-out scenes."""
-    prompts = sample_prompts(held_out)
-    images = draw_images(parts, [", ".join(tags) for tags in prompts], list(range(len(prompts))))
-    with torch.no_grad():
-        drawn = classifier(images)
-        real = torch.cat([classifier(held_out.batch(part)) for part in torch.arange(COUNT).split(64)])
-    mAP, chance = mean_average_precision(drawn, tags_matrix(prompts))
+            prompts.append((name, *r.sample([tag for tag in tags if tag != name], PROMPT_TAGS - 1)))
+    logits = []
+    for part in tqdm(torch.arange(len(prompts)).split(24), desc="drawing from prompts", disable=None):
+        generators = [torch.Generator().manual_seed(seed) for seed in part.tolist()]
+        noise = torch.cat([torch.randn(1, 4, 16, 16, generator=generator) for generator in generators])
+        context, _ = clip.text(tokenizer([", ".join(prompts[i]) for i in part.tolist()]))
+        empty, _ = clip.text(tokenizer([""] * len(noise)))
+        latent = sample(unet, noise, context, empty, ddim_times(STEPS), GUIDANCE)
+        logits.append(classifier(vae.decode(latent).clamp(-1, 1)))  # of images (24, 3, 128, 128)
+    real = torch.cat([classifier(held_out.batch(part)) for part in torch.arange(COUNT).split(64)])
+    mAP, chance = mean_average_precision(torch.cat(logits), tags_matrix(prompts))
     real_mAP, real_chance = mean_average_precision(real, tags_matrix(held_out.tags))
     return {"mAP": mAP, "chance": chance, "real_mAP": real_mAP, "real_chance": real_chance}
 
 
-def grid(parts: tuple[VAE, UNet, CLIP, Tokenizer]) -> Image.Image:
-    """Draw every prompt of PROMPTS: a row of six images under the text."""
-    prompts = [prompt for prompt in PROMPTS for _ in range(SEEDS)]
-    images = draw_images(parts, prompts, list(range(SEEDS)) * len(PROMPTS))
-    levels = ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    rows = []
-    for i, prompt in enumerate(PROMPTS):
-        row = np.concatenate(list(levels[i * SEEDS : (i + 1) * SEEDS]), axis=1)
-        canvas = Image.new("RGB", (row.shape[1], row.shape[0] + 20), PAPER)
-        ImageDraw.Draw(canvas).text((2, 3), prompt, INK, ImageFont.load_default(13))
-        canvas.paste(Image.fromarray(row), (0, 20))
-        rows.append(canvas)
-    return mosaic(rows, 2)
-
-
-def measure(weights: Path, run: Path) -> None:
-    """Print all results as JSON and write `prompts.png` into `weights`; `run` caches the scenes."""
-    parts = prior("tiny", weights)
-    for part in parts[:3]:
-        part.eval()
+def measure(weights: Path, run: Path) -> int:
+    """Print all results as JSON; `run` caches the scenes."""
+    *modules, tokenizer = prior("tiny", weights)
+    vae, unet, clip = (module.eval() for module in modules)
     held_out = draw_scenes(run, COUNT, HELD_OUT)
     with torch.no_grad():
         results = {
-            "psnr": psnr(parts[0], held_out),
-            "clip": retrieval(parts[2], parts[3], held_out),
-            "denoising": denoising(parts, held_out),
+            "psnr": psnr(vae, held_out),
+            "clip": retrieval(clip, tokenizer, held_out),
+            "denoising": denoising((vae, unet, clip, tokenizer), held_out),
         }
-        grid(parts).save(weights / "prompts.png", optimize=True)
     print(json.dumps(results, indent=1), flush=True)
     classifier = train_classifier(draw_scenes(run, 8192))
-    print(json.dumps({"drawing": drawn_tags(parts, classifier, held_out)}, indent=1))
+    drawing = drawn_tags((vae, unet, clip, tokenizer), classifier, held_out)
+    print(json.dumps({"drawing": drawing}, indent=1))
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -216,12 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default="weights/tiny", metavar="DIR", help="the weights")
     parser.add_argument("--run", type=Path, default="runs/pretrain", metavar="DIR", help="cache of scenes")
     options = parser.parse_args(argv)
-
-    def work() -> int:
-        measure(options.out, options.run)
-        return 0
-
-    return run_command("lab.evidence", work)
+    return run_command("lab.evidence", lambda: measure(options.out, options.run))
 
 
 if __name__ == "__main__":

@@ -3,10 +3,9 @@
     python -m lab.pretrain                    # weights/tiny; 60 to 90 minutes on 2 cores
     python -m lab.pretrain --longer 10        # ten times the steps: for a GPU, used if there is one
 
-Images are `scenes` of the range "pretrain", captions are lists of their tags; no label map is used. Three
-stages, each from the files of the one before: the autoencoder, CLIP with its own vocabulary, the UNet on
-latents (Eq. 2). A stage's randomness is a function of seed and step alone, so an interrupted run resumes from
-its last save to the same numbers. `python -m lab.evidence` measures the result.
+Images are `scenes` of the range "pretrain", captions are lists of their tags; no label map is used. A stage's
+randomness is a function of seed and step alone, so an interrupted run resumes from its last save to the same
+numbers. `python -m lab.evidence` measures the result.
 """
 
 import argparse
@@ -15,7 +14,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
@@ -71,11 +72,8 @@ class Job(NamedTuple):
 
 STAGES = {"vae": Stage(4000, 8, 1e-3), "clip": Stage(1000, 128, 1e-3), "unet": Stage(6000, 16, 1e-3)}
 KINDS = {"vae": (VAE, VAEConfig), "clip": (CLIP, CLIPConfig), "unet": (UNet, UNetConfig)}
-FILES = {
-    "vae": "vae/diffusion_pytorch_model.safetensors",
-    "clip": "clip/model.safetensors",
-    "unet": "unet/diffusion_pytorch_model.safetensors",
-}
+FILES = {"clip": "clip/model.safetensors"}
+FILES |= {part: f"{part}/diffusion_pytorch_model.safetensors" for part in ("vae", "unet")}
 RECORD = "training.json"  # in the folder of the weights: steps, time, losses, seed and commit of each part
 
 
@@ -90,8 +88,8 @@ class DrawnScenes(NamedTuple):
         images = torch.from_numpy(self.images[indices.numpy()])
         return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
-    def captions(self, indices: Tensor, r: Random) -> list[str]:
-        return [caption(self.tags[i], r) for i in indices.tolist()]
+    def captions(self, indices: Iterable[int], r: Random) -> list[str]:
+        return [caption(self.tags[int(i)], r) for i in indices]
 
 
 def draw_scenes(run: Path, count: int, first: int = scenes.SPLITS["pretrain"].start) -> DrawnScenes:
@@ -111,7 +109,7 @@ def draw_scenes(run: Path, count: int, first: int = scenes.SPLITS["pretrain"].st
 
 
 def caption(tags: tuple[str, ...], r: Random) -> str:
-    """Join the tags in random order, each dropped with probability 0.2; half of the captions get a prompt.
+    """Join the tags in random order, some dropped, in a prompt or not.
 
     One caption in five names a single tag: Eq. 6 and the oracle use the vectors of single names.
     """
@@ -136,8 +134,7 @@ def train_vae(drawn: DrawnScenes, stage: Stage, job: Job) -> None:
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
         return F.l1_loss(vae.decoder(vae.post_quant_conv(z)), image) + KL_WEIGHT * kl
 
-    vae = fit("vae", loss, len(drawn.tags), stage, job)
-    finish("vae", vae, job)
+    finish("vae", fit("vae", loss, len(drawn.tags), stage, job), job)
     vae = load(VAE(VAEConfig.tiny()), job.out / "vae").to(job.device)
     with torch.no_grad():
         means = [vae.moments(drawn.batch(part).to(job.device))[0] for part in torch.arange(512).split(32)]
@@ -167,7 +164,10 @@ def train_unet(drawn: DrawnScenes, stage: Stage, job: Job) -> None:
     """Train on Eq. 2: predict the noise in a latent at a random time, given its caption."""
     clip = load(CLIP(CLIPConfig.tiny()), job.out / "clip").to(job.device).eval()
     tokenizer = Tokenizer(job.out / "tokenizer")
-    latents = encode_all(drawn, job)  # (N, 4, 16, 16)
+    vae = load(VAE(part_configs("tiny", job.out)[0]), job.out / "vae").to(job.device).eval()
+    parts = tqdm(torch.arange(len(drawn.tags)).split(32), desc="encoding", disable=None)
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(drawn.batch(part).to(job.device)).cpu() for part in parts])
     alphas = alphas_cumprod()
 
     def loss(unet: UNet, indices: Tensor, r: Random, noise: torch.Generator) -> Tensor:
@@ -183,25 +183,14 @@ def train_unet(drawn: DrawnScenes, stage: Stage, job: Job) -> None:
     finish("unet", fit("unet", loss, len(drawn.tags), stage, job), job)
 
 
-@torch.no_grad()
-def encode_all(drawn: DrawnScenes, job: Job) -> Tensor:
-    """Return the latents of all scenes, `(N, 4, 16, 16)`."""
-    vae = load(VAE(part_configs("tiny", job.out)[0]), job.out / "vae").to(job.device).eval()
-    parts = tqdm(torch.arange(len(drawn.tags)).split(32), desc="encoding", disable=None)
-    return torch.cat([vae.encode(drawn.batch(part).to(job.device)).cpu() for part in parts])
-
-
 def train_tokenizer(drawn: DrawnScenes, folder: Path, seed: int) -> Tokenizer:
     """Train byte pairs on captions and write CLIP's two files: bytes first, merges, then start and end."""
     size = CLIPConfig.tiny().vocabulary
     spelling = Tokenizer.spelling(size)
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=size - 258,  # minus the 256 bytes that end a word, start and end
-        initial_alphabet=letters,
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
+    settings = {"initial_alphabet": letters, "end_of_word_suffix": "</w>", "show_progress": False}
+    # Less the 256 bytes that end a word, start and end.
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size - 258, **settings)
     r = Random(f"tokenizer {seed}")
     spelling.bpe.train_from_iterator((caption(tags, r) for tags in drawn.tags), trainer)
     merges = json.loads(spelling.bpe.to_str())["model"]["merges"]
@@ -218,27 +207,28 @@ def train_tokenizer(drawn: DrawnScenes, folder: Path, seed: int) -> Tokenizer:
 # ---- the shared training loop
 
 
-def fit(
-    name: str,
-    loss: Callable[[nn.Module, Tensor, Random, torch.Generator], Tensor],
-    count: int,
-    stage: Stage,
-    job: Job,
-) -> nn.Module:
+Loss = Callable[[nn.Module, Tensor, Random, torch.Generator], Tensor]
+
+
+def fit(name: str, loss: Loss, count: int, stage: Stage, job: Job) -> nn.Module:
     """Train part `name` by AdamW on `loss` of random batches of `count` images; return the averaged weights.
 
-    Resume from `RUN/NAME.safetensors`, which is replaced every minute. Raise RunError if that file was made
-    with another budget.
+    Resume from `RUN/NAME.safetensors`, replaced every minute; RunError if its budget is another.
     """
     torch.manual_seed(job.seed)
     kind, config = KINDS[name]
     model = kind(config.tiny()).to(job.device)
     averaged = AveragedModel(model, multi_avg_fn=average)
-    optimizer = torch.optim.AdamW(model.parameters(), stage.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = AdamW(model.parameters(), stage.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    file, trained = job.run / f"{name}.safetensors", (model, averaged, optimizer)
     budget = {**stage._asdict(), "pictures": count, "seed": job.seed}
-    state = State(job.run / f"{name}.safetensors", budget, model, averaged, optimizer)
+    # Mean losses per 100 steps; sum and number of losses since the last multiple of 100.
+    facts = {"budget": budget, "step": 0, "seconds": 0.0, "losses": [], "sums": (0.0, 0)}
+    if file.is_file():
+        facts = resume(file, budget, *trained)
     saved = time.monotonic()
-    bar = tqdm(range(state.step, stage.steps), desc=name, initial=state.step, total=stage.steps, disable=None)
+    steps = range(facts["step"], stage.steps)
+    bar = tqdm(steps, desc=name, initial=facts["step"], total=stage.steps, disable=None)
     for step in bar:
         start = time.monotonic()
         noise = torch.Generator().manual_seed(1_000_000 * job.seed + step)
@@ -252,85 +242,53 @@ def fit(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         averaged.update_parameters(model)
-        state.add(float(value.detach()), time.monotonic() - start)
-        last = state.step == stage.steps
+        assert value.isfinite(), f"{name}: the loss of step {step} is {value}"
+        total, n = facts["sums"] if step % 100 else (0.0, 0)
+        total, n = total + float(value.detach()), n + 1
+        facts |= {"step": step + 1, "sums": (total, n)}
+        facts["seconds"] += time.monotonic() - start
+        last, hundred = step + 1 == stage.steps, (step + 1) % 100 == 0
+        if hundred:
+            facts["losses"].append(round(total / n, 5))
         if last or time.monotonic() - saved > SAVE_SECONDS:
-            state.save()
+            save(file, facts, *trained)
             saved = time.monotonic()
-        if last or state.step % 100 == 0:
-            bar.write(f"{name} {state.step}/{stage.steps} loss {state.mean_loss():.4f} {state.seconds:.0f} s")
-            sys.stdout.flush()
+        if last or hundred:
+            bar.write(f"{name} {step + 1}/{stage.steps} loss {total / n:.4f} {facts['seconds']:.0f} s")
     return averaged.module.eval()
 
 
-class State:
-    """A stage's checkpoint: weights, averaged weights, optimiser, mean losses per 100 steps and seconds."""
+def tensors_of(model: nn.Module, averaged: AveragedModel, optimizer: AdamW) -> dict[str, Tensor]:
+    """Every tensor to resume from, by name, in the memory of the model and the optimiser."""
+    tensors = {f"averaged/{name}": x for name, x in averaged.state_dict().items()}
+    for name, p in model.named_parameters():
+        tensors[f"model/{name}"] = p.detach()
+        tensors |= {f"{key}/{name}": x for key, x in optimizer.state[p].items()}
+    return tensors
 
-    def __init__(
-        self,
-        file: Path,
-        budget: dict,
-        model: nn.Module,
-        averaged: AveragedModel,
-        optimizer: torch.optim.Optimizer,
-    ):
-        self.file, self.budget = file, budget
-        self.model, self.averaged, self.optimizer = model, averaged, optimizer
-        self.step, self.seconds, self.losses, self.sums = 0, 0.0, [], (0.0, 0)
-        if file.is_file():
-            self.load()
 
-    def add(self, loss: float, seconds: float) -> None:
-        """Count one step. Stop at a loss that is not finite."""
-        assert math.isfinite(loss), f"{self.file.stem}: the loss of step {self.step} is {loss}"
-        total, n = self.sums if self.step % 100 else (0.0, 0)
-        self.sums = (total + loss, n + 1)
-        self.step, self.seconds = self.step + 1, self.seconds + seconds
-        if self.step % 100 == 0:
-            self.losses.append(round(self.mean_loss(), 5))
+def save(file: Path, facts: dict, model: nn.Module, *others: AveragedModel | AdamW) -> None:
+    """Write a stage's checkpoint: its tensors and, as JSON, `facts` and the machine."""
+    machine = {"commit": commit(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    machine["device"] = next(model.parameters()).device.type
+    tensors = {name: x.cpu().contiguous().clone() for name, x in tensors_of(model, *others).items()}
+    save_replacing(tensors, file, {"facts": json.dumps(facts | machine, sort_keys=True)})
 
-    def mean_loss(self) -> float:
-        """Mean loss since the last multiple of 100 steps."""
-        return self.sums[0] / self.sums[1]
 
-    def tensors(self) -> dict[str, Tensor]:
-        tensors = {f"averaged/{name}": x for name, x in self.averaged.state_dict().items()}
-        for name, p in self.model.named_parameters():
-            tensors[f"model/{name}"] = p.detach()
-            tensors |= {f"{key}/{name}": x for key, x in self.optimizer.state[p].items()}
-        return tensors
-
-    def save(self) -> None:
-        facts = {"step": self.step, "seconds": self.seconds, "losses": self.losses, "sums": self.sums}
-        facts |= {"budget": self.budget, "commit": commit(), "torch": torch.__version__}
-        facts |= {"device": next(self.model.parameters()).device.type, "threads": torch.get_num_threads()}
-        new = self.file.with_suffix(".tmp")
-        save_file(
-            {name: x.cpu().contiguous().clone() for name, x in self.tensors().items()},
-            new,
-            metadata={"facts": json.dumps(facts, sort_keys=True)},
+def resume(file: Path, budget: dict, model: nn.Module, averaged: AveragedModel, optimizer: AdamW) -> dict:
+    """Restore a stage's checkpoint in place, and return its facts."""
+    facts = read_facts(file)
+    if facts["budget"] != budget:
+        raise RunError(
+            f"{file} was made with {facts['budget']}, not {budget}: give the same settings, or another --run"
         )
-        sync(new)
-        os.replace(new, self.file)
-
-    def load(self) -> None:
-        facts = read_facts(self.file)
-        if facts["budget"] != self.budget:
-            raise RunError(
-                f"{self.file} was made with {facts['budget']}, not {self.budget}: "
-                "give the same settings, or another --run"
-            )
-        tensors = load_file(self.file)
-        for name, p in self.model.named_parameters():
-            p.data.copy_(tensors[f"model/{name}"])
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            state = {key: tensors[f"{key}/{name}"].clone() for key in keys}
-            self.optimizer.state[p] = {k: x if k == "step" else x.to(p.device) for k, x in state.items()}
-        self.averaged.load_state_dict(
-            {name: tensors[f"averaged/{name}"] for name in self.averaged.state_dict()}
-        )
-        self.step, self.seconds = facts["step"], facts["seconds"]
-        self.losses, self.sums = facts["losses"], tuple(facts["sums"])
+    saved = load_file(file)
+    for p in model.parameters():
+        optimizer.state[p] = {"step": torch.zeros(())}
+        optimizer.state[p] |= {key: torch.empty_like(p) for key in ("exp_avg", "exp_avg_sq")}
+    for name, x in tensors_of(model, averaged, optimizer).items():
+        x.copy_(saved[name])
+    return facts
 
 
 def read_facts(file: Path) -> dict:
@@ -349,9 +307,11 @@ def average(averages: list[Tensor], weights: list[Tensor], n: Tensor | int) -> N
 def rate(step: int, steps: int) -> float:
     """Return the factor of the learning rate: linear warm-up, then a cosine to 0."""
     warmup = min(WARMUP, steps // 10 + 1)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+    return (
+        (step + 1) / warmup
+        if step < warmup
+        else 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+    )
 
 
 # ---- files
@@ -370,12 +330,17 @@ def write(model: nn.Module, file: Path) -> None:
     """Write the weights in float16, under the official names; the file is replaced atomically."""
     state = {name: x.detach().cpu().to(torch.float16).contiguous() for name, x in model.state_dict().items()}
     overflow = [name for name, x in state.items() if not x.isfinite().all()]
-    assert not overflow, (
-        f"{overflow[0]} and {len(overflow) - 1} more overflow float16: lower the learning rate"
-    )
+    assert not overflow, f"{overflow[0]} and {len(overflow) - 1} more overflow float16: lower the rate"
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, file.with_suffix(".tmp"), metadata={"format": "pt"})
-    os.replace(file.with_suffix(".tmp"), file)
+    save_replacing(state, file, {"format": "pt"})
+
+
+def save_replacing(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file atomically."""
+    new = file.with_suffix(".tmp")
+    save_file(tensors, new, metadata=metadata)
+    sync(new)
+    os.replace(new, file)
 
 
 def write_config(config: VAEConfig, scale: float, file: Path) -> None:
@@ -395,13 +360,13 @@ def write_config(config: VAEConfig, scale: float, file: Path) -> None:
     replace_text(file, json.dumps(settings, indent=1))
 
 
-def train_all(job: Job, longer: float, count: int) -> None:
+def train_all(job: Job, longer: float, count: int) -> int:
     """Train or resume the three stages on `count` scenes; `longer` multiplies their steps."""
     with lock(job.run, "--run"):
         drawn = draw_scenes(job.run, count)
-        for name, train in (("vae", train_vae), ("clip", train_clip), ("unet", train_unet)):
-            stage = STAGES[name]._replace(steps=max(round(longer * STAGES[name].steps), 1))
-            train(drawn, stage, job)
+        for stage, train in zip(STAGES.values(), (train_vae, train_clip, train_unet), strict=True):
+            train(drawn, stage._replace(steps=max(round(longer * stage.steps), 1)), job)
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -421,13 +386,8 @@ def main(argv: list[str] | None = None) -> int:
         got = f"--longer {options.longer} --images {options.images}"
         parser.error(f"{got}: need --longer > 0 and 512 to 500000 images")
 
-    def work() -> int:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        train_all(
-            Job(options.run, options.out, options.seed, device), longer=options.longer, count=options.images
-        )
-        return 0
-
+    job = Job(options.run, options.out, options.seed, "cuda" if torch.cuda.is_available() else "cpu")
+    work = partial(train_all, job, longer=options.longer, count=options.images)
     return run_command("lab.pretrain", work, "interrupted: run the same command again to resume")
 
 

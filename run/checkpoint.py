@@ -5,8 +5,7 @@
     tada = load_model("runs/NAME")  # or last, best, a step folder, a model.safetensors
 
 Only safetensors and JSON: no file that is read can run code. A step folder is written under another name,
-synced to the disk, and renamed: a folder under its own name is complete, whenever the process is killed. Top
-to bottom: the file of a model, the state of training, the folder of a step.
+synced to the disk, and renamed: a folder under its own name is complete, whenever the process is killed.
 """
 
 import json
@@ -43,8 +42,7 @@ def frozen_digests(config: TadaConfig) -> dict[str, str]:
     """Relative path -> sha256 of the prior's files that are not trained; none for random weights."""
     if config.weights == "random":
         return {}
-    parts = ("vae", "clip", "tokenizer", "unet") if config.freeze_unet else ("vae", "clip", "tokenizer")
-    files = prior_files(config.weights, parts)
+    files = prior_files(config.weights, ("vae", "clip", "tokenizer") + ("unet",) * config.freeze_unet)
     if config.model == "tiny":
         files.append(SCALE_FILE)
     return {file: digest(Path(config.weights, file)) for file in files}
@@ -52,16 +50,13 @@ def frozen_digests(config: TadaConfig) -> dict[str, str]:
 
 def own_state(tada: Tada) -> dict[str, Tensor]:
     """Every tensor that is trained or does not come from the prior's files: the content of a model's file."""
-    elsewhere = ("vae.", "clip.", "unet.") if tada.config.freeze_unet else ("vae.", "clip.")
-    elsewhere = () if tada.config.weights == "random" else elsewhere
-    return {name: x for name, x in tada.state_dict().items() if not name.startswith(elsewhere)}
+    random, frozen = tada.config.weights == "random", ("vae.", "clip.") + ("unet.",) * tada.config.freeze_unet
+    return {name: x for name, x in tada.state_dict().items() if random or not name.startswith(frozen)}
 
 
 def save_model(tada: Tada, file: Path, frozen: dict[str, str], metrics: dict[str, float]) -> None:
-    """Write the trained tensors, with the settings to use them as one metadata key of sorted JSON.
-
-    `frozen` comes from `frozen_digests`. The file has no time, host or path of the run: equal models make
-    equal files.
+    """Write the trained tensors, with the settings to use them as one metadata key of sorted JSON: no time,
+    host or path of the run, so equal models make equal files. `frozen` comes from `frozen_digests`.
     """
     about = {"format": FORMAT, "config": asdict(tada.config), "frozen": frozen, "metrics": metrics}
     state = {name: x.detach().cpu().contiguous() for name, x in own_state(tada).items()}
@@ -70,10 +65,7 @@ def save_model(tada: Tada, file: Path, frozen: dict[str, str], metrics: dict[str
 
 def load_model(path: str | Path, weights: str | None = None, device: torch.device | str = "cpu") -> Tada:
     """Load a model that `save_model` wrote, in eval mode; its frozen parts from where they were, or
-    `weights`.
-
-    Raises CheckpointError if `path` is not a model, or a frozen file is missing or differs from that of
-    training.
+    `weights`. Raises CheckpointError if `path` is no model, or a frozen file is missing or another.
     """
     file = find_model(Path(path))
     about = read_about(file)
@@ -81,15 +73,16 @@ def load_model(path: str | Path, weights: str | None = None, device: torch.devic
     if hashes.is_file() and digest(file).encode() not in hashes.read_bytes():
         raise CheckpointError(f"{file} changed after it was written: use another step")
     config = read_config(about["config"], file)
-    if weights and config.weights != "random":
+    random = config.weights == "random"
+    if weights and not random:
         config = replace(config, weights=str(weights))
     folder = Path(config.weights)
     for name, expected in about["frozen"].items():
-        cure = "get it with `python -m weights.fetch`, or give its folder with --weights"
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name} is missing: {cure}")
-        if digest(folder / name) != expected:
-            raise CheckpointError(f"{folder / name} is not the file that {file} was trained with: {cure}")
+        present = (folder / name).is_file()
+        if not present or digest(folder / name) != expected:
+            fault = f"not the file that {file} was trained with" if present else "missing"
+            cure = "get it with `python -m weights.fetch`, or give its folder with --weights"
+            raise CheckpointError(f"{folder / name} is {fault}: {cure}")
 
     with torch.device("meta"):  # skip initialisation; every tensor comes from one of the files
         configs = part_configs(config.model, config.weights)
@@ -97,7 +90,6 @@ def load_model(path: str | Path, weights: str | None = None, device: torch.devic
         empty = torch.empty(clip.config.positions, clip.config.text.width)
         classes = torch.empty(len(config.classes), clip.config.text.width)
         names = torch.empty(len(config.classes), clip.config.projection) if config.tags == "clip" else None
-        random = config.weights == "random"
         tokenizer = Tokenizer.spelling(clip.config.vocabulary) if random else Tokenizer(folder / "tokenizer")
         tada = assemble(config, vae, unet, clip, tokenizer, empty, classes, names)
     for name in about["frozen"]:  # the files whose hash was compared
@@ -110,9 +102,7 @@ def load_model(path: str | Path, weights: str | None = None, device: torch.devic
 
 
 def read_own_state(tada: Tada, file: Path) -> dict[str, Tensor]:
-    """The tensors of a model's file. Raises CheckpointError unless names and shapes are those of
-    `own_state`.
-    """
+    """The tensors of a model's file; CheckpointError unless names and shapes are those of `own_state`."""
     own, state = own_state(tada), load_file(file)
     wrong = sorted(set(own) ^ set(state)) or [name for name in own if own[name].shape != state[name].shape]
     if wrong:
@@ -179,11 +169,10 @@ def training_state(optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, 
         for name, p in zip(group["names"], group["params"], strict=True):
             for key, value in optimizer.state[p].items():
                 tensors[f"optimizer/{name}/{key}"] = value.detach().cpu().contiguous()
-    for rank, state in enumerate(ranks.all_gather(torch.get_rng_state().to(ranks.device))):
-        tensors[f"rng/{rank}/cpu"] = state.cpu()
-    if ranks.device.type == "cuda":
-        for rank, state in enumerate(ranks.all_gather(torch.cuda.get_rng_state().to(ranks.device))):
-            tensors[f"rng/{rank}/cuda"] = state.cpu()
+    generators = {"cpu": torch} | ({"cuda": torch.cuda} if ranks.device.type == "cuda" else {})
+    for kind, module in generators.items():
+        states = ranks.all_gather(module.get_rng_state().to(ranks.device))
+        tensors |= {f"rng/{rank}/{kind}": state.cpu() for rank, state in enumerate(states)}
     return tensors
 
 
@@ -214,8 +203,7 @@ def write_step(
     tensors: dict[str, Tensor],
     facts: dict,
 ) -> Path:
-    """Write `run/step-000123`, point `last` to it, remove the steps older than the two newest, except the
-    best.
+    """Write `run/step-000123`, point `last` to it, remove all steps but the two newest and the best.
 
     `tensors` and `facts` (JSON) are the state to resume from. Raises CheckpointError if the disk is full or
     fails; earlier folders are untouched then.
@@ -223,7 +211,6 @@ def write_step(
     final, new = run / step_name(step), run / f".tmp-{step_name(step)}"
     shutil.rmtree(new, ignore_errors=True)
     try:
-        require_space(run)
         new.mkdir()
         save_model(tada, new / MODEL, frozen, metrics)
         save_file(tensors, new / TENSORS)
@@ -249,17 +236,6 @@ def write_step(
             f"{final} could not be written ({error}): free space on its disk, or make it writable"
         ) from None
     return final
-
-
-def require_space(run: Path) -> None:
-    """Raise CheckpointError unless 1.2 times the size of the last step is free."""
-    last = run / "last"
-    needed = int(1.2 * sum(x.stat().st_size for x in last.iterdir())) if last.exists() else 0
-    free = shutil.disk_usage(run).free
-    if free < needed:
-        raise CheckpointError(
-            f"{run} has {free >> 20:,} MiB free, a checkpoint needs {needed >> 20:,} MiB: free some space"
-        )
 
 
 def replace_text(file: Path, text: str) -> None:

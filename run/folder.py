@@ -30,32 +30,26 @@ from weights.words import digest
 
 
 def lock(folder: Path, flag: str) -> TextIO:
-    """Make a folder, and keep other processes out of it until the returned file is closed.
-
-    Raises RunError, naming the `flag` that gives another folder.
-    """
+    """Make a folder, and lock it until the returned file is closed; RunError names the `flag` to change."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("w")
-    except OSError as error:
-        raise RunError(f"{folder} cannot be written ({error.strerror}): give another {flag}") from None
-    try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError:
         file.close()
-        if isinstance(error, BlockingIOError):
-            sentence = f"is being written by another process: wait, or give another {flag}"
-        else:
-            sentence = f"cannot be locked ({error.strerror}): give another {flag}, on a local disk"
-        raise RunError(f"{folder} {sentence}") from None
+        raise RunError(
+            f"{folder} is being written by another process: wait, or give another {flag}"
+        ) from None
+    except OSError as error:
+        raise RunError(
+            f"{folder} cannot be written or locked ({error.strerror}): give another {flag}"
+        ) from None
     os.register_at_fork(after_in_child=file.close)  # or a worker that outlives us would keep the lock
     return file
 
 
 class Run:
-    """The folder of a run, locked from `claim` to the end of the `with` block. Only rank 0 writes; all ranks
-    read.
-    """
+    """The folder of a run, locked from `claim` to the end of the `with` block; only rank 0 writes."""
 
     def __init__(self, folder: Path, ranks: Ranks):
         self.folder, self.ranks = folder, ranks
@@ -65,16 +59,12 @@ class Run:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.release()
+        if self.lock is not None:
+            self.lock.close()
 
     def claim(self) -> None:
         """Lock the folder. Raises RunError if another process has it."""
         self.lock = lock(self.folder, "--run-dir")
-
-    def release(self) -> None:
-        """Unlock the folder."""
-        if self.lock is not None:
-            self.lock.close()
 
     def print0(self, line: str) -> None:
         """Print on rank 0."""
@@ -115,8 +105,7 @@ def open_run(
     """Lock the run folder, write config.json, and find the step to resume from, None for a new run.
 
     The fields of the dataclass `options` carry a "role" (run/options.py), `defaults` holds their values
-    without flags, `read` is a `fingerprint`. Raises RunError if the folder holds a run with other options or
-    data, or one without an intact checkpoint.
+    without flags, `read` is a `fingerprint`. Raises RunError unless the run there may resume.
     """
     last = None
     if run.ranks.is_main:
@@ -124,8 +113,6 @@ def open_run(
         file = run.folder / "config.json"
         if options.fresh and (steps(run.folder) or file.exists()):
             rename_run(run)
-            run.release()
-            run.claim()
         for link in (run.folder / "last", run.folder / "best"):
             if link.is_dir() and not link.is_symlink():
                 raise RunError(f"{link} is a copy where a link to a step belongs: remove it")
@@ -148,8 +135,7 @@ def open_run(
         }
         if last is not None:
             free = {option.name for option in fields(options) if option.metadata.get("role") == "free"}
-            now, default = json.loads(json.dumps([about, defaults]))  # tuples become lists
-            refuse_changes(run, now, defaults=default, free=free)
+            refuse_changes(run, about, defaults=defaults, free=free)
         else:  # an earlier start without a checkpoint may have had other options
             for name in ("log.jsonl", "tags-train.jsonl"):
                 (run.folder / name).unlink(missing_ok=True)
@@ -157,12 +143,13 @@ def open_run(
     return run.ranks.all_gather_object([last] if run.ranks.is_main else [])[0]
 
 
-def refuse_changes(run: Run, now: dict, defaults: dict, free: set[str]) -> None:
+def refuse_changes(run: Run, about: dict, defaults: Mapping[str, Any], free: set[str]) -> None:
     """Raise RunError if the run was started with other options or data; those in `free` may differ.
 
     An option that config.json lacks, since its flag is newer than the run, had its default.
     """
     file = run.folder / "config.json"
+    now, defaults = json.loads(json.dumps([about, defaults]))  # tuples become lists
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
         options, torch_version = defaults | before["options"], before["versions"]["torch"]
@@ -171,15 +158,10 @@ def refuse_changes(run: Run, now: dict, defaults: dict, free: set[str]) -> None:
         raise RunError(
             f"{file} lacks the settings of its run ({error}): start over with --fresh (keeps the run)"
         ) from None
+    changed = {x: f"is {y}" for x, y in now["options"].items() if x not in free and options[x] != y}
+    changed |= {x: "is removed" for x, y in REMOVED.items() if options.get(x) not in (None, y)}
     changed = [
-        f"--{name.replace('_', '-')} was {options[name]}, is {value}"
-        for name, value in now["options"].items()
-        if name not in free and options[name] != value
-    ]
-    changed += [
-        f"--{name.replace('_', '-')} was {options[name]}, is removed"
-        for name, supported in REMOVED.items()
-        if options.get(name) not in (None, supported)
+        f"--{name.replace('_', '-')} was {options[name]}, {now_is}" for name, now_is in changed.items()
     ]
     changed += [f"{name} has changed" for name, value in now["read"].items() if read.get(name) != value]
     if changed:
@@ -187,14 +169,13 @@ def refuse_changes(run: Run, now: dict, defaults: dict, free: set[str]) -> None:
             f"{run.folder} holds a run started with other settings ({'; '.join(changed)}): "
             "use the same, another --run-dir, or --fresh to start over (keeps the run)"
         )
-    for name, was, is_ in (
-        ("torch", torch_version, now["versions"]["torch"]),
-        ("--threads", options["threads"], now["options"]["threads"]),
-    ):
-        if was != is_:
-            run.print0(
-                f"{name} was {was}, is {is_}: results may differ in rounding from an uninterrupted run"
-            )
+    before = {"torch": torch_version, "--threads": options["threads"]}
+    after = {"torch": torch.__version__, "--threads": now["options"]["threads"]}
+    for name in [name for name in before if before[name] != after[name]]:
+        run.print0(
+            f"{name} was {before[name]}, is {after[name]}: results may differ in rounding from an "
+            "uninterrupted run"
+        )
 
 
 def rename_run(run: Run) -> None:
@@ -203,18 +184,17 @@ def rename_run(run: Run) -> None:
     while (other := run.folder.with_name(f"{run.folder.name}.{number}")).exists():
         number += 1
     run.folder.rename(other)
+    run.lock.close()
+    run.claim()
     run.print0(f"the earlier run is now {other}")
 
 
 def fingerprint(
     images: Iterable[str], classes: Sequence[str], tags: str, *, frozen: dict[str, str], drawing: int | None
 ) -> dict:
-    """What training reads besides its options: a hash of the paths of its images in order, the classes,
-    hashes of the frozen files and of the file `tags` if it is one, and the version of the drawn scenes.
-    """
-    paths = "\n".join(images)
+    """What training reads besides its options; `tags` may be a file, `drawing` is the version of scenes."""
     return {
-        "the list of training pictures": hashlib.sha256(os.fsencode(paths)).hexdigest(),
+        "the list of training pictures": hashlib.sha256(os.fsencode("\n".join(images))).hexdigest(),
         "the list of classes": [*classes],
         "a frozen file": frozen,
         "the file of tags": digest(Path(tags)) if Path(tags).is_file() else None,

@@ -1,8 +1,4 @@
-"""The flags of train.py: each is a field of one dataclass, with its type, default, help and range.
-
-Top to bottom: the options with their flags, their values, the name of the run folder, validation, the model
-that they ask for.
-"""
+"""The flags of train.py: each is a field of one dataclass, with its type, default, help and range."""
 
 import argparse
 import hashlib
@@ -27,10 +23,8 @@ WITH_INSTANCES = [name for name, layout in LAYOUTS.items() if layout.panoptic]  
 def flag(help: str, default: Any = MISSING, **metadata: Any) -> Any:
     """A field of `Options` with its flag; without a default it depends on the other flags (* in --help).
 
-    Numbers are legal from `least` and less than `below`. `role` is what the flag changes: "training" (the
-    result; the name of the run folder contains it), "start" (the result; the name begins with it), "speed" (a
-    run resumes only with the same value), "free" (a run may resume with another: rounding depends on it at
-    most).
+    Numbers are legal from `least` and less than `below`. A run resumes only with the same value, unless its
+    `role` is "free"; the name of the run folder begins with "start" options and contains "training" ones.
     """
     return field(default=default, metadata={"help": help, "role": "training", **metadata})
 
@@ -176,9 +170,7 @@ def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_name(values: Mapping[str, Any], default: Mapping[str, Any]) -> str:
-    """`ade20k-sd15-fpn-tagging`, and the options that change the result and differ from their defaults:
-    `-crop640-tags_oracle`.
-    """
+    """`ade20k-sd15-fpn-tagging`, and changed options that change the result: `-crop640-tags_oracle`."""
     parts = [values[option.name] for option in FLAGS if option.metadata["role"] == "start"]
     names = [option.name for option in FLAGS if option.metadata["role"] == "training"]
     parts += [name + readable(values[name]) for name in names if values[name] != default[name]]
@@ -230,10 +222,9 @@ def refuse_nonsense(p: argparse.ArgumentParser, o: Options) -> None:
 def config_of(options: Options, dataset: Dataset) -> TadaConfig:
     """The model that the options ask for, over the classes of a data set."""
     shared = {setting.name for setting in fields(TadaConfig)} & {option.name for option in fields(Options)}
-    things = dataset.categories.things.tolist() if dataset.categories else ()
     return TadaConfig(
         classes=tuple(dataset.classes),
-        things=tuple(things),
+        things=tuple(dataset.categories.things.tolist()) if dataset.categories else (),
         prompts=tuple(dataset.prompts),
         palette=tuple(tuple(map(int, colour)) for colour in dataset.palette),
         box=None if options.whole else (options.short, options.long),

@@ -1,6 +1,4 @@
-"""What a run shows: model and settings at its start, drawings of its data, speed and losses; and its way to
-stop.
-"""
+"""What a run shows: model and settings at its start, drawings of its data, speed and losses; its stop."""
 
 import resource
 import signal
@@ -33,10 +31,10 @@ def describe(run: Run, options: Options, tada: Tada) -> None:
     if "oracle" in (config.condition, config.tags):
         run.print0("ORACLE: the model reads the ground-truth tags; scores are upper bounds")
     for part in ("vae", "clip", "unet", "adapter", "decoder"):
-        parameters = list(getattr(tada, part).parameters())
-        trained = sum(p.numel() for p in parameters if p.requires_grad)
-        frozen = sum(p.numel() for p in parameters if not p.requires_grad)
-        run.print0(f"  {part:8} {trained:>13,} parameters trained {frozen:>13,} frozen")
+        sizes = [0, 0]  # frozen, trained
+        for parameter in getattr(tada, part).parameters():
+            sizes[parameter.requires_grad] += parameter.numel()
+        run.print0(f"  {part:8} {sizes[1]:>13,} parameters trained {sizes[0]:>13,} frozen")
     device, world = run.ranks.device, run.ranks.world
     each = options.batch // (world * options.accumulate)
     paper = recipe(options.dataset, options.model, decoder=options.decoder).paper
@@ -55,11 +53,8 @@ def draw(file: Path, dataset: Dataset, shown: Iterable[tuple[np.ndarray, Any, li
     tiles, names = [], {"palette": dataset.palette, "classes": dataset.classes}
     for image, target, tags in shown:
         tiles.append(Image.fromarray(image))
-        if isinstance(target, tuple):
-            ids, segments = target
-            tiles.append(segment_overlay(image, ids, segments, **names, words=tags))
-        else:
-            tiles.append(overlay(image, target, **names, words=tags))
+        over, targets = (segment_overlay, target) if isinstance(target, tuple) else (overlay, (target,))
+        tiles.append(over(image, *targets, **names, words=tags))
     mosaic(tiles, 4).save(file, quality=92)
 
 
@@ -78,9 +73,7 @@ class Meter:
         self.computing += computing
 
     def read(self, batch: int, remaining: int) -> dict[str, float]:
-        """Speed of `batch` images per step, share of time waiting for data, peak memory, and time for the
-        `remaining` steps; reset the sums.
-        """
+        """Speed at `batch` images a step, share of loading, memory, time for `remaining` steps; reset."""
         seconds = self.loading + self.computing
         reading = {
             "images_per_second": self.steps * batch / seconds,
@@ -113,9 +106,7 @@ def log_line(entry: dict, iterations: int) -> str:
 
 
 class StopOnSignal:
-    """In its `with` block, SIGTERM, Ctrl-C and a closed terminal request a stop after the current step; a
-    second Ctrl-C interrupts at once.
-    """
+    """SIGTERM, Ctrl-C and a closed terminal stop after the current step, a second Ctrl-C at once."""
 
     signal: int | None = None  # the one received
 

@@ -49,9 +49,9 @@ def product(ours) -> Case:
         ours,
         torch.matmul,
         {"torch": torch.matmul, "unsupported": refuse, "large": exhaust},
+        ("product", 7),
         (2e6, 4e6),
         (1e9, 5e9),
-        key=("product", 7),
     )
 
 

@@ -179,7 +179,7 @@ def test_diffusers_reads_the_autoencoder_and_its_scale(drawn, tmp_path):
 
 def test_a_missing_scale_is_an_error(tmp_path):
     write(VAE(VAEConfig.tiny()), tmp_path / FILES["vae"])
-    with pytest.raises(WeightsError, match=r"vae/config\.json gives no scaling_factor"):
+    with pytest.raises(WeightsError, match=r"vae/config\.json has no valid scaling_factor"):
         prior("tiny", tmp_path)
     assert part_configs("tiny", "random")[0] == VAEConfig.tiny()
 

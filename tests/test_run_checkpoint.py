@@ -654,21 +654,6 @@ def test_an_error_of_the_operating_system(tmp_path):
     assert intact(tmp_path).name == "step-000001" and not list(tmp_path.glob(".tmp*"))
 
 
-def test_a_step_that_does_not_fit_is_not_started(tmp_path, monkeypatch):
-    """1.2 times the size of the last one must be free; the first one is tried."""
-    usage = shutil.disk_usage(tmp_path)
-    size = sum(map(len, content(write(tmp_path, 1)).values()))
-    for free, enough in ((int(1.2 * size), True), (int(1.2 * size) - 1, False)):
-        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
-        if enough:
-            write(tmp_path, 2)
-        else:
-            with pytest.raises(CheckpointError, match=r"has 0 MiB free, a checkpoint needs 0 MiB: free some"):
-                write(tmp_path, 3)
-    assert intact(tmp_path).name == "step-000002" and not list(tmp_path.glob(".tmp*"))
-    write(tmp_path / "new", 1)
-
-
 @pytest.mark.parametrize("name", ["model.safetensors", "train.safetensors", "train.json", "sha256.json"])
 def test_a_flipped_byte_is_detected(name, tmp_path):
     """Anywhere in any file: the step before is used, and a sentence names the reason."""

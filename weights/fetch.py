@@ -5,10 +5,9 @@
     python -m weights.fetch --from ~/Downloads   # use the files in this folder, download the rest
     python -m weights.fetch --to /data/sd15      # another destination
 
-Only the files that the model reads: `unet/` and `vae/` as in the diffusers folders, `clip/` with both towers,
-and `tokenizer/`. huggingface_hub downloads into `.tmp-fetch`, with its own retries and progress bars; a file
-gets its final name only after its size and hash match the table below. Re-run after a failure: complete files
-are verified and kept, and leftovers in `.tmp-fetch` are deleted, so run one process per destination.
+huggingface_hub downloads into `.tmp-fetch`, with its own retries; a file gets its final name only after its
+size and hash match the table below. Re-run after a failure: complete files are verified and kept, and
+leftovers in `.tmp-fetch` are deleted, so run one process per destination.
 """
 
 import argparse
@@ -16,7 +15,7 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,15 +38,6 @@ class File:
 # error of this table, so messages give both values.
 SD = ("stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14")
 CLIP = ("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41")
-PINNED = {  # size in bytes, digest
-    "unet": (3438167540, "19da7aaa4b880e59d56843f1fcb4dd9b599c28a1d9d9af7c1143057c8ffae9f1"),
-    "unet.fp16": (1719125304, "c83908253f9a64d08c25fc90874c9c8aef9a329ce1ca5fb909d73b0c83d1ea21"),
-    "vae": (334643276, "a2b5134f4dbc140d9c11f11cba3233099e00af40f262f136c691fb7d38d2194c"),
-    "vae.fp16": (167335342, "4fbcf0ebe55a0984f5a5e00d8c4521d52359af7229bb4d81890039d2aa16dd7c"),
-    "clip": (1710540580, "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb"),
-    "vocab": (1059962, "469be27c5c010538f845f518c4f5e8574c78f7c8"),
-    "merges": (524619, "76e821f1b6f0a9709293c3b6b51ed90980b3166b"),
-}
 SCRATCH = ".tmp-fetch"  # inside the destination: moving a complete file is a rename on one disk
 
 
@@ -55,12 +45,21 @@ def official(variant: str) -> tuple[File, ...]:
     """The five official files of `variant`, "fp32" or "fp16": the precision of the UNet and the VAE."""
     dot = {"fp32": "", "fp16": ".fp16"}[variant]
     unet, vae = (f"{part}/diffusion_pytorch_model{dot}.safetensors" for part in ("unet", "vae"))
+    pinned = {  # size in bytes, digest
+        "unet": (3438167540, "19da7aaa4b880e59d56843f1fcb4dd9b599c28a1d9d9af7c1143057c8ffae9f1"),
+        "unet.fp16": (1719125304, "c83908253f9a64d08c25fc90874c9c8aef9a329ce1ca5fb909d73b0c83d1ea21"),
+        "vae": (334643276, "a2b5134f4dbc140d9c11f11cba3233099e00af40f262f136c691fb7d38d2194c"),
+        "vae.fp16": (167335342, "4fbcf0ebe55a0984f5a5e00d8c4521d52359af7229bb4d81890039d2aa16dd7c"),
+    }
+    clip = (1710540580, "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb")
     return (
-        File(*SD, unet, unet, *PINNED["unet" + dot]),
-        File(*SD, vae, vae, *PINNED["vae" + dot]),
-        File(*CLIP, "model.safetensors", "clip/model.safetensors", *PINNED["clip"]),
-        File(*CLIP, "vocab.json", "tokenizer/vocab.json", *PINNED["vocab"]),
-        File(*CLIP, "merges.txt", "tokenizer/merges.txt", *PINNED["merges"]),
+        File(*SD, unet, unet, *pinned["unet" + dot]),
+        File(*SD, vae, vae, *pinned["vae" + dot]),
+        File(*CLIP, "model.safetensors", "clip/model.safetensors", *clip),
+        File(
+            *CLIP, "vocab.json", "tokenizer/vocab.json", 1059962, "469be27c5c010538f845f518c4f5e8574c78f7c8"
+        ),
+        File(*CLIP, "merges.txt", "tokenizer/merges.txt", 524619, "76e821f1b6f0a9709293c3b6b51ed90980b3166b"),
     )
 
 
@@ -72,36 +71,17 @@ def amount(size: int) -> str:
 def mismatch(path: Path, file: File) -> str | None:
     """Compare `path` with the table: None if it is `file`, else the difference, as "size 12, expected 34"."""
     print(f"{path}: verifying {amount(file.size)}", flush=True)
-    size = path.stat().st_size
-    if size != file.size:
-        return f"size {size}, expected {file.size}"
-    kind, start = "sha256", hashlib.sha256()
-    if len(file.digest) == 40:
-        kind, start = "git sha1", hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, lambda: start).hexdigest()
-    return None if digest == file.digest else f"{kind} {digest}, expected {file.digest}"
-
-
-def first_match(file: File, paths: Iterable[Path]) -> Path | None:
-    """Return the first of `paths` that is `file`; print why an existing one is not."""
-    for path in paths:
-        if path.is_file():
-            difference = mismatch(path, file)
-            if difference is None:
-                return path
-            print(f"{path} is not the pinned file: {difference}", flush=True)
-    return None
-
-
-def require_space(folder: Path, size: int) -> None:
-    """Raise WeightsError unless `size` bytes are free on the disk of `folder`."""
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise WeightsError(
-            f"{folder} needs {amount(size)} of free space and has {amount(free)}: "
-            "free some, or choose another disk with --to DIR"
-        )
+    kind, found, expected = "size", path.stat().st_size, file.size
+    if found == expected:
+        kind, digest = "sha256", hashlib.sha256()
+        if len(file.digest) == 40:
+            kind, digest = "git sha1", hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
+        with path.open("rb") as stream:
+            found, expected = hashlib.file_digest(stream, lambda: digest).hexdigest(), file.digest
+    if found == expected:
+        return None
+    print(f"{path} is not the pinned file: {kind} {found}, expected {expected}", flush=True)
+    return f"{kind} {found}, expected {expected}"
 
 
 def link_or_copy(path: Path, folder: Path) -> Path:
@@ -115,17 +95,13 @@ def link_or_copy(path: Path, folder: Path) -> Path:
 
 
 def download(file: File, folder: Path, endpoint: str | None) -> Path:
-    """Download `file` at its pinned revision into `folder` and verify it.
-
-    Raise WeightsError if huggingface_hub fails or the file differs from the table; OSError if the disk fails.
-    """
+    """Download `file` into `folder` and verify it. Raise WeightsError, or OSError if the disk fails."""
     from huggingface_hub import hf_hub_download  # slow to import
 
     print(f"{file.local}: downloading {amount(file.size)} from {file.repo}", flush=True)
     try:
-        path = hf_hub_download(
-            file.repo, file.remote, revision=file.revision, local_dir=folder, endpoint=endpoint
-        )
+        where = {"revision": file.revision, "local_dir": folder, "endpoint": endpoint}
+        path = Path(hf_hub_download(file.repo, file.remote, **where))
     except Exception as error:  # the library's errors have no common class
         if isinstance(error, OSError) and error.errno:  # the disk is full, read-only, ...
             raise
@@ -134,16 +110,15 @@ def download(file: File, folder: Path, endpoint: str | None) -> Path:
             f"cannot download {file.remote} of {file.repo} ({reason}): check the connection and run the "
             "command again, or give files that you already have with --from DIR"
         ) from error
-    difference = mismatch(Path(path), file)
-    if difference:
+    if difference := mismatch(path, file):
         raise WeightsError(
             f"the downloaded {file.local} has {difference}, and was deleted: run the command again; if this "
             "repeats, compare the published file with the table in weights/fetch.py"
         )
-    return Path(path)
+    return path
 
 
-def fetch(files: Sequence[File], root: Path, source: Path | None = None, endpoint: str | None = None) -> None:
+def fetch(files: Sequence[File], root: Path, source: Path | None = None, endpoint: str | None = None) -> int:
     """Bring `files` into `root`: keep those already there, take others from `source`, download the rest.
 
     `source` may hold a file under our name or the repository's: `DIR/clip/model.safetensors` or
@@ -157,22 +132,27 @@ def fetch(files: Sequence[File], root: Path, source: Path | None = None, endpoin
     shutil.rmtree(scratch, ignore_errors=True)  # leftovers of a killed run
     scratch.mkdir(parents=True)
     try:
-        places = {file: [root / file.local] for file in files}
-        for file in files if source else ():
-            places[file] += dict.fromkeys((source / file.local, source / file.remote))
-        absent = [file for file, paths in places.items() if not any(path.is_file() for path in paths)]
-        require_space(root, sum(file.size for file in absent))
+        places = {}  # where each file may lie already
+        for file in files:
+            paths = [root / file.local, *((source / file.local, source / file.remote) if source else ())]
+            places[file] = [path for path in dict.fromkeys(paths) if path.is_file()]
+        missing, free = sum(file.size for file in files if not places[file]), shutil.disk_usage(root).free
+        if free < missing:
+            raise WeightsError(
+                f"{root} needs {amount(missing)} of free space and has {amount(free)}: "
+                "free some, or choose another disk with --to DIR"
+            )
         for file, paths in places.items():
-            path, target = first_match(file, paths), root / file.local
-            if path == target:
-                continue
-            new = link_or_copy(path, scratch) if path else download(file, scratch, endpoint)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(new, target)
-            print(f"{target}: complete", flush=True)
+            path, target = next((x for x in paths if mismatch(x, file) is None), None), root / file.local
+            if path != target:
+                new = link_or_copy(path, scratch) if path else download(file, scratch, endpoint)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(new, target)
+                print(f"{target}: complete", flush=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     print(f"all {len(files)} files are verified in {root}")
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -185,13 +165,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--variant", choices=("fp32", "fp16"), default="fp32", help="of UNet and VAE; default: %(default)s")
     add("--from", type=Path, dest="source", metavar="DIR", help="use the files in this folder")
     options = parser.parse_args(argv)
-
-    def work() -> int:
-        fetch(official(options.variant), options.to, options.source)
-        return 0
-
-    interrupted = "interrupted: complete files are kept; run the command again for the rest"
-    return run_command("weights.fetch", work, interrupted)
+    return run_command(
+        "weights.fetch",
+        lambda: fetch(official(options.variant), options.to, options.source),
+        "interrupted: complete files are kept; run the command again for the rest",
+    )
 
 
 if __name__ == "__main__":

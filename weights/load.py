@@ -26,7 +26,11 @@ Rename = tuple[str, str | Callable[[re.Match], str]]  # a pattern and its replac
 FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # file names in a component's folder
 FILES += tuple(name.replace(".safetensors", ".fp16.safetensors") for name in FILES)
 IGNORED = r"(^|\.)position_ids$"  # a buffer 0, 1, 2, ... in older CLIP files
-KIND = ("resnets", "attentions")  # the two parts of a CompVis block: .0 and .1
+
+
+def part(block: int, kind: str) -> str:
+    """Translate part 0 (ResNet) or 1 (attention) of a CompVis block: `(4, "1")` -> "1.attentions.1."."""
+    return f"{block // 3}.{'attentions' if kind == '1' else 'resnets'}.{block % 3}."
 
 
 # CompVis numbers blocks across levels, three per level. Down (after conv_in, number 0): two blocks, then the
@@ -36,17 +40,11 @@ UNET_NAMES: list[Rename] = [
     (r"^time_embed\.2\.", "time_embedding.linear_2."),
     (r"^input_blocks\.0\.0\.", "conv_in."),
     (r"^input_blocks\.(\d+)\.0\.op\.", lambda m: f"down_blocks.{int(m[1]) // 3 - 1}.downsamplers.0.conv."),
-    (
-        r"^input_blocks\.(\d+)\.([01])\.",
-        lambda m: f"down_blocks.{(int(m[1]) - 1) // 3}.{KIND[int(m[2])]}.{(int(m[1]) - 1) % 3}.",
-    ),
+    (r"^input_blocks\.(\d+)\.([01])\.", lambda m: "down_blocks." + part(int(m[1]) - 1, m[2])),
     (r"^middle_block\.([02])\.", lambda m: f"mid_block.resnets.{int(m[1]) // 2}."),
     (r"^middle_block\.1\.", "mid_block.attentions.0."),
     (r"^output_blocks\.(\d+)\.[12]\.conv\.", lambda m: f"up_blocks.{int(m[1]) // 3}.upsamplers.0.conv."),
-    (
-        r"^output_blocks\.(\d+)\.([01])\.",
-        lambda m: f"up_blocks.{int(m[1]) // 3}.{KIND[int(m[2])]}.{int(m[1]) % 3}.",
-    ),
+    (r"^output_blocks\.(\d+)\.([01])\.", lambda m: "up_blocks." + part(int(m[1]), m[2])),
     (r"^out\.0\.", "conv_norm_out."),
     (r"^out\.2\.", "conv_out."),
     (r"\.in_layers\.0\.", ".norm1."),
@@ -81,7 +79,7 @@ class Official:
     """A module's official file, and how its names are spelled there."""
 
     file: str  # the official file, for messages
-    prefixes: tuple[str, ...]  # of its names in files that hold several modules
+    prefixes: tuple[str, ...] = ()  # of its names in files that hold several modules
     names: tuple[Rename, ...] = ()
 
     @property
@@ -89,18 +87,13 @@ class Official:
         return f"get {self.file}: `python -m weights.fetch`"
 
 
-SD, OPENAI = "stable-diffusion-v1-5/stable-diffusion-v1-5", "openai/clip-vit-large-patch14"
+WEIGHTS = "diffusion_pytorch_model.safetensors of stable-diffusion-v1-5/stable-diffusion-v1-5"
+TEXT = "text_encoder/model.safetensors of stable-diffusion-v1-5/stable-diffusion-v1-5"
 OFFICIAL: dict[type[nn.Module], Official] = {
-    UNet: Official(
-        f"unet/diffusion_pytorch_model.safetensors of {SD}", ("model.diffusion_model.",), tuple(UNET_NAMES)
-    ),
-    VAE: Official(
-        f"vae/diffusion_pytorch_model.safetensors of {SD}", ("first_stage_model.",), tuple(VAE_NAMES)
-    ),
-    CLIP: Official(f"model.safetensors of {OPENAI}", ()),
-    TextTower: Official(
-        f"text_encoder/model.safetensors of {SD}", ("cond_stage_model.transformer.text_model.", "text_model.")
-    ),
+    UNet: Official(f"unet/{WEIGHTS}", ("model.diffusion_model.",), tuple(UNET_NAMES)),
+    VAE: Official(f"vae/{WEIGHTS}", ("first_stage_model.",), tuple(VAE_NAMES)),
+    CLIP: Official("model.safetensors of openai/clip-vit-large-patch14"),
+    TextTower: Official(TEXT, ("cond_stage_model.transformer.text_model.", "text_model.")),
 }
 
 
@@ -110,9 +103,7 @@ def load(module: Module, path: str | Path) -> Module:
     The module may be built normally or on `meta` (faster: no initialisation). It keeps its dtype, and its
     device unless that was `meta`. Raise WeightsError, listing names and shapes, unless all of them fit.
     """
-    assert type(module) in OFFICIAL, (
-        f"need a UNet, VAE, CLIP or its text_model, got {type(module).__name__}: it has no official file"
-    )
+    assert type(module) in OFFICIAL, f"need a UNet, VAE, CLIP or its text_model, got {type(module).__name__}"
     official = OFFICIAL[type(module)]
     file = find(Path(path), official)
     refuse_foreign(file, official)
@@ -142,10 +133,8 @@ def find(path: Path, official: Official) -> Path:
     for name in FILES:
         if (path / name).is_file():
             return path / name
-    held = sorted(x.name for x in path.iterdir())[:10]
-    raise WeightsError(
-        f"{path} holds none of {', '.join(FILES)} but {', '.join(held) or 'nothing'}; {official.cure}"
-    )
+    held = ", ".join(sorted(x.name for x in path.iterdir())[:10]) or "nothing"
+    raise WeightsError(f"{path} holds none of {', '.join(FILES)} but {held}; {official.cure}")
 
 
 def refuse_foreign(file: Path, official: Official) -> None:
@@ -163,15 +152,12 @@ def refuse_foreign(file: Path, official: Official) -> None:
     try:
         tensors = json.loads(header)
         declared = 8 + length + max(x["data_offsets"][1] for k, x in tensors.items() if k != "__metadata__")
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-        raise WeightsError(
-            f"{file} is truncated or corrupt: its header cannot be read; {official.cure}"
-        ) from None
-    if size != declared:
         fault = "truncated" if size < declared else "corrupt"
-        raise WeightsError(
-            f"{file} is {fault}: it has {size:,} bytes and its header declares {declared:,}; {official.cure}"
-        )
+        fault += f": it has {size:,} bytes and its header declares {declared:,}"
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        declared, fault = None, "truncated or corrupt: its header cannot be read"
+    if size != declared:
+        raise WeightsError(f"{file} is {fault}; {official.cure}")
 
 
 def kind(start: bytes) -> str:
@@ -207,10 +193,8 @@ def match(
         for name, shape in ours.items()
         if name in names and theirs[names[name]] not in (shape, (*shape, 1, 1))
     ]
-    faults = (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", misshapen))
-    faults = [
-        f"{len(x)} {what}: {', '.join(x[:10])}{', ...' if len(x) > 10 else ''}" for what, x in faults if x
-    ]
+    faults = {"missing": missing, "unexpected": unexpected, "of the wrong shape": misshapen}.items()
+    faults = [f"{len(x)} {what}: {', '.join(x[:10] + ['...'][: len(x) > 10])}" for what, x in faults if x]
     if faults:
         raise WeightsError(f"{file} does not fit ({'; '.join(faults)}); {official.cure}")
     return names
