@@ -262,7 +262,9 @@ def test_an_image_without_any_label(tada, tmp_path):
     save(np.full((30, 40), IGNORE, np.uint8), tmp_path / "labels/val/x.png")
     (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
     dataset = open_dataset("folder", tmp_path, "val")
-    numbers = evaluate(tada, dataset, words_from("oracle", dataset)).as_json()
+    result = evaluate(tada, dataset, words_from("oracle", dataset))
+    assert "| 0 | sky | - | - | - | - |" in result.as_markdown()
+    numbers = result.as_json()
     keys = ("mIoU", "pixel_accuracy", "class_accuracy", "tag_mAP", "words_precision", "words_recall")
     assert [numbers[key] for key in keys] == [None] * 6
     assert numbers["images"] == 1
