@@ -45,7 +45,7 @@ from tqdm import tqdm
 import inference
 import kernels
 from errors import DataError, DataWarning, TadaError, Unreadable
-from eval import scale
+from eval import add_segment_flags, scale, segment_options
 from images.draw import TILE, heat, mosaic, overlay, percent, segment_overlay
 from images.panoptic import to_colours
 from images.read import PICTURES, distinct_colour, fit, read_image, walk
@@ -57,7 +57,6 @@ from model import Size, Tada, TadaConfig
 from run.checkpoint import find_model, load_model, read_about, read_config
 from run.folder import lock
 from run.ranks import Ranks, cleanup, init_distributed
-from run.recipes import add_segment_flags, segment_options
 from weights.words import digest
 
 LIST = "predictions.jsonl"

@@ -1,4 +1,4 @@
-"""Pictures for people: labels drawn over a photograph, where a word is attended to, many pictures in one.
+"""Drawings: labels over an image, attention of words, many images in one.
 
     overlay(image, labels, palette, classes, ["sea", "boat"]).save("beach.overlay.jpg")
 
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from images.panoptic import semantic
 
-SMALLEST = 512  # of a picture's longer side as drawn: smaller ones are enlarged, text must fit below
-WIDEST, HIGHEST = 1600, 1320  # of a picture as drawn: with its legend it is at most 1600 pixels high
+SMALLEST = 512  # of an image's longer side as drawn: smaller ones are enlarged, text must fit below
+WIDEST, HIGHEST = 1600, 1320  # of an image as drawn: with its legend it is at most 1600 pixels high
 ROWS = 4  # of classes in a legend, in 2 to 4 columns
-TILE = 640  # the widest picture in a mosaic
+TILE = 640  # the widest image in a mosaic
 NAMED = 40  # classes; a confusion matrix of more is drawn without names
-COVER = 0.55  # of a class's colour over the picture
+COVER = 0.55  # of a class's colour over the image
 LINE = 0.75  # of white in the line around a segment
 PAPER, INK, GREY = (250, 249, 246), (28, 32, 40), (112, 116, 124)
 HEAT = (8, 8, 24), (84, 18, 110), (188, 55, 84), (246, 136, 30), (253, 240, 170)  # rising in lightness
@@ -35,10 +35,10 @@ def overlay(
     classes: Sequence[str],
     words: Sequence[str] | None = None,
 ) -> Image.Image:
-    """The picture under the colours of its labels `(H, W)`, over a legend; at most 1600 pixels wide and high.
+    """The image under the colours of its labels `(H, W)`, over a legend; at most 1600 pixels wide and high.
 
-    palette `(K, 3)` uint8. The legend has the classes that cover most, and the `words` that the model was
-    told, None if it is told none per picture. What is ignored is left as it is.
+    palette `(K, 3)` uint8. The legend has the classes that cover most, and the `words` that the model
+    uses, None if it uses none per image. Ignored pixels keep their colour.
     """
     blended, shown = covered(image, labels, palette)
     blended[borders(shown)] *= 0.6
@@ -78,7 +78,7 @@ def segment_overlay(
 
 
 def covered(image: np.ndarray, labels: np.ndarray, palette: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The picture under the colours, `(h, w, 3)` float32, and the labels `(h, w)`, at the size as drawn."""
+    """The image under the colours, `(h, w, 3)` float32, and the labels `(h, w)`, at the size as drawn."""
     size = drawn_size(*labels.shape)
     picture = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC), np.float32)
     shown = np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
@@ -103,7 +103,7 @@ def widest(mask: np.ndarray) -> tuple[float, float, int]:
 
 
 def drawn_size(H: int, W: int) -> tuple[int, int]:
-    """(width, height) of a picture as drawn, Pillow's order."""
+    """(width, height) of an image as drawn, Pillow's order."""
     scale = min(max(SMALLEST / max(H, W), 1), WIDEST / W, HIGHEST / H)
     return max(round(scale * W), 1), max(round(scale * H), 1)
 
@@ -123,7 +123,7 @@ def with_legend(
     classes: Sequence[str],
     words: Sequence[str] | None,
 ) -> Image.Image:
-    """The picture over a table of its classes and the words; `counts` has the pixels of each label 0..255."""
+    """The image over a table of its classes and the words; `counts` has the pixels of each label 0..255."""
     width = max(picture.width, SMALLEST)
     text = min(max(width // 40, 14), 24)
     font, line, margin, box = ImageFont.load_default(text), round(1.6 * text), text, text
@@ -156,7 +156,7 @@ def with_legend(
 
 
 def heat(image: np.ndarray, strength: np.ndarray, title: str) -> Image.Image:
-    """Where `strength (h, w)` is high: its lowest to its highest value as a glow over the grey picture."""
+    """`strength (h, w)`, scaled from its lowest to its highest value, as a glow over the grey image."""
     size = drawn_size(*image.shape[:2])
     size = tuple(max(round(side * min(TILE / size[0], 1)), 1) for side in size)
     grey = np.asarray(Image.fromarray(image).convert("L").resize(size, Image.Resampling.BICUBIC), np.float32)
@@ -176,7 +176,7 @@ def heat(image: np.ndarray, strength: np.ndarray, title: str) -> Image.Image:
 
 
 def mosaic(images: Sequence[Image.Image], columns: int) -> Image.Image:
-    """The pictures in rows, each as wide as the widest or 640 pixels; a row is as high as its highest."""
+    """The images in rows, each as wide as the widest or 640 pixels; a row is as high as its highest."""
     gap, width = 12, min(max(image.width for image in images), TILE)
     columns = min(columns, len(images))
     tiles = [image.resize((width, max(round(image.height * width / image.width), 1))) for image in images]

@@ -1,13 +1,13 @@
 """Panoptic segmentation: its format on disk.
 
-A panoptic picture (Kirillov et al. 2019, arXiv:1801.00868) is a map of ids `(H, W)` int32 and a list of
-segments. Each pixel has the id of one segment, or 0 = void: nobody says what is there. A segment of a thing
-is one object; a segment of stuff is all that the picture shows of its class; a crowd is a group of things
-that nobody told apart. COCO writes the ids of a picture as the colours of a PNG,
+A panoptic image (Kirillov et al. 2019, arXiv:1801.00868) is a map of ids `(H, W)` int32 and a list of
+segments. Each pixel has the id of one segment, or 0 = void: unlabelled. A segment of a thing
+is one object; a segment of stuff is all that the image shows of its class; a crowd is a group of things
+that were not separated. COCO writes the ids of an image as the colours of a PNG,
 
     id = R + 256 G + 65536 B,
 
-and the segments of all pictures into one JSON: `images`, `categories`, and for each picture an annotation
+and the segments of all images into one JSON: `images`, `categories`, and for each image an annotation
 {"image_id", "file_name": PNG, "segments_info": [{"id", "category_id", "iscrowd", "area", "bbox"}, ...]}.
 
 Top to bottom: segments, the ids of a PNG, the JSON read and written, panoptic segments from a map of classes.
@@ -31,7 +31,7 @@ LARGEST_ID = 256**3 - 1  # that a colour can hold
 
 
 class Segment(NamedTuple):
-    """One segment of a picture, of the truth or of a prediction."""
+    """One segment of an image, of the truth or of a prediction."""
 
     id: int  # in the map of ids, 1..LARGEST_ID
     label: int  # class 0..K-1
@@ -40,7 +40,7 @@ class Segment(NamedTuple):
 
 
 def positions(ids: np.ndarray, segments: Sequence) -> np.ndarray:
-    """`(H, W)` int32: the place in `segments` of each pixel's segment, -1 where it is none of them."""
+    """`(H, W)` int32: the index into `segments` of each pixel's segment, -1 for none of them."""
     known = np.array([s.id for s in segments] or [-1])  # no id is negative
     order = known.argsort()
     place = order[np.searchsorted(known, ids, sorter=order).clip(max=len(known) - 1)]
@@ -110,10 +110,10 @@ class Categories:
 
 @dataclass(frozen=True)
 class Annotations:
-    """A panoptic JSON: n pictures that have an annotation, by the names of the pictures' files.
+    """A panoptic JSON: n images that have an annotation, by the names of the images' files.
 
     The segments of all of them are one array: millions of small objects would be copied into every process
-    that loads pictures.
+    that loads images.
     """
 
     file: Path
@@ -122,7 +122,7 @@ class Annotations:
     pictures: list[str]  # `file_name` of the image
     pngs: list[str]  # `file_name` of the annotation
     table: np.ndarray  # (all segments, 3) int32: id, label, crowd
-    starts: np.ndarray  # (n + 1,) where the segments of a picture begin
+    starts: np.ndarray  # (n + 1,) where the segments of an image begin
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -132,7 +132,7 @@ class Annotations:
         return [Segment(id, k, bool(self.categories.things[k]), bool(crowd)) for id, k, crowd in rows]
 
     def ids(self, i: int, folder: Path) -> np.ndarray:
-        """The map of ids of picture i, `(H, W)` int32."""
+        """The map of ids of image i, `(H, W)` int32."""
         return read_ids(folder / self.pngs[i], self.segments(i))
 
 
@@ -175,7 +175,7 @@ def read_annotations(file: str | Path, truth: Annotations | None = None) -> Anno
                         raise ValueError(f"the image {id!r} has two annotations")
                     if Path(png).is_absolute() or ".." in Path(png).parts:
                         raise ValueError(
-                            f"the file_name {png!r} leads out of the PNGs' folder: give one that lies in it"
+                            f"the file_name {png!r} leads out of the PNGs' folder: give one inside it"
                         )
                     rows[id] = read_segments(infos, label_of)
                     found.append((names[id], id, png))
@@ -184,7 +184,7 @@ def read_annotations(file: str | Path, truth: Annotations | None = None) -> Anno
         except ValueError as error:
             raise DataError(f"{file}, annotations[{i}]: {error}") from None
     if not found:
-        raise DataError(f"{file} has no annotation: it needs one for each picture")
+        raise DataError(f"{file} has no annotation: it needs one for each image")
     found.sort(key=lambda entry: (entry[0], str(entry[1])))
     pictures, image_ids, pngs = map(list, zip(*found, strict=True))
     tables = [rows[id] for id in image_ids]
@@ -212,7 +212,7 @@ def read_categories(entries: list, file: Path) -> Categories:
             case _:
                 raise DataError(f'{file}, categories[{i}]: "color" must be [r, g, b] in 0..255, not {colour}')
         if name in names or id in ids:
-            raise DataError(f"{file}, categories[{i}]: the id {id} or the name {name!r} was there before")
+            raise DataError(f"{file}, categories[{i}]: the id {id} or the name {name!r} is a duplicate")
         names.append(name)
         ids.append(id)
         things.append(bool(thing))
@@ -222,15 +222,17 @@ def read_categories(entries: list, file: Path) -> Categories:
 
 
 def read_segments(infos: list, label_of: dict[int, int]) -> np.ndarray:
-    """`segments_info` as rows (id, label, crowd) int32; a ValueError says what is wrong with it."""
+    """`segments_info` as rows (id, label, crowd) int32; raises ValueError with the fault."""
     rows, ids = [], set()
     for info in infos:
         match info:
             case {"id": int(id), "category_id": int(category)} if 1 <= id <= LARGEST_ID:
                 if category not in label_of:
-                    raise ValueError(f"the segment {id} has the category_id {category}, which is no category")
+                    raise ValueError(
+                        f"the segment {id} has the category_id {category}, which is not a category"
+                    )
                 if id in ids:
-                    raise ValueError(f"the id {id} is there twice")
+                    raise ValueError(f"the id {id} is a duplicate")
                 ids.add(id)
                 rows.append((id, label_of[category], info.get("iscrowd", 0) == 1))
             case _:
@@ -254,9 +256,9 @@ def annotation(
     category_ids: Sequence[int],
     crowds: Collection[int] = (),
 ) -> dict:
-    """The JSON entry of one picture whose ids `write_ids` wrote as `png`.
+    """The JSON entry of one image whose ids `write_ids` wrote as `png`.
 
-    `segments` is anything with `id` and `label`, such as what a decoder found; `crowds` are the crowds' ids.
+    `segments` is anything with `id` and `label`, such as a decoder's segments; `crowds` are the crowds' ids.
     """
     place, infos = positions(ids, segments), []
     for i, s in enumerate(segments):

@@ -50,7 +50,7 @@ def scan(root: Path, folder: str, suffixes: tuple[str, ...], endings: tuple[str,
 
 
 def walk(top: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """`os.walk` in order, without what is hidden. A folder that links lead to again is left out.
+    """`os.walk` in order, without hidden names. A folder that links lead to again is skipped.
 
     Raises DataError where a folder cannot be listed.
     """
@@ -66,7 +66,7 @@ def walk(top: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
 
 
 def stop(error: OSError) -> None:
-    raise DataError(f"{error.filename} cannot be listed ({error.strerror}): leave it out") from None
+    raise DataError(f"{error.filename} cannot be listed ({error.strerror}): exclude it") from None
 
 
 @contextmanager
@@ -100,7 +100,7 @@ def read_image(
 
     Grey, palette, CMYK and 16-bit images are converted; transparency is dropped, as OpenCV drops it. With
     the box (short, long) that it will be resized into, a JPEG 2 GAP times larger or more is decoded at 1/2,
-    1/4 or 1/8. On photographs the resized picture then differs by at most 0.8 of 255 levels on average, 3 in
+    1/4 or 1/8. On photographs the resized image then differs by at most 0.8 of 255 levels on average, 3 in
     99 of 100 pixels.
     """
     with opened(Path(path), limit) as image:

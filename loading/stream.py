@@ -241,7 +241,7 @@ def load_in_order(
         generator=torch.Generator(),  # without one, opening the iterator draws from the global generator
     )
     batches = iter(loader)
-    # Workers that ignore SIGTERM must be told to end, or Python would wait for them for ever at its exit.
+    # Workers that ignore SIGTERM must be shut down, or Python would wait for them forever at its exit.
     end = batches._shutdown_workers if workers else lambda: None
     atexit.register(end)
     try:
@@ -253,7 +253,7 @@ def load_in_order(
         if "DataLoader worker" not in str(error):
             raise
         raise DataError(
-            f"a loading process has ended ({str(error).splitlines()[0]}): free memory or enlarge /dev/shm, "
+            f"a loading process died ({str(error).splitlines()[0]}): free memory or enlarge /dev/shm, "
             "or give fewer --workers"
         ) from None
     finally:
@@ -262,7 +262,7 @@ def load_in_order(
 
 
 def ignore_signals(worker: int) -> None:
-    """These reach the whole process group: the main process decides, its workers end with it."""
+    """These reach the whole process group: the main process handles them, its workers end with it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 

@@ -4,7 +4,7 @@ A segment of the prediction and one of the truth match if both have the same cla
 
     IoU = |p and t| / (|p| + |t| - |p and t| - |p and void of the truth|) > 1/2,
 
-so that each has at most one partner. Over all pictures, per class, with TP matches, FP segments of the
+so that each has at most one partner. Over all images, per class, with TP matches, FP segments of the
 prediction and FN of the truth without a partner:
 
     PQ = sum of IoU / (TP + FP/2 + FN/2) = SQ * RQ,   SQ = sum of IoU / TP,   RQ = TP / (TP + FP/2 + FN/2).
@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from errors import DataError
+from errors import DataError, run_command
 from images.panoptic import VOID, Annotations, Categories, Segment, box, positions, read_annotations
 
 # ---- PQ --------------------------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ def count(
     predictions: Sequence,
     K: int,
 ) -> Tensor:
-    """One picture's `(K, 4)` float64: sum of IoU, TP, FP, FN of each class. Sums of them are `Quality`'s.
+    """One image's `(K, 4)` float64: sum of IoU, TP, FP, FN of each class. Sums of them are `Quality`'s.
 
     `truth` and `predicted` are maps of ids `(H, W)` with their segments; those of the prediction are anything
     with `id` and `label`. Raises ValueError if its ids are not exactly those of its segments.
@@ -55,9 +55,9 @@ def count(
     if truth.shape != predicted.shape:
         raise ValueError(f"the prediction is {predicted.shape}, but the truth {truth.shape}")
     listed = [s.id for s in predictions]
-    found = set(np.unique(predicted).tolist()) - {VOID}
-    if found != set(listed) or len(listed) != len(set(listed)):
-        odd = sorted(found.symmetric_difference(listed)) or listed
+    ids = set(np.unique(predicted).tolist()) - {VOID}
+    if ids != set(listed) or len(listed) != len(set(listed)):
+        odd = sorted(ids.symmetric_difference(listed)) or listed
         raise ValueError(f"the ids of the prediction and of its segments differ, such as {odd[0]}")
     # Pixels by [segment of the truth, of the prediction]. After the listed segments come void and, in the
     # truth alone, what is neither listed nor void.
@@ -90,9 +90,9 @@ def count(
 
 @dataclass
 class Quality:
-    """PQ, SQ and RQ from counts of any number of pictures. Fractions are in 0..1."""
+    """PQ, SQ and RQ from counts of any number of images. Fractions are in 0..1."""
 
-    counts: Tensor  # (K, 4) float64: sum of IoU, TP, FP, FN; the sum of `count` over pictures and processes
+    counts: Tensor  # (K, 4) float64: sum of IoU, TP, FP, FN; the sum of `count` over images and processes
     things: Sequence[bool]  # (K,)
 
     @property
@@ -119,11 +119,11 @@ class Quality:
 def compare(truth: Annotations, folder: Path, predicted: Annotations, predicted_folder: Path) -> Quality:
     """The quality of a written prediction: JSON and PNGs in `predicted_folder`, the truth's in `folder`.
 
-    Pictures belong together by their `image_id`, classes by their `category_id`. Raises DataError if the
-    prediction lacks a picture of the truth, has other categories or another size.
+    Images are matched by `image_id`, classes by `category_id`. Raises DataError if the
+    prediction lacks an image of the truth, has other categories or another size.
     """
     if truth.categories.ids != predicted.categories.ids:
-        raise DataError(f"{predicted.file} has other categories than {truth.file}: take them over from there")
+        raise DataError(f"{predicted.file} has other categories than {truth.file}: use the same")
     place = {id: i for i, id in enumerate(predicted.image_ids)}
     counts = torch.zeros(len(truth.categories), 4, dtype=torch.float64)
     for i, id in enumerate(tqdm(truth.image_ids, "comparing", disable=None)):
@@ -149,7 +149,7 @@ def compare(truth: Annotations, folder: Path, predicted: Annotations, predicted_
 
 
 class Instance(NamedTuple):
-    """One thing that a model found; instances may overlap."""
+    """One predicted thing; instances may overlap."""
 
     score: float
     label: int  # class 0..K-1
@@ -159,7 +159,7 @@ class Instance(NamedTuple):
 def coco_results(
     image_id: int | str, instances: Iterable[Instance], category_ids: Sequence[int]
 ) -> list[dict]:
-    """A picture's instances, or plain (score, label, mask), as COCO's results; masks as run lengths."""
+    """An image's instances, or plain (score, label, mask), as COCO's results; masks as run lengths."""
     return [
         {
             "image_id": image_id,
@@ -174,7 +174,7 @@ def coco_results(
 def coco_truth(
     image_id: int | str, ids: np.ndarray, segments: Sequence[Segment], category_ids: Sequence[int]
 ) -> list[dict]:
-    """A picture's things, crowds too, in COCO's format of instances, from its panoptic map."""
+    """An image's things, crowds too, in COCO's format of instances, from its panoptic map."""
     place = positions(ids, segments)
     found = []
     for i, s in enumerate(segments):
@@ -199,7 +199,7 @@ def average_precision(
 
     `images` {"id", "height", "width"}; `truth` from `coco_truth`, or the annotations of COCO's own
     instances_val2017.json, on which published numbers rest (there things may overlap); `results` from
-    `coco_results`, of all processes together. At most 100 of a picture count.
+    `coco_results`, of all processes together. At most 100 per image count.
     """
     coco, cocoeval = pycocotools("coco"), pycocotools("cocoeval")
     things = [c for c in categories.as_json() if c["isthing"]]
@@ -207,13 +207,13 @@ def average_precision(
     # From 1: pycocotools takes a match with the annotation 0 for none.
     dataset["annotations"] = [{**entry, "id": i} for i, entry in enumerate(truth, 1)]
     if not results:  # pycocotools does not take an empty list
-        some = any(not entry["iscrowd"] for entry in dataset["annotations"])
-        return dict.fromkeys(AP, 0.0 if some else float("nan"))
+        any_thing = any(not entry["iscrowd"] for entry in dataset["annotations"])
+        return dict.fromkeys(AP, 0.0 if any_thing else float("nan"))
     with contextlib.redirect_stdout(io.StringIO()):
-        said = coco.COCO()
-        said.dataset = dataset
-        said.createIndex()
-        evaluation = cocoeval.COCOeval(said, said.loadRes([*results]), "segm")
+        reference = coco.COCO()
+        reference.dataset = dataset
+        reference.createIndex()
+        evaluation = cocoeval.COCOeval(reference, reference.loadRes([*results]), "segm")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -237,42 +237,39 @@ def pycocotools(module: str):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the quality of a written prediction, in percent; 2 if it cannot be compared."""
-    options = parse(argv)
-    try:
-        truth = read_annotations(options.truth)
-        predicted = read_annotations(options.prediction, truth)
-        folder = pngs_of(truth, options.truth_folder, "--truth-folder")
-        other = pngs_of(predicted, options.prediction_folder, "--prediction-folder")
-        quality = compare(truth, folder, predicted, other)
-    except DataError as error:
-        print(f"metrics.quality: {error}", file=sys.stderr)
-        return 2
-    print("            PQ      SQ      RQ  classes")
-    for which in ("all", "things", "stuff"):
-        *means, n = quality.mean(which).values()
-        numbers = ("-" if math.isnan(x) else f"{100 * x:.2f}" for x in means)
-        print(f"{which:6}{''.join(f'{x:>8}' for x in numbers)}{n:9}")
-    return 0
-
-
-def pngs_of(annotations: Annotations, folder: str | None, flag: str) -> Path:
-    """Where the PNGs of a JSON are: in the folder, or in one of the JSON's name."""
-    found = Path(folder) if folder else annotations.file.with_suffix("")
-    if not found.is_dir():
-        raise DataError(f"{found} is no folder: give that of the PNGs of {annotations.file} with {flag}")
-    return found
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="The panoptic quality of a prediction in COCO's format, as panopticapi counts it."
+        prog="python -m metrics.quality",
+        description="The panoptic quality of a prediction in COCO's format, as panopticapi counts.",
     )
     parser.add_argument("truth", metavar="TRUTH.json", help="a panoptic JSON, such as panoptic_val2017.json")
     parser.add_argument("prediction", metavar="PREDICTION.json", help="such as the panoptic.json of eval.py")
     pngs = "the folder of its PNGs (default: that of its name, without .json)"
     parser.add_argument("--truth-folder", metavar="DIR", help=pngs)
     parser.add_argument("--prediction-folder", metavar="DIR", help=pngs)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+
+    def work() -> int:
+        truth = read_annotations(options.truth)
+        predicted = read_annotations(options.prediction, truth)
+        folder = png_folder(truth, options.truth_folder, "--truth-folder")
+        other = png_folder(predicted, options.prediction_folder, "--prediction-folder")
+        quality = compare(truth, folder, predicted, other)
+        print("            PQ      SQ      RQ  classes")
+        for which in ("all", "things", "stuff"):
+            *means, n = quality.mean(which).values()
+            numbers = ("-" if math.isnan(x) else f"{100 * x:.2f}" for x in means)
+            print(f"{which:6}{''.join(f'{x:>8}' for x in numbers)}{n:9}")
+        return 0
+
+    return run_command("metrics.quality", work)
+
+
+def png_folder(annotations: Annotations, folder: str | None, flag: str) -> Path:
+    """The folder of a JSON's PNGs: the given one, or that of the JSON's name."""
+    path = Path(folder) if folder else annotations.file.with_suffix("")
+    if not path.is_dir():
+        raise DataError(f"{path} is not a folder: give that of the PNGs of {annotations.file} with {flag}")
+    return path
 
 
 if __name__ == "__main__":
