@@ -1,6 +1,6 @@
 """The result of an evaluation: IoU, accuracy, tag quality, segments; as JSON, as Markdown, as files.
 
-Imports no model. Top to bottom: what was counted and what follows from it, the report, its files, the measures.
+Imports no model. Top to bottom: what was counted and what follows, the report, its files, the measures.
 """
 
 import csv

@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 
 from data import open_dataset
-from loading.check import CheckError, check
 from errors import DataError, DataWarning, Unreadable
 from images.read import distinct_colour, fit, label_table, read_image, read_labels
+from loading.check import CheckError, check
 from loading.stream import TrainStream
 from loading.tags import read_tags
 
