@@ -278,9 +278,8 @@ def evaluate_val(training: Training, limit: int | None = None) -> Result:
     sets, ranks = training.sets, training.run.ranks
     indices = range(min(limit or len(sets.val), len(sets.val)))
     shares = {"workers": training.options.workers, "rank": ranks.rank, "world": ranks.world}
-    shares["panoptic"] = training.metric == "PQ"
-    how = {"words": sets.val_words, "indices": indices, **training.windows, **shares}
-    return evaluate(training.tada, sets.val, **how)
+    how = {"words": sets.val_words, "indices": indices, "panoptic": training.metric == "PQ"}
+    return evaluate(training.tada, sets.val, **how, **training.windows, **shares)
 
 
 def draw_val(training: Training) -> None:
@@ -310,15 +309,15 @@ def draw_val(training: Training) -> None:
         run.print0(f"{file} is not drawn ({error.strerror})")
 
 
-def draw_inputs(run: Run, sets: "Sets", batch: Batch) -> None:
-    """inputs.jpg: the first pictures as the model will see them, each with its labels and its words."""
-    pictures = batch.image.permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
-    words = words_of(batch, sets.train_words) or [None] * len(pictures)
+def draw_inputs(run: Run, sets: Sets, batch: Batch) -> None:
+    """inputs.jpg: the first training images after augmentation, each with its labels and its tags."""
+    images = batch.image.permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
+    words = words_of(batch, sets.train_words) or [None] * len(images)
     targets = batch.labels.numpy()
     if batch.owners is not None:  # UNOWNED, -1, becomes 0, which is void
         owned = [[Segment(i, k, False) for i, k in enumerate(x.tolist(), 1)] for x in batch.classes]
         targets = zip(batch.owners.numpy() + 1, owned, strict=True)
-    draw(run.folder / "inputs.jpg", sets.train, zip(pictures, targets, words, strict=True))
+    draw(run.folder / "inputs.jpg", sets.train, zip(images, targets, words, strict=True))
 
 
 # ---- saving

@@ -1,6 +1,6 @@
 """The result of an evaluation: IoU, accuracy, tag quality, segments; as JSON, as Markdown, as files.
 
-Knows no model. Top to bottom: what was counted and what follows from it, the report, its files, the measures.
+Imports no model. Top to bottom: what was counted and what follows, the report, its files, the measures.
 """
 
 import csv
@@ -145,7 +145,7 @@ class Result:
         if about["oracle"]:
             sentences.append("ORACLE: the model sees ground-truth tags: its score is an upper bound.")
         if about["random_weights"]:
-            sentences.append("RANDOM WEIGHTS: no prior was used: this says nothing about the method.")
+            sentences.append("RANDOM WEIGHTS: no prior was used, so the numbers do not measure the method.")
         if n < about["split_images"]:
             sentences.append(f"PART: {n} of the split's {about['split_images']} images.")
         if self.segments is not None and self.segments.lacking:

@@ -132,21 +132,20 @@ def ram(pytestconfig: pytest.Config) -> Path:
 @pytest.fixture(scope="session")
 def segments(tmp_path_factory) -> Path:
     """Eight training and three validation images of 4:3 with their segments, in COCO panoptic's format."""
-    from panoptic_data import PanopticScenes
-
+    from data import open_dataset
     from images.panoptic import annotation, write_annotations, write_ids
 
     root = tmp_path_factory.mktemp("segments")
     for split, indices in (("train", range(8)), ("val", range(3))):
-        drawn, images, entries = PanopticScenes(split), [], []
+        drawn, images, entries = open_dataset("scenes", "", split), [], []
         (root / split).mkdir()
         for i in indices:
-            picture, ids, found = drawn.panoptic(i)
+            image, _, ids, segments = drawn.load(i)
             ids = ids[:96]
-            found = [segment for segment in found if (ids == segment.id).any()]
-            picture.crop((0, 0, 128, 96)).save(root / split / f"{i}.png")
+            segments = [segment for segment in segments if (ids == segment.id).any()]
+            image.crop((0, 0, 128, 96)).save(root / split / f"{i}.png")
             write_ids(ids, root / "annotations" / f"panoptic_{split}" / f"{i}.png")
             images.append({"id": i, "file_name": f"{i}.png", "height": 96, "width": 128})
-            entries.append(annotation(i, f"{i}.png", ids, found, drawn.categories.ids))
+            entries.append(annotation(i, f"{i}.png", ids, segments, drawn.categories.ids))
         write_annotations(root / "annotations" / f"panoptic_{split}.json", drawn.categories, images, entries)
     return root

@@ -134,7 +134,10 @@ def test_a_removed_setting_with_another_value_is_refused_by_name(mask2former, tm
     other = tmp_path / "other.safetensors"
     save_file(load_file(mask2former), other, metadata={"tada": json.dumps(about, sort_keys=True)})
     assert predict.main([str(other), str(IMAGE), "--out", str(tmp_path / "out")]) == 2
-    assert "pixel_decoder" in capsys.readouterr().err
+    message = (
+        "other.safetensors has pixel_decoder 'fpn', only 'deformable' is still supported: use TADA 0.1.0"
+    )
+    assert message in capsys.readouterr().err
 
 
 def test_the_committed_ablation_record_is_read(tmp_path, capsys):

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import CheckError, check, open_dataset
+from data import open_dataset
 from errors import DataError, DataWarning, Unreadable
 from images.read import distinct_colour, fit, label_table, read_image, read_labels
+from loading.check import CheckError, check
 from loading.stream import TrainStream
 from loading.tags import read_tags
 

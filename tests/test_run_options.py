@@ -5,9 +5,10 @@ from dataclasses import asdict, fields
 import pytest
 import torch.distributed.run
 
+from data import open_dataset
 from model import TadaConfig
 from run.options import Options, config_of, parse, parser
-from run.recipes import open_set, recipe
+from run.recipes import recipe
 
 # The keys of "options" in config.json of runs before a flag was an entry of `Options`.
 KEYS = """
@@ -60,7 +61,7 @@ def test_preset_vpd_is_vpds_and_flags_override_it():
 
 
 def test_test_windows_are_mmsegmentations():
-    dataset = open_set("scenes", "", "val", "fpn")
+    dataset = open_dataset("scenes", "", "val")
     for crop, stride in (("512", (341, 341)), ("640", (426, 426)), ("512 1024", (341, 683))):
         o = parse(f"--dataset folder --data x --model sd15 --crop {crop}".split())
         assert config_of(o, dataset).stride == stride

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.run
-from panoptic_data import PanopticScenes
 from PIL import Image
 
 import train
@@ -26,7 +25,8 @@ from assemble import build, parameter_groups
 from data import open_dataset
 from errors import DataError, RunError
 from images import scenes
-from loading.jitter import PanopticTrainStream
+from loading.augment import Augment
+from loading.jitter import Jitter
 from loading.stream import TrainStream
 from loading.tags import TagSource
 from model import TadaConfig
@@ -34,7 +34,6 @@ from run.checkpoint import load_model
 from run.folder import Run
 from run.options import parse
 from run.ranks import Ranks
-from run.recipes import open_set
 
 ROOT = Path(train.__file__).parent
 HERE = Ranks(0, 1, torch.device("cpu"))
@@ -99,8 +98,8 @@ def test_the_rate_of_a_panoptic_run_drops_in_steps():
 
 def test_no_norm_and_no_embedding_decays(segments):
     o = parse(["--dataset", "panoptic", "--data", str(segments), "--model", "tiny", "--weights", "random"])
-    tada = build(train.config_of(o, open_set("panoptic", segments, "train", o.decoder)))
-    groups = parameter_groups(tada, 1.0, 0.5, 0.1)
+    tada = build(train.config_of(o, open_dataset("panoptic", segments, "train")))
+    groups = parameter_groups(tada, 1.0, weight_decay=0.5, unet_scale=0.1)
     decayed = {name for group in groups if group["weight_decay"] for name in group["names"]}
     still = {name for group in groups if not group["weight_decay"] for name in group["names"]}
     assert {"decoder.query_features", "decoder.query_places", "decoder.level_embed"} <= still
@@ -118,24 +117,19 @@ def one_step(folder, ranks=HERE, accumulate=1, steps=1, lr=None, decoder="fpn"):
     """The parameters' gradient of the first step, or with `lr` the losses of some AdamW steps."""
     torch.manual_seed(0)
     panoptic = decoder == "mask2former"
-    dataset = open_set("panoptic" if panoptic else "folder", folder, "train", decoder)
+    dataset = open_dataset("panoptic" if panoptic else "folder", folder, "train")
     things = tuple(dataset.categories.things.tolist()) if panoptic else ()
     options = {"model": "tiny", "tags": "oracle", "dropout": 0.0, "decoder": decoder, "things": things}
     tada = build(TadaConfig(tuple(dataset.classes), **options))
     words = TagSource("oracle", dataset.prompts)
     trained = [p for p in tada.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in trained]
-    model = tada
-    if ranks.world > 1:
-        model = torch.nn.parallel.DistributedDataParallel(tada, broadcast_buffers=False)
+    model = ranks.data_parallel(tada)
     # A step of plain descent by 2^14 shows the gradient: the parameter it starts from is lost in rounding.
     optimizer = torch.optim.AdamW(trained, lr) if lr else torch.optim.SGD(trained, 2.0**14)
     shares = {"rank": ranks.rank, "world": ranks.world, "accumulate": accumulate}
-    if panoptic:
-        stream = PanopticTrainStream(dataset, (64, 64), 4, 0, (0.5, 2.0), **shares)
-    else:
-        stream = TrainStream(dataset, (64, 64), 96, 384, 4, 0, **shares)
-    batches = stream.batches()
+    augmentation = Jitter((64, 64), (0.5, 2.0)) if panoptic else Augment((64, 64), 96, 384)
+    batches = TrainStream(dataset, augmentation, batch=4, seed=0, **shares).batches()
     losses = []
     for _ in range(steps):
         step = [next(batches) for _ in range(accumulate)]
@@ -147,7 +141,7 @@ def one_step(folder, ranks=HERE, accumulate=1, steps=1, lr=None, decoder="fpn"):
 WORKER = """
 import sys, torch
 sys.path[:0] = [{root!r}, {tests!r}]
-from run.ranks import connect, disconnect
+from run.ranks import cleanup, init_distributed
 from test_train import one_step
 torch.set_num_threads(1)
 ranks = init_distributed()
@@ -191,7 +185,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(folder):
         tada.decoder.classifier[-1].bias[0] = math.inf
     before = {name: p.clone() for name, p in tada.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in tada.parameters() if p.requires_grad])
-    batch = next(TrainStream(dataset, (64, 64), 96, 384, 2, 0).batches())
+    batch = next(TrainStream(dataset, Augment((64, 64), 96, 384), batch=2, seed=0).batches())
     with pytest.raises(RunError, match=r"not finite.*images/train/"):
         train.train_step(tada, tada, optimizer, [batch], TagSource("oracle", dataset.prompts), HERE)
     assert all(torch.equal(p, before[name]) for name, p in tada.named_parameters())
@@ -238,16 +232,16 @@ from train import train_step
 torch.manual_seed(0)
 tada = build(TadaConfig(tuple(f"class {{i}}" for i in range(150))))
 tada.unet.checkpoint_activations = True
-optimizer = torch.optim.AdamW(parameter_groups(tada, 6e-5, 0.01))
+optimizer = torch.optim.AdamW(parameter_groups(tada, 6e-5, weight_decay=0.01))
 image = torch.randint(0, 256, (1, 3, 512, 512), dtype=torch.uint8)
 labels = torch.randint(0, 150, (1, 512, 512), dtype=torch.uint8)
 batch = Batch(image, labels, [[0]], [0], ["x.jpg"], [])
 before = tada.unet.up_blocks[3].resnets[2].conv2.weight.detach().clone()
 here = Ranks(0, 1, torch.device("cpu"))
-made = train_step(tada, tada, optimizer, [batch], TagSource("classes", tada.config.prompts), here)
+result = train_step(tada, tada, optimizer, [batch], TagSource("classes", tada.config.prompts), here)
 changed = not torch.equal(before, tada.unet.up_blocks[3].resnets[2].conv2.weight)
 peak = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
-print(made["loss"], made["seg"], changed, peak / 2**20)
+print(result["loss"], result["seg"], changed, peak / 2**20)
 """
 
 
@@ -336,7 +330,10 @@ def test_a_panoptic_run_resumes_exactly(segments, tmp_path, monkeypatch):
     best = max(validated, key=lambda line: line["val"]["PQ"])
     assert os.readlink(tmp_path / "run" / "best") == f"step-{best['step']:06d}"
     config = load_model(tmp_path / "run").config
-    assert (config.decoder, config.things) == ("mask2former", tuple(PanopticScenes("val").categories.things))
+    assert (config.decoder, config.things) == (
+        "mask2former",
+        tuple(open_dataset("scenes", "", "val").categories.things),
+    )
 
 
 def test_evaluation_never_touches_training(folder, uninterrupted, tmp_path):
@@ -395,7 +392,7 @@ def test_another_machine_may_have_other_threads(folder, tmp_path, capsys):
     assert "--threads was 1, is 2: results may differ in rounding" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("change", ["picture", "class", "tags"])
+@pytest.mark.parametrize("change", ["image", "class", "tags"])
 def test_a_run_does_not_resume_with_other_data(folder, uninterrupted, tmp_path, capsys, change):
     """One image more changes the whole order; another order of the classes changes every label."""
     run, moved, tags = tmp_path / "run", tmp_path / "moved", tmp_path / "tags.jsonl"
@@ -407,7 +404,7 @@ def test_a_run_does_not_resume_with_other_data(folder, uninterrupted, tmp_path, 
     more = ["--iterations", "1", "--tags", str(tags)]
     assert train.main(command(folder, run, *more)) == 0
     assert train.main(command(moved, run, *more)) == 0, "a data set may move"
-    if change == "picture":
+    if change == "image":
         (moved / "images" / "train" / "7.png").unlink(), (moved / "labels" / "train" / "7.png").unlink()
         message = "the list of training pictures has changed"
     elif change == "class":
