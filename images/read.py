@@ -1,4 +1,4 @@
-"""One image or label file decoded, and the files of a folder, in order. Knows no data set and no model.
+"""Decode one image or label file; list the files of a folder, in order. Independent of data sets and models.
 
 Images are 8-bit RGB; labels are uint8 `(H, W)` with classes 0..K-1 and 255 = ignore.
 
@@ -175,7 +175,7 @@ def fit(size: Size, short: int, long: int) -> Size:
 
 
 def read_labels(path: str | Path, table: np.ndarray, hint: str = "", limit: int = MAX_PIXELS) -> np.ndarray:
-    """A label file as train ids `(H, W)` uint8, by `table` (see `values`). Raises DataError."""
+    """A label file as train ids `(H, W)` uint8, by `table` (see `label_table`). Raises DataError."""
     with opened(Path(path), limit) as image:
         if image.mode not in ("L", "P", "I") and not image.mode.startswith("I;16"):
             raise DataError(

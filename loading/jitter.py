@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import Sample
-from images.panoptic import positions, semantic
+from images.panoptic import positions
 from images.read import IGNORE, Size
 from loading.augment import PAD, View, coin, nearest, resize, to_tensor
 
@@ -52,7 +52,7 @@ class Jitter:
         ids = nearest(ids, size, window)
         visible = set(np.unique(ids).tolist())
         owned = [s for s in sample.segments if not s.crowd and s.id in visible]
-        labels = torch.from_numpy(semantic(ids, sample.segments))
+        labels = torch.from_numpy(nearest(sample.labels, size, window))
         owners = torch.from_numpy(positions(ids, owned).astype(np.int16))
         if mirrored:
             pixels, labels, owners = pixels.flip(2), labels.flip(1), owners.flip(1)
