@@ -453,13 +453,10 @@ def lookalikes(iou: Sequence[float]) -> float:
 
 
 def mean_error(values: Sequence[float], sign: str = "") -> str:
-    """Format mean and standard error of fractions in per cent; "" without values."""
-    if not values:
-        return ""
-    mean = f"{100 * statistics.fmean(values):{sign}.1f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {100 * statistics.stdev(values) / len(values) ** 0.5:.1f}"
+    """Format mean and, of several values, standard error of fractions in per cent; "" without values."""
+    mean = f"{100 * statistics.fmean(values):{sign}.1f}" if values else ""
+    error = f" ± {100 * statistics.stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
+    return mean + error
 
 
 CLAIMS = (  # the first row's mIoU exceeds the second's by more than so many points
