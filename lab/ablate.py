@@ -1,16 +1,15 @@
-"""The paper's claim in miniature: does a text-to-image prior segment better when it is told what is there?
+"""The paper's claim in miniature: does a text-to-image prior segment better with the tags of the image?
 
-    python -m lab.ablate                              # every run of every table; the same command again goes on
+    python -m lab.ablate                              # every run of every table; re-run to resume
     python -m lab.ablate --rows none oracle --seeds 1 # some of them
-    python -m lab.ablate --report weights/tiny/ablation.jsonl  # the tables of runs that were made before
+    python -m lab.ablate --report weights/tiny/ablation.jsonl  # the tables of recorded runs
 
-On drawn scenes, from weights/tiny: Tables 5, 6 and 7 and Figure 1, and the controls that the paper lacks;
-BLIP's row of Table 5 is not among them. All runs have one budget, the same 512 labelled pictures in the same
-order, and per seed the same first decoder. The frozen views of all pictures, latents and CLIP's, are computed
-once; so pictures are mirrored but not resized. Each run reads the test pictures once, at its end; steps, rate
-and the adapter's start were chosen on val (README.md says how).
+Tables 5 (without BLIP), 6 and 7, Figure 1, and controls that the paper lacks, on synthetic scenes from
+weights/tiny. All runs share one budget, the same 512 labelled images in the same order and, per seed, the
+same initial decoder. Latents and CLIP's features are computed once, so images are mirrored but not resized.
+Each run reads the test images once, at its end; steps, rate and the adapter's start were chosen on val.
 
-Top to bottom: the rows, the pictures, one run, all runs, the tables, the figure, the command line.
+Top to bottom: the rows, the cached images, one run, all runs, the tables, the figure, the command line.
 """
 
 import argparse
@@ -24,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -33,10 +32,10 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from adapter import Condition
+from adapter import multi_hot
 from assemble import build, make_decoder, parameter_groups
 from decoders import resize
-from errors import TadaError
+from errors import TadaError, run_command
 from eval import Result, count, known, percent
 from images import scenes
 from images.draw import INK, PAPER, mosaic, overlay, wrapped
@@ -53,10 +52,10 @@ STEPS, BATCH = 400, 8
 LR = 2e-3  # of 1e-3, 2e-3 and 4e-3 the best mean of none and oracle on val, seed 0: 41, 44, 39
 WEIGHT_DECAY, WARMUP = 0.01, 40
 PROBE_LR = 1e-2  # one convolution from zero
-EVALUATED = 20  # pictures at once
-SHOWN, TILE = 6, 240  # pictures of the figure, evenly spread over the split, and their side in it
+EVALUATED = 20  # images per batch outside training
+SHOWN, TILE = 6, 240  # images in the figure, evenly spread over the split, and their side in pixels
 LOOKALIKES = {name for pair in scenes.PAIRS for name in pair}
-OTHER = "mIoU_other"  # of a model that is told the tags of the next picture
+OTHER = "mIoU_other"  # with the ground-truth tags of the next image
 
 
 # ---- the rows
@@ -64,7 +63,7 @@ OTHER = "mIoU_other"  # of a model that is told the tags of the next picture
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table: what differs from the defaults, how often and how long it is trained."""
+    """A row of a table: its changes to the defaults, its number of seeds and its factor of steps."""
 
     name: str
     config: dict = field(default_factory=dict)
@@ -75,11 +74,12 @@ class Row:
     ambiguity: float = 1.0
 
 
+NONE = {"condition": "none"}
 TAGGING = {"condition": "tagging", "tags": "classes"}
 ORACLE = {"condition": "oracle", "tags": "oracle"}
-FROZEN = {"freeze_unet": True}  # the adapter, if any, and the decoder are trained alone
+FROZEN = {"freeze_unet": True}  # only the adapter, if any, and the decoder are trained
 TABLE_5 = (
-    Row("none", {"condition": "none"}, paper=53.9),
+    Row("none", NONE, paper=53.9),
     Row("caption", {"condition": "caption", "tags": "clip"}, paper=53.5),
     Row("classes", {"condition": "classes"}, paper=54.2),
     Row("implicit", {"condition": "implicit"}, paper=54.5),
@@ -97,15 +97,15 @@ TABLE_7 = tuple(
     for blocks, paper in ((4, 55.20), (6, 55.43), (8, 54.94), (10, 54.73))
 )
 CONTROLS = (
-    Row("none, random UNet", {"condition": "none"}, 3, random_unet=True),
+    Row("none, random UNet", NONE, 3, random_unet=True),
     Row("oracle, random UNet", ORACLE, 3, random_unet=True),
-    Row("none, frozen UNet", {"condition": "none"} | FROZEN, 3),
+    Row("none, frozen UNet", NONE | FROZEN, 3),
     Row("oracle, frozen UNet", ORACLE | FROZEN, 3),
-    Row("none, frozen random UNet", {"condition": "none"} | FROZEN, 3, random_unet=True),
+    Row("none, frozen random UNet", NONE | FROZEN, 3, random_unet=True),
     Row("oracle, frozen random UNet", ORACLE | FROZEN, 3, random_unet=True),
-    Row("none, nothing alike", {"condition": "none"}, 2, ambiguity=0.0),
+    Row("none, nothing alike", NONE, 2, ambiguity=0.0),
     Row("oracle, nothing alike", ORACLE, 2, ambiguity=0.0),
-    Row("none, 10 times longer", {"condition": "none"}, 1, longer=10),
+    Row("none, 10 times longer", NONE, 1, longer=10),
     Row("tagging from the empty prompt", TAGGING | {"tags": "clip", "adapter_start": "empty"}, 2),
 )
 PROBE = Row("CLIP's tokens alone")
@@ -113,56 +113,50 @@ ROWS = {row.name: row for row in (*TABLE_5, *CONTROLS, PROBE, *TABLE_6, *TABLE_7
 
 
 def configuration(row: Row) -> TadaConfig:
-    return TadaConfig(
-        classes=scenes.CLASSES,
-        palette=tuple(tuple(map(int, colour)) for colour in scenes.PALETTE),
-        dataset="scenes",
-        model="tiny",
-        weights=WEIGHTS,
-        dropout=0.0,
-        crop=(scenes.SIZE, scenes.SIZE),
-        box=None,
-        **row.config,
-    )
+    palette = tuple(tuple(map(int, colour)) for colour in scenes.PALETTE)
+    sizes = {"crop": (scenes.SIZE, scenes.SIZE), "box": None}
+    data = {"classes": scenes.CLASSES, "palette": palette, "dataset": "scenes"} | sizes
+    return TadaConfig(model="tiny", weights=WEIGHTS, dropout=0.0, **data, **row.config)
 
 
-# ---- the pictures
+# ---- the cached images
 
 
 class FrozenFeatures(NamedTuple):
-    """What the frozen parts make of images: noised latent `(B, 4, h, w)`, CLIP's image tokens `(B, M, C)` and
-    embedding `(B, E)`.
-    """
+    """Noised latent `(B, 4, h, w)`, CLIP's image tokens `(B, M, C)` and embedding `(B, E)` of B images."""
 
     latent: Tensor
     tokens: Tensor
     embedding: Tensor
 
+    def at(self, rows: Tensor) -> Self:
+        return FrozenFeatures(*(x[rows] for x in self))
+
 
 @torch.no_grad()
 def encode_image(tada: Tada, image: Tensor) -> FrozenFeatures:
-    """The first half of `Tada.forward`, to be cached: image `(B, 3, H, W)` in [-1, 1]."""
+    """Run the frozen parts of `Tada.forward` on images `(B, 3, H, W)` in [-1, 1]."""
     return FrozenFeatures(tada.noised(tada.vae.encode(tada.padded(image))), *tada.clip.image(image))
 
 
-def forward_cached(tada: Tada, seen: FrozenFeatures, tags: Tags | None) -> Output:
-    """`Tada.forward` from cached features; a condition that does not use them ignores them."""
+def forward_cached(tada: Tada, features: FrozenFeatures, tags: Tags | None) -> Output:
+    """Run the trained parts of `Tada.forward` on cached features."""
     with torch.no_grad():
         text = tada.text(tags)
-    condition: Condition = tada.adapter(seen.tokens, seen.embedding, text)
-    return Output(tada.decoder(tada.unet_features(seen.latent, condition)), condition)
+    condition = tada.adapter(features.tokens, features.embedding, text)
+    return Output(tada.decoder(tada.unet_features(features.latent, condition)), condition)
 
 
 @dataclass
-class Pictures:
-    """What the frozen parts make of n pictures, their labels `(n, H, W)` uint8, and CLIP's tags of each."""
+class ImageSet:
+    """The frozen features of n images, their labels `(n, H, W)` uint8, and CLIP's tags of each."""
 
-    seen: FrozenFeatures
+    features: FrozenFeatures
     labels: Tensor
     tags: list[list[str]]
 
     def words(self, source: str, rows: Sequence[int]) -> list[list[str]] | None:
-        """What the model is told of these pictures: nothing of each, CLIP's tags, or the truth."""
+        """Return the tags of some images by `source`: None for classes, CLIP's, or the ground truth's."""
         if source == "classes":
             return None
         if source == "clip":
@@ -170,52 +164,56 @@ class Pictures:
         return [[scenes.CLASSES[k] for k in classes_in(self.labels[i])] for i in rows]
 
 
-def look(tada: Tada, indices: Sequence[int], ambiguity: float, mirrored: bool) -> dict[str, Tensor]:
-    """The tensors of `Pictures`, the mirrored ones last; tags as classes `(n, K)`, -1 = no more."""
-    drawn = [scenes.draw(i, ambiguity) for i in indices]
-    image = torch.from_numpy(np.stack([x.image for x in drawn])).permute(0, 3, 1, 2)
-    labels = torch.from_numpy(np.stack([x.labels for x in drawn]))
+def batches(n: int) -> tuple[Tensor, ...]:
+    return torch.arange(n).split(EVALUATED)
+
+
+def encode_scenes(tada: Tada, indices: Sequence[int], ambiguity: float, mirrored: bool) -> dict[str, Tensor]:
+    """Return the tensors of an `ImageSet`, mirrored images last; tags as classes `(n, K)`, padded with -1."""
+    samples = [scenes.draw(i, ambiguity) for i in indices]
+    image = torch.from_numpy(np.stack([x.image for x in samples])).permute(0, 3, 1, 2)
+    labels = torch.from_numpy(np.stack([x.labels for x in samples]))
     if mirrored:
         image, labels = (torch.cat([x, x.flip(-1)]) for x in (image, labels))
-    views, tags = [], torch.full((len(image), len(scenes.CLASSES)), -1)
-    for rows in torch.arange(len(image)).split(EVALUATED):
+    features, tags = [], torch.full((len(image), len(scenes.CLASSES)), -1)
+    for rows in batches(len(image)):
         part = normalise(image[rows])
-        views.append(encode_image(tada, part))
-        for i, found in zip(rows.tolist(), tada.zero_shot_tags(part), strict=True):
-            tags[i, : len(found)] = torch.tensor([scenes.CLASSES.index(word) for word, _ in found])
-    latent, tokens, embedding = (torch.cat(parts).contiguous() for parts in zip(*views, strict=True))
-    return {"latent": latent, "tokens": tokens, "embedding": embedding, "labels": labels, "tags": tags}
+        features.append(encode_image(tada, part))
+        for i, scored in zip(rows.tolist(), tada.zero_shot_tags(part), strict=True):
+            tags[i, : len(scored)] = torch.tensor([scenes.CLASSES.index(word) for word, _ in scored])
+    columns = zip(FrozenFeatures._fields, zip(*features, strict=True), strict=True)
+    return {name: torch.cat(parts).contiguous() for name, parts in columns} | {"labels": labels, "tags": tags}
 
 
-def read_pictures(file: Path) -> Pictures:
+def read_images(file: Path) -> ImageSet:
     x = load_file(file)
     tags = [[scenes.CLASSES[k] for k in row if k >= 0] for row in x["tags"].tolist()]
-    return Pictures(FrozenFeatures(x["latent"], x["tokens"], x["embedding"]), x["labels"], tags)
+    return ImageSet(FrozenFeatures(x["latent"], x["tokens"], x["embedding"]), x["labels"], tags)
 
 
-def picture_file(folder: Path, split: str, ambiguity: float) -> Path:
+def cache_file(folder: Path, split: str, ambiguity: float) -> Path:
     return folder / f"{split}-{ambiguity:g}.safetensors"
 
 
-def keep_pictures(folder: Path, wanted: Sequence[tuple[str, float]]) -> None:
-    """Write what is not there yet of the pictures of each (split, ambiguity)."""
-    files = {picture_file(folder, *which): which for which in wanted}
-    missing = {file: which for file, which in files.items() if not file.is_file()}
+def cache_images(folder: Path, wanted: Sequence[tuple[str, float]]) -> None:
+    """Encode the images of each (split, ambiguity) that has no file yet."""
+    missing = [which for which in wanted if not cache_file(folder, *which).is_file()]
     if not missing:
         return
-    tada = build(configuration(ROWS["tagging, loss, tags"])).eval()  # it looks at all there is
-    for file, (split, ambiguity) in missing.items():
-        print(f"looking at {split} at ambiguity {ambiguity:g}", flush=True)
+    tada = build(configuration(ROWS["tagging, loss, tags"])).eval()  # this row uses every frozen part
+    for split, ambiguity in missing:
+        print(f"encoding the images of {split} at ambiguity {ambiguity:g}", flush=True)
+        file = cache_file(folder, split, ambiguity)
         new = file.with_suffix(".tmp")
-        save_file(look(tada, scenes.SPLITS[split], ambiguity, mirrored=split == "train"), new)
+        save_file(encode_scenes(tada, scenes.SPLITS[split], ambiguity, mirrored=split == "train"), new)
         os.replace(new, file)
 
 
 # ---- one run
 
 
-def make(row: Row, seed: int) -> Tada:
-    """The model of a row. The decoder, and a random UNet, depend on the seed alone."""
+def build_row(row: Row, seed: int) -> Tada:
+    """Build the model of a row; the initial decoder, and a random UNet, depend on the seed only."""
     config = configuration(row)
     torch.manual_seed(seed)
     tada = build(config)
@@ -227,36 +225,34 @@ def make(row: Row, seed: int) -> Tada:
 
 
 def order(n: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """The rows of `n` pictures and their mirror images that each step sees; the same for every row."""
+    """Yield each step's rows of `n` images followed by their mirror images; the same for every row."""
     place = Order(n, seed)
     for step in range(steps):
-        rows = []
-        for position in range(step * BATCH, (step + 1) * BATCH):
-            epoch, index = place(position)
-            mirrored = randomness(seed, epoch, index).random() < 0.5
-            rows.append(index + n * mirrored)
-        yield torch.tensor(rows)
+        samples = [place(position) for position in range(step * BATCH, (step + 1) * BATCH)]
+        mirrored = [randomness(seed, epoch, index).random() < 0.5 for epoch, index in samples]
+        yield torch.tensor([index + n * flip for (_, index), flip in zip(samples, mirrored, strict=True)])
 
 
-def train(tada: Tada, pictures: Pictures, steps: int, seed: int) -> None:
-    """`steps` updates from the frozen views: AdamW, warm-up, a line down to 0."""
+def train(tada: Tada, images: ImageSet, steps: int, seed: int) -> None:
+    """Train on cached features with AdamW."""
     optimizer = torch.optim.AdamW(parameter_groups(tada, LR, WEIGHT_DECAY), fused=True)
     tada.train()
 
     def loss(rows: Tensor) -> Tensor:
-        seen = FrozenFeatures(*(x[rows] for x in pictures.seen))
-        output = forward_cached(tada, seen, pictures.words(tada.config.tags, rows.tolist()))
-        parts = tada.loss(output, pictures.labels[rows].long())
+        tags = images.words(tada.config.tags, rows.tolist())
+        output = forward_cached(tada, images.features.at(rows), tags)
+        parts = tada.loss(output, images.labels[rows].long())
         return sum(total / number for total, number in parts.values())
 
-    descend(loss, optimizer, order(len(pictures.labels) // 2, steps, seed), steps)
+    optimise(loss, optimizer, len(images.labels) // 2, steps=steps, seed=seed)
 
 
-def descend(
-    loss: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, batches: Iterator[Tensor], steps: int
+def optimise(
+    loss: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, n: int, *, steps: int, seed: int
 ) -> None:
+    """Minimise the loss of each step's rows of `n` images, with train.py's schedule."""
     full = [group["lr"] for group in optimizer.param_groups]
-    for step, rows in enumerate(batches):
+    for step, rows in enumerate(order(n, steps, seed)):
         for group, lr in zip(optimizer.param_groups, full, strict=True):
             group["lr"] = lr * learning_rate(step, steps, WARMUP)
         optimizer.zero_grad(set_to_none=True)
@@ -265,72 +261,69 @@ def descend(
 
 
 @torch.no_grad()
-def judge(tada: Tada, pictures: Pictures, other: bool = False) -> tuple[Result, Tensor]:
-    """What is right of the pictures, and their predicted labels `(n, H, W)` uint8; `other`: each is told the
-    tags of the next one."""
+def evaluate_cached(tada: Tada, images: ImageSet, shift: int = 0) -> tuple[Result, Tensor]:
+    """Return the result and labels `(n, H, W)` uint8; image i gets the tags of image i + `shift`."""
     tada.eval()
-    config, n, K = tada.config, len(pictures.labels), len(scenes.CLASSES)
-    confusion, scores, found = torch.zeros(K, K, dtype=torch.int64), torch.zeros(n, K), []
-    for rows in torch.arange(n).split(EVALUATED):
-        told = pictures.words(config.tags, ((rows + other) % n).tolist())
-        output = forward_cached(tada, FrozenFeatures(*(x[rows] for x in pictures.seen)), told)
-        labels = tada.decoder.labels(output.prediction, tuple(pictures.labels.shape[1:]))
-        confusion += count(pictures.labels[rows], labels, K)
-        found.append(labels.byte())
+    config, n = tada.config, len(images.labels)
+    scores, labels = torch.zeros(n, len(scenes.CLASSES)), []
+    for rows in batches(n):
+        tags = images.words(config.tags, ((rows + shift) % n).tolist())
+        output = forward_cached(tada, images.features.at(rows), tags)
+        labels.append(tada.decoder.labels(output.prediction, tuple(images.labels.shape[1:])).byte())
         if output.condition.logits is not None:
             scores[rows] = output.condition.logits
-    present = torch.stack([torch.bincount(x.flatten(), minlength=K) > 0 for x in pictures.labels]).float()
-    about = {"tag_head": config.condition == "tagging" and config.tag_loss_weight > 0, "condition": "none"}
-    return Result(scenes.CLASSES, about, confusion, present, scores, torch.zeros(3), 0.0), torch.cat(found)
+    tag_head = config.condition == "tagging" and config.tag_loss_weight > 0
+    return compare(images.labels, torch.cat(labels), scores if tag_head else None), torch.cat(labels)
 
 
-def probe(train: Pictures, test: Pictures, steps: int, seed: int) -> Result:
-    """One linear layer from each of CLIP's 8x8 image tokens to the classes: what its view alone decides."""
-    side = int((train.seen.tokens.shape[1] - 1) ** 0.5)
-    maps = [x.seen.tokens[:, 1:].mT.unflatten(2, (side, side)) for x in (train, test)]  # (n, C, 8, 8)
+def compare(labels: Tensor, predicted: Tensor, scores: Tensor | None) -> Result:
+    """Score predicted labels `(n, H, W)`, and the tag head's logits `(n, K)` if there is one."""
+    K, settings = len(scenes.CLASSES), {"tag_head": scores is not None, "condition": "none"}
+    confusion, present = count(labels, predicted, K), multi_hot(labels.long(), K)
+    scores = torch.zeros_like(present) if scores is None else scores
+    return Result(scenes.CLASSES, settings, confusion, present, scores, torch.zeros(3), 0.0)
+
+
+def probe(train: ImageSet, test: ImageSet, steps: int, seed: int) -> Result:
+    """Train and test one linear layer from each of CLIP's 8x8 image tokens to the classes."""
+    side = int((train.features.tokens.shape[1] - 1) ** 0.5)
     torch.manual_seed(seed)
-    layer = nn.Conv2d(maps[0].shape[1], len(scenes.CLASSES), 1)
+    layer = nn.Conv2d(train.features.tokens.shape[2], len(scenes.CLASSES), 1)
+
+    def logits(images: ImageSet, rows: Tensor) -> Tensor:
+        maps = images.features.tokens[rows, 1:].mT.unflatten(2, (side, side))  # (B, C, 8, 8)
+        return resize(layer(maps), images.labels.shape[1:])
 
     def loss(rows: Tensor) -> Tensor:
-        return F.cross_entropy(
-            resize(layer(maps[0][rows]), train.labels.shape[1:]), train.labels[rows].long()
-        )
+        return F.cross_entropy(logits(train, rows), train.labels[rows].long())
 
     optimizer = torch.optim.AdamW(layer.parameters(), PROBE_LR, weight_decay=WEIGHT_DECAY)
-    descend(loss, optimizer, order(len(train.labels) // 2, steps, seed), steps)
-    K = len(scenes.CLASSES)
-    confusion = torch.zeros(K, K, dtype=torch.int64)
-    for rows in torch.arange(len(test.labels)).split(EVALUATED):
-        labels = resize(layer(maps[1][rows]), test.labels.shape[1:]).argmax(dim=1)
-        confusion += count(test.labels[rows], labels, K)
-    nobody = torch.zeros(0, K)
-    return Result(scenes.CLASSES, {"tag_head": False}, confusion, nobody, nobody, torch.zeros(3), 0.0)
+    optimise(loss, optimizer, len(train.labels) // 2, steps=steps, seed=seed)
+    labels = [logits(test, rows).argmax(dim=1).byte() for rows in batches(len(test.labels))]
+    return compare(test.labels, torch.cat(labels), None)
 
 
 def run(name: str, seed: int, split: str, steps: int, folder: Path) -> dict:
-    """Train a row with a seed and read the split once: a line of the record. Draws what the figure needs."""
-    row, start = ROWS[name], time.perf_counter()
+    """Train and evaluate a row with a seed: a line of the record. Seed 0 saves labels for the figure."""
+    row, start, entry = ROWS[name], time.perf_counter(), {"row": name, "seed": seed}
     torch.set_num_threads(1)
     train_set, test_set = (
-        read_pictures(picture_file(folder, which, row.ambiguity)) for which in ("train", split)
+        read_images(cache_file(folder, which, row.ambiguity)) for which in ("train", split)
     )
-    entry = {"row": name, "seed": seed}
     if row is PROBE:
         result = probe(train_set, test_set, steps, seed)
     else:
-        tada = make(row, seed)
+        tada = build_row(row, seed)
         train(tada, train_set, steps * row.longer, seed)
-        result, labels = judge(tada, test_set)
+        result, labels = evaluate_cached(tada, test_set)
         if row.config["condition"] == "oracle":
-            entry[OTHER] = judge(tada, test_set, other=True)[0].mIoU
+            entry[OTHER] = evaluate_cached(tada, test_set, shift=1)[0].mIoU
         if seed == 0:
-            shown = labels[spread(len(labels))].flatten(0, 1).numpy()  # one below the other
+            shown = labels[spread(len(labels))].flatten(0, 1).numpy()  # stacked vertically
             Image.fromarray(shown).save(folder / f"{split}-{name}.png")
     entry |= {"mIoU": result.mIoU, "pixel_accuracy": result.pixel_accuracy, "tag_mAP": result.tag_mAP}
-    return entry | {
-        "IoU": [known(x) for x in result.iou.tolist()],
-        "seconds": round(time.perf_counter() - start, 1),
-    }
+    seconds = round(time.perf_counter() - start, 1)
+    return entry | {"IoU": [known(x) for x in result.iou.tolist()], "seconds": seconds}
 
 
 def spread(n: int) -> list[int]:
@@ -341,160 +334,155 @@ def spread(n: int) -> list[int]:
 
 
 def conditions(split: str, steps: int) -> dict:
-    """What all runs of a record share: of different ones no table must be made."""
+    """Return what all runs of a record share; runs under other conditions need another record."""
     files = prior_files(WEIGHTS, ("vae", "unet", "clip", "tokenizer"))
-    return {
-        "split": split,
-        "scenes_version": scenes.VERSION,
-        "weights": {file: digest(Path(WEIGHTS, file))[:16] for file in files},
-        "steps": steps,
-        "batch": BATCH,
-        "lr": LR,
-        "weight_decay": WEIGHT_DECAY,
-        "warmup": WARMUP,
-        "adapter_start": TadaConfig.adapter_start,
-    }
+    weights = {file: digest(Path(WEIGHTS, file))[:16] for file in files}
+    shared = {"split": split, "scenes_version": scenes.VERSION, "weights": weights, "steps": steps}
+    shared |= {"batch": BATCH, "lr": LR, "weight_decay": WEIGHT_DECAY, "warmup": WARMUP}
+    return shared | {"adapter_start": TadaConfig.adapter_start}
 
 
-SHARED = {"split", "scenes_version", "steps"}  # what the tables need of the first line of a record,
-RUN = {"row", "seed", "mIoU", "IoU", "tag_mAP"}  # and of every other
+SHARED = {"split", "scenes_version", "steps"}  # the keys that the tables need of a record's first line,
+RUN = {"row", "seed", "mIoU", "IoU", "tag_mAP"}  # and of every other line
 
 
 def read_record(file: Path) -> tuple[dict, list[dict]]:
-    """The shared conditions and the runs of a record; a last line that was cut off is left out."""
+    """Return a record's shared conditions and its runs, without a truncated last line."""
     lines = []
     for number, line in enumerate(file.read_bytes().splitlines(keepends=True), 1):
         if not line.endswith(b"\n"):
             break
         try:
             entry = json.loads(line)
-            lacking = (RUN if lines else SHARED).difference(entry)
+            missing = (RUN if lines else SHARED).difference(entry)
         except (ValueError, TypeError):
-            lacking = SHARED
-        if lacking:
-            raise TadaError(f"{file}, line {number}, is not of ablate.py: give the runs.jsonl of an --out")
+            missing = SHARED
+        if missing:
+            raise TadaError(f"{file}, line {number}, is not from ablate.py: give the runs.jsonl of an --out")
         lines.append(entry)
     if not lines:
         raise TadaError(f"{file} has no runs: remove it, or give another --out")
     return lines[0], lines[1:]
 
 
-def make_all(rows: Sequence[str], seeds: int | None, split: str, steps: int, folder: Path, jobs: int) -> None:
-    """Every run that the record in `folder` lacks, seed by seed; each is written down when it ends."""
-    file, shared, done = folder / "runs.jsonl", conditions(split, steps), set()
-    if file.is_file():
-        before, runs = read_record(file)
-        if before != shared:
-            raise TadaError(f"{file} was made with {before}, not {shared}: give another --out")
-        done = {(x["row"], x["seed"]) for x in runs}
-        whole = file.read_bytes().rfind(b"\n") + 1
-        if whole < file.stat().st_size:  # the last line was cut off
-            os.truncate(file, whole)
-    else:
+def open_record(file: Path, shared: dict) -> set[tuple[str, int]]:
+    """Start a record or truncate it to its last whole line; return the (row, seed) of its runs."""
+    if not file.is_file():
         file.write_text(json.dumps(shared) + "\n", encoding="utf-8")
+        return set()
+    recorded, runs = read_record(file)
+    if recorded != shared:
+        raise TadaError(f"{file} was made with {recorded}, not {shared}: give another --out")
+    whole = file.read_bytes().rfind(b"\n") + 1
+    if whole < file.stat().st_size:
+        os.truncate(file, whole)
+    return {(x["row"], x["seed"]) for x in runs}
 
+
+def run_all(
+    rows: Sequence[str], seeds: int | None, *, split: str, steps: int, folder: Path, jobs: int
+) -> None:
+    """Make every run that the record in `folder` lacks, seed by seed, and record each when it ends."""
+    file = folder / "runs.jsonl"
+    done = open_record(file, conditions(split, steps))
     todo = [(name, seed) for name in rows for seed in range(seeds or ROWS[name].seeds)]
     todo = sorted((x for x in todo if x not in done), key=lambda x: (x[1], -ROWS[x[0]].longer))
-    looks = {ROWS[name].ambiguity for name, _ in todo}
-    keep_pictures(folder, [(which, x) for which in ("train", split) for x in sorted(looks)])
+    ambiguities = sorted({ROWS[name].ambiguity for name, _ in todo})
+    cache_images(folder, [(which, x) for which in ("train", split) for x in ambiguities])
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, spawn) as pool, file.open("a", encoding="utf-8") as record:
-        waiting = [pool.submit(run, name, seed, split, steps, folder) for name, seed in todo]
+        pending = [pool.submit(run, name, seed, split, steps, folder) for name, seed in todo]
         try:
-            for number, finished in enumerate(as_completed(waiting), 1):
+            for number, finished in enumerate(as_completed(pending), 1):
                 entry = finished.result()
                 record.write(json.dumps(entry) + "\n")
                 record.flush()
-                said = f"{entry['row']}, seed {entry['seed']}: mIoU {percent(entry['mIoU'])}"
-                print(f"{number}/{len(todo)} {said}, {entry['seconds']:.0f} s", flush=True)
-        except BaseException:  # Ctrl-C too: what has not begun must not be waited for
+                score = f"{entry['row']}, seed {entry['seed']}: mIoU {percent(entry['mIoU'])}"
+                print(f"{number}/{len(todo)} {score}, {entry['seconds']:.0f} s", flush=True)
+        except BaseException:  # Ctrl-C too: cancel the runs that have not started
             pool.shutdown(cancel_futures=True)
             raise
 
 
 # ---- the tables
 
-
-def report(shared: dict, runs: Sequence[dict]) -> str:
-    """All tables in Markdown, of what the record holds: mean and standard error over seeds, in per cent."""
-    found = {}
-    for x in runs:
-        found.setdefault(x["row"], {})[x["seed"]] = x
-    if "oracle" in found:  # the same models, told something else
-        wrong = {seed: x | {"mIoU": x[OTHER], "IoU": None} for seed, x in found["oracle"].items()}
-        found["oracle, another's tags"] = wrong
-    head = (
-        "| | seeds | mIoU | above none | look-alikes | tag mAP | the paper's |\n|---|--:|--:|--:|--:|--:|--:|"
-    )
-    tables = {
-        "Table 5 and Figure 1": [row.name for row in TABLE_5],
-        "Controls": ["none", "oracle", "oracle, another's tags", *(row.name for row in CONTROLS), PROBE.name],
-        "Table 6": ["tagging", "tagging, loss", *(row.name for row in TABLE_6)],
-        "Table 7": ["tagging, loss", *(row.name for row in TABLE_7)],
-    }
-    text = [
-        f"scenes version {shared['scenes_version']}, {shared['split']}, {shared['steps']} steps of {BATCH}"
-    ]
-    for title, names in tables.items():
-        lines = [
-            line(name, found, pairs_only=title in ("Table 6", "Table 7")) for name in names if name in found
-        ]
-        text += ["", f"{title}:", "", head, *lines] if lines else []
-    return "\n".join([*text, "", *claims(found)])
+Runs = dict[str, dict[int, dict]]  # row -> seed -> line of the record
+HEAD = "| | seeds | mIoU | above none | look-alikes | tag mAP | the paper's |\n|---|--:|--:|--:|--:|--:|--:|"
+OTHERS = "oracle, another's tags"
+TABLES = {
+    "Table 5 and Figure 1": [row.name for row in TABLE_5],
+    "Controls": ["none", "oracle", OTHERS, *(row.name for row in CONTROLS), PROBE.name],
+    "Table 6": ["tagging", "tagging, loss", *(row.name for row in TABLE_6)],
+    "Table 7": ["tagging, loss", *(row.name for row in TABLE_7)],
+}
+SHORT = {"Table 6", "Table 7"}
 
 
-def line(name: str, found: dict[str, dict[int, dict]], pairs_only: bool) -> str:
-    """A row of a table; `pairs_only`: of the seeds that the short tables have."""
-    runs, none = found[name], found.get("none", {})
-    seeds = [seed for seed in sorted(runs) if not pairs_only or seed < TABLE_6[0].seeds]
-    above = [runs[seed]["mIoU"] - none[seed]["mIoU"] for seed in seeds if seed in none]
-    alike = [lookalikes(runs[seed]["IoU"]) for seed in seeds if runs[seed]["IoU"]]
-    tags = [runs[seed]["tag_mAP"] for seed in seeds if runs[seed]["tag_mAP"] is not None]
+def report(shared: dict, entries: Sequence[dict]) -> str:
+    """Return all tables of a record in Markdown: mean and standard error over seeds, in per cent."""
+    runs: Runs = {}
+    for x in entries:
+        runs.setdefault(x["row"], {})[x["seed"]] = x
+    if "oracle" in runs:  # the same models with other tags
+        runs[OTHERS] = {seed: x | {"mIoU": x[OTHER], "IoU": None} for seed, x in runs["oracle"].items()}
+    version, split, steps = shared["scenes_version"], shared["split"], shared["steps"]
+    text = [f"scenes version {version}, {split}, {steps} steps of {BATCH}"]
+    for title, names in TABLES.items():
+        lines = [table_row(name, runs, title in SHORT) for name in names if name in runs]
+        text += ["", f"{title}:", "", HEAD, *lines] if lines else []
+    return "\n".join([*text, "", *claims(runs)])
+
+
+def table_row(name: str, all_runs: Runs, short: bool) -> str:
+    """Format a row; a `short` table uses only the seeds that all its rows have."""
+    none = all_runs.get("none", {})
+    runs = {seed: x for seed, x in sorted(all_runs[name].items()) if not short or seed < TABLE_6[0].seeds}
+    above = [x["mIoU"] - none[seed]["mIoU"] for seed, x in runs.items() if seed in none]
+    alike = [lookalikes(x["IoU"]) for x in runs.values() if x["IoU"]]
+    tags = [x["tag_mAP"] for x in runs.values() if x["tag_mAP"] is not None]
     row = ROWS.get(name, ROWS["oracle"])
-    compared = name != "none" and row.ambiguity == ROWS["none"].ambiguity  # the same pictures
-    cells = [name, str(len(seeds)), spelled([runs[seed]["mIoU"] for seed in seeds])]
-    cells += [spelled(above, "+") if compared else "", spelled(alike), spelled(tags)]
+    compared = name != "none" and row.ambiguity == ROWS["none"].ambiguity  # on the same images
+    cells = [name, str(len(runs)), mean_error([x["mIoU"] for x in runs.values()])]
+    cells += [mean_error(above, "+") if compared else "", mean_error(alike), mean_error(tags)]
     return f"| {' | '.join([*cells, f'{row.paper:g}' if row.paper else ''])} |"
 
 
 def lookalikes(iou: Sequence[float]) -> float:
-    """The mean IoU of the classes that share colour and texture with another."""
+    """Return the mean IoU of the classes that share colour and texture with another class."""
     return statistics.fmean(x for name, x in zip(scenes.CLASSES, iou, strict=True) if name in LOOKALIKES)
 
 
-def spelled(values: Sequence[float], sign: str = "") -> str:
-    """Mean and standard error of fractions, in per cent; nothing of nothing."""
-    if not values:
-        return ""
-    mean = f"{100 * statistics.fmean(values):{sign}.1f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {100 * statistics.stdev(values) / len(values) ** 0.5:.1f}"
+def mean_error(values: Sequence[float], sign: str = "") -> str:
+    """Format mean and, of several values, standard error of fractions in per cent; "" without values."""
+    mean = f"{100 * statistics.fmean(values):{sign}.1f}" if values else ""
+    error = f" ± {100 * statistics.stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
+    return mean + error
 
 
-def claims(found: dict[str, dict[int, dict]]) -> list[str]:
-    """What must be true of a miniature that shows anything, and whether it is; then what telling is worth,
-    also where the UNet knows nothing, learns nothing, or nothing looks alike. Points of mIoU.
-    """
+CLAIMS = (  # the first row's mIoU exceeds the second's by more than so many points
+    ("oracle", "none", 10.0),
+    ("none", OTHERS, 0.0),
+    ("none", "none, random UNet", 0.0),
+    ("oracle", "oracle, random UNet", 0.0),
+    ("none, 10 times longer", "oracle", -5.0),
+)
+
+
+def claims(runs: Runs) -> list[str]:
+    """Check the claims, then list the gain by ground-truth tags, with the controls' gains; points of mIoU."""
 
     def gaps(more: str, less: str) -> list[float]:
-        seeds = sorted(found.get(more, {}).keys() & found.get(less, {}).keys())
-        return [found[more][seed]["mIoU"] - found[less][seed]["mIoU"] for seed in seeds]
+        seeds = sorted(runs.get(more, {}).keys() & runs.get(less, {}).keys())
+        return [runs[more][seed]["mIoU"] - runs[less][seed]["mIoU"] for seed in seeds]
 
     lines = []
-    for more, less, least in (
-        ("oracle", "none", 10.0),
-        ("none", "oracle, another's tags", 0.0),
-        ("none", "none, random UNet", 0.0),
-        ("oracle", "oracle, random UNet", 0.0),
-        ("none, 10 times longer", "oracle", -5.0),
-    ):
-        if between := gaps(more, less):
-            verdict = "holds" if 100 * statistics.fmean(between) > least else "FAILS"
-            lines.append(f"- {more} - {less} > {least:g}: {verdict}, {spelled(between, '+')}")
+    for more, less, least in CLAIMS:
+        if gap := gaps(more, less):
+            verdict = "holds" if 100 * statistics.fmean(gap) > least else "FAILS"
+            lines.append(f"- {more} - {less} > {least:g}: {verdict}, {mean_error(gap, '+')}")
     for kind in ("", ", random UNet", ", frozen UNet", ", frozen random UNet", ", nothing alike"):
-        if between := gaps(f"oracle{kind}", f"none{kind}"):
-            lines.append(f"- what the truth is worth{kind}: {spelled(between, '+')}")
+        if gap := gaps(f"oracle{kind}", f"none{kind}"):
+            lines.append(f"- gain by ground-truth tags{kind}: {mean_error(gap, '+')}")
     return lines
 
 
@@ -502,45 +490,34 @@ def claims(found: dict[str, dict[int, dict]]) -> list[str]:
 
 
 def figure(folder: Path, split: str) -> Image.Image:
-    """The same pictures under none, tagging and oracle, each over the words that its model was told."""
-    names, indices = ("none", "tagging, loss, tags", "oracle"), scenes.SPLITS[split]
-    missing = [file for name in names if not (file := folder / f"{split}-{name}.png").is_file()]
-    if missing:
-        raise TadaError(
-            f"{missing[0]} is missing: seed 0 of its row draws it; take its line out of runs.jsonl, run again"
-        )
-    predicted = [np.asarray(Image.open(folder / f"{split}-{name}.png")) for name in names]
-    told = read_pictures(picture_file(folder, split, 1.0))
-    tiles = [heading(text) for text in ("picture", "labels", *names)]
-    for place, i in enumerate(spread(len(indices))):
-        scene = scenes.draw(indices[i])
-        tiles += [tile(Image.fromarray(scene.image)), tile(painted(scene.image, scene.labels))]
-        for name, stack in zip(names, predicted, strict=True):
-            words = told.words(ROWS[name].config.get("tags", "classes"), [i])
+    """Draw the labels predicted by none, tagging and oracle, each over the tags of its model."""
+    files = {name: folder / f"{split}-{name}.png" for name in ("none", "tagging, loss, tags", "oracle")}
+    if missing := [file for file in files.values() if not file.is_file()]:
+        cure = "seed 0 of its row draws it: remove that line from runs.jsonl and run again"
+        raise TadaError(f"{missing[0]} is missing: {cure}")
+    predicted = {name: np.asarray(Image.open(file)) for name, file in files.items()}
+    images, tiles = read_images(cache_file(folder, split, 1.0)), []
+    for place, i in enumerate(spread(len(images.labels))):
+        scene = scenes.draw(scenes.SPLITS[split][i])
+        tiles += [tile(scene.image, None, "image"), tile(scene.image, scene.labels, "labels")]
+        for name, stack in predicted.items():
+            words = images.words(ROWS[name].config.get("tags", "classes"), [i])
             labels = stack[place * scenes.SIZE : (place + 1) * scenes.SIZE]
-            tiles.append(tile(painted(scene.image, labels), ", ".join(words[0]) if words else "told nothing"))
-    return mosaic(tiles, 2 + len(names))
+            tiles.append(tile(scene.image, labels, f"{name}: {', '.join(words[0]) if words else 'no tags'}"))
+    return mosaic(tiles, 2 + len(files))
 
 
-def painted(image: np.ndarray, labels: np.ndarray) -> Image.Image:
-    """The picture under its labels, without the legend."""
-    drawn = overlay(image, labels, scenes.PALETTE, scenes.CLASSES)
-    return drawn.crop((0, 0, drawn.width, drawn.width))
-
-
-def tile(picture: Image.Image, text: str = "") -> Image.Image:
-    """A square picture over up to three lines of text."""
-    font, line = ImageFont.load_default(13), 17
-    canvas = Image.new("RGB", (TILE, TILE + 3 * line + 2), PAPER)
-    canvas.paste(picture.resize((TILE, TILE)))
-    for i, part in enumerate(wrapped(text, font, TILE, 3)):
-        ImageDraw.Draw(canvas).text((0, TILE + 2 + i * line), part, INK, font)
-    return canvas
-
-
-def heading(text: str) -> Image.Image:
-    canvas = Image.new("RGB", (TILE, 20), PAPER)
-    ImageDraw.Draw(canvas).text((0, 0), text, INK, ImageFont.load_default(16))
+def tile(image: np.ndarray, labels: np.ndarray | None, text: str) -> Image.Image:
+    """Draw a square image, under its labels if there are any, over up to four lines of text."""
+    drawn = Image.fromarray(image)
+    if labels is not None:
+        drawn = overlay(image, labels, scenes.PALETTE, scenes.CLASSES)
+        drawn = drawn.crop((0, 0, drawn.width, drawn.width))  # without the legend
+    font, height = ImageFont.load_default(13), 17
+    canvas = Image.new("RGB", (TILE, TILE + 4 * height + 2), PAPER)
+    canvas.paste(drawn.resize((TILE, TILE)))
+    for i, line in enumerate(wrapped(text, font, TILE, 4)):
+        ImageDraw.Draw(canvas).text((0, TILE + 2 + i * height), line, INK, font)
     return canvas
 
 
@@ -548,24 +525,24 @@ def heading(text: str) -> Image.Image:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="The paper's tables in miniature.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description="The paper's tables in miniature.")
+    add, names = parser.add_argument, list(ROWS)
+    add("--rows", nargs="+", choices=names, default=names, metavar="ROW", help="rows to run (default: all)")
+    add("--seeds", type=int, metavar="N", help="of each row (default: its own, 1 to 5)")
+    add("--steps", type=int, default=STEPS, metavar="N", help="of each run (default: %(default)s)")
+    splits = "images to evaluate on (default: %(default)s); choose settings on val"
+    add("--split", choices=["val", "test"], default="test", help=splits)
+    add(
+        "--jobs",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="parallel runs (default: all cores)",
     )
-    parser.add_argument(
-        "--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help="which"
-    )
-    quiet = {"default": argparse.SUPPRESS}
-    seeds = "of each row (default: its own, 1 to 5)"
-    parser.add_argument("--seeds", type=int, metavar="N", help=seeds, **quiet)
-    parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help="of each run")
-    which = "the pictures to judge by: val while anything may change"
-    parser.add_argument("--split", choices=["val", "test"], default="test", help=which)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="runs at once")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablate"), metavar="DIR", help="the record")
-    made = "make no run: the tables of this record"
-    parser.add_argument("--report", type=Path, metavar="FILE", help=made, **quiet)
+    record = "folder of the record (default: %(default)s)"
+    add("--out", type=Path, default=Path("runs/ablate"), metavar="DIR", help=record)
+    add("--report", type=Path, metavar="FILE", help="print the tables of this record and run nothing")
     options = parser.parse_args(argv)
-    options.seeds, options.report = getattr(options, "seeds", None), getattr(options, "report", None)
     for name in ("seeds", "steps", "jobs"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -575,24 +552,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     o = parse(argv)
-    try:
+
+    def work() -> int:
         if o.report:
             print(report(*read_record(o.report)))
             return 0
         with lock(o.out, "--out"):
-            make_all(o.rows, o.seeds, o.split, o.steps, o.out, o.jobs)
-            shared, runs = read_record(o.out / "runs.jsonl")
-            tables = report(shared, runs)
+            run_all(o.rows, o.seeds, split=o.split, steps=o.steps, folder=o.out, jobs=o.jobs)
+            tables = report(*read_record(o.out / "runs.jsonl"))
             (o.out / "tables.md").write_text(tables + "\n", encoding="utf-8")
             print(tables)
             figure(o.out, o.split).save(o.out / "figure.jpg", quality=90)
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on", file=sys.stderr)
-        return 130
-    except (TadaError, OSError) as error:
-        print(f"ablate.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return run_command("ablate.py", work, "stopped: run the same command to resume")
 
 
 if __name__ == "__main__":
