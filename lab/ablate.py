@@ -16,12 +16,11 @@ import argparse
 import json
 import multiprocessing
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -36,11 +35,12 @@ from adapter import multi_hot
 from assemble import build, make_decoder, parameter_groups
 from decoders import resize
 from errors import TadaError, run_command
-from eval import Result, count, known, percent
 from images import scenes
 from images.draw import INK, PAPER, mosaic, overlay, wrapped
+from lab.tables import OTHER, PROBE, ROWS, Row, read_record, report
 from loading.augment import normalise
 from loading.stream import Order, classes_in, randomness
+from metrics.report import Result, confusion, none_if_nan, percent
 from model import Output, Tada, TadaConfig, Tags
 from run.folder import lock
 from train import learning_rate
@@ -54,62 +54,6 @@ WEIGHT_DECAY, WARMUP = 0.01, 40
 PROBE_LR = 1e-2  # one convolution from zero
 EVALUATED = 20  # images per batch outside training
 SHOWN, TILE = 6, 240  # images in the figure, evenly spread over the split, and their side in pixels
-LOOKALIKES = {name for pair in scenes.PAIRS for name in pair}
-OTHER = "mIoU_other"  # with the ground-truth tags of the next image
-
-
-# ---- the rows
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of a table: its changes to the defaults, its number of seeds and its factor of steps."""
-
-    name: str
-    config: dict = field(default_factory=dict)
-    seeds: int = 5
-    paper: float | None = None  # its mIoU on ADE20K
-    longer: int = 1
-    random_unet: bool = False
-    ambiguity: float = 1.0
-
-
-NONE = {"condition": "none"}
-TAGGING = {"condition": "tagging", "tags": "classes"}
-ORACLE = {"condition": "oracle", "tags": "oracle"}
-FROZEN = {"freeze_unet": True}  # only the adapter, if any, and the decoder are trained
-TABLE_5 = (
-    Row("none", NONE, paper=53.9),
-    Row("caption", {"condition": "caption", "tags": "clip"}, paper=53.5),
-    Row("classes", {"condition": "classes"}, paper=54.2),
-    Row("implicit", {"condition": "implicit"}, paper=54.5),
-    Row("tagging", TAGGING | {"tag_loss_weight": 0.0}, paper=54.8),
-    Row("tagging, loss", TAGGING, paper=55.5),
-    Row("tagging, loss, tags", TAGGING | {"tags": "clip"}, paper=55.8),
-    Row("oracle", ORACLE),
-)
-TABLE_6 = tuple(
-    Row(f"loss weight {weight}", TAGGING | {"tag_loss_weight": float(weight)}, 2, paper)
-    for weight, paper in ((5, 55.72), (10, 55.04), (15, 54.96))
-)
-TABLE_7 = tuple(
-    Row(f"{blocks} blocks", TAGGING | {"blocks": blocks}, 2, paper)
-    for blocks, paper in ((4, 55.20), (6, 55.43), (8, 54.94), (10, 54.73))
-)
-CONTROLS = (
-    Row("none, random UNet", NONE, 3, random_unet=True),
-    Row("oracle, random UNet", ORACLE, 3, random_unet=True),
-    Row("none, frozen UNet", NONE | FROZEN, 3),
-    Row("oracle, frozen UNet", ORACLE | FROZEN, 3),
-    Row("none, frozen random UNet", NONE | FROZEN, 3, random_unet=True),
-    Row("oracle, frozen random UNet", ORACLE | FROZEN, 3, random_unet=True),
-    Row("none, nothing alike", NONE, 2, ambiguity=0.0),
-    Row("oracle, nothing alike", ORACLE, 2, ambiguity=0.0),
-    Row("none, 10 times longer", NONE, 1, longer=10),
-    Row("tagging from the empty prompt", TAGGING | {"tags": "clip", "adapter_start": "empty"}, 2),
-)
-PROBE = Row("CLIP's tokens alone")
-ROWS = {row.name: row for row in (*TABLE_5, *CONTROLS, PROBE, *TABLE_6, *TABLE_7)}
 
 
 def configuration(row: Row) -> TadaConfig:
@@ -279,9 +223,9 @@ def evaluate_cached(tada: Tada, images: ImageSet, shift: int = 0) -> tuple[Resul
 def compare(labels: Tensor, predicted: Tensor, scores: Tensor | None) -> Result:
     """Score predicted labels `(n, H, W)`, and the tag head's logits `(n, K)` if there is one."""
     K, settings = len(scenes.CLASSES), {"tag_head": scores is not None, "condition": "none"}
-    confusion, present = count(labels, predicted, K), multi_hot(labels.long(), K)
+    pixels, present = confusion(labels, predicted, K), multi_hot(labels.long(), K)
     scores = torch.zeros_like(present) if scores is None else scores
-    return Result(scenes.CLASSES, settings, confusion, present, scores, torch.zeros(3), 0.0)
+    return Result(scenes.CLASSES, settings, pixels, present, scores, torch.zeros(3), 0.0)
 
 
 def probe(train: ImageSet, test: ImageSet, steps: int, seed: int) -> Result:
@@ -323,7 +267,7 @@ def run(name: str, seed: int, split: str, steps: int, folder: Path) -> dict:
             Image.fromarray(shown).save(folder / f"{split}-{name}.png")
     entry |= {"mIoU": result.mIoU, "pixel_accuracy": result.pixel_accuracy, "tag_mAP": result.tag_mAP}
     seconds = round(time.perf_counter() - start, 1)
-    return entry | {"IoU": [known(x) for x in result.iou.tolist()], "seconds": seconds}
+    return entry | {"IoU": [none_if_nan(x) for x in result.iou.tolist()], "seconds": seconds}
 
 
 def spread(n: int) -> list[int]:
@@ -340,29 +284,6 @@ def conditions(split: str, steps: int) -> dict:
     shared = {"split": split, "scenes_version": scenes.VERSION, "weights": weights, "steps": steps}
     shared |= {"batch": BATCH, "lr": LR, "weight_decay": WEIGHT_DECAY, "warmup": WARMUP}
     return shared | {"adapter_start": TadaConfig.adapter_start}
-
-
-SHARED = {"split", "scenes_version", "steps"}  # the keys that the tables need of a record's first line,
-RUN = {"row", "seed", "mIoU", "IoU", "tag_mAP"}  # and of every other line
-
-
-def read_record(file: Path) -> tuple[dict, list[dict]]:
-    """Return a record's shared conditions and its runs, without a truncated last line."""
-    lines = []
-    for number, line in enumerate(file.read_bytes().splitlines(keepends=True), 1):
-        if not line.endswith(b"\n"):
-            break
-        try:
-            entry = json.loads(line)
-            missing = (RUN if lines else SHARED).difference(entry)
-        except (ValueError, TypeError):
-            missing = SHARED
-        if missing:
-            raise TadaError(f"{file}, line {number}, is not from ablate.py: give the runs.jsonl of an --out")
-        lines.append(entry)
-    if not lines:
-        raise TadaError(f"{file} has no runs: remove it, or give another --out")
-    return lines[0], lines[1:]
 
 
 def open_record(file: Path, shared: dict) -> set[tuple[str, int]]:
@@ -402,88 +323,6 @@ def run_all(
         except BaseException:  # Ctrl-C too: cancel the runs that have not started
             pool.shutdown(cancel_futures=True)
             raise
-
-
-# ---- the tables
-
-Runs = dict[str, dict[int, dict]]  # row -> seed -> line of the record
-HEAD = "| | seeds | mIoU | above none | look-alikes | tag mAP | the paper's |\n|---|--:|--:|--:|--:|--:|--:|"
-OTHERS = "oracle, another's tags"
-TABLES = {
-    "Table 5 and Figure 1": [row.name for row in TABLE_5],
-    "Controls": ["none", "oracle", OTHERS, *(row.name for row in CONTROLS), PROBE.name],
-    "Table 6": ["tagging", "tagging, loss", *(row.name for row in TABLE_6)],
-    "Table 7": ["tagging, loss", *(row.name for row in TABLE_7)],
-}
-SHORT = {"Table 6", "Table 7"}
-
-
-def report(shared: dict, entries: Sequence[dict]) -> str:
-    """Return all tables of a record in Markdown: mean and standard error over seeds, in per cent."""
-    runs: Runs = {}
-    for x in entries:
-        runs.setdefault(x["row"], {})[x["seed"]] = x
-    if "oracle" in runs:  # the same models with other tags
-        runs[OTHERS] = {seed: x | {"mIoU": x[OTHER], "IoU": None} for seed, x in runs["oracle"].items()}
-    version, split, steps = shared["scenes_version"], shared["split"], shared["steps"]
-    text = [f"scenes version {version}, {split}, {steps} steps of {BATCH}"]
-    for title, names in TABLES.items():
-        lines = [table_row(name, runs, title in SHORT) for name in names if name in runs]
-        text += ["", f"{title}:", "", HEAD, *lines] if lines else []
-    return "\n".join([*text, "", *claims(runs)])
-
-
-def table_row(name: str, all_runs: Runs, short: bool) -> str:
-    """Format a row; a `short` table uses only the seeds that all its rows have."""
-    none = all_runs.get("none", {})
-    runs = {seed: x for seed, x in sorted(all_runs[name].items()) if not short or seed < TABLE_6[0].seeds}
-    above = [x["mIoU"] - none[seed]["mIoU"] for seed, x in runs.items() if seed in none]
-    alike = [lookalikes(x["IoU"]) for x in runs.values() if x["IoU"]]
-    tags = [x["tag_mAP"] for x in runs.values() if x["tag_mAP"] is not None]
-    row = ROWS.get(name, ROWS["oracle"])
-    compared = name != "none" and row.ambiguity == ROWS["none"].ambiguity  # on the same images
-    cells = [name, str(len(runs)), mean_error([x["mIoU"] for x in runs.values()])]
-    cells += [mean_error(above, "+") if compared else "", mean_error(alike), mean_error(tags)]
-    return f"| {' | '.join([*cells, f'{row.paper:g}' if row.paper else ''])} |"
-
-
-def lookalikes(iou: Sequence[float]) -> float:
-    """Return the mean IoU of the classes that share colour and texture with another class."""
-    return statistics.fmean(x for name, x in zip(scenes.CLASSES, iou, strict=True) if name in LOOKALIKES)
-
-
-def mean_error(values: Sequence[float], sign: str = "") -> str:
-    """Format mean and, of several values, standard error of fractions in per cent; "" without values."""
-    mean = f"{100 * statistics.fmean(values):{sign}.1f}" if values else ""
-    error = f" ± {100 * statistics.stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
-    return mean + error
-
-
-CLAIMS = (  # the first row's mIoU exceeds the second's by more than so many points
-    ("oracle", "none", 10.0),
-    ("none", OTHERS, 0.0),
-    ("none", "none, random UNet", 0.0),
-    ("oracle", "oracle, random UNet", 0.0),
-    ("none, 10 times longer", "oracle", -5.0),
-)
-
-
-def claims(runs: Runs) -> list[str]:
-    """Check the claims, then list the gain by ground-truth tags, with the controls' gains; points of mIoU."""
-
-    def gaps(more: str, less: str) -> list[float]:
-        seeds = sorted(runs.get(more, {}).keys() & runs.get(less, {}).keys())
-        return [runs[more][seed]["mIoU"] - runs[less][seed]["mIoU"] for seed in seeds]
-
-    lines = []
-    for more, less, least in CLAIMS:
-        if gap := gaps(more, less):
-            verdict = "holds" if 100 * statistics.fmean(gap) > least else "FAILS"
-            lines.append(f"- {more} - {less} > {least:g}: {verdict}, {mean_error(gap, '+')}")
-    for kind in ("", ", random UNet", ", frozen UNet", ", frozen random UNet", ", nothing alike"):
-        if gap := gaps(f"oracle{kind}", f"none{kind}"):
-            lines.append(f"- gain by ground-truth tags{kind}: {mean_error(gap, '+')}")
-    return lines
 
 
 # ---- the figure

@@ -16,8 +16,6 @@ from eval import evaluate
 from images import scenes
 from lab import ablate
 from lab.ablate import (
-    CONTROLS,
-    ROWS,
     ImageSet,
     build_row,
     cache_file,
@@ -29,9 +27,9 @@ from lab.ablate import (
     order,
     probe,
     read_images,
-    report,
     train,
 )
+from lab.tables import CONTROLS, ROWS, report
 from loading.tags import TagSource
 from unet import UNet
 from weights.load import load
