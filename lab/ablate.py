@@ -37,7 +37,7 @@ from decoders import resize
 from errors import TadaError, run_command
 from images import scenes
 from images.draw import INK, PAPER, mosaic, overlay, wrapped
-from lab.tables import OTHER, PROBE, ROWS, Row, read_record, report
+from lab.tables import BATCH, OTHER, PROBE, ROWS, Row, read_record, report
 from loading.augment import normalise
 from loading.stream import Order, classes_in, randomness
 from metrics.report import Result, confusion, none_if_nan, percent
@@ -48,7 +48,7 @@ from unet import UNet
 from weights.words import digest, prior_files
 
 WEIGHTS = "weights/tiny"
-STEPS, BATCH = 400, 8
+STEPS = 400
 LR = 2e-3  # of 1e-3, 2e-3 and 4e-3 the best mean of none and oracle on val, seed 0: 41, 44, 39
 WEIGHT_DECAY, WARMUP = 0.01, 40
 PROBE_LR = 1e-2  # one convolution from zero

@@ -12,6 +12,7 @@ from pathlib import Path
 from errors import TadaError
 from images import scenes
 
+BATCH = 8  # images per step of a run
 LOOKALIKES = {name for pair in scenes.PAIRS for name in pair}
 OTHER = "mIoU_other"  # with the ground-truth tags of the next image
 
@@ -72,12 +73,7 @@ ROWS = {row.name: row for row in (*TABLE_5, *CONTROLS, PROBE, *TABLE_6, *TABLE_7
 
 # ---- a record
 
-SHARED = {
-    "split",
-    "scenes_version",
-    "steps",
-    "batch",
-}  # the keys that the tables need of a record's first line,
+SHARED = {"split", "scenes_version", "steps"}  # the keys that the tables need of a record's first line,
 RUN = {"row", "seed", "mIoU", "IoU", "tag_mAP"}  # and of every other line
 
 
@@ -122,7 +118,7 @@ def report(shared: dict, entries: Sequence[dict]) -> str:
     if "oracle" in runs:  # the same models with other tags
         runs[OTHERS] = {seed: x | {"mIoU": x[OTHER], "IoU": None} for seed, x in runs["oracle"].items()}
     version, split, steps = shared["scenes_version"], shared["split"], shared["steps"]
-    text = [f"scenes version {version}, {split}, {steps} steps of {shared['batch']}"]
+    text = [f"scenes version {version}, {split}, {steps} steps of {BATCH}"]
     for title, names in TABLES.items():
         lines = [table_row(name, runs, title in SHORT) for name in names if name in runs]
         text += ["", f"{title}:", "", HEAD, *lines] if lines else []

@@ -14,7 +14,7 @@ from data import Scenes
 from errors import TadaError
 from eval import evaluate
 from images import scenes
-from lab import ablate
+from lab import ablate, tables
 from lab.ablate import (
     ImageSet,
     build_row,
@@ -287,7 +287,7 @@ def test_gains_by_ground_truth_tags_are_listed_with_and_without_the_prior():
 
 def test_look_alikes_are_the_pairs_of_the_scenes(few):
     iou = [0.5 if name in {x for pair in scenes.PAIRS for x in pair} else 0.0 for name in scenes.CLASSES]
-    assert ablate.lookalikes(iou) == 0.5
+    assert tables.lookalikes(iou) == 0.5
 
 
 def test_short_tables_use_the_seeds_that_all_their_rows_have():
@@ -298,9 +298,9 @@ def test_short_tables_use_the_seeds_that_all_their_rows_have():
 
 
 def test_rows_are_the_papers_and_the_controls():
-    assert [row.seeds for row in ablate.TABLE_5] == [5] * 8 and len(ROWS) == 8 + 10 + 1 + 3 + 4
-    assert [row.config["tag_loss_weight"] for row in ablate.TABLE_6] == [5, 10, 15]
-    assert [row.config["blocks"] for row in ablate.TABLE_7] == [4, 6, 8, 10]
+    assert [row.seeds for row in tables.TABLE_5] == [5] * 8 and len(ROWS) == 8 + 10 + 1 + 3 + 4
+    assert [row.config["tag_loss_weight"] for row in tables.TABLE_6] == [5, 10, 15]
+    assert [row.config["blocks"] for row in tables.TABLE_7] == [4, 6, 8, 10]
     assert {row.name: row.longer for row in CONTROLS}["none, 10 times longer"] == 10
 
 
