@@ -18,6 +18,7 @@ from PIL import Image
 from data import open_dataset
 from errors import DataError, DataWarning, Unreadable
 from images.read import distinct_colour, fit, label_table, read_image, read_labels
+from loading.augment import Augment
 from loading.check import CheckError, check
 from loading.stream import TrainStream
 from loading.tags import read_tags
@@ -209,7 +210,7 @@ def test_ade20k_samples_read_as_published(ade20k_samples, tmp_path):
     assert names(dataset) == [f"images/validation/ADE_val_0000000{i}.jpg" for i in (1, 2, 3)]
     present = set()
     for i, (W, H) in enumerate([(683, 512), (500, 364), (400, 300)]):
-        image, labels = dataset.load(i)
+        image, labels, *_ = dataset.load(i)
         raw = np.asarray(Image.open(samples / f"annotations/ADE_val_0000000{i + 1}.png")).astype(int)
         assert (image.size, image.mode, labels.dtype) == ((W, H), "RGB", np.uint8)
         assert (labels == np.where(raw == 0, 255, raw - 1)).all()
@@ -219,7 +220,7 @@ def test_ade20k_samples_read_as_published(ade20k_samples, tmp_path):
     assert report.sizes == [(512, 683), (364, 500), (300, 400)]
     assert report.pixels.sum() == 512 * 683 + 364 * 500 + 300 * 400
     assert "height 300 to 512, median 364" in str(report)
-    assert "not seen (135): " in str(report)
+    assert "absent (135): " in str(report)
 
 
 def test_the_full_ade20k_format_is_refused(ade20k_samples, tmp_path):
@@ -293,16 +294,14 @@ def test_camvid_is_a_folder(camvid):
     train, val = (open_dataset("folder", camvid, split) for split in ("train", "val"))
     assert (len(train), len(val)) == (367, 101)
     assert train.classes == (camvid / "classes.txt").read_text().split()
-    image, labels = val.load(100)
+    image, labels, *_ = val.load(100)
     assert image.size == (480, 360)
     raw = np.asarray(Image.open(camvid / val.path(100).replace("images", "labels").replace("jpg", "png")))
     assert (labels == raw).all()
     report = check(val, samples=5)
     expected = sum(np.bincount(val.load(i)[1].ravel(), minlength=256) for i in (0, 25, 50, 75, 100))
     assert (report.pixels == expected).all()
-    assert str(report).startswith(
-        "folder val: 101 pictures, 5 of them read\n  height 360 to 360, median 360\n"
-    )
+    assert str(report).startswith("folder val: 101 images, 5 of them read\n  height 360 to 360, median 360\n")
     assert f"{expected[1] / expected[:255].sum():.2%} building" in str(report)
 
 
@@ -340,11 +339,11 @@ def test_the_wrong_root_is_refused(tmp_path):
         open_dataset("ade20k", tmp_path, "train")
     with pytest.raises(DataError, match="no data set 'voc': choose ade20k, .*scenes"):
         open_dataset("voc", root, "train")
-    with pytest.raises(DataError, match="no labelled split 'test': choose train or val"):
+    with pytest.raises(DataError, match="no labelled split 'test': choose train, val"):
         open_dataset("folder", root, "test")
     shutil.rmtree(root / "images/val")
     (root / "images/val").mkdir()
-    with pytest.raises(DataError, match="images/val holds no picture"):
+    with pytest.raises(DataError, match="images/val holds no image"):
         open_dataset("folder", root, "val")
     (root / "classes.txt").unlink()
     with pytest.raises(DataError, match=r"classes\.txt not found"):
@@ -432,7 +431,7 @@ def test_labels_belong_to_the_upright_picture(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     save(noise(24, 36), root / "images/train/000.png", exif=exif)
-    with pytest.raises(DataError, match=r"labels/train/000\.png is 36x24 and its picture.* 24x36"):
+    with pytest.raises(DataError, match=r"labels/train/000\.png is 36x24 and its image.* 24x36"):
         open_dataset("folder", root, "train").load(0)
     save(np.zeros((36, 24), np.uint8), root / "labels/train/000.png")
     assert open_dataset("folder", root, "train").load(0)[1].shape == (36, 24)
@@ -451,7 +450,7 @@ def damage(path: Path, how: str) -> None:
 
 
 def test_an_odd_exif_entry_stops_nothing(tmp_path):
-    """A negative number of bits, which Pillow reads and cannot write: the picture is turned all the same."""
+    """A negative number of bits, which Pillow reads and cannot write: the image is turned all the same."""
     turned, odd = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0), struct.pack(">HHIhh", 0x0102, 8, 1, -5, 0)
     exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + turned + odd + struct.pack(">I", 0)
     for name in ("x.jpg", "x.png", "x.webp"):
@@ -486,7 +485,7 @@ def test_a_link_that_leads_back_multiplies_nothing(tmp_path):
 def test_a_damaged_file_is_named(tmp_path, part, how):
     root = folder(tmp_path, pictures=2)
     damage(root / part / "train/001.png", how)
-    with pytest.raises(Unreadable, match=rf"{part}/train/001\.png (is not a picture|cannot be read)"):
+    with pytest.raises(Unreadable, match=rf"{part}/train/001\.png (is not an image|cannot be read)"):
         open_dataset("folder", root, "train").load(1)
 
 
@@ -589,12 +588,12 @@ def test_check_names_every_kind_of_fault(tmp_path):
     assert message.count("\n") == 7
     for expected in (
         r"images/train/000\.png has no label file",
-        r"labels/train/001\.png has no picture",
-        r"labels/train/002\.png is empty or gone",
+        r"labels/train/001\.png has no image",
+        r"labels/train/002\.png is empty or missing",
         r"images/train/003\.png cannot be read \(.*truncated.*\)",
         r"labels/train/004\.png has mode RGB",
         r"labels/train/005\.png holds the value 19: labels here are 0\.\.1, 255",
-        r"labels/train/006\.png is 24x36 and its picture.*36x24",
+        r"labels/train/006\.png is 24x36 and its image.*36x24",
     ):
         assert len([fault for fault in faults if re.search(expected, fault)]) == 1, expected
     assert str(caught.value.report).startswith("folder train: 7 pictures, 1 of them read")
@@ -614,7 +613,7 @@ def test_check_refuses_labels_that_say_nothing(tmp_path):
     root = folder(tmp_path, pictures=2)
     for i in range(2):
         save(np.full((24, 36), 255, np.uint8), root / f"labels/train/{i:03}.png")
-    with pytest.raises(CheckError, match="all 2 label files that were read hold nothing but ignored pixels"):
+    with pytest.raises(CheckError, match="all 2 label files that were read hold only ignored pixels"):
         check(open_dataset("folder", root, "train"))
 
 
@@ -653,7 +652,7 @@ def test_scenes_are_a_data_set(tmp_path):
         assert len(dataset) == len(scenes.SPLITS[split])
         last = len(dataset) - 1
         assert dataset.path(last) == f"scenes/{scenes.SPLITS[split][-1]:06d}"
-        image, labels = dataset.load(last)
+        image, labels, *_ = dataset.load(last)
         drawn = scenes.draw(scenes.SPLITS[split][-1])
         assert (np.asarray(image) == drawn.image).all()
         assert (labels == drawn.labels).all()
@@ -661,9 +660,9 @@ def test_scenes_are_a_data_set(tmp_path):
     assert dataset.classes == list(scenes.CLASSES)
     report = check(dataset, samples=8)
     assert report.sizes == [(128, 128)] * 8
-    batch = next(TrainStream(dataset, (128, 128), 128, 512, batch=4, seed=5).batches())
+    batch = next(TrainStream(dataset, Augment((128, 128), 128, 512), batch=4, seed=5).batches())
     assert set(batch.labels.unique().tolist()) <= {*range(24), 255}
-    with pytest.raises(DataError, match="scenes has no split 'all'"):
+    with pytest.raises(DataError, match="scenes has no labelled split 'all'"):
         open_dataset("scenes", tmp_path, "all")
 
 
@@ -742,12 +741,12 @@ def test_unknown_pictures_are_counted_and_named(tag_file, tmp_path):
     """At most ten of them; a file that is about none of ours, or is absent, is refused."""
     others = [f'{{"image": "other/{i}.jpg", "tags": []}}' for i in range(12)]
     with pytest.warns(
-        DataWarning, match=r"12 pictures are not in the data set: other/0\.jpg, .*9\.jpg, \.\.\.$"
+        DataWarning, match=r"12 images are not in the data set: other/0\.jpg, .*9\.jpg, \.\.\.$"
     ):
         found = read_tags(tag_file(GOOD, *others), tmp_path, KNOWN)
     assert [*found.tags] == ["images/a.jpg"]
     assert found.unknown == [f"other/{i}.jpg" for i in range(12)]
-    with pytest.raises(DataError, match="has none of the 3 pictures"):
+    with pytest.raises(DataError, match="has none of the 3 images"):
         read_tags(tag_file(*others), tmp_path, KNOWN)
     with pytest.raises(DataError, match=r"absent\.jsonl cannot be read \(No such file"):
         read_tags(tmp_path / "absent.jsonl", tmp_path, KNOWN)

@@ -1,4 +1,4 @@
-"""augment.py: labels stay under their pixels, sizes, the share of one class, every step of the colours."""
+"""loading/augment.py: labels stay under their pixels, sizes, the share of one class, every step of colour."""
 
 import colorsys
 
@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_data import save
 
+from data import Sample
 from images.read import fit, read_image
 from loading import augment as module
 from loading.augment import (
-    augment,
+    Augment,
     choose_window,
     evaluation,
     nearest,
@@ -22,6 +23,13 @@ from loading.augment import (
     recolour,
     resize,
 )
+
+
+def augment(image, labels, crop, short, long, rng):
+    """Image and labels of a sample, as the stream augments it: the ratio is the first number drawn."""
+    augmentation = Augment(crop, short, long)
+    ratio = rng.uniform(*augmentation.ratios)
+    return augmentation(Sample(image, labels), ratio, rng)[:2]
 
 
 def test_normalise():

@@ -1,25 +1,18 @@
-"""panoptic_stream.py: the jitter against detectron2's rules, targets, batches for any ranks and restart."""
+"""loading/jitter.py: the jitter against detectron2's rules, targets, batches for any ranks and restart."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from test_data import damage, noise
-from test_panoptic_data import own
+from test_data_panoptic import own
 
+from data import Sample, open_dataset
 from errors import DataWarning
 from images.panoptic import Segment, positions, semantic
 from loading.augment import nearest
-from loading.jitter import (
-    NOBODY,
-    PanopticEvaluationStream,
-    PanopticTrainStream,
-    fit_into,
-    jitter,
-    masks_of,
-)
-from loading.stream import randomness
-from panoptic_data import open_panoptic
+from loading.jitter import UNOWNED, Jitter, fit_into, masks_of
+from loading.stream import EvaluationStream, TrainStream, randomness
 
 SEGMENTS = [Segment(70_000, 1, False), Segment(1, 0, True), Segment(9, 0, True, True)]
 
@@ -31,6 +24,13 @@ def picture(H: int, W: int) -> tuple[Image.Image, np.ndarray]:
     ids[H // 2 :, : W // 3] = 1
     ids[H // 2 :, -W // 4 :] = 9
     return Image.fromarray(noise(H, W)), ids
+
+
+def jitter(image, ids, segments, crop, rng, scales=(0.1, 2.0)):
+    """A sample as the stream jitters it: the ratio is the first number drawn."""
+    augmentation = Jitter(crop, scales)
+    sample = Sample(image, semantic(ids, segments), ids, segments)
+    return augmentation(sample, rng.uniform(*augmentation.ratios), rng)
 
 
 def rules(ids: np.ndarray, crop, rng) -> tuple[np.ndarray, int, int]:
@@ -61,7 +61,7 @@ def test_the_jitter_is_detectron2s(size):
         padding[:h, :w] = False
         assert (found.image[:, padding] == 128).all()
         assert (found.labels[padding] == 255).all()
-        assert (found.owners[padding] == NOBODY).all()
+        assert (found.owners[padding] == UNOWNED).all()
         differ = found.labels[:h, :w].numpy() != semantic(np.ascontiguousarray(shown), SEGMENTS)
         assert differ.mean() <= 0.08
         filled += h == crop[0]
@@ -81,12 +81,12 @@ def test_owners_classes_and_pixels_belong_together():
         masks = masks_of(found.owners, len(found.classes))
         assert masks.shape == (len(found.classes), 40, 40)
         assert masks.flatten(1).any(1).all()  # what the crop does not show is not asked for
-        assert torch.equal(masks.sum(0), (found.owners != NOBODY).long())
+        assert torch.equal(masks.sum(0), (found.owners != UNOWNED).long())
         for k, mask in zip(found.classes.tolist(), masks, strict=True):
             middle = np.median(found.image[0][mask].numpy())
             assert abs(middle - {1: 80, 0: 160}[k]) <= 60  # bilinear, so blurred where it is tiny
             assert (found.labels[mask] == k).all()
-        crowd = (found.labels != 255) & (found.owners == NOBODY)
+        crowd = (found.labels != 255) & (found.owners == UNOWNED)
         assert (found.labels[crowd] == 0).all()
 
 
@@ -97,7 +97,7 @@ def test_no_segment_at_all():
         found = jitter(image, ids, segments, (16, 16), randomness(0, 0, 0))
         assert found.classes.shape == (0,)
         assert found.classes.dtype == torch.int64
-        assert (found.owners == NOBODY).all()
+        assert (found.owners == UNOWNED).all()
         assert masks_of(found.owners, 0).shape == (0, 16, 16)
 
 
@@ -120,8 +120,8 @@ def test_more_than_a_hundred_segments():
 # ---- batches ---------------------------------------------------------------------------------------------
 
 
-def stream(dataset, **options) -> PanopticTrainStream:
-    return PanopticTrainStream(dataset, (24, 32), **{"batch": 4, "seed": 5} | options)
+def stream(dataset, scales=(0.1, 2.0), **options) -> TrainStream:
+    return TrainStream(dataset, Jitter((24, 32), scales), **{"batch": 4, "seed": 5} | options)
 
 
 def take(batches, n: int) -> dict[int, tuple]:
@@ -136,7 +136,7 @@ def take(batches, n: int) -> dict[int, tuple]:
 
 
 def test_ranks_micro_batches_workers_and_resumption_change_no_sample(tmp_path):
-    dataset = open_panoptic("panoptic", own(tmp_path, pictures=5), "train")
+    dataset = open_dataset("panoptic", own(tmp_path, pictures=5), "train")
     expected = take(stream(dataset).batches(), 5)
     assert sorted(expected) == [*range(20)]
     assert len({sample[0] for sample in expected.values()}) > 15  # another jitter in each epoch
@@ -153,24 +153,24 @@ def test_ranks_micro_batches_workers_and_resumption_change_no_sample(tmp_path):
 def test_present_is_the_whole_picture_and_a_damaged_file_is_replaced(tmp_path):
     own(tmp_path, pictures=3)
     damage(tmp_path / "annotations/panoptic_train/1.png", "cut")
-    batches = stream(open_panoptic("panoptic", tmp_path, "train"), batch=3).batches()
-    with pytest.warns(DataWarning, match="panoptic_train/1.png .*another picture takes its place"):
+    batches = stream(open_dataset("panoptic", tmp_path, "train"), batch=3).batches()
+    with pytest.warns(DataWarning, match="panoptic_train/1.png .*another image takes its place"):
         batch = next(batches)
     assert sorted(batch.paths) in (["train/0.png", "train/2.png", "train/2.png"],)
     assert batch.present == 3 * [[0, 1]]
 
 
 def test_scenes_are_batched_too():
-    batch = next(stream(open_panoptic("scenes", "", "train"), scales=(0.5, 2)).batches())
+    batch = next(stream(open_dataset("scenes", "", "train"), scales=(0.5, 2)).batches())
     assert batch.image.shape == (4, 3, 24, 32)
     assert batch.owners.dtype == torch.int16
     assert all(owners.max() == len(classes) - 1 for owners, classes in zip(batch.owners, batch.classes))
 
 
 def test_evaluation_keeps_the_truth_at_its_own_size(tmp_path):
-    dataset = open_panoptic("panoptic", own(tmp_path), "val")
+    dataset = open_dataset("panoptic", own(tmp_path), "val")
     for workers in (0, 1):
-        items = list(PanopticEvaluationStream(dataset, 48, 192, workers).items([1, 0]))
+        items = list(EvaluationStream(dataset, 48, 192, workers).items([1, 0]))
         assert [item.position for item in items] == [1, 0]
         assert items[0].image.shape == (3, 48, 72)
         assert items[0].labels.shape == items[0].ids.shape == (24, 36)

@@ -1,4 +1,4 @@
-"""stream.py: the order of samples, batches for any ranks, workers and restart, files that cannot be read."""
+"""loading/stream.py: the order of samples, batches for any ranks, workers and restart, unreadable files."""
 
 import os
 import pickle
@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_data import damage, folder, names, noise, save
 
-from data import open_dataset
+from data import Sample, open_dataset
 from errors import DataError, DataWarning
 from loading import stream as module
+from loading.augment import Augment
 from loading.stream import EvaluationStream, Order, TrainStream, randomness, shard
 
 # ---- the order -------------------------------------------------------------------------------------------
@@ -68,18 +69,15 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     ):
         shard(0, 16, 0, 3, 2)
     with pytest.raises(DataError, match="a batch of 2 cannot be divided"):
-        TrainStream(
-            open_dataset("folder", folder(tmp_path), "train"), (8, 8), 8, 32, batch=2, seed=0, world=4
-        )
+        dataset = open_dataset("folder", folder(tmp_path), "train")
+        TrainStream(dataset, Augment((8, 8), 8, 32), batch=2, seed=0, world=4)
 
 
 # ---- batches ---------------------------------------------------------------------------------------------
 
 
-def stream(dataset, **options) -> TrainStream:
-    return TrainStream(
-        dataset, **{"crop": (16, 24), "short": 24, "long": 96, "batch": 4, "seed": 5} | options
-    )
+def stream(dataset, crop=(16, 24), short=24, long=96, **options) -> TrainStream:
+    return TrainStream(dataset, Augment(crop, short, long), **{"batch": 4, "seed": 5} | options)
 
 
 def take(batches, n: int) -> dict[int, tuple]:
@@ -153,7 +151,7 @@ class Handlers:
         return str([signal.getsignal(number) == signal.SIG_IGN for number in STOPPING])
 
     def load(self, i, short=None, long=None):
-        return Image.new("RGB", (30, 20)), np.zeros((20, 30), np.uint8)
+        return Sample(Image.new("RGB", (30, 20)), np.zeros((20, 30), np.uint8))
 
 
 def test_workers_ignore_the_signals_that_stop_the_main_process():
@@ -216,7 +214,7 @@ def test_more_than_one_percent_unreadable_stops_training(tmp_path):
     root = folder(tmp_path / "c", pictures=3)
     for i in range(3):
         damage(root / f"images/train/{i:03}.png", "empty")
-    with pytest.raises(DataError, match="3 pictures in a row cannot be read"):
+    with pytest.raises(DataError, match="3 images in a row cannot be read"):
         next(stream(open_dataset("folder", root, "train")).batches())
 
 
@@ -224,7 +222,7 @@ def test_a_loading_process_that_ends_is_named(tmp_path, monkeypatch):
     """Killed for its memory, or for want of shared memory."""
     dataset = open_dataset("folder", folder(tmp_path, 4), "train")
     monkeypatch.setattr(dataset, "load", lambda *arguments: os._exit(9))
-    with pytest.raises(DataError, match=r"a loading process has ended \(.*\): free memory .*--workers"):
+    with pytest.raises(DataError, match=r"a loading process died \(.*\): free memory .*--workers"):
         next(stream(dataset, workers=1).batches())
 
 
@@ -254,9 +252,9 @@ def test_large_pictures_are_decoded_reduced_in_training(tmp_path, monkeypatch):
     load, decoded = dataset.load, []
 
     def spy(i, short=None, long=None):
-        image, labels = load(i, short, long)
-        decoded.append(((short, long), image.size))
-        return image, labels
+        sample = load(i, short, long)
+        decoded.append(((short, long), sample.image.size))
+        return sample
 
     monkeypatch.setattr(dataset, "load", spy)
     reduced = next(stream(dataset, crop=(32, 48), short=48, long=192, batch=8).batches())
@@ -273,14 +271,22 @@ def test_a_process_in_any_locale_ends_with_its_workers(tmp_path):
     """LANG=C and a folder with umlauts; an error while the loop is open, and the workers deaf to SIGTERM."""
     root = folder(tmp_path / "größe", pictures=2)
     program = """if True:
-        import sys, data, stream
+        import sys, data
+        from loading import stream
+        from loading.augment import Augment
+        from loading.check import check
         dataset = data.open_dataset("folder", sys.argv[1], "train")
-        print(len(data.check(dataset).sizes))
-        batches = stream.TrainStream(dataset, (8, 8), 8, 32, batch=2, seed=0, workers=2).batches()
+        print(len(check(dataset).sizes))
+        batches = stream.TrainStream(dataset, Augment((8, 8), 8, 32), batch=2, seed=0, workers=2).batches()
         next(batches)
         raise SystemExit("the loop is open")
     """
-    environment = {**os.environ, "LANG": "C", "LC_ALL": "C", "PYTHONPATH": str(Path(module.__file__).parent)}
+    environment = {
+        **os.environ,
+        "LANG": "C",
+        "LC_ALL": "C",
+        "PYTHONPATH": str(Path(module.__file__).parents[1]),
+    }
     command = [sys.executable, "-c", program, root]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (1, "2\n", "the loop is open\n")

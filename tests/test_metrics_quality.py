@@ -152,7 +152,7 @@ def named(png: str) -> list[dict]:
         (sample(annotations=[]), "has no annotation"),
         (sample(categories=[]), "has 0 categories: give 1 to 255"),
         (sample(categories=[{"id": 7, "name": "cat"}]), r"categories\[0\] must have .*isthing"),
-        (sample(categories=2 * sample()["categories"]), r"categories\[1\]: the id 7 .* was there before"),
+        (sample(categories=2 * sample()["categories"]), r"categories\[1\]: the id 7 .* is a duplicate"),
         (
             sample(categories=[{"id": 7, "name": "cat", "isthing": 1, "color": [1, 2, 300]}]),
             r"categories\[0\]: \"color\" must be .* not \[1, 2, 300\]",
@@ -163,10 +163,10 @@ def named(png: str) -> list[dict]:
         (sample(annotations=[{"image_id": 1}]), r"annotations\[0\]: give \"image_id\", \"file_name\""),
         (
             sample(annotations=annotated({"id": 5, "category_id": 8})),
-            r"annotations\[0\]: the segment 5 has the category_id 8, which is no category",
+            r"annotations\[0\]: the segment 5 has the category_id 8, which is not a category",
         ),
         (sample(annotations=annotated({"id": 0, "category_id": 7})), 'an "id" in 1..16777215'),
-        (sample(annotations=annotated(*2 * [{"id": 5, "category_id": 7}])), "the id 5 is there twice"),
+        (sample(annotations=annotated(*2 * [{"id": 5, "category_id": 7}])), "the id 5 is a duplicate"),
         (sample(annotations=named("/tmp/a.png")), r"annotations\[0\]: the file_name '/tmp/a.png' leads out"),
         (sample(annotations=named("b/../../a.png")), "'b/../../a.png' leads out of the PNGs' folder"),
     ],
@@ -278,7 +278,7 @@ def test_what_cannot_be_compared_gets_one_sentence(golden, tmp_path, capsys):
         (["none.json", right, *there], "none.json cannot be read"),
         ([left, str(tmp_path / "half.json"), *there], "half.json is not JSON"),
         ([left, str(tmp_path / "list.json"), *there], "list.json must be an object with the lists"),
-        ([left, right], "golden_pq/gt is no folder: give that of the PNGs of .* with --truth-folder"),
+        ([left, right], "golden_pq/gt is not a folder: give that of the PNGs of .* with --truth-folder"),
         ([left, right, *there[:2]], "golden_pq/pr is no folder: .* with --prediction-folder"),
         ([left, str(tmp_path / "less.json"), *there], "less.json has no annotation for the image 142238"),
         ([left, right, *there[:3], str(tmp_path)], r".*\.png cannot be read \(No such file"),
@@ -286,7 +286,7 @@ def test_what_cannot_be_compared_gets_one_sentence(golden, tmp_path, capsys):
     for arguments, message in cases:
         assert main(arguments) == 2
         out, err = capsys.readouterr()
-        assert re.match(f"panoptic.py: .*{message}", err) and err.count("\n") == 1 and not out, err
+        assert re.match(f"metrics.quality: .*{message}", err) and err.count("\n") == 1 and not out, err
 
 
 def test_the_truth_itself_is_perfect(golden):

@@ -1,4 +1,4 @@
-"""panoptic_data.py: COCO's official layout, one's own data in that form, the drawn scenes, every refusal."""
+"""data.py: COCO's official panoptic layout, one's own data in that form, drawn scenes, every refusal."""
 
 import json
 import re
@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from test_data import damage, noise, save
 
-import panoptic_data as module
-from data import CheckError, check
+import data as module
+from data import open_dataset
 from errors import DataError, Unreadable
 from images import scenes
 from images.panoptic import to_colours
+from loading.check import CheckError, check
 from metrics.quality import count
-from panoptic_data import open_panoptic
 
 
 def own(root: Path, pictures: int = 2, size: tuple[int, int] = (24, 36)) -> Path:
@@ -60,20 +60,20 @@ def coco(panopticapi_samples, tmp_path_factory) -> Path:
 
 
 def test_coco_in_its_official_layout(coco):
-    dataset = open_panoptic("coco-panoptic", coco, "val")
+    dataset = open_dataset("coco-panoptic", coco, "val")
     assert len(dataset) == 2
     assert len(dataset.classes) == 133
     assert dataset.path(0) == "val2017/000000142238.jpg"
     assert dataset.image_ids == [142238, 439180]
     assert dataset.palette.tolist()[0] == [220, 20, 60]
-    picture, ids, segments = dataset.panoptic(0)
+    picture, _, ids, segments = dataset.load(0)
     assert picture.size == (640, 427)
     assert ids.shape == (427, 640)
     assert ids.dtype == np.int32
     assert {s.id for s in segments} == set(np.unique(ids).tolist()) - {0}
     assert [s.thing for s in segments] == [bool(dataset.categories.things[s.label]) for s in segments]
     assert any(s.crowd for s in segments)
-    _, labels = dataset.load(0)
+    labels = dataset.load(0).labels
     assert (labels == 255).sum() == (ids == 0).sum() > 0
     for s in segments:
         assert (labels[ids == s.id] == s.label).all()
@@ -83,7 +83,7 @@ def test_coco_in_its_official_layout(coco):
 
 def test_coco_prompts_are_words(coco):
     """Without "-merged", and otherwise as those of COCO-Stuff, whose classes they are."""
-    dataset = open_panoptic("coco-panoptic", coco, "val")
+    dataset = open_dataset("coco-panoptic", coco, "val")
     prompts = dict(zip(dataset.classes, dataset.prompts, strict=True))
     assert prompts["sky-other-merged"] == "sky"
     assert prompts["tree-merged"] == "tree"
@@ -98,7 +98,7 @@ def test_coco_prompts_are_words(coco):
 
 
 def test_a_large_jpeg_comes_reduced_and_its_ids_never(coco):
-    picture, ids, _ = open_panoptic("coco-panoptic", coco, "val").panoptic(0, 40, 60)
+    picture, _, ids, _ = open_dataset("coco-panoptic", coco, "val").load(0, 40, 60)
     assert picture.size == (320, 214)
     assert ids.shape == (427, 640)
 
@@ -115,12 +115,12 @@ def test_the_example_of_the_docstring_works(tmp_path):
             save(to_colours(np.array(ids)), tmp_path / f"annotations/panoptic_{split}/{name}.png")
             save(noise(2, 4), tmp_path / f"{split}/{name}.jpg")
         (tmp_path / f"annotations/panoptic_{split}.json").write_text(json.dumps(content))
-    dataset = open_panoptic("panoptic", tmp_path, "train")
+    dataset = open_dataset("panoptic", tmp_path, "train")
     assert dataset.classes == dataset.prompts == ["car", "street"]
     check(dataset)
     assert dataset.load(0)[1].tolist() == [[0, 0, 0, 0], [1, 1, 1, 1]]
     assert dataset.load(1)[1].tolist() == [[1, 1, 1, 1], [1, 1, 255, 255]]
-    assert [(s.id, s.label, s.thing) for s in dataset.panoptic(0).segments] == [
+    assert [(s.id, s.label, s.thing) for s in dataset.load(0).segments] == [
         (1, 0, True),
         (2, 0, True),
         (3, 1, False),
@@ -128,8 +128,8 @@ def test_the_example_of_the_docstring_works(tmp_path):
 
 
 def test_ones_own_data(tmp_path):
-    dataset = open_panoptic("panoptic", own(tmp_path), "val")
-    _, ids, segments = dataset.panoptic(1)
+    dataset = open_dataset("panoptic", own(tmp_path), "val")
+    *_, ids, segments = dataset.load(1)
     assert [(s.id, s.label, s.thing, s.crowd) for s in segments] == [
         (70_000, 1, False, False),
         (1, 0, True, False),
@@ -145,15 +145,15 @@ def test_missing_files_are_told_by_name(tmp_path):
     (tmp_path / "val/0.png").unlink()
     (tmp_path / "annotations/panoptic_val/2.png").unlink()
     save(noise(8, 8), tmp_path / "val/more.jpg")
-    dataset = open_panoptic("panoptic", tmp_path, "val")
+    dataset = open_dataset("panoptic", tmp_path, "val")
     json_file = f"{tmp_path}/annotations/panoptic_val.json"
     assert dataset.missing == [
-        f"{tmp_path}/val/0.png is not there, but {json_file} lists it",
-        f"{tmp_path}/annotations/panoptic_val/2.png is not there, but {json_file} lists it",
+        f"{tmp_path}/val/0.png does not exist, but {json_file} lists it",
+        f"{tmp_path}/annotations/panoptic_val/2.png does not exist, but {json_file} lists it",
         f"{tmp_path}/val/more.jpg has no annotation in {json_file}",
     ]
     for i in (0, 2):
-        with pytest.raises(DataError, match="is not there, but .* lists it"):
+        with pytest.raises(DataError, match="does not exist, but .* lists it"):
             dataset.load(i)
     with pytest.raises(CheckError, match="panoptic val has 3 faults") as caught:
         check(dataset)
@@ -168,7 +168,7 @@ def test_pictures_in_folders_below(tmp_path):
     content = json.loads(file.read_text())
     content["images"][1]["file_name"] = "deep/1.png"
     file.write_text(json.dumps(content))
-    dataset = open_panoptic("panoptic", tmp_path, "val")
+    dataset = open_dataset("panoptic", tmp_path, "val")
     assert [dataset.path(i) for i in range(2)] == ["val/0.png", "val/deep/1.png"]
     check(dataset)
 
@@ -176,8 +176,8 @@ def test_pictures_in_folders_below(tmp_path):
 def test_files_that_do_not_fit(tmp_path):
     own(tmp_path)
     save(noise(25, 36), tmp_path / "val/0.png")
-    dataset = open_panoptic("panoptic", tmp_path, "val")
-    with pytest.raises(DataError, match=r"panoptic_val/0.png is 36x24 and its picture, .* 36x25: both need"):
+    dataset = open_dataset("panoptic", tmp_path, "val")
+    with pytest.raises(DataError, match=r"panoptic_val/0.png is 36x24 and its image, .* 36x25: both need"):
         dataset.load(0)
     save(to_colours(np.full((24, 36), 9)), tmp_path / "annotations/panoptic_val/1.png")
     with pytest.raises(DataError, match="panoptic_val/1.png holds the id 9"):
@@ -188,20 +188,20 @@ def test_files_that_do_not_fit(tmp_path):
 
 
 def test_what_is_not_such_a_data_set_is_refused(tmp_path, coco):
-    with pytest.raises(DataError, match="no panoptic data set 'coco': choose coco-panoptic, panoptic or sc"):
-        open_panoptic("coco", coco, "val")
-    with pytest.raises(DataError, match="coco-panoptic has no annotated split 'test': choose train or val"):
-        open_panoptic("coco-panoptic", coco, "test")
+    with pytest.raises(DataError, match="no data set 'coco': choose ade20k.* coco-panoptic, panoptic or sc"):
+        open_dataset("coco", coco, "val")
+    with pytest.raises(DataError, match="coco-panoptic has no labelled split 'test': choose train, val"):
+        open_dataset("coco-panoptic", coco, "test")
     with pytest.raises(DataError, match=r"is not coco-panoptic: train2017 and .*; --data must be coco$"):
-        open_panoptic("coco-panoptic", coco, "train")
+        open_dataset("coco-panoptic", coco, "train")
     own(tmp_path / "coco")
     with pytest.raises(DataError, match=f"; give --data {tmp_path}/coco$"):
-        open_panoptic("coco-panoptic", tmp_path, "val")
+        open_dataset("coco-panoptic", tmp_path, "val")
     shutil.rmtree(tmp_path / "coco/annotations/panoptic_val")
     with pytest.raises(DataError, match="unpack annotations/panoptic_val.zip there"):
-        open_panoptic("panoptic", tmp_path / "coco", "val")
-    with pytest.raises(DataError, match="scenes has no split 'all'"):
-        open_panoptic("scenes", "", "all")
+        open_dataset("panoptic", tmp_path / "coco", "val")
+    with pytest.raises(DataError, match="scenes has no labelled split 'all'"):
+        open_dataset("scenes", "", "all")
 
 
 # ---- drawn -----------------------------------------------------------------------------------------------
@@ -210,10 +210,10 @@ def test_what_is_not_such_a_data_set_is_refused(tmp_path, coco):
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_scenes_in_panoptic_form(split):
     """Each instance is one thing of one class, each class of stuff one segment; every pixel has one."""
-    dataset = open_panoptic("scenes", "", split)
+    dataset = open_dataset("scenes", "", split)
     things = dataset.categories.things
     for i in range(40):
-        picture, ids, segments = dataset.panoptic(i)
+        picture, _, ids, segments = dataset.load(i)
         scene = scenes.draw(scenes.SPLITS[split][i])
         assert (np.asarray(picture) == scene.image).all()
         assert sorted(s.id for s in segments) == np.unique(ids).tolist()
