@@ -596,7 +596,7 @@ def test_check_names_every_kind_of_fault(tmp_path):
         r"labels/train/006\.png is 24x36 and its image.*36x24",
     ):
         assert len([fault for fault in faults if re.search(expected, fault)]) == 1, expected
-    assert str(caught.value.report).startswith("folder train: 7 pictures, 1 of them read")
+    assert str(caught.value.report).startswith("folder train: 7 images, 1 of them read")
 
 
 def test_check_lists_at_most_ten(tmp_path):

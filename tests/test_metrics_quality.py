@@ -1,4 +1,4 @@
-"""panoptic.py: the format written and read, PQ against panopticapi's own numbers and brute force, AP."""
+"""images/panoptic.py and metrics/quality.py: the format written and read, PQ against panopticapi's own numbers and brute force, AP."""
 
 import json
 import re
@@ -279,7 +279,7 @@ def test_what_cannot_be_compared_gets_one_sentence(golden, tmp_path, capsys):
         ([left, str(tmp_path / "half.json"), *there], "half.json is not JSON"),
         ([left, str(tmp_path / "list.json"), *there], "list.json must be an object with the lists"),
         ([left, right], "golden_pq/gt is not a folder: give that of the PNGs of .* with --truth-folder"),
-        ([left, right, *there[:2]], "golden_pq/pr is no folder: .* with --prediction-folder"),
+        ([left, right, *there[:2]], "golden_pq/pr is not a folder: .* with --prediction-folder"),
         ([left, str(tmp_path / "less.json"), *there], "less.json has no annotation for the image 142238"),
         ([left, right, *there[:3], str(tmp_path)], r".*\.png cannot be read \(No such file"),
     ]
