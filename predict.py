@@ -17,8 +17,6 @@ Folders are mirrored below the folder that holds all inputs; where two results w
 image keeps its suffix (1.jpg -> 1.png, 1.png -> 1.png.png). Files of another image or program are never
 overwritten: a line is written before the files that it lists, so files without a line belong to others. An
 image is skipped if its line has the same model, settings, size and time, and its files exist.
-
-Top to bottom: one image; what is written; the command.
 """
 
 import argparse
@@ -75,6 +73,11 @@ class Settings:
         file = os.stat(path)
         made = {"checkpoint": self.checkpoint, "asked": words, "scales": self.scales, "flip": self.flip}
         return made | self.reading | {"bytes": file.st_size, "mtime_ns": file.st_mtime_ns}
+
+    @property
+    def owned(self) -> list[str]:
+        """The endings of all files that belong to an image."""
+        return [ending for ending in ENDINGS if ending != SEGMENTS or self.reading]
 
     @property
     def endings(self) -> list[str]:
@@ -162,22 +165,16 @@ def tidy(out: Path) -> None:
 
 
 def to_do(names: dict[str, str], words: dict, out: Path, settings: Settings) -> list[str]:
-    """The paths of the images without a result of these settings. Raises TadaError where a file belongs to
-    another image or program.
-    """
-    records, todo = read_list(out), []
-    by_name = {labels.removesuffix(".png").lower(): x for labels, x in records.items()}
+    """The images without such a result. Raises TadaError where a file belongs to another image or program."""
+    records, todo = {name.removesuffix(".png"): x for name, x in read_list(out).items()}, []
     for path, name in names.items():
-        record = by_name.get(name.lower(), {})
-        files = [out / f"{name}{ending}" for ending in settings.endings]
-        if record.get("path", path) != path:
-            raise TadaError(f"{out / name}.png is the label map of {record['path']}: give another --out")
-        other = f"{name}{SEGMENTS}".removesuffix(".png")
-        if settings.reading and (other in names.values() or other.lower() in by_name):
+        record = records.get(name, {})
+        if settings.reading and f"{name}{SEGMENTS}".removesuffix(".png") in {*records, *names.values()}:
             raise TadaError(f"{out / name}{SEGMENTS} is another image's label map: give another --out")
-        for file in [file for file in files if not record and file.exists()][:1]:
-            raise TadaError(f"{file} exists and {LIST} has no line for it: give another --out")
-        made = settings.of(path, words[path])
+        for file in [out / f"{name}{ending}" for ending in settings.owned]:
+            if not record and file.exists():
+                raise TadaError(f"{file} exists and {LIST} has no line for it: give another --out")
+        made, files = settings.of(path, words[path]), [out / f"{name}{x}" for x in settings.endings]
         if not made or not made.items() <= record.items() or not all(file.is_file() for file in files):
             todo.append(path)
     return todo
@@ -185,7 +182,6 @@ def to_do(names: dict[str, str], words: dict, out: Path, settings: Settings) -> 
 
 def write(out: Path, name: str, record: dict, results: dict[str, Image.Image], rank: int) -> None:
     """Append the line, then write the files, each whole or not at all, the label map last. Raises OSError."""
-    (out / f"{name}.png").unlink(missing_ok=True)
     with (out / LIST).open("a") as f:
         fcntl.flock(f, fcntl.LOCK_EX)  # of the ranks one at a time
         f.write(json.dumps(record) + "\n")
@@ -235,7 +231,8 @@ def run(
         )
     settings = Settings(digest(file), scales, flip, attention, segment_options(segments, config.decoder))
     folder = Path(out).absolute()
-    names = find_images(inputs, folder)
+    taken = {labels.removesuffix(".png").lower(): x["path"] for labels, x in read_list(folder).items()}
+    names = find_images(inputs, folder, taken)
     words = choose_words(tags, config.tags, condition=config.condition, paths=[*names])
     with lock(folder, "--out") if ranks.is_main else nullcontext():
         if ranks.is_main:
@@ -258,6 +255,8 @@ def run(
                     failed += 1
                     tqdm.write(f"skipped: {error}", file=sys.stderr)
                     continue
+                for ending in settings.owned:  # also those of an earlier result that this one lacks
+                    (folder / f"{names[path]}{ending}").unlink(missing_ok=True)
                 write(folder, names[path], made | record, results=results, rank=ranks.rank)
                 if ranks.is_main and bar.disable:
                     most = [f"{name} {percent(share)}" for name, share in [*record["shares"].items()][:3]]

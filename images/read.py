@@ -26,11 +26,11 @@ SHOWN = 10  # paths in a message
 Size = tuple[int, int]  # height, width
 
 
-def find_images(inputs: Iterable[str], out: Path) -> dict[str, str]:
+def find_images(inputs: Iterable[str], out: Path, taken: dict[str, str]) -> dict[str, str]:
     """Absolute path of each image -> the name of its results below --out, without ".png".
 
     A file is read whatever its suffix; of folders and globs the images (`PICTURES`) that are not hidden, and
-    never what lies in `out`.
+    never what lies in `out`. taken: names of earlier results, in lower case -> their images.
     """
     paths, bases, out = [], [], os.path.realpath(out)
     for given in inputs:
@@ -49,14 +49,15 @@ def find_images(inputs: Iterable[str], out: Path) -> dict[str, str]:
             given if os.path.isdir(given) else os.path.dirname(given if exists else given[: wild.start()])
         )
         bases.append(os.path.abspath(folder))
-    base, names, taken = os.path.commonpath(bases), {}, {}
+    base, names, taken = os.path.commonpath(bases), {}, dict(taken)
     for path in dict.fromkeys(paths):
         whole = os.path.relpath(path, base)
-        name = next((x for x in (os.path.splitext(whole)[0], whole) if x.lower() not in taken), None)
-        if name is None:
-            raise DataError(f"{path} and {taken[whole.lower()]} would share {whole}.png: give another --out")
-        names[path] = name
-        taken[name.lower()] = path
+        stem = os.path.splitext(whole)[0]
+        free = [name for name in (stem, whole) if taken.get(name.lower(), path) == path]
+        if not free:
+            raise DataError(f"{path} and {taken[stem.lower()]} would share {stem}.png: give another --out")
+        names[path] = free[0]
+        taken[free[0].lower()] = path
     return names
 
 

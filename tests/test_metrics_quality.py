@@ -1,4 +1,4 @@
-"""images/panoptic.py and metrics/quality.py: the format written and read, PQ against panopticapi's own numbers and brute force, AP."""
+"""images/panoptic.py and metrics/quality.py: the format written and read, PQ as panopticapi counts, AP."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""predict.py: its label maps are the model's, for any picture; nothing is overwritten, nothing is done twice;
+"""predict.py: its label maps are the model's, for any image; nothing is overwritten, nothing is done twice;
 words steer; and where each word is attended to.
 """
 
@@ -26,11 +26,12 @@ import inference
 import predict as module
 from adapter import Caption, Implicit, Unconditional
 from assemble import build
-from errors import ModelError
-from images import scenes
+from errors import DataError, ModelError
+from images import draw, scenes
 from images.panoptic import from_colours
+from images.read import find_images
 from loading.augment import evaluation, normalise
-from loading.tags import LONGEST_TAG
+from loading.tags import LONGEST_TAG, choose_words
 from model import Tada, TadaConfig
 from predict import main
 from run.checkpoint import load_model, save_model
@@ -90,7 +91,7 @@ def stub(folder: Path, **changes) -> str:
 
 
 def noise(*size: int) -> np.ndarray:
-    """A smooth random picture `(H, W, 3)` uint8."""
+    """A smooth random image `(H, W, 3)` uint8."""
     H, W = size
     small = np.random.default_rng(H * W).integers(0, 256, (5, 6, 3), np.uint8)
     return np.asarray(Image.fromarray(small).resize((W, H), Image.Resampling.BICUBIC))
@@ -123,7 +124,7 @@ def labels(file: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("ways", [[], ["--scales", "1", "1.5", "--flip"]])
 def test_the_label_map_is_the_model_s(steered, tada, tmp_path, ways):
-    """Read as eval.py reads it: resized into the box, in windows, at the picture's own size."""
+    """Read as eval.py reads it: resized into the box, in windows, at the image's own size."""
     picture = save(tmp_path / "beach.png", noise(300, 500))
     out = tmp_path / "out"
     assert main([steered, str(picture), "--out", str(out), "--tags", " sea, fishing  boat,,sea ", *ways]) == 0
@@ -137,7 +138,15 @@ def test_the_label_map_is_the_model_s(steered, tada, tmp_path, ways):
     )
     words = [["sea", "fishing boat"]]
     expected = inference.predict(
-        tada, seen, words, (300, 500), (64, 107), (64, 64), (43, 43), scales, flip=bool(ways)
+        tada,
+        seen,
+        words,
+        size=(300, 500),
+        base=(64, 107),
+        window=(64, 64),
+        stride=(43, 43),
+        scales=scales,
+        flip=bool(ways),
     ).labels[0]
     found = labels(out / "beach.png")
     assert len(np.unique(found)) > 5
@@ -192,7 +201,7 @@ def test_segments_are_the_model_s(surest, tmp_path, monkeypatch):
 
 
 def test_score_and_overlap_say_what_a_segment_is(surest, tmp_path, monkeypatch):
-    """Each as `Tada.segment` takes it; read otherwise, a picture is done anew."""
+    """Each as `Tada.segment` takes it; read otherwise, an image is done anew."""
     file, tada = surest
     picture, out = save(tmp_path / "1.png"), tmp_path / "out"
     image = module.model_input(Image.open(picture), (64, 96))
@@ -216,12 +225,12 @@ def test_a_map_of_ids_overwrites_nothing(tmp_path, capsys):
     file = stub(tmp_path, decoder="mask2former", things=(True,) * len(scenes.CLASSES))
     save(tmp_path / "in" / "1.png"), save(tmp_path / "in" / "1.segments.png")
     assert main([file, str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 2
-    assert "1.segments.png is another picture's label map" in capsys.readouterr().err
+    assert "1.segments.png is another image's label map" in capsys.readouterr().err
     save(tmp_path / "other" / "1.segments.png")
     assert main([file, str(tmp_path / "in" / "1.png"), "--out", str(tmp_path / "other")]) == 2
     assert "give another --out" in capsys.readouterr().err
     assert main([file, str(tmp_path / "in"), "--flip"]) == 2
-    assert "--flip: mask2former reads a picture whole" in capsys.readouterr().err
+    assert "--flip: mask2former reads an image whole" in capsys.readouterr().err
 
 
 def test_how_segments_are_read_is_mask2formers_alone(tmp_path, capsys):
@@ -230,19 +239,18 @@ def test_how_segments_are_read_is_mask2formers_alone(tmp_path, capsys):
     for flag in ("score", "overlap"):
         assert main([stub(tmp_path), picture, "--out", str(out), "--tags", "sea", f"--{flag}", "0.8"]) == 2
         assert capsys.readouterr().err == (
-            f"predict.py: --{flag}: it is of mask2former's segments, and this model's decoder is fpn; "
-            "leave it out\n"
+            f"predict.py: --{flag} is for mask2former's segments, this model's decoder is fpn: leave it out\n"
         )
     assert not out.exists()
     with pytest.raises(SystemExit):
         main(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "least probability of a segment's class (default: 0.8, Mask2Former's; ODISE's is 0.0)" in said
-    assert "that a segment keeps of what others claim (default: 0.8)" in said
+    assert "minimum probability of a segment's class (default: 0.8, Mask2Former's; ODISE's is 0.0)" in said
+    assert "that a segment keeps after overlaps (default: 0.8)" in said
 
 
 def test_the_words_are_those_that_clip_finds(steered, tada, tmp_path):
-    """In the whole picture; --tags takes their place, and changes what is seen."""
+    """In the whole image; --tags takes their place, and changes what is seen."""
     picture = save(tmp_path / "x.png", noise(140, 400))
     assert main([steered, str(picture), "--out", str(tmp_path / "a")]) == 0
     (line,) = lines(tmp_path / "a")
@@ -296,8 +304,8 @@ ANY = {
 }
 
 
-def test_any_picture(steered, tmp_path):
-    """The label map has the picture's size, upright; what is drawn can be opened and read."""
+def test_any_image(steered, tmp_path):
+    """The label map has the image's size, upright; what is drawn can be opened and read."""
     (tmp_path / "in").mkdir()
     sizes = {Path(name).stem: write(tmp_path / "in" / name) for name, write in ANY.items()}
     out = tmp_path / "out"
@@ -311,7 +319,7 @@ def test_any_picture(steered, tmp_path):
                 drawn.load()
 
 
-def test_a_turned_picture_is_seen_upright(steered, tmp_path):
+def test_a_rotated_image_is_read_upright(steered, tmp_path):
     """The same pixels, stored lying and stored standing."""
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -338,7 +346,7 @@ def test_a_large_photograph(steered, ram, tmp_path):
     assert max(Image.open(tmp_path / "demo3.overlay.jpg").size) <= 1600
 
 
-# ---- many pictures, many names
+# ---- many images, many names
 
 
 def test_folders_and_globs_are_mirrored(steered, tmp_path):
@@ -346,7 +354,7 @@ def test_folders_and_globs_are_mirrored(steered, tmp_path):
     photos = tmp_path / "photos"
     for name in ("top.jpg", "a/1.PNG", "a/deep/2.jpeg", ".hidden.jpg", ".cache/4.jpg"):
         save(photos / name)
-    (photos / "notes.txt").write_text("no picture")
+    (photos / "notes.txt").write_text("no image")
     (photos / "a" / "back").symlink_to(photos)
     (photos / "linked").symlink_to(save(tmp_path / "elsewhere" / "5.jpg").parent)
     names = ["a/1", "a/deep/2", "linked/5", "top"]
@@ -366,7 +374,7 @@ def test_folders_and_globs_are_mirrored(steered, tmp_path):
     [
         (["a"], {"a/1.jpg": "1", "a/1.png": "1.png", "a/2.png": "2"}),
         (["a/1.png"], {"a/1.png": "1"}),
-        (["a/2.png", "b"], {"a/2.png": "2", "b/1.jpg": "1"}),
+        (["a/2.png", "b"], {"a/2.png": "a/2", "b/1.jpg": "b/1"}),
         (["a/1.jpg", "b/1.jpg"], {"a/1.jpg": "a/1", "b/1.jpg": "b/1"}),
         (["a", "b"], {"a/1.jpg": "a/1", "a/1.png": "a/1.png", "a/2.png": "a/2", "b/1.jpg": "b/1"}),
         (["a", "a/2.png", "a"], {"a/1.jpg": "1", "a/1.png": "1.png", "a/2.png": "2"}),
@@ -375,13 +383,12 @@ def test_folders_and_globs_are_mirrored(steered, tmp_path):
         (["a", "b", "c"], "all"),
     ],
 )
-def test_no_two_pictures_share_a_name(tmp_path, inputs, names):
-    """1.jpg beside 1.png; 1.jpg in two folders; case alone does not tell two files apart on every disk."""
+def test_no_two_images_share_a_name(tmp_path, inputs, names):
+    """1.jpg next to 1.png; 1.jpg in two folders; case alone does not tell two files apart on every disk."""
     for name in ("a/1.jpg", "a/1.png", "a/2.png", "b/1.jpg", "c/X.jpg", "c/x.jpg", "c/x.png.jpg", "c/x.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    found = module.find([str(tmp_path / x) for x in inputs], tmp_path / "out")
-    given = module.name_results(found, {})
+    given = find_images([str(tmp_path / x) for x in inputs], tmp_path / "out", {})
     assert len({name.lower() for name in given.values()}) == len(given)
     if names == "all":
         assert len(given) == 8 and given[str(tmp_path / "c/x.png")] == "c/x.png"
@@ -406,7 +413,7 @@ def test_what_another_run_or_program_wrote_stays(steered, tmp_path, capsys):
 
     drawing = save(out / "mine.png").read_bytes()
     assert main([steered, str(save(tmp_path / "mine.jpg")), *arguments]) == 2
-    assert "mine.png is there and predictions.jsonl has no line for it" in capsys.readouterr().err
+    assert "mine.png exists and predictions.jsonl has no line for it" in capsys.readouterr().err
     assert (out / "mine.png").read_bytes() == drawing
 
 
@@ -427,7 +434,7 @@ def test_no_file_of_another_program_is_overwritten(tmp_path, capsys, ending):
     before = foreign.read_bytes()
     command = [stub(tmp_path), str(save(tmp_path / "1.jpg")), "--out", str(tmp_path / "out"), "--tags", "sea"]
     assert main([*command, "--attention"]) == 2
-    sentence = f"{foreign} is there and predictions.jsonl has no line for it: give another --out"
+    sentence = f"{foreign} exists and predictions.jsonl has no line for it: give another --out"
     assert sentence in capsys.readouterr().err and foreign.read_bytes() == before
 
 
@@ -441,12 +448,12 @@ def test_results_are_no_inputs(steered, tmp_path, capsys):
     for asked in (tmp_path, tmp_path / "x.png", tmp_path / "*.png"):
         before = (tmp_path / "x.png").read_bytes()
         assert main([steered, str(asked), "--out", str(tmp_path), "--tags", "sea"]) == 2
-        assert f"{asked} has no picture" in capsys.readouterr().err
+        assert f"{asked} has no image" in capsys.readouterr().err
         assert (tmp_path / "x.png").read_bytes() == before
 
 
 def test_what_is_done_is_skipped(steered, tmp_path, capsys):
-    """By the same model, words and way, with all files there, and the picture unchanged since."""
+    """By the same model, words and way, with all files there, and the image unchanged since."""
     pictures = [save(tmp_path / f"{i}.png", noise(8, 12 + i)) for i in range(2)]
     out = tmp_path / "out"
 
@@ -454,12 +461,12 @@ def test_what_is_done_is_skipped(steered, tmp_path, capsys):
         assert main([model, *map(str, inputs), "--out", str(out), "--tags", tags, *flags]) == 0
         return capsys.readouterr().out.splitlines()[-1].removeprefix(f"{out}: ")
 
-    new, old = "1 predicted, 0 done before, 0 unreadable", "0 predicted, 1 done before, 0 unreadable"
-    assert again(inputs=pictures) == "2 predicted, 0 done before, 0 unreadable"
+    new, old = "1 predicted, 0 skipped, 0 unreadable", "0 predicted, 1 skipped, 0 unreadable"
+    assert again(inputs=pictures) == "2 predicted, 0 skipped, 0 unreadable"
     before = {name: (out / name).stat().st_mtime_ns for name in ("0.png", "0.overlay.jpg")}
     assert again() == old
     (out / "1.overlay.jpg").unlink()
-    assert again(inputs=pictures) == "1 predicted, 1 done before, 0 unreadable"
+    assert again(inputs=pictures) == "1 predicted, 1 skipped, 0 unreadable"
     assert before == {name: (out / name).stat().st_mtime_ns for name in before}
     for time in (2e9, 1e9):  # replaced by a newer one, by an older one
         os.utime(pictures[0], (time, time))
@@ -482,7 +489,7 @@ def test_what_is_done_is_skipped(steered, tmp_path, capsys):
 
 
 def test_after_a_crash(steered, tmp_path, capsys):
-    """A line cut off, a temporary file, a process's own list, a line without label map: put in order."""
+    """A truncated line, a temporary file, a line without label map: cleaned up."""
     for i in range(3):
         save(tmp_path / "in" / f"{i}.jpg")
     out = tmp_path / "out"
@@ -490,8 +497,7 @@ def test_after_a_crash(steered, tmp_path, capsys):
     assert main(arguments) == 0
     complete = lines(out)
     text = (out / "predictions.jsonl").read_text().splitlines(keepends=True)
-    (out / "predictions.jsonl").write_text(text[0] + text[2][:30])
-    (out / ".1.predictions.jsonl").write_text(text[1] + text[2])
+    (out / "predictions.jsonl").write_text("".join(text) + text[2][:30])
     (out / "2.png").unlink()
     (out / "0.png").unlink(), (out / "0.overlay.jpg").unlink()
     for name in (".tmp-7", ".tmp-predictions.jsonl"):
@@ -501,27 +507,53 @@ def test_after_a_crash(steered, tmp_path, capsys):
     assert lines(out) == complete[1:]  # of 2 the overlay is there: it is ours
     capsys.readouterr()
     assert main(arguments) == 0
-    assert "2 predicted, 1 done before" in capsys.readouterr().out
+    assert "2 predicted, 1 skipped" in capsys.readouterr().out
     assert lines(out) == complete
     assert sorted(path.name for path in out.glob(".*")) == [".lock", ".tmp-mine"]
 
 
-def test_a_crash_between_two_files_is_gone_on_from(steered, tmp_path, monkeypatch):
-    """The overlay is there and no label map: it is known as ours."""
+def test_a_crash_between_two_files_is_resumed(steered, tmp_path, monkeypatch):
+    """The overlay exists and no label map: the line makes it ours."""
     arguments = [steered, str(save(tmp_path / "1.jpg")), "--out", str(tmp_path / "out"), "--tags", "sea"]
-    real = module.Folder.save
+    real = os.replace
 
-    def crash(folder, image, name):
-        if name == "1.png":
+    def crash(source, target):
+        if str(target).endswith("1.png"):
             raise SystemExit
-        real(folder, image, name)
+        real(source, target)
 
-    monkeypatch.setattr(module.Folder, "save", crash)
+    monkeypatch.setattr(module.os, "replace", crash)
     with pytest.raises(SystemExit):
         main(arguments)
     assert results(tmp_path / "out") == ["1.overlay.jpg", "predictions.jsonl"]
     monkeypatch.undo()
     assert main(arguments) == 0
+    assert results(tmp_path / "out") == ["1.overlay.jpg", "1.png", "predictions.jsonl"]
+
+
+def test_a_crash_before_the_line_skips_nothing(steered, tmp_path, monkeypatch, capsys):
+    """A result made anew with other words: its old files are removed before the new line is written."""
+    arguments = [steered, str(save(tmp_path / "1.jpg")), "--out", str(tmp_path / "out"), "--tags"]
+    assert main([*arguments, "sea"]) == 0
+
+    def crash(out, *rest, **more):
+        assert not (out / "1.png").exists()
+        raise SystemExit
+
+    monkeypatch.setattr(module, "write", crash)
+    with pytest.raises(SystemExit):
+        main([*arguments, "boat"])
+    monkeypatch.undo()
+    capsys.readouterr()
+    assert main([*arguments, "sea"]) == 0
+    assert "1 predicted, 0 skipped" in capsys.readouterr().out
+
+
+def test_no_attention_of_other_words_is_left(steered, tmp_path):
+    """A drawing that this result lacks goes with the result it belonged to."""
+    arguments = [steered, str(save(tmp_path / "1.jpg")), "--out", str(tmp_path / "out"), "--tags"]
+    assert main([*arguments, "sea", "--attention"]) == 0
+    assert main([*arguments, "boat"]) == 0
     assert results(tmp_path / "out") == ["1.overlay.jpg", "1.png", "predictions.jsonl"]
 
 
@@ -538,15 +570,15 @@ def test_ctrl_c_keeps_what_is_done(steered, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(module, "read_image", interrupted)
     arguments = [steered, str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--tags", "sea"]
     assert main(arguments) == 130
-    assert "what was written stays" in capsys.readouterr().err
+    assert "results stay" in capsys.readouterr().err
     assert [line["labels"] for line in lines(tmp_path / "out")] == ["0.png"]
     monkeypatch.undo()
     assert main(arguments) == 0
-    assert "1 predicted, 1 done before" in capsys.readouterr().out
+    assert "1 predicted, 1 skipped" in capsys.readouterr().out
 
 
-def test_a_bad_picture_is_named_and_the_rest_goes_on(steered, tmp_path, capsys):
-    """Damaged, empty, no picture, gone, too large: exit code 1, and they are tried again the next time."""
+def test_an_unreadable_image_is_listed_and_the_rest_continues(steered, tmp_path, capsys):
+    """Damaged, empty, no image, gone, too large: exit code 1, and they are tried again the next time."""
     good = save(tmp_path / "in" / "good.jpg")
     whole = good.read_bytes()
     (tmp_path / "in" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
@@ -558,7 +590,7 @@ def test_a_bad_picture_is_named_and_the_rest_goes_on(steered, tmp_path, capsys):
     for done in ("1 predicted, 0", "0 predicted, 1"):
         assert main([steered, str(tmp_path / "in"), "--out", str(out), "--tags", "sea"]) == 1
         said = capsys.readouterr()
-        assert f"{done} done before, 5 unreadable" in said.out
+        assert f"{done} skipped, 5 unreadable" in said.out
         for name in ("cut.jpg", "empty.png", "page.jpg", "gone.jpg", "large.png"):
             assert said.err.count(f"skipped: {tmp_path / 'in' / name} ") == 1
         assert "Traceback" not in said.err
@@ -573,11 +605,11 @@ def process(rank: int, port: int, said: Path, arguments: list[str]) -> None:
     os._exit(code)
 
 
-def test_two_processes_share_the_pictures(steered, tmp_path):
-    """Together they leave, byte for byte, what one leaves; a bad picture's exit code is that of both."""
+def test_two_processes_share_the_images(steered, tmp_path):
+    """Together they leave, byte for byte, what one leaves; a unreadable image's exit code is that of both."""
     for i in range(5):
         save(tmp_path / "in" / f"{i}.jpg", noise(30 + i, 40))
-    (tmp_path / "in" / "bad.jpg").write_text("no picture")
+    (tmp_path / "in" / "bad.jpg").write_text("no image")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -595,7 +627,7 @@ def test_two_processes_share_the_pictures(steered, tmp_path):
         for one in both:
             one.kill()
     said = [file.read_text() for file in files]
-    assert said[0].endswith("5 predicted, 0 done before, 1 unreadable\n")
+    assert said[0].endswith("5 predicted, 0 skipped, 1 unreadable\n")
     assert "".join(said).count("skipped: ") == 1
     assert all(line.startswith("skipped: ") for line in said[1].splitlines())  # only rank 0 says the rest
 
@@ -612,14 +644,14 @@ def test_two_processes_share_the_pictures(steered, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "options", "sentence"),
     [
-        ({"condition": "none", "tags": "classes"}, ["--tags", "sea"], "reads no words of a picture"),
+        ({"condition": "none", "tags": "classes"}, ["--tags", "sea"], "uses no words per image"),
         ({"condition": "classes", "tags": "classes"}, ["--tags", "sea"], "condition classes, tags classes"),
         ({"condition": "implicit", "tags": "classes"}, ["--tags", "sea"], "leave --tags out"),
         ({"condition": "tagging", "tags": "classes"}, ["--tags", "sea"], "condition tagging, tags classes"),
-        ({"condition": "oracle", "tags": "oracle"}, [], "say it, as in --tags 'sea, boat'"),
-        ({"condition": "tagging", "tags": "oracle"}, [], "say it, as in --tags 'sea, boat'"),
+        ({"condition": "oracle", "tags": "oracle"}, [], "give the images', as in --tags 'sea, boat'"),
+        ({"condition": "tagging", "tags": "oracle"}, [], "give the images', as in --tags 'sea, boat'"),
         ({"condition": "tagging", "tags": "gone.jsonl"}, [], "gone.jsonl cannot be read"),
-        ({"condition": "caption", "tags": "gone.jsonl"}, [], "say what is in the pictures with --tags"),
+        ({"condition": "caption", "tags": "gone.jsonl"}, [], "give the words of the images with --tags"),
         ({"condition": "tagging"}, ["--tags", " , "], "--tags ' , ' has 0 words"),
         ({"condition": "tagging"}, ["--tags", "x" * (LONGEST_TAG + 1)], "1 to 200 printable characters"),
         ({"condition": "tagging"}, ["--tags", "a\0b"], "printable characters"),
@@ -638,7 +670,7 @@ def test_words_that_cannot_be(tmp_path, capsys, changes, options, sentence):
 
 
 def test_words_from_the_file_of_training(tmp_path, monkeypatch):
-    """Found by the end of the picture's path, the longest first; a caption where captions are read."""
+    """Found by the end of the image's path, the longest first; a caption where captions are read."""
     paths = [str(save(tmp_path / name)) for name in ("root/train/1.jpg", "root/val/1.jpg", "2.jpg")]
     entries = [
         {"image": "val/1.jpg", "tags": [["sea", 0.9], ["boat", 0.5]], "caption": "a boat at sea"},
@@ -650,24 +682,26 @@ def test_words_from_the_file_of_training(tmp_path, monkeypatch):
     file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     config = replace(CONFIG, tags=str(file))
     expected = [["cow"], ["sea", "boat"], []]
-    assert module.read_words(config, None, paths) == dict(zip(paths, expected, strict=True))
-    assert module.read_words(config, "sky", paths[:1]) == {paths[0]: ["sky"]}
+    assert choose_words(None, config.tags, config.condition, paths) == dict(zip(paths, expected, strict=True))
+    assert choose_words("sky", config.tags, config.condition, paths[:1]) == {paths[0]: ["sky"]}
     config = replace(config, condition="caption")
     expected = [["a cow"], ["a boat at sea"], ["nothing"]]
-    assert module.read_words(config, None, paths) == dict(zip(paths, expected, strict=True))
-    assert module.read_words(config, " a dog, on  grass", paths[:1]) == {paths[0]: ["a dog, on grass"]}
-    with pytest.raises(module.TadaError, match=r"lacks 1 of 2 pictures, such as .*new.jpg: say what is in"):
-        module.read_words(config, None, [paths[0], str(tmp_path / "new.jpg")])
-    with pytest.raises(module.TadaError, match=r"the words of training are not there.*--tags"):
-        module.read_words(config, None, ["/a/new.jpg"])
+    assert choose_words(None, config.tags, config.condition, paths) == dict(zip(paths, expected, strict=True))
+    assert choose_words(" a dog, on  grass", config.tags, config.condition, paths[:1]) == {
+        paths[0]: ["a dog, on grass"]
+    }
+    with pytest.raises(DataError, match=r"lacks 1 of 2 images, such as .*new.jpg: give the words"):
+        choose_words(None, config.tags, config.condition, [paths[0], str(tmp_path / "new.jpg")])
+    with pytest.raises(DataError, match=r"the words of training cannot be used.*--tags"):
+        choose_words(None, config.tags, config.condition, ["/a/new.jpg"])
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["nowhere.jpg"], "nowhere.jpg does not exist: give a picture, a folder or a quoted glob"),
-        (["nothing/*.jpg"], "nothing/*.jpg has no picture"),
-        (["--out", "file"], "file cannot be written (File exists): give another --out"),
+        (["nowhere.jpg"], "nowhere.jpg does not exist: give an image, a folder or a quoted glob"),
+        (["nothing/*.jpg"], "nothing/*.jpg has no image"),
+        (["--out", "file"], "file cannot be written or locked (File exists): give another --out"),
         (["--scales", "0"], "'0' is not in 0.1..10"),
         (["--scales", "big"], "invalid scale value: 'big'"),
         (["--score", "1.1"], "'1.1' is not in 0..1"),
@@ -701,17 +735,17 @@ def test_the_model_is_the_one_whose_hash_was_taken(steered, tmp_path, monkeypatc
         os.link(steered, run / f"step-{i}" / "model.safetensors")
     (run / "best").symlink_to("step-1")
 
-    def overtaken(folder: module.Folder) -> None:
+    def overtaken(out: Path) -> None:
         (run / "best").unlink()
         (run / "best").symlink_to("step-2")
-        claim(folder)
+        tidy(out)
 
     def load(file: Path, *rest: object) -> Tada:
         loaded.append(file)
         return load_model(steered)
 
-    claim = module.Folder.claim
-    monkeypatch.setattr(module.Folder, "claim", overtaken)
+    tidy, once = module.tidy, iter([overtaken])
+    monkeypatch.setattr(module, "tidy", lambda out: next(once, tidy)(out))
     monkeypatch.setattr(module, "load_model", load)
     assert (
         main([str(run), str(save(tmp_path / "x.jpg")), "--out", str(tmp_path / "out"), "--tags", "sea"]) == 0
@@ -722,7 +756,7 @@ def test_the_model_is_the_one_whose_hash_was_taken(steered, tmp_path, monkeypatc
 
 def test_names_that_the_terminal_cannot_show_stop_nothing(monkeypatch, tmp_path):
     with (tmp_path / "said").open("w", encoding="ascii") as narrow, redirect_stdout(narrow):
-        monkeypatch.setattr(module, "run", lambda *arguments: print("größe \udcff"))
+        monkeypatch.setattr(module, "run", lambda **options: print("größe \udcff"))
         main(["run", "x.jpg"])
     assert (tmp_path / "said").read_text() == "gr\\xf6\\xdfe \\udcff\n"
 
@@ -739,8 +773,8 @@ def test_a_folder_in_use_is_refused(steered, tmp_path, capsys):
 
 
 def expected_maps(tada: Tada, image: Tensor, context: Tensor, lengths: Tensor | None) -> Tensor:
-    """The UNet's maps at strides 16 and 32, each resized to the padded picture, their mean `(B, L, H, W)`."""
-    latent = tada.noised(tada.encode(tada.padded(image)))
+    """The UNet's maps at strides 16 and 32, each resized to the padded image, their mean `(B, L, H, W)`."""
+    latent = tada.noised(tada.vae.encode(tada.padded(image)))
     t = torch.zeros(len(image), dtype=torch.int64)
     _, maps = tada.unet.features_and_attention(latent, t, context, lengths)
     assert [x.shape[2] * 2**i for i, x in enumerate(maps)] == [latent.shape[2]] * 3
@@ -793,7 +827,7 @@ def test_attention_where_words_are_the_tokens():
     oracle = restless(replace(CONFIG, condition="oracle", tags="oracle"))
     text = oracle.text(TAGS)
     expected = expected_maps(oracle, image, text.vectors, text.lengths)[..., :100, :150]
-    found = oracle.attention(image, TAGS)
+    found = inference.attention(oracle, image, TAGS)
     assert found.shape == (2, 3, *IMAGE_SIZE) and torch.allclose(found, expected, atol=1e-5)
     assert (found[0, 2] == 0).all() and found[0, :2].std() > 1e-3
     assert torch.allclose(found.sum(dim=1), torch.ones(2, *IMAGE_SIZE), atol=1e-5)
@@ -801,7 +835,7 @@ def test_attention_where_words_are_the_tokens():
     classes = restless(replace(CONFIG, condition="classes", tags="classes"))
     context = classes.adapter(None, None, None).context.expand(2, -1, -1)
     expected = expected_maps(classes, image, context, None)[..., :100, :150]
-    assert torch.allclose(classes.attention(image), expected, atol=1e-5)
+    assert torch.allclose(inference.attention(classes, image), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -810,17 +844,17 @@ def test_attention_where_words_are_the_tokens():
 def test_attention_needs_words(tada, adapter):
     image, wordless = torch.zeros(1, 3, 64, 64), SimpleNamespace(config=CONFIG, adapter=adapter)
     with pytest.raises(ModelError, match="condition tagging has no words to attend to"):
-        Tada.attention(wordless, image, [["sea"]])
+        inference.attention(wordless, image, [["sea"]])
     joined = SimpleNamespace(config=replace(CONFIG, tag_tokens="prompt"), adapter=tada.adapter)
     with pytest.raises(ModelError, match="joins the tags into one text"):
-        Tada.attention(joined, image, [["sea"]])
+        inference.attention(joined, image, [["sea"]])
 
 
 @torch.no_grad()
 def test_attention_is_that_of_the_windows(tada):
-    """Of a picture larger than the crop: each window by itself, averaged where two overlap."""
+    """Of an image larger than the crop: each window by itself, averaged where two overlap."""
     image = 2 * torch.rand(1, 3, 64, 85) - 1
-    found = module.attention(tada, image, TAGS[1:])
+    found = inference.attention_in_windows(tada, image, TAGS[1:])
     left, right = (inference.attention(tada, image[..., x : x + 64], TAGS[1:]) for x in (0, 21))
     expected = torch.cat([left[..., :21], (left[..., 21:] + right[..., :43]) / 2, right[..., 43:]], dim=3)
     assert torch.allclose(found, expected, atol=1e-6)
@@ -830,12 +864,12 @@ def test_attention_has_a_tile_for_each_word(steered, tmp_path, monkeypatch):
     """Strongest first with its share; of the class names the ten that have most."""
     drawn = []
     monkeypatch.setattr(
-        module, "heat", lambda image, strength, title: drawn.append(title) or Image.new("RGB", (20, 10))
+        draw, "heat", lambda image, strength, title: drawn.append(title) or Image.new("RGB", (20, 10))
     )
     maps = np.stack([np.full((4, 6), x, np.float32) for x in (0.2, 0.5, 0.3)])
-    module.draw_attention(Image.new("RGB", (60, 40)), maps, CONFIG, ["sea", "boat", "sky"])
+    draw.attention_mosaic(Image.new("RGB", (60, 40)), maps, CONFIG.classes, ["sea", "boat", "sky"])
     assert drawn == ["boat  50%", "sky  30%", "sea  20%"]
     drawn.clear()
     shares = np.linspace(0, 0.1, len(CONFIG.classes), dtype=np.float32)
-    module.draw_attention(Image.new("RGB", (60, 40)), shares[:, None, None], CONFIG, None)
+    draw.attention_mosaic(Image.new("RGB", (60, 40)), shares[:, None, None], CONFIG.classes, None)
     assert [title.split("  ")[0] for title in drawn] == list(CONFIG.classes[:-11:-1])
