@@ -155,7 +155,7 @@ def test_a_missing_part_is_named(tiny, tmp_path, capsys):
     """Each of the four, with the other three present."""
     folder, *_ = tiny
     parts = ("vae", "unet", "clip", "tokenizer")
-    cures = [f"{part} does not exist; get " for part in parts[:3]] + ["tokenizer/vocab.json is missing; "]
+    cures = [f"{part} does not exist; get " for part in parts[:3]] + ["tokenizer/vocab.json is missing: "]
     for missing, cure in zip(parts, cures, strict=True):
         weights = tmp_path / f"without {missing}"
         weights.mkdir()
