@@ -628,7 +628,7 @@ def test_bad_input_is_one_sentence(root, finished, tada, tmp_path, capsys):
         ([run, "--tags", "clip"], "--tags clip: the model was trained with tags classes"),
         ([str(classes), "--data", str(root), "--tags", "oracle"], "model of condition classes uses no tags"),
         ([run, "--stride", "70"], r"--stride \(70, 70\) leaves gaps between windows of \(48, 64\)"),
-        ([run, "--out", str(tmp_path / "file")], r"file cannot be written or locked \(.*\): give another --out"),
+        ([run, "--out", str(tmp_path / "file")], r"file cannot be written or locked \(.*\): give"),
         ([str(alone)], "does not hold its data set's folder: give it with --data"),
         ([str(unreadable)], r"config.json cannot be read \(.*\): give --data"),
     ]
