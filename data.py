@@ -257,7 +257,7 @@ class PanopticFiles(Dataset):
         self.missing = [self.without(file) for file in listed if file in self.lost]
         self.missing += [
             f"{root / self.folder / name} has no annotation in {a.file}"
-            for name in sorted(on_disk[root / self.folder].difference(a.pictures))
+            for name in sorted(on_disk[root / self.folder].difference(a.file_names))
             if name.lower().endswith(PICTURES) and not name.startswith(".")
         ]
 
@@ -265,7 +265,7 @@ class PanopticFiles(Dataset):
         return len(self.annotations)
 
     def path(self, i: int) -> str:
-        return f"{self.folder}/{self.annotations.pictures[i]}"
+        return f"{self.folder}/{self.annotations.file_names[i]}"
 
     def png(self, i: int) -> str:
         return self.annotations.pngs[i]

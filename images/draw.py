@@ -81,12 +81,12 @@ def segment_overlay(
 def covered(image: np.ndarray, labels: np.ndarray, palette: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The image under the colours, `(h, w, 3)` float32, and the labels `(h, w)`, at the size as drawn."""
     size = drawn_size(*labels.shape)
-    picture = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC), np.float32)
+    drawn = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC), np.float32)
     shown = np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
     colours = np.zeros((256, 3), np.float32)
     colours[: len(palette)] = palette
     cover = np.where(shown < len(palette), np.float32(COVER), 0)[..., None]
-    return picture + cover * (colours[shown] - picture), shown
+    return drawn + cover * (colours[shown] - drawn), shown
 
 
 def widest(mask: np.ndarray) -> tuple[float, float, int]:
@@ -118,14 +118,14 @@ def borders(labels: np.ndarray) -> np.ndarray:
 
 
 def with_legend(
-    picture: Image.Image,
+    drawn: Image.Image,
     counts: Sequence[int],
     palette: np.ndarray,
     classes: Sequence[str],
     words: Sequence[str] | None,
 ) -> Image.Image:
     """The image over a table of its classes and the words; `counts` has the pixels of each label 0..255."""
-    width = max(picture.width, SMALLEST)
+    width = max(drawn.width, SMALLEST)
     text = min(max(width // 40, 14), 24)
     font, line, margin, box = ImageFont.load_default(text), round(1.6 * text), text, text
 
@@ -138,21 +138,21 @@ def with_legend(
     if len(seen) > ROWS * columns:
         entries[ROWS * columns - 1 :] = [f"and {len(seen) - ROWS * columns + 1} more"]
     rows = -(-len(entries) // columns)
-    told = []
+    word_rows = []
     if words is not None:
-        told = wrapped(f"words: {', '.join(words) or 'none'}", font, room, lines=2)
+        word_rows = wrapped(f"words: {', '.join(words) or 'none'}", font, room, lines=2)
 
-    height = 2 * margin + line * (rows + len(told))
-    canvas = Image.new("RGB", (width, picture.height + height), PAPER)
-    canvas.paste(picture, ((width - picture.width) // 2, 0))
+    height = 2 * margin + line * (rows + len(word_rows))
+    canvas = Image.new("RGB", (width, drawn.height + height), PAPER)
+    canvas.paste(drawn, ((width - drawn.width) // 2, 0))
     draw = ImageDraw.Draw(canvas)
     for i, entry in enumerate(entries):
-        x, y = margin + i % columns * cell, picture.height + margin + i // columns * line
+        x, y = margin + i % columns * cell, drawn.height + margin + i // columns * line
         if i < ROWS * columns - 1 or len(entries) == len(seen):
             draw.rectangle((x, y, x + box, y + box), tuple(map(int, palette[seen[i]])), GREY)
         draw.text((x + 1.5 * box, y + box / 2), fitting(entry, font, cell - 2 * box), INK, font, "lm")
-    for i, sentence in enumerate(told, rows):
-        draw.text((margin, picture.height + margin + i * line + box / 2), sentence, GREY, font, "lm")
+    for i, sentence in enumerate(word_rows, rows):
+        draw.text((margin, drawn.height + margin + i * line + box / 2), sentence, GREY, font, "lm")
     return canvas
 
 
@@ -221,9 +221,9 @@ def confusion_matrix(confusion: Tensor, names: Sequence[str]) -> Image.Image:
     shade = shares.sqrt()[..., None]
     colour = (255 + shade * torch.tensor([8 - 255, 48 - 255, 107 - 255])).nan_to_num(225)  # (K, K, 3)
     matrix = Image.fromarray(colour.round().to(torch.uint8).numpy())
-    picture = Image.new("RGB", (margin + K * side + 16, margin + K * side + 16), "white")
-    picture.paste(matrix.resize((K * side, K * side), Image.Resampling.NEAREST), (margin, margin))
-    draw = ImageDraw.Draw(picture)
+    drawn = Image.new("RGB", (margin + K * side + 16, margin + K * side + 16), "white")
+    drawn.paste(matrix.resize((K * side, K * side), Image.Resampling.NEAREST), (margin, margin))
+    draw = ImageDraw.Draw(drawn)
     draw.rectangle((margin - 1, margin - 1, margin + K * side, margin + K * side), outline="lightgray")
     draw.multiline_text((margin - 8, margin - 40), "row: truth\ncolumn: prediction", "gray", font, "ra")
     above = Image.new("RGB", (margin, K * side), "white")  # the columns' names, before they are turned
@@ -236,8 +236,8 @@ def confusion_matrix(confusion: Tensor, names: Sequence[str]) -> Image.Image:
             ink = "white" if shares[k, column] > 0.25 else "black"
             draw.text(place, f"{100 * shares[k, column]:.0f}", ink, font, anchor="mm")
     if names:
-        picture.paste(above.rotate(90, expand=True), (margin, 0))
-    return picture
+        drawn.paste(above.rotate(90, expand=True), (margin, 0))
+    return drawn
 
 
 # ---- text

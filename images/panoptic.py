@@ -119,13 +119,13 @@ class Annotations:
     file: Path
     categories: Categories
     image_ids: list[int | str]
-    pictures: list[str]  # `file_name` of the image
+    file_names: list[str]  # of the images
     pngs: list[str]  # `file_name` of the annotation
     table: np.ndarray  # (all segments, 3) int32: id, label, crowd
     starts: np.ndarray  # (n + 1,) where the segments of an image begin
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.file_names)
 
     def segments(self, i: int) -> list[Segment]:
         rows = self.table[self.starts[i] : self.starts[i + 1]].tolist()
@@ -149,7 +149,7 @@ def read_annotations(file: str | Path, truth: Annotations | None = None) -> Anno
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not JSON ({error}): give a panoptic JSON") from None
     if truth is not None and isinstance(content, dict):
-        names = zip(truth.image_ids, truth.pictures, strict=True)
+        names = zip(truth.image_ids, truth.file_names, strict=True)
         images = [{"id": id, "file_name": name} for id, name in names]
         content = {"categories": truth.categories.as_json(), "images": images} | content
     lists = [content.get(key) if isinstance(content, dict) else None for key in TOP]
@@ -186,10 +186,10 @@ def read_annotations(file: str | Path, truth: Annotations | None = None) -> Anno
     if not found:
         raise DataError(f"{file} has no annotation: it needs one for each image")
     found.sort(key=lambda entry: (entry[0], str(entry[1])))
-    pictures, image_ids, pngs = map(list, zip(*found, strict=True))
+    file_names, image_ids, pngs = map(list, zip(*found, strict=True))
     tables = [rows[id] for id in image_ids]
     starts = np.cumsum([0, *map(len, tables)])
-    return Annotations(file, categories, image_ids, pictures, pngs, np.concatenate(tables), starts)
+    return Annotations(file, categories, image_ids, file_names, pngs, np.concatenate(tables), starts)
 
 
 TOP = ("categories", "images", "annotations")

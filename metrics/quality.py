@@ -16,7 +16,7 @@ at all, their mean stops with a division by zero and ours is NaN.
 
     python -m metrics.quality TRUTH.json PREDICTION.json  # PQ, SQ, RQ of a prediction that any program wrote
 
-Top to bottom: counting, PQ, AP, the command line. Nothing here knows of a model.
+Top to bottom: counting, PQ, AP, the command line.
 """
 
 import argparse

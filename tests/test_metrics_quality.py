@@ -61,7 +61,7 @@ def write(folder, truth: Annotations, source) -> Annotations:
         ids, segments = truth.ids(i, source), truth.segments(i)
         write_ids(ids, folder / truth.pngs[i])
         entries.append(entry(truth.image_ids[i], truth.pngs[i], ids, segments, truth.categories))
-        images.append({"id": truth.image_ids[i], "file_name": truth.pictures[i]})
+        images.append({"id": truth.image_ids[i], "file_name": truth.file_names[i]})
     write_annotations(folder.with_suffix(".json"), truth.categories, images, entries)
     return read_annotations(folder.with_suffix(".json"))
 
@@ -199,7 +199,7 @@ def test_a_json_with_little_in_it_is_enough(tmp_path):
     )
     (tmp_path / "x.json").write_text(json.dumps(content))
     read = read_annotations(tmp_path / "x.json")
-    assert read.pictures == ["a.jpg", "b.jpg"]
+    assert read.file_names == ["a.jpg", "b.jpg"]
     assert read.image_ids == ["a", "b"]
     assert [read.segments(i) for i in range(2)] == [[Segment(5, 0, True)], []]
     assert read.categories.palette.tolist() == [[128, 0, 0]]
