@@ -102,9 +102,7 @@ class Tada(nn.Module):
         self.run_unet = unet.features_and_attention if config.attention_maps else unet.features
         self.multiple = vae.stride * 2 ** (len(unet.config.channels) - 1)  # of the image's sides: 64
         self.uses_image = isinstance(adapter, (Implicit, Tagging))  # whether the adapter uses image features
-        self.uses_words = isinstance(
-            adapter, (Caption, Oracle, Tagging)
-        )  # whether it uses each image's words
+        self.uses_words = isinstance(adapter, (Caption, Oracle, Tagging))  # whether it uses words per image
 
         self.vae.requires_grad_(False)
         self.clip.requires_grad_(False)
