@@ -3,9 +3,12 @@ name exists.
 """
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from run.options import parse
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "PAPER.md", "BENCH.md", "weights/tiny/README.md"]
@@ -46,3 +49,17 @@ def test_every_test_file_named_exists(page):
         x for x in TEST_FILE.findall((ROOT / page).read_text(encoding="utf-8")) if not list(ROOT.glob(x))
     ]
     assert not missing, f"{page} names test files that do not exist: {missing}"
+
+
+def test_rows_of_paper_md_are_commands_that_do_not_share_a_folder(tmp_path, monkeypatch):
+    """Each parses; two have one default run folder only if they are the same run."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "PAPER.md").read_text(encoding="utf-8")
+    commands = re.findall(r"`(?:torchrun[^`]*?|python) train\.py ?([^`]*)`", text)
+    assert len(commands) > 20
+    options = {}
+    for command in commands:
+        for name in re.findall(r"\S+\.jsonl", command):
+            (tmp_path / name).touch()
+        run = parse(shlex.split(command))
+        assert options.setdefault(run.run, run) == run, f"{command} has the folder of another run, {run.run}"
