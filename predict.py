@@ -182,19 +182,19 @@ def to_do(names: dict[str, str], words: dict, out: Path, settings: Settings) -> 
 
 def write(out: Path, name: str, record: dict, results: dict[str, Image.Image], rank: int) -> None:
     """Append the line, then write the files, each whole or not at all, the label map last. Raises OSError."""
-    with (out / LIST).open("a") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)  # of the ranks one at a time
-        f.write(json.dumps(record) + "\n")
-    for ending, image in results.items():
-        file = out / f"{name}{ending}"
-        new = file.with_name(f".tmp-{rank}")
-        try:
+    file = out / LIST
+    try:
+        with file.open("a") as f:
+            fcntl.flock(f, fcntl.LOCK_EX)  # of the ranks one at a time
+            f.write(json.dumps(record) + "\n")
+        for ending, image in results.items():
+            file = out / f"{name}{ending}"
+            new = file.with_name(f".tmp-{rank}")
             file.parent.mkdir(parents=True, exist_ok=True)
             image.save(new, "PNG" if ending.endswith(".png") else "JPEG", quality=92)
             os.replace(new, file)
-        except OSError as error:
-            reason = error.strerror or error
-            raise OSError(f"{file} cannot be written ({reason}): earlier results stay") from None
+    except OSError as error:
+        raise OSError(f"{file} cannot be written ({error.strerror or error}): earlier results stay") from None
 
 
 # ---- the command

@@ -48,7 +48,7 @@ def find_images(inputs: Iterable[str], out: Path, taken: dict[str, str]) -> dict
         folder = (
             given if os.path.isdir(given) else os.path.dirname(given if exists else given[: wild.start()])
         )
-        bases.append(os.path.abspath(folder))
+        bases += [os.path.abspath(folder), *map(os.path.dirname, new)]  # a glob may lead out by ".."
     base, names, taken = os.path.commonpath(bases), {}, dict(taken)
     for path in dict.fromkeys(paths):
         whole = os.path.relpath(path, base)
