@@ -144,7 +144,7 @@ def read_list(out: Path) -> dict[str, dict]:
             record = json.loads(line)
             records[record["labels"]] = record | {"path": record["path"]}
         except (ValueError, KeyError, TypeError):
-            if line.endswith(b"\n"):  # else a crash truncated it
+            if line.endswith(b"\n") or not b'{"path"'.startswith(line[:7]):  # else a crash truncated it
                 raise TadaError(f"{file}, line {number}, is not of predict.py: give another --out") from None
     return {
         labels: record
@@ -167,9 +167,10 @@ def tidy(out: Path) -> None:
 def to_do(names: dict[str, str], words: dict, out: Path, settings: Settings) -> list[str]:
     """The images without such a result. Raises TadaError where a file belongs to another image or program."""
     records, todo = {name.removesuffix(".png"): x for name, x in read_list(out).items()}, []
+    taken = {name.lower() for name in (*records, *names.values())}
     for path, name in names.items():
         record = records.get(name, {})
-        if settings.reading and f"{name}{SEGMENTS}".removesuffix(".png") in {*records, *names.values()}:
+        if settings.reading and f"{name}{SEGMENTS}".removesuffix(".png").lower() in taken:
             raise TadaError(f"{out / name}{SEGMENTS} is another image's label map: give another --out")
         for file in [out / f"{name}{ending}" for ending in settings.owned]:
             if not record and file.exists():
@@ -226,9 +227,8 @@ def run(
     if attention and config.condition in ("none", "caption", "implicit"):
         raise TadaError(f"--attention: condition {config.condition} has no words to attend to; leave it out")
     if config.decoder == "mask2former" and (flip or scales != [1.0]):
-        raise TadaError(
-            f"--{'flip' if flip else 'scales'}: mask2former reads an image whole, once; leave it out"
-        )
+        flag = "flip" if flip else "scales"
+        raise TadaError(f"--{flag}: mask2former reads an image whole, once; leave it out")
     settings = Settings(digest(file), scales, flip, attention, segment_options(segments, config.decoder))
     folder = Path(out).absolute()
     taken = {labels.removesuffix(".png").lower(): x["path"] for labels, x in read_list(folder).items()}

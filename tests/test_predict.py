@@ -417,7 +417,9 @@ def test_what_another_run_or_program_wrote_stays(steered, tmp_path, capsys):
     assert (out / "mine.png").read_bytes() == drawing
 
 
-@pytest.mark.parametrize("content", [b'{"id": 1}\n{"id": 2}\n', b'{"id": 1}\n', b"gr\xf6\xdfe\n"])
+@pytest.mark.parametrize(
+    "content", [b'{"id": 1}\n{"id": 2}\n', b'{"id": 1}\n', b'{"id": 1}', b"gr\xf6\xdfe\n"]
+)
 def test_a_list_that_another_program_wrote_stays(tmp_path, capsys, content):
     file = tmp_path / "out" / "predictions.jsonl"
     file.parent.mkdir()
