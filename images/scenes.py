@@ -21,6 +21,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
+from errors import run_command
+
 VERSION = 1  # raise it with any change of drawing: results of different versions must not be compared
 SIZE = 128  # image height and width; every length below is in these pixels
 TAG_PIXELS = 64  # a class that covers less is painted over: its tag would not be visible
@@ -704,12 +706,16 @@ def main(argv: list[str] | None = None) -> int:
     if not 1 <= options.count <= len(indices):
         parser.error(f"--count {options.count}: need 1 to {len(indices)}, the size of {options.split}")
     folder = Path(options.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    for i in range(options.count):
-        index = indices[i * len(indices) // options.count]
-        Image.fromarray(draw(index).image).save(folder / f"{index:06d}.png")
-    print(f"{folder}: {options.count} scenes of {options.split}")
-    return 0
+
+    def work() -> int:
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in range(options.count):
+            index = indices[i * len(indices) // options.count]
+            Image.fromarray(draw(index).image).save(folder / f"{index:06d}.png")
+        print(f"{folder}: {options.count} scenes of {options.split}")
+        return 0
+
+    return run_command("images.scenes", work)
 
 
 if __name__ == "__main__":
