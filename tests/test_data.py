@@ -1,7 +1,6 @@
-"""data.py: official tables and layouts, every kind of file and every refusal, the check, tag files."""
+"""data.py: official tables and layouts, every kind of file and every refusal."""
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -16,12 +15,11 @@ import pytest
 from PIL import Image
 
 from data import open_dataset
-from errors import DataError, DataWarning, Unreadable
+from errors import DataError, Unreadable
 from images.read import distinct_colour, fit, label_table, read_image, read_labels
 from loading.augment import Augment
-from loading.check import CheckError, check
+from loading.check import check
 from loading.stream import TrainStream
-from loading.tags import read_tags
 
 ANY = label_table(range(255), ())  # a table that refuses nothing
 
@@ -29,7 +27,7 @@ ANY = label_table(range(255), ())  # a table that refuses nothing
 
 
 def save(content, path: Path, **options) -> Path:
-    """An array or a picture as a file; folders are made."""
+    """An array or an image as a file; folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = content if isinstance(content, Image.Image) else Image.fromarray(np.asarray(content))
     picture.save(path, **options)
@@ -37,13 +35,13 @@ def save(content, path: Path, **options) -> Path:
 
 
 def noise(H: int, W: int, seed: int = 0) -> np.ndarray:
-    """A smooth coloured picture (H, W, 3) uint8 that survives JPEG."""
+    """A smooth coloured image (H, W, 3) uint8 that survives JPEG."""
     coarse = np.random.default_rng(seed).integers(0, 256, (max(H // 8, 2), max(W // 8, 2), 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((W, H), Image.Resampling.BICUBIC))
 
 
 def folder(root: Path, pictures: int = 4, size: tuple[int, int] = (24, 36), classes=("a", "b")) -> Path:
-    """A `folder` data set: picture i is noise with seed i, its labels are 0 above and 1 below."""
+    """A `folder` data set: image i is noise with seed i, its labels are 0 above and 1 below."""
     labels = np.zeros(size, np.uint8)
     labels[size[0] // 2 :] = 1
     for split in ("train", "val"):
@@ -202,7 +200,7 @@ def test_a_wrong_list_of_classes_is_refused(tmp_path, content, message):
 
 
 def test_ade20k_samples_read_as_published(ade20k_samples, tmp_path):
-    """Three pictures, 15 classes present (the samples' README); 0 -> ignore, 1..150 -> 0..149."""
+    """Three images, 15 classes present (the samples' README); 0 -> ignore, 1..150 -> 0..149."""
     samples = ade20k_samples / "sampleData"
     shutil.copytree(samples / "images", tmp_path / "images/validation")
     shutil.copytree(samples / "annotations", tmp_path / "annotations/validation")
@@ -224,7 +222,7 @@ def test_ade20k_samples_read_as_published(ade20k_samples, tmp_path):
 
 
 def test_the_full_ade20k_format_is_refused(ade20k_samples, tmp_path):
-    """Its RGB label pictures would be misread; the same picture's challenge label is accepted."""
+    """Its RGB label images would be misread; the same image's challenge label is accepted."""
     raw = ade20k_samples / "convertFromADE/ADE_train_00000970_raw.png"
     with pytest.raises(DataError, match=r"x\.png has mode RGB.*full ADE20K"):
         label = tmp_path / "annotations/training/x.png"
@@ -251,7 +249,7 @@ def test_cocostuff_reads_every_value(official):
     assert (open_dataset("cocostuff", dataset.root, "val").load(0)[1] == converted).all()
 
 
-def test_cocostuff_palette_pictures(coco_stuff, official):
+def test_cocostuff_palette_images(coco_stuff, official):
     """The examples' ids (92..183) are refused with a hint; as raw values (id - 1) they are read intact."""
     dataset, label = official("cocostuff")
     example = coco_stuff / "results/segmentations/examples/000000000934.png"  # 640x480, mode P
@@ -274,7 +272,7 @@ def test_cocostuff_palette_pictures(coco_stuff, official):
 
 
 def test_cityscapes_maps_label_ids_itself(official):
-    """Every id by the official table; converted files are preferred; colour pictures are left alone."""
+    """Every id by the official table; converted files are preferred; colour images are left alone."""
     dataset, label = official("cityscapes")
     ids = np.resize(np.arange(34), (20, 30)).astype(np.uint8)
     save(ids, label)
@@ -320,7 +318,7 @@ def test_folders_may_have_folders_and_any_name(tmp_path):
     assert check(dataset).faults == []
 
 
-def test_two_pictures_of_one_name_are_refused(tmp_path):
+def test_two_images_of_one_name_are_refused(tmp_path):
     root = folder(tmp_path)
     save(noise(24, 36), root / "images/train/000.jpg")
     with pytest.raises(DataError, match=r"000\.jpg and .*000\.png differ only in their extension"):
@@ -366,7 +364,7 @@ def png(size: tuple[int, int], depth: int, colour: int, rows: list[bytes]) -> by
     )
 
 
-def test_every_kind_of_picture_becomes_rgb(tmp_path):
+def test_every_kind_of_image_becomes_rgb(tmp_path):
     """Grey, 16 bits (grey and RGB: the high bytes), palette, RGBA, CMYK."""
     colours = noise(6, 9)
     grey = colours[..., 0]
@@ -400,7 +398,7 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_stand_upright(tmp_path, orientation):
+def test_images_stand_upright(tmp_path, orientation):
     """Stored as a camera does for each EXIF orientation; decoded whole and reduced."""
     upright = noise(160, 96)
     stored = {  # the transformation that the tag's reader undoes
@@ -425,7 +423,7 @@ def test_pictures_stand_upright(tmp_path, orientation):
     assert np.abs(np.asarray(small).astype(int) - half).mean() < 4
 
 
-def test_labels_belong_to_the_upright_picture(tmp_path):
+def test_labels_belong_to_the_upright_image(tmp_path):
     """A label of the stored size is refused with both sizes."""
     root = folder(tmp_path, pictures=1)
     exif = Image.Exif()
@@ -489,7 +487,7 @@ def test_a_damaged_file_is_named(tmp_path, part, how):
         open_dataset("folder", root, "train").load(1)
 
 
-def test_huge_pictures_are_refused_unread(tmp_path):
+def test_huge_images_are_refused_unread(tmp_path):
     """13400x13400 in 22 kB and 9460x9460: in a moment, without the memory; the limit is an argument."""
     for side in (13_400, 9_460):
         (tmp_path / "huge.png").write_bytes(png((side, side), 1, 0, [bytes(-(-side // 8))] * side))
@@ -508,7 +506,7 @@ def test_huge_pictures_are_refused_unread(tmp_path):
 
 
 def test_label_modes(tmp_path):
-    """L, P and I;16 hold class numbers; pictures of numbers are refused with path and mode."""
+    """L, P and I;16 hold class numbers; images of numbers are refused with path and mode."""
     ids = np.arange(200, dtype=np.uint8).reshape(10, 20)
     palette = Image.fromarray(ids, "P")
     palette.putpalette(list(np.random.default_rng(0).integers(0, 256, 768)))
@@ -569,82 +567,11 @@ def test_fit_rounds_as_mmcv(size, short, long, expected):
     assert fit(size, short, long) == expected
 
 
-# ---- the check -------------------------------------------------------------------------------------------
-
-
-def test_check_names_every_kind_of_fault(tmp_path):
-    root = folder(tmp_path, pictures=8)
-    (root / "labels/train/000.png").unlink()
-    (root / "images/train/001.png").unlink()
-    (root / "labels/train/002.png").write_bytes(b"")
-    damage(root / "images/train/003.png", "cut")
-    save(noise(24, 36), root / "labels/train/004.png")
-    save(np.full((24, 36), 19, np.uint8), root / "labels/train/005.png")
-    save(np.zeros((36, 24), np.uint8), root / "labels/train/006.png")
-    with pytest.raises(CheckError) as caught:
-        check(open_dataset("folder", root, "train"))
-    message, faults = str(caught.value), caught.value.report.faults
-    assert message.startswith("folder train has 7 faults")
-    assert message.count("\n") == 7
-    for expected in (
-        r"images/train/000\.png has no label file",
-        r"labels/train/001\.png has no image",
-        r"labels/train/002\.png is empty or missing",
-        r"images/train/003\.png cannot be read \(.*truncated.*\)",
-        r"labels/train/004\.png has mode RGB",
-        r"labels/train/005\.png holds the value 19: labels here are 0\.\.1, 255",
-        r"labels/train/006\.png is 24x36 and its image.*36x24",
-    ):
-        assert len([fault for fault in faults if re.search(expected, fault)]) == 1, expected
-    assert str(caught.value.report).startswith("folder train: 7 images, 1 of them read")
-
-
-def test_check_lists_at_most_ten(tmp_path):
-    root = folder(tmp_path, pictures=14)
-    for i in range(13):
-        (root / f"labels/train/{i:03}.png").unlink()
-    with pytest.raises(CheckError) as caught:
-        check(open_dataset("folder", root, "train"))
-    assert len(str(caught.value).splitlines()) == 12
-    assert str(caught.value).endswith("and 3 more")
-
-
-def test_check_refuses_labels_that_say_nothing(tmp_path):
-    root = folder(tmp_path, pictures=2)
-    for i in range(2):
-        save(np.full((24, 36), 255, np.uint8), root / f"labels/train/{i:03}.png")
-    with pytest.raises(CheckError, match="all 2 label files that were read hold only ignored pixels"):
-        check(open_dataset("folder", root, "train"))
-
-
-def test_check_decodes_a_sample_and_looks_at_everything(tmp_path, monkeypatch):
-    """Of 2,000 pictures 50 are read, always the same; the one empty file among the others is found."""
-    root = folder(tmp_path, pictures=1)
-    for part in ("images", "labels"):
-        for i in range(1, 2000):
-            os.link(root / part / "train/000.png", root / part / f"train/{i:04}.png")
-    dataset, read = open_dataset("folder", root, "train"), []
-    load = dataset.load
-    monkeypatch.setattr(dataset, "load", lambda i: (read.append(i), load(i))[1])
-    start = time.process_time()
-    check(dataset, samples=50)
-    check(dataset, samples=50)
-    assert time.process_time() - start < 3
-    assert read[:50] == read[50:]
-    assert (read[0], read[49], len(set(read[:50]))) == (0, 1999, 50)
-    spoilt = root / "labels/train/0777.png"
-    spoilt.unlink()
-    spoilt.write_bytes(b"")
-    assert 777 not in read
-    with pytest.raises(CheckError, match=r"0777\.png is empty"):
-        check(dataset, samples=50)
-
-
 # ---- the drawn data set ----------------------------------------------------------------------------------
 
 
 def test_scenes_are_a_data_set(tmp_path):
-    """Paths hold the index that `scenes.draw` takes; pictures, labels, names and colours are its own."""
+    """Paths hold the index that `scenes.draw` takes; images, labels, names and colours are its own."""
     from images import scenes
 
     for split in ("train", "val", "test"):
@@ -664,89 +591,3 @@ def test_scenes_are_a_data_set(tmp_path):
     assert set(batch.labels.unique().tolist()) <= {*range(24), 255}
     with pytest.raises(DataError, match="scenes has no labelled split 'all'"):
         open_dataset("scenes", tmp_path, "all")
-
-
-# ---- tag files -------------------------------------------------------------------------------------------
-
-KNOWN = ["images/a.jpg", "images/b c/ä.jpg", "images/d.jpg"]
-
-
-@pytest.fixture
-def tag_file(tmp_path):
-    def write(*lines: str | bytes, end: bytes = b"\n", start: bytes = b"") -> Path:
-        encoded = [line if isinstance(line, bytes) else line.encode() for line in lines]
-        (tmp_path / "tags.jsonl").write_bytes(start + b"".join(line + end for line in encoded))
-        return tmp_path / "tags.jsonl"
-
-    return write
-
-
-def test_tags_and_captions_are_read(tag_file, tmp_path):
-    """BOM, CRLF, blank lines, escapes, markup, roundabout paths, absolute ones inside the root."""
-    lines = (
-        '{"image": "images/a.jpg", "tags": [["car", 0.93], ["traffic  light", 1], ["<|endoftext|>", 0.0]]}',
-        "",
-        '{"image": "./images/x/../b c/\\u00e4.jpg", "tags": [], "caption": " two\\ncars "}',
-        json.dumps({"image": str(tmp_path / "images/d.jpg"), "tags": [["naïve café", 0.5]], "caption": None}),
-    )
-    for end, start in ((b"\n", b""), (b"\r\n", b"\xef\xbb\xbf")):
-        found = read_tags(tag_file(*lines, end=end, start=start), tmp_path, KNOWN)
-        assert found.tags == {
-            "images/a.jpg": [("car", 0.93), ("traffic light", 1.0), ("<|endoftext|>", 0.0)],
-            "images/b c/ä.jpg": [],
-            "images/d.jpg": [("naïve café", 0.5)],
-        }
-        assert found.captions == {"images/b c/ä.jpg": "two cars"}
-        assert found.unknown == []
-
-
-GOOD = '{"image": "images/a.jpg", "tags": [["car", 0.93]]}'
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"image": "../../x.jpg", "tags": []}', r"image '\.\./\.\./x\.jpg' is outside of"),
-        ('{"image": "/etc/passwd", "tags": []}', "image '/etc/passwd' is outside of"),
-        ('{"image": "images/../../x.jpg", "tags": []}', "is outside of"),
-        ('{"tags": []}', 'an object with "image"'),
-        ('["images/a.jpg"]', 'an object with "image"'),
-        ('{"image": 3}', 'an object with "image"'),
-        ('{"image": "images/d.jpg", "tags": [["car", 0.93]]', "one whole JSON object"),
-        ("[" * 100_000, "one whole JSON object"),
-        (b'{"image": "images/d.jpg", "caption": "\xff"}', "not UTF-8"),
-        ('{"image": "images/d.jpg", "tags": {"car": 1}}', "a list of at most 1000 pairs"),
-        (
-            json.dumps({"image": "images/d.jpg", "tags": [["car", 1]] * 10_000}),
-            "a list of at most 1000 pairs",
-        ),
-        ('{"image": "images/d.jpg", "tags": ["car"]}', r'a pair like \["car", 0\.93\] .* not car'),
-        ('{"image": "images/d.jpg", "tags": [["car", 1.5]]}', r"score in 0\.\.1"),
-        ('{"image": "images/d.jpg", "tags": [["car", NaN]]}', r"score in 0\.\.1"),
-        ('{"image": "images/d.jpg", "tags": [["car", "0.9"]]}', r"score in 0\.\.1"),
-        ('{"image": "images/d.jpg", "tags": [["", 0.9]]}', "1 to 200 printable characters, not ''"),
-        ('{"image": "images/d.jpg", "tags": [["c\\u0000r", 0.9]]}', "1 to 200 printable characters"),
-        (json.dumps({"image": "images/d.jpg", "tags": [["x" * 2**20, 1]]}), "1 to 200 printable characters"),
-        ('{"image": "images/d.jpg", "caption": ["a"]}', "1 to 10000 printable characters"),
-        (GOOD, r"images/a\.jpg has tags in line 1 already"),
-    ],
-)
-def test_a_wrong_line_is_refused_with_its_number(tag_file, tmp_path, line, message):
-    with pytest.raises(DataError, match=rf"tags\.jsonl, line 3: .*{message}") as caught:
-        read_tags(tag_file(GOOD, "", line), tmp_path, KNOWN)
-    assert len(str(caught.value)) < 500
-
-
-def test_unknown_pictures_are_counted_and_named(tag_file, tmp_path):
-    """At most ten of them; a file that is about none of ours, or is absent, is refused."""
-    others = [f'{{"image": "other/{i}.jpg", "tags": []}}' for i in range(12)]
-    with pytest.warns(
-        DataWarning, match=r"12 images are not in the data set: other/0\.jpg, .*9\.jpg, \.\.\.$"
-    ):
-        found = read_tags(tag_file(GOOD, *others), tmp_path, KNOWN)
-    assert [*found.tags] == ["images/a.jpg"]
-    assert found.unknown == [f"other/{i}.jpg" for i in range(12)]
-    with pytest.raises(DataError, match="has none of the 3 images"):
-        read_tags(tag_file(*others), tmp_path, KNOWN)
-    with pytest.raises(DataError, match=r"absent\.jsonl cannot be read \(No such file"):
-        read_tags(tmp_path / "absent.jsonl", tmp_path, KNOWN)

@@ -160,7 +160,7 @@ def test_missing_files_are_told_by_name(tmp_path):
     assert caught.value.report.faults == dataset.missing
 
 
-def test_pictures_in_folders_below(tmp_path):
+def test_images_in_folders_below(tmp_path):
     own(tmp_path)
     (tmp_path / "val/deep").mkdir()
     (tmp_path / "val/1.png").rename(tmp_path / "val/deep/1.png")

@@ -1,4 +1,4 @@
-"""pictures.py: whose colour lies where, what the legend says, sizes; text that Pillow's own font can draw."""
+"""images.py: whose colour lies where, what the legend says, sizes; text that Pillow's own font can draw."""
 
 import numpy as np
 import pytest
@@ -29,8 +29,8 @@ def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image).astype(int)
 
 
-def test_each_class_has_its_colour_over_the_picture():
-    """0.55 of the palette, 0.45 of the picture; ignored pixels as they were."""
+def test_each_class_has_its_colour_over_the_image():
+    """0.55 of the palette, 0.45 of the image; ignored pixels as they were."""
     image = np.full((512, 1024, 3), 100, np.uint8)
     labels = np.zeros((512, 1024), np.uint8)
     labels[:, 400:700] = 1
@@ -44,7 +44,7 @@ def test_each_class_has_its_colour_over_the_picture():
     assert found[200, 400].tolist() == [45, 45, 185]
 
 
-def test_the_picture_shows_through():
+def test_the_image_shows_through():
     """A dark and a bright half under one class stay apart, each on its own side."""
     image = np.zeros((600, 800, 3), np.uint8)
     image[:, 400:] = 200
@@ -54,7 +54,7 @@ def test_the_picture_shows_through():
 
 
 def test_the_legend_shows_what_covers_most():
-    """Squares of the palette's own colours below the picture, largest first; none for what is not seen."""
+    """Squares of the palette's own colours below the image, largest first; none for what is not seen."""
     labels = np.full((512, 512), 2, np.uint8)
     labels[:100] = 1
     found = pixels(overlay(np.zeros((512, 512, 3), np.uint8), labels, PALETTE, CLASSES, ["a word"]))
@@ -90,7 +90,7 @@ def test_a_name_lies_where_its_segment_is_wide():
     assert widest(np.zeros((3, 3), bool)) == (0, 0, 0)
 
 
-def test_words_are_below_and_only_if_there_are_any_per_picture():
+def test_words_are_below_and_only_if_there_are_any_per_image():
     image, labels = np.zeros((512, 512, 3), np.uint8), np.zeros((512, 512), np.uint8)
     without, none, some, many = (
         overlay(image, labels, PALETTE, CLASSES, words)
@@ -124,7 +124,7 @@ def test_many_classes_do_not_run_over():
         ((4000, 3000), (1320, 990)),
     ],
 )
-def test_small_pictures_are_enlarged_and_huge_ones_reduced(size, drawn):
+def test_small_images_are_enlarged_and_huge_ones_reduced(size, drawn):
     labels = np.zeros(size, np.uint8)
     found = overlay(np.zeros((*size, 3), np.uint8), labels, PALETTE, CLASSES, ["sea"] * 99)
     covered = (pixels(found) == [140, 0, 0]).all(axis=2)  # PALETTE's red over black
@@ -134,8 +134,8 @@ def test_small_pictures_are_enlarged_and_huge_ones_reduced(size, drawn):
     assert drawn[0] <= HIGHEST and drawn[1] <= WIDEST
 
 
-def test_labels_may_be_larger_than_the_picture():
-    """The model's picture with the labels of the file: they cover the same ground."""
+def test_labels_may_be_larger_than_the_image():
+    """The model's image with the labels of the file: they cover the same ground."""
     labels = np.zeros((2000, 3000), np.uint8)
     labels[:, 1500:] = 1
     found = pixels(overlay(np.full((128, 192, 3), 100, np.uint8), labels, PALETTE, CLASSES))
@@ -144,7 +144,7 @@ def test_labels_may_be_larger_than_the_picture():
 
 
 def test_heat_rises_with_strength():
-    """Over a grey picture: dark where it is lowest, bright where it is highest, whatever the scale."""
+    """Over a grey image: dark where it is lowest, bright where it is highest, whatever the scale."""
     image = np.full((600, 800, 3), 100, np.uint8)
     strength = np.linspace(0.2, 0.3, 8)[None].repeat(6, axis=0)
     found = pixels(heat(image, strength, "sea"))
@@ -156,7 +156,7 @@ def test_heat_rises_with_strength():
 
 
 def test_a_mosaic_keeps_order_and_aspect():
-    """Row by row; narrow pictures are enlarged to the width of the others, or to 640."""
+    """Row by row; narrow images are enlarged to the width of the others, or to 640."""
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
     images = [Image.new("RGB", size, c) for size, c in zip([(200, 100), (100, 150), (200, 40)], colours)]
     found = pixels(mosaic(images, 2))

@@ -45,7 +45,7 @@ sizes = st.tuples(st.integers(1, 70), st.integers(1, 70))
 @given(sizes, sizes, st.data())
 @settings(max_examples=100, deadline=None)
 def test_a_window_is_that_part_of_the_whole(original, size, draw):
-    """Labels: equal to the definition, pixel by pixel. Picture: Pillow's whole resize, to rounding."""
+    """Labels: equal to the definition, pixel by pixel. Image: Pillow's whole resize, to rounding."""
     ends = [sorted(draw.draw(st.lists(st.integers(0, n), min_size=2, max_size=2, unique=True))) for n in size]
     (top, bottom), (left, right) = ends
     window = (top, left, bottom, right)
@@ -105,7 +105,7 @@ def test_augment_resizes_into_the_drawn_box(size):
         assert torch.equal(target.long(), expected)
 
 
-def test_augment_mirrors_every_second_picture_and_scales_evenly():
+def test_augment_mirrors_every_second_image_and_scales_evenly():
     """Half of 200 are flipped; ratios 0.5 to 2 are uniform; the crop lies anywhere."""
     image, labels = ramps(64, 64)
     flips, starts, scales = 0, [], []
@@ -154,7 +154,7 @@ def test_crops_that_show_one_class_are_drawn_again():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 4000), (4000, 1), (37, 53), (7, 300)])
-def test_any_size_gives_a_crop_and_an_evaluation_picture(size):
+def test_any_size_gives_a_crop_and_an_evaluation_image(size):
     image, labels = Image.new("RGB", size[::-1], (10, 20, 30)), np.ones(size, np.uint8)
     for seed in range(4):
         pixels, target = augment(image, labels, (64, 128), 64, 256, np.random.default_rng(seed))
@@ -167,7 +167,7 @@ def test_any_size_gives_a_crop_and_an_evaluation_picture(size):
     assert pixels[:, 0, 0].tolist() == [10, 20, 30]
 
 
-def test_evaluation_resizes_the_picture_alone():
+def test_evaluation_resizes_the_image_alone():
     image, labels = ramps(60, 90)
     pixels, target = evaluation(image, labels, 40, 160)
     assert pixels.shape == (3, 40, 60)

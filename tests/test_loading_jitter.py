@@ -71,7 +71,7 @@ def test_the_jitter_is_detectron2s(size):
 
 
 def test_owners_classes_and_pixels_belong_together():
-    """Colour the picture by its ids: every pixel of a segment then shows that segment's colour."""
+    """Colour the image by its ids: every pixel of a segment then shows that segment's colour."""
     _, ids = picture(48, 64)
     colour = {0: 0, 70_000: 80, 1: 160, 9: 240}
     grey = np.select([ids == id for id in colour], [*colour.values()]).astype(np.uint8)
@@ -150,7 +150,7 @@ def test_ranks_micro_batches_workers_and_resumption_change_no_sample(tmp_path):
     assert take(stream(dataset, seed=6).batches(), 5) != expected
 
 
-def test_present_is_the_whole_picture_and_a_damaged_file_is_replaced(tmp_path):
+def test_present_is_the_whole_image_and_a_damaged_file_is_replaced(tmp_path):
     own(tmp_path, pictures=3)
     damage(tmp_path / "annotations/panoptic_train/1.png", "cut")
     batches = stream(open_dataset("panoptic", tmp_path, "train"), batch=3).batches()

@@ -95,7 +95,7 @@ def take(batches, n: int) -> dict[int, tuple]:
 
 
 def test_ranks_micro_batches_workers_and_resumption_change_no_sample(tmp_path):
-    """7 pictures, batches of 4, 6 steps: more than three epochs."""
+    """7 images, batches of 4, 6 steps: more than three epochs."""
     dataset = open_dataset("folder", folder(tmp_path, pictures=7), "train")
     expected = take(stream(dataset).batches(), 6)
     assert sorted(expected) == [*range(24)]
@@ -112,7 +112,7 @@ def test_ranks_micro_batches_workers_and_resumption_change_no_sample(tmp_path):
         assert resumed == {p: sample for p, sample in expected.items() if p >= position}
 
 
-def test_one_picture_fills_a_batch(tmp_path):
+def test_one_image_fills_a_batch(tmp_path):
     dataset = open_dataset("folder", folder(tmp_path, pictures=1), "train")
     batch = next(stream(dataset, batch=8).batches())
     assert (batch.image.shape, batch.labels.shape) == ((8, 3, 16, 24), (8, 16, 24))
@@ -169,7 +169,7 @@ def test_memory_is_pinned_for_cuda_alone(monkeypatch):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_unreadable_picture_is_replaced_by_the_next(tmp_path, workers):
+def test_an_unreadable_image_is_replaced_by_the_next(tmp_path, workers):
     """Named in a warning and counted; the sample in its place is what its own index gives in this epoch."""
     root = folder(tmp_path, pictures=12)
     good = open_dataset("folder", root, "train")
@@ -228,7 +228,7 @@ def test_a_loading_process_that_ends_is_named(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_wrong_labels_and_evaluation_files_are_named_in_one_sentence(tmp_path, workers):
-    """Also from a worker: no traceback in the message. Evaluation does not skip an unreadable picture."""
+    """Also from a worker: no traceback in the message. Evaluation does not skip an unreadable image."""
     root = folder(tmp_path, pictures=3)
     dataset = open_dataset("folder", root, "train")
     save(np.full((24, 36), 7, np.uint8), root / "labels/train/001.png")
@@ -243,7 +243,7 @@ def test_wrong_labels_and_evaluation_files_are_named_in_one_sentence(tmp_path, w
     assert "\n" not in str(caught.value)
 
 
-def test_large_pictures_are_decoded_reduced_in_training(tmp_path, monkeypatch):
+def test_large_images_are_decoded_reduced_in_training(tmp_path, monkeypatch):
     """The stream asks for the very box that augment draws; the samples hardly differ from whole decoding."""
     root = folder(tmp_path, pictures=1, size=(480, 720))
     save(noise(480, 720), root / "images/train/000.jpg", quality=95)

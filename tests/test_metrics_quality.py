@@ -55,7 +55,7 @@ def golden(panopticapi_samples):
 
 
 def write(folder, truth: Annotations, source) -> Annotations:
-    """The pictures of `truth` once more, by our own writers."""
+    """The images of `truth` once more, by our own writers."""
     entries, images = [], []
     for i in range(len(truth)):
         ids, segments = truth.ids(i, source), truth.segments(i)
@@ -127,7 +127,7 @@ def test_what_is_written_is_read_back_with_the_same_quality(golden, tmp_path):
 
 
 def sample(**changes) -> dict:
-    """A JSON of one picture."""
+    """A JSON of one image."""
     content = {
         "categories": [{"id": 7, "name": "cat", "isthing": 1, "color": [1, 2, 3]}],
         "images": [{"id": 1, "file_name": "a.jpg"}],
@@ -359,7 +359,7 @@ def brute_force(truth, truths, predicted, predictions, K) -> np.ndarray:
 
 @st.composite
 def pictures(draw):
-    """Truth and prediction of one small picture: void, crowds, empty maps, few ids so that many match."""
+    """Truth and prediction of one small image: void, crowds, empty maps, few ids so that many match."""
     H, W = draw(st.integers(1, 4)), draw(st.integers(1, 6))
     cells = st.lists(st.sampled_from([0, 1, 1, 1, 2, 2, 70000]), min_size=H * W, max_size=H * W)
     truth = np.array(draw(cells)).reshape(H, W)
@@ -387,7 +387,7 @@ def test_counting_equals_brute_force(picture):
 @given(st.lists(pictures(), min_size=1, max_size=4), st.integers(1, 3))
 @settings(max_examples=50, deadline=None)
 def test_the_sum_of_the_ranks_is_the_whole(some, world):
-    """Counts add up, so processes may share the pictures in any way."""
+    """Counts add up, so processes may share the images in any way."""
     whole = sum(count(*picture, 2) for picture in some)
     parts = [[count(*p, 2) for p in some[rank::world]] for rank in range(world)]
     ranks = [sum(part, torch.zeros(2, 4, dtype=torch.float64)) for part in parts]
@@ -410,7 +410,7 @@ def test_comparing_files_that_do_not_belong_together(golden, tmp_path):
 
 
 def small(folder, ids: np.ndarray, segments: list[Segment]) -> Annotations:
-    """One written picture."""
+    """One written image."""
     write_ids(ids, folder / "x.png")
     entries = [entry(1, "x.png", ids, segments, CATEGORIES)]
     write_annotations(folder / "x.json", CATEGORIES, [{"id": 1, "file_name": "x.jpg"}], entries)

@@ -221,7 +221,7 @@ def test_score_and_overlap_say_what_a_segment_is(surest, tmp_path, monkeypatch):
 
 
 def test_a_map_of_ids_overwrites_nothing(tmp_path, capsys):
-    """Neither another picture's labels, nor what another program wrote; and there are no windows."""
+    """Neither another image's labels, nor what another program wrote; and there are no windows."""
     file = stub(tmp_path, decoder="mask2former", things=(True,) * len(scenes.CLASSES))
     save(tmp_path / "in" / "1.png"), save(tmp_path / "in" / "1.segments.png")
     assert main([file, str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 2

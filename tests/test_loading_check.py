@@ -1,0 +1,80 @@
+"""loading/check.py: every kind of fault is listed before training starts."""
+
+import os
+import re
+import time
+
+import numpy as np
+import pytest
+from test_data import damage, folder, noise, save
+
+from data import open_dataset
+from loading.check import CheckError, check
+
+
+def test_check_names_every_kind_of_fault(tmp_path):
+    root = folder(tmp_path, pictures=8)
+    (root / "labels/train/000.png").unlink()
+    (root / "images/train/001.png").unlink()
+    (root / "labels/train/002.png").write_bytes(b"")
+    damage(root / "images/train/003.png", "cut")
+    save(noise(24, 36), root / "labels/train/004.png")
+    save(np.full((24, 36), 19, np.uint8), root / "labels/train/005.png")
+    save(np.zeros((36, 24), np.uint8), root / "labels/train/006.png")
+    with pytest.raises(CheckError) as caught:
+        check(open_dataset("folder", root, "train"))
+    message, faults = str(caught.value), caught.value.report.faults
+    assert message.startswith("folder train has 7 faults")
+    assert message.count("\n") == 7
+    for expected in (
+        r"images/train/000\.png has no label file",
+        r"labels/train/001\.png has no image",
+        r"labels/train/002\.png is empty or missing",
+        r"images/train/003\.png cannot be read \(.*truncated.*\)",
+        r"labels/train/004\.png has mode RGB",
+        r"labels/train/005\.png holds the value 19: labels here are 0\.\.1, 255",
+        r"labels/train/006\.png is 24x36 and its image.*36x24",
+    ):
+        assert len([fault for fault in faults if re.search(expected, fault)]) == 1, expected
+    assert str(caught.value.report).startswith("folder train: 7 images, 1 of them read")
+
+
+def test_check_lists_at_most_ten(tmp_path):
+    root = folder(tmp_path, pictures=14)
+    for i in range(13):
+        (root / f"labels/train/{i:03}.png").unlink()
+    with pytest.raises(CheckError) as caught:
+        check(open_dataset("folder", root, "train"))
+    assert len(str(caught.value).splitlines()) == 12
+    assert str(caught.value).endswith("and 3 more")
+
+
+def test_check_refuses_labels_that_say_nothing(tmp_path):
+    root = folder(tmp_path, pictures=2)
+    for i in range(2):
+        save(np.full((24, 36), 255, np.uint8), root / f"labels/train/{i:03}.png")
+    with pytest.raises(CheckError, match="all 2 label files that were read hold only ignored pixels"):
+        check(open_dataset("folder", root, "train"))
+
+
+def test_check_decodes_a_sample_and_looks_at_everything(tmp_path, monkeypatch):
+    """Of 2,000 images 50 are read, always the same; the one empty file among the others is found."""
+    root = folder(tmp_path, pictures=1)
+    for part in ("images", "labels"):
+        for i in range(1, 2000):
+            os.link(root / part / "train/000.png", root / part / f"train/{i:04}.png")
+    dataset, read = open_dataset("folder", root, "train"), []
+    load = dataset.load
+    monkeypatch.setattr(dataset, "load", lambda i: (read.append(i), load(i))[1])
+    start = time.process_time()
+    check(dataset, samples=50)
+    check(dataset, samples=50)
+    assert time.process_time() - start < 3
+    assert read[:50] == read[50:]
+    assert (read[0], read[49], len(set(read[:50]))) == (0, 1999, 50)
+    spoilt = root / "labels/train/0777.png"
+    spoilt.unlink()
+    spoilt.write_bytes(b"")
+    assert 777 not in read
+    with pytest.raises(CheckError, match=r"0777\.png is empty"):
+        check(dataset, samples=50)

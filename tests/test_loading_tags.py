@@ -1,0 +1,92 @@
+"""loading/tags.py: tags and captions from JSON lines, every refusal with its line number."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from errors import DataError, DataWarning
+from loading.tags import read_tags
+
+KNOWN = ["images/a.jpg", "images/b c/ä.jpg", "images/d.jpg"]
+
+
+@pytest.fixture
+def tag_file(tmp_path):
+    def write(*lines: str | bytes, end: bytes = b"\n", start: bytes = b"") -> Path:
+        encoded = [line if isinstance(line, bytes) else line.encode() for line in lines]
+        (tmp_path / "tags.jsonl").write_bytes(start + b"".join(line + end for line in encoded))
+        return tmp_path / "tags.jsonl"
+
+    return write
+
+
+def test_tags_and_captions_are_read(tag_file, tmp_path):
+    """BOM, CRLF, blank lines, escapes, markup, roundabout paths, absolute ones inside the root."""
+    lines = (
+        '{"image": "images/a.jpg", "tags": [["car", 0.93], ["traffic  light", 1], ["<|endoftext|>", 0.0]]}',
+        "",
+        '{"image": "./images/x/../b c/\\u00e4.jpg", "tags": [], "caption": " two\\ncars "}',
+        json.dumps({"image": str(tmp_path / "images/d.jpg"), "tags": [["naïve café", 0.5]], "caption": None}),
+    )
+    for end, start in ((b"\n", b""), (b"\r\n", b"\xef\xbb\xbf")):
+        found = read_tags(tag_file(*lines, end=end, start=start), tmp_path, KNOWN)
+        assert found.tags == {
+            "images/a.jpg": [("car", 0.93), ("traffic light", 1.0), ("<|endoftext|>", 0.0)],
+            "images/b c/ä.jpg": [],
+            "images/d.jpg": [("naïve café", 0.5)],
+        }
+        assert found.captions == {"images/b c/ä.jpg": "two cars"}
+        assert found.unknown == []
+
+
+GOOD = '{"image": "images/a.jpg", "tags": [["car", 0.93]]}'
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"image": "../../x.jpg", "tags": []}', r"image '\.\./\.\./x\.jpg' is outside of"),
+        ('{"image": "/etc/passwd", "tags": []}', "image '/etc/passwd' is outside of"),
+        ('{"image": "images/../../x.jpg", "tags": []}', "is outside of"),
+        ('{"tags": []}', 'an object with "image"'),
+        ('["images/a.jpg"]', 'an object with "image"'),
+        ('{"image": 3}', 'an object with "image"'),
+        ('{"image": "images/d.jpg", "tags": [["car", 0.93]]', "one whole JSON object"),
+        ("[" * 100_000, "one whole JSON object"),
+        (b'{"image": "images/d.jpg", "caption": "\xff"}', "not UTF-8"),
+        ('{"image": "images/d.jpg", "tags": {"car": 1}}', "a list of at most 1000 pairs"),
+        (
+            json.dumps({"image": "images/d.jpg", "tags": [["car", 1]] * 10_000}),
+            "a list of at most 1000 pairs",
+        ),
+        ('{"image": "images/d.jpg", "tags": ["car"]}', r'a pair like \["car", 0\.93\] .* not car'),
+        ('{"image": "images/d.jpg", "tags": [["car", 1.5]]}', r"score in 0\.\.1"),
+        ('{"image": "images/d.jpg", "tags": [["car", NaN]]}', r"score in 0\.\.1"),
+        ('{"image": "images/d.jpg", "tags": [["car", "0.9"]]}', r"score in 0\.\.1"),
+        ('{"image": "images/d.jpg", "tags": [["", 0.9]]}', "1 to 200 printable characters, not ''"),
+        ('{"image": "images/d.jpg", "tags": [["c\\u0000r", 0.9]]}', "1 to 200 printable characters"),
+        (json.dumps({"image": "images/d.jpg", "tags": [["x" * 2**20, 1]]}), "1 to 200 printable characters"),
+        ('{"image": "images/d.jpg", "caption": ["a"]}', "1 to 10000 printable characters"),
+        (GOOD, r"images/a\.jpg has tags in line 1 already"),
+    ],
+)
+def test_a_wrong_line_is_refused_with_its_number(tag_file, tmp_path, line, message):
+    with pytest.raises(DataError, match=rf"tags\.jsonl, line 3: .*{message}") as caught:
+        read_tags(tag_file(GOOD, "", line), tmp_path, KNOWN)
+    assert len(str(caught.value)) < 500
+
+
+def test_unknown_images_are_counted_and_named(tag_file, tmp_path):
+    """At most ten of them; a file that is about none of ours, or is absent, is refused."""
+    others = [f'{{"image": "other/{i}.jpg", "tags": []}}' for i in range(12)]
+    with pytest.warns(
+        DataWarning, match=r"12 images are not in the data set: other/0\.jpg, .*9\.jpg, \.\.\.$"
+    ):
+        found = read_tags(tag_file(GOOD, *others), tmp_path, KNOWN)
+    assert [*found.tags] == ["images/a.jpg"]
+    assert found.unknown == [f"other/{i}.jpg" for i in range(12)]
+    with pytest.raises(DataError, match="has none of the 3 images"):
+        read_tags(tag_file(*others), tmp_path, KNOWN)
+    with pytest.raises(DataError, match=r"absent\.jsonl cannot be read \(No such file"):
+        read_tags(tmp_path / "absent.jsonl", tmp_path, KNOWN)
