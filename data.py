@@ -10,9 +10,9 @@ COCO panoptic (cocodataset.org, panoptic_annotations_trainval2017.zip and its in
     coco/annotations/panoptic_train2017.json    coco/annotations/panoptic_train2017/000000000009.png
     coco/train2017/000000000009.jpg             and the same of val2017
 
-Your own, `--dataset panoptic`, is a folder with `panoptic_train.json`, `train/` and so on in these places:
-a street of 4 x 2 pixels with two cars side by side, and an image of the street alone. Ids are your choice
-within an image; 0 is void, pixels without a label.
+Your own, `--dataset panoptic`, is a folder with `panoptic_train.json`, `train/` and so on in these places.
+Example: a street of 4 x 2 pixels with two cars side by side, and an image of the street alone. Ids are your
+choice within an image; 0 is void, pixels without a label.
 
     annotations/panoptic_train/one.png      1 1 2 2      annotations/panoptic_train/two.png      7 7 7 7
     (R; G and B are 0)                      3 3 3 3                                              7 7 0 0
@@ -47,11 +47,11 @@ from PIL import Image
 
 from errors import DataError
 from images import scenes
-from images.panoptic import Categories, Segment, read_annotations, semantic
+from images.panoptic import Categories, Segment, classes_at, read_annotations, read_ids
 from images.read import (
     IGNORE,
     LOSSLESS,
-    PICTURES,
+    SUFFIXES,
     Size,
     distinct_colour,
     label_table,
@@ -206,7 +206,7 @@ class SemanticFiles(Dataset):
         self.root, self.hint = root, layout.hint
         self.raw_ids, self.train_ids = label_table(raw, layout.ignored), label_table(range(len(classes)), ())
         folder = layout.images.format(layout.splits[split])
-        images = scan(root, folder, PICTURES, (layout.image,))
+        images = scan(root, folder, SUFFIXES, (layout.image,))
         labels = scan(root, layout.labels.format(layout.splits[split]), LOSSLESS, layout.label)
         if not images:
             raise DataError(f"{root / folder} holds no image *{layout.image}.jpg, .png, ...: check --data")
@@ -258,7 +258,7 @@ class PanopticFiles(Dataset):
         self.missing += [
             f"{root / self.folder / name} has no annotation in {a.file}"
             for name in sorted(on_disk[root / self.folder].difference(a.file_names))
-            if name.lower().endswith(PICTURES) and not name.startswith(".")
+            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
         ]
 
     def __len__(self) -> int:
@@ -285,9 +285,10 @@ class PanopticFiles(Dataset):
         for file in self.lost.intersection((path, png)):
             raise DataError(self.without(file))
         image, size = read_image(path, short, long)
-        segments, ids = self.annotations.segments(i), self.annotations.ids(i, self.pngs)
+        segments = self.annotations.segments(i)
+        ids, place = read_ids(png, segments)
         require_size(png, ids, size)
-        return Sample(image, semantic(ids, segments), ids, segments)
+        return Sample(image, classes_at(place, segments), ids, segments)
 
 
 class Scenes(Dataset):

@@ -49,8 +49,12 @@ def positions(ids: np.ndarray, segments: Sequence) -> np.ndarray:
 
 def semantic(ids: np.ndarray, segments: Sequence[Segment]) -> np.ndarray:
     """The classes `(H, W)` uint8 of a map of ids, crowds included; 255 = ignore where no segment is."""
-    table = np.array([s.label for s in segments] + [IGNORE], np.uint8)  # the last one is that of -1
-    return table[positions(ids, segments)]
+    return classes_at(positions(ids, segments), segments)
+
+
+def classes_at(place: np.ndarray, segments: Sequence[Segment]) -> np.ndarray:
+    """`semantic` of the map that `positions` returns."""
+    return np.array([s.label for s in segments] + [IGNORE], np.uint8)[place]  # the last is that of -1
 
 
 # ---- the PNG ---------------------------------------------------------------------------------------------
@@ -67,8 +71,8 @@ def to_colours(ids: np.ndarray) -> np.ndarray:
     return np.stack([ids, ids >> 8, ids >> 16], axis=2).astype(np.uint8)
 
 
-def read_ids(path: Path, segments: Sequence[Segment]) -> np.ndarray:
-    """The ids `(H, W)` int32 of a PNG. Raises DataError if its ids are not those of `segments`."""
+def read_ids(path: Path, segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
+    """The ids `(H, W)` int32 of a PNG, and their `positions`. Raises DataError if `segments` differ."""
     with opened(path, MAX_PIXELS) as image:
         if image.mode != "RGB":
             raise DataError(
@@ -83,7 +87,7 @@ def read_ids(path: Path, segments: Sequence[Segment]) -> np.ndarray:
     absent = [s.id for s, count in zip(segments, found, strict=True) if not count]
     if absent:
         raise DataError(f"{path} has no pixel of the id {absent[0]} that its segments_info lists: remove it")
-    return ids
+    return ids, place
 
 
 # ---- the JSON --------------------------------------------------------------------------------------------
@@ -133,7 +137,7 @@ class Annotations:
 
     def ids(self, i: int, folder: Path) -> np.ndarray:
         """The map of ids of image i, `(H, W)` int32."""
-        return read_ids(folder / self.pngs[i], self.segments(i))
+        return read_ids(folder / self.pngs[i], self.segments(i))[0]
 
 
 def read_annotations(file: str | Path, truth: Annotations | None = None) -> Annotations:
