@@ -17,8 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from errors import ModelError
-
-IGNORE = 255  # the label of pixels that belong to no class
+from kernels import IGNORE
 
 
 class Text(NamedTuple):

@@ -223,8 +223,8 @@ def run(
             f"{root} has {len(dataset.classes)} classes, such as {dataset.classes[0]}, but {file} "
             f"was trained on {len(config.classes)}, such as {config.classes[0]}: give another --data"
         )
-    panoptic = config.decoder == "mask2former"
-    if panoptic:
+    mask2former = config.decoder == "mask2former"
+    if mask2former:
         flags = {"ms": ms, "flip": flip, "window": window, "stride": stride, "scales": scales != [1.0]}
         for name in [name for name, value in flags.items() if value][:1]:
             raise TadaError(f"--{name}: mask2former reads an image whole, once; leave it out")
@@ -235,7 +235,7 @@ def run(
     n = min(limit or len(dataset), len(dataset))
     protocol["indices"] = [i * len(dataset) // n for i in range(n)]
     out = Path(out) if out else (home or Path()) / f"eval-{split}"
-    if panoptic:
+    if mask2former:
         protocol |= {"folder": out / "panoptic", "instances": True}
 
     with lock(out, "--out") if ranks.is_main else nullcontext():
@@ -250,7 +250,7 @@ def run(
         if ranks.is_main:
             print(result.as_markdown())
             result.write(out, checkpoint=file, sha256=sha256)
-            more = ", panoptic.json, panoptic/" if panoptic else ""
+            more = ", panoptic.json, panoptic/" if mask2former else ""
             print(f"written: {out}/result.json, result.md, confusion.csv, confusion.png{more}")
 
 

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from errors import DataError, Unreadable
 
 IGNORE = 255  # the label of pixels that belong to no class
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 LOSSLESS = (".png", ".bmp", ".tif", ".tiff")  # JPEG would mix the classes along every border
 MAX_PIXELS = 64_000_000  # 192 MB decoded
 SHOWN = 10  # paths in a message
@@ -29,7 +29,7 @@ Size = tuple[int, int]  # height, width
 def find_images(inputs: Iterable[str], out: Path, taken: dict[str, str]) -> dict[str, str]:
     """Absolute path of each image -> the name of its results below --out, without ".png".
 
-    A file is read whatever its suffix; of folders and globs the images (`PICTURES`) that are not hidden, and
+    A file is read whatever its suffix; of folders and globs the images (`SUFFIXES`) that are not hidden, and
     never what lies in `out`. taken: names of earlier results, in lower case -> their images.
     """
     paths, bases, out = [], [], os.path.realpath(out)
@@ -42,7 +42,7 @@ def find_images(inputs: Iterable[str], out: Path, taken: dict[str, str]) -> dict
         new = [path for path in new if not Path(os.path.realpath(path)).is_relative_to(out)]
         if not new:
             raise DataError(
-                f"{given} has no image ({' '.join(PICTURES)}) outside of --out {out}: change one of them"
+                f"{given} has no image ({' '.join(SUFFIXES)}) outside of --out {out}: change one of them"
             )
         paths += new
         folder = (
@@ -65,9 +65,9 @@ def below(root: str, given: bool) -> list[str]:
     """The file `root` if it was `given` or is an image, or the images below the folder `root`."""
     if os.path.isdir(root):
         files = [os.path.join(where, name) for where, _, names in walk(root) for name in names]
-        return [file for file in files if file.lower().endswith(PICTURES)]
+        return [file for file in files if file.lower().endswith(SUFFIXES)]
     hidden = os.path.basename(root).startswith(".")
-    return [root] if given or (root.lower().endswith(PICTURES) and not hidden) else []
+    return [root] if given or (root.lower().endswith(SUFFIXES) and not hidden) else []
 
 
 def scan(root: Path, folder: str, suffixes: tuple[str, ...], endings: tuple[str, ...]) -> dict[str, str]:

@@ -94,7 +94,7 @@ def choose_window(labels: np.ndarray, size: Size, crop: Size, rng: np.random.Gen
         count = np.bincount(nearest(labels, size, window).ravel(), minlength=256)[:IGNORE]
         if count.max() < LARGEST_SHARE * count.sum():
             return window
-        if window == (0, 0, *size):  # the whole image: there is no other
+        if window == (0, 0, *size):  # the whole image is the only window
             return window
     return draw_window(size, crop, rng)
 

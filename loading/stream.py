@@ -226,15 +226,15 @@ class EvaluationStream:
 def load_in_order(
     items: "TrainStream | EvaluationStream",
     groups: Iterable[Iterable[int]],
-    merge: Callable[[list], Any],
+    combine: Callable[[list], Any],
     workers: int,
     device: str,
 ) -> Iterator:
-    """merge([items[i] for i in group]) of each group, made ahead by `workers`; raises any DataError there."""
+    """combine([items[i] for i in group]) of each group, made ahead by `workers`; raises any DataError."""
     loader = DataLoader(
         items,
         batch_sampler=groups,
-        collate_fn=merge,
+        collate_fn=combine,
         num_workers=workers,
         worker_init_fn=ignore_signals,
         pin_memory=torch.device(device).type == "cuda",
@@ -245,10 +245,10 @@ def load_in_order(
     end = batches._shutdown_workers if workers else lambda: None
     atexit.register(end)
     try:
-        for merged in batches:
-            if isinstance(merged, DataError):
-                raise merged
-            yield merged
+        for batch in batches:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

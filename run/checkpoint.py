@@ -65,7 +65,7 @@ def save_model(tada: Tada, file: Path, frozen: dict[str, str], metrics: dict[str
 
 def load_model(path: str | Path, weights: str | None = None, device: torch.device | str = "cpu") -> Tada:
     """Load a model that `save_model` wrote, in eval mode; its frozen parts from where they were, or
-    `weights`. Raises CheckpointError if `path` is no model, or a frozen file is missing or another.
+    `weights`. Raises CheckpointError if `path` is not a model, or a frozen file is missing or differs.
     """
     file = find_model(Path(path))
     about = read_about(file)

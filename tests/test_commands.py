@@ -21,18 +21,18 @@ MODULES = (
 )
 
 
+def start(argv: list[str], folder: Path) -> subprocess.CompletedProcess:
+    """Run Python with `argv` in `folder`, which is not the project's."""
+    command, path = [sys.executable, *argv], {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command, cwd=folder, env=path, check=False, capture_output=True, text=True, timeout=300
+    )
+
+
 @pytest.mark.parametrize("command", [*SCRIPTS, *MODULES])
 def test_prints_its_help_from_another_folder(command, tmp_path):
     argv = [str(ROOT / command)] if command in SCRIPTS else ["-m", command]
-    result = subprocess.run(
-        [sys.executable, *argv, "--help"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    result = start([*argv, "--help"], tmp_path)
     assert result.returncode == 0, result.stderr
     assert "usage:" in result.stdout
     assert not [*tmp_path.iterdir()], "--help wrote a file"
@@ -40,14 +40,6 @@ def test_prints_its_help_from_another_folder(command, tmp_path):
 
 def test_refuses_bad_input_in_one_sentence_from_another_folder(tmp_path):
     """The wrapper in errors.py: exit code 2, one line on stderr, no traceback."""
-    result = subprocess.run(
-        [sys.executable, "-m", "metrics.quality", "truth.json", "prediction.json"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    result = start(["-m", "metrics.quality", "truth.json", "prediction.json"], tmp_path)
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
     assert "truth.json" in result.stderr and "Traceback" not in result.stderr
