@@ -1,10 +1,10 @@
 """The UNet's conditions: all those of the paper's Table 5 and Figure 1, among them the tagging adapter.
 
-Sections 3.3 and 3.4. All conditions have the same signature, `adapter(image_tokens, image_embedding, text)`,
-and return the context T(c) that the UNet attends to. Image tokens `(B, M, C)`, image embedding `(B, E)` and
-text vectors come from the frozen CLIP (clip.py); those that a condition does not use may be None.
+Sections 3.3 and 3.4. All conditions have the same signature, `adapter(tokens, embedding, text)`, and return
+the context T(c) that the UNet attends to. The image's tokens `(B, M, C)` and embedding `(B, E)` and the text
+vectors come from the frozen CLIP (clip.py); those that a condition does not use may be None.
 
-Top to bottom: inputs and outputs, the five simple conditions, the tagging adapter (Eq. 6), its multi-label
+Top to bottom: inputs and outputs, the simple conditions, the tagging adapter (Eq. 6), its multi-label
 objective (Eq. 7: asymmetric loss and targets), the parts of the adapter.
 """
 
@@ -50,32 +50,19 @@ class Unconditional(nn.Module):
         super().__init__()
         self.register_buffer("empty", frozen(empty))
 
-    def forward(
-        self, image_tokens: Tensor | None, image_embedding: Tensor | None, text: Text | None
-    ) -> Condition:
+    def forward(self, tokens: Tensor | None, embedding: Tensor | None, text: Text | None) -> Condition:
         return Condition(self.empty[None])  # (1, 77, C)
 
 
-class Caption(nn.Module):
-    """`caption`: the 77 hidden states of a caption of each image (section 3.3, 2)."""
+class Words(nn.Module):
+    """Each image's words directly to the UNet: the 77 hidden states of a caption or one vector per tag.
 
-    def forward(
-        self, image_tokens: Tensor | None, image_embedding: Tensor | None, text: Text | None
-    ) -> Condition:
-        assert text is not None, "text is None: pass the hidden states of one caption per image"
-        return Condition(text.vectors, text.lengths)
-
-
-class Oracle(nn.Module):
-    """`oracle`: the vectors of the image's ground-truth classes, directly to the UNet (Figure 1).
-
-    It uses the labels, so its score is an upper bound, not a result.
+    `caption` (section 3.3, 2) and `oracle`, the ground-truth classes (Figure 1). The latter uses the labels,
+    so its score is an upper bound, not a result.
     """
 
-    def forward(
-        self, image_tokens: Tensor | None, image_embedding: Tensor | None, text: Text | None
-    ) -> Condition:
-        assert text is not None, "text is None: pass the vectors of each image's ground-truth classes"
+    def forward(self, tokens: Tensor | None, embedding: Tensor | None, text: Text | None) -> Condition:
+        assert text is not None, "text is None: pass the vectors of the caption or the tags of each image"
         return Condition(text.vectors, text.lengths)
 
 
@@ -92,9 +79,7 @@ class Classes(nn.Module):
         self.mlp = mlp(C, C)
         self.gamma = nn.Parameter(torch.full((C,), 1e-4))  # VPD segmentation/models/vpd_seg.py
 
-    def forward(
-        self, image_tokens: Tensor | None, image_embedding: Tensor | None, text: Text | None
-    ) -> Condition:
+    def forward(self, tokens: Tensor | None, embedding: Tensor | None, text: Text | None) -> Condition:
         context = self.classes + self.gamma * self.mlp(self.classes)
         return Condition(context[None])  # (1, K, C)
 
@@ -119,11 +104,9 @@ class Implicit(nn.Module):
         self.position = nn.Parameter(nn.init.trunc_normal_(torch.empty(empty.shape), std=0.02))  # ODISE's
         self.alpha = nn.Parameter(torch.zeros(empty.shape))
 
-    def forward(
-        self, image_tokens: Tensor | None, image_embedding: Tensor | None, text: Text | None
-    ) -> Condition:
-        assert image_embedding is not None, "image_embedding is None: pass CLIP's, (B, 768)"
-        caption = self.linear(image_embedding)[:, None] + self.position  # (B, 77, C)
+    def forward(self, tokens: Tensor | None, embedding: Tensor | None, text: Text | None) -> Condition:
+        assert embedding is not None, "embedding is None: pass CLIP's of the image, (B, 768)"
+        caption = self.linear(embedding)[:, None] + self.position  # (B, 77, C)
         return Condition(self.empty + self.alpha.tanh() * caption)
 
 
@@ -159,8 +142,7 @@ class Tagging(nn.Module):
             raise ModelError(f"need at least 1 query and 1 block, got {queries} and {blocks}")
         if start == "empty" and queries > L:
             raise ModelError(
-                f"{queries} queries, but the empty prompt has {L} tokens: "
-                f"use at most {L} queries, or start 'random'"
+                f"{queries} queries: the empty prompt has {L} tokens, use at most {L} or start 'random'"
             )
 
         self.register_buffer("classes", frozen(classes))
@@ -177,10 +159,8 @@ class Tagging(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))  # ours, like the bias; see `logits`
         self.bias = nn.Parameter(torch.tensor(-2.0))
 
-    def forward(
-        self, image_tokens: Tensor | None, image_embedding: Tensor | None, text: Text | None
-    ) -> Condition:
-        q, text, image = self.prepare(image_tokens, text)
+    def forward(self, tokens: Tensor | None, embedding: Tensor | None, text: Text | None) -> Condition:
+        q, text, image = self.prepare(tokens, text)
         for block in self.blocks:
             q = block(q, text, image)
         m = self.norm(self.mlp(q))  # (B, Q, C), with the norm of SD's own tokens
@@ -188,22 +168,22 @@ class Tagging(nn.Module):
         context = m if self.g is None else self.empty + self.g * m
         return Condition(context, None, self.logits(m))
 
-    def attention(self, image_tokens: Tensor, text: Text | None) -> Tensor:
+    def attention(self, tokens: Tensor, text: Text | None) -> Tensor:
         """The attention of each query to each tag in the last block, `(B, Q, T)`, sum 1 over the tags."""
-        q, text, image = self.prepare(image_tokens, text)
+        q, text, image = self.prepare(tokens, text)
         *blocks, last = self.blocks
         for block in blocks:
             q = block(q, text, image)
         return last.attention_weights(q, text)
 
-    def prepare(self, image_tokens: Tensor | None, text: Text | None) -> tuple[Tensor, Text, Tensor]:
+    def prepare(self, tokens: Tensor | None, text: Text | None) -> tuple[Tensor, Text, Tensor]:
         """Return the inputs of the blocks: queries `(B, Q, C)`, text, projected image tokens `(B, M, C)`."""
-        assert image_tokens is not None, "image_tokens is None: pass CLIP's, (B, 257, 1024)"
-        B = len(image_tokens)
+        assert tokens is not None, "tokens is None: pass CLIP's of the image, (B, 257, 1024)"
+        B = len(tokens)
         if text is None:
             text = Text(self.classes.expand(B, -1, -1))
         self.check(text, B)
-        return self.queries.expand(B, -1, -1), text, self.image(image_tokens)
+        return self.queries.expand(B, -1, -1), text, self.image(tokens)
 
     def check(self, text: Text, B: int) -> None:
         """Check shapes only: reading values would synchronise the GPU."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import weights.load as weights_loader
-from adapter import Caption, Classes, Implicit, Oracle, Tagging, Unconditional
+from adapter import Classes, Implicit, Tagging, Unconditional, Words
 from clip import CLIP, CLIPConfig, Tokenizer
 from decoders import SemanticDecoder, SemanticFPN, UperNet
 from errors import ModelError, WeightsError
@@ -35,20 +35,14 @@ def part_configs(model: str, weights: str | Path) -> tuple[VAEConfig, UNetConfig
         return VAEConfig(), UNetConfig(), CLIPConfig()
     vae = VAEConfig.tiny()
     if str(weights) != "random":
-        # A missing folder is reported first.
-        weights_loader.find(Path(weights, "vae"), weights_loader.OFFICIAL[VAE])
-        vae = replace(vae, scale=measured_scale(Path(weights, SCALE_FILE)))
+        weights_loader.find(Path(weights, "vae"), weights_loader.OFFICIAL[VAE])  # reports a missing folder
+        file = Path(weights, SCALE_FILE)
+        try:
+            vae = replace(vae, scale=float(json.loads(file.read_text())["scaling_factor"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            cause = type(error).__name__
+            raise WeightsError(f"{file} has no valid scaling_factor ({cause}): see lab/pretrain.py") from None
     return vae, UNetConfig.tiny(), CLIPConfig.tiny()
-
-
-def measured_scale(file: Path) -> float:
-    """Read the latent scale, diffusers' `scaling_factor`, from an autoencoder's config.json."""
-    try:
-        return float(json.loads(file.read_text())["scaling_factor"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(
-            f"{file} has no valid scaling_factor ({type(error).__name__}): `python -m lab.pretrain` writes it"
-        ) from None
 
 
 def prior(model: str, weights: str | Path) -> tuple[VAE, UNet, CLIP, Tokenizer]:
@@ -104,14 +98,12 @@ def make_adapter(config: TadaConfig, clip: CLIPConfig, empty: Tensor, classes: T
     match config.condition:
         case "none":
             return Unconditional(empty)
-        case "caption":
-            return Caption()
+        case "caption" | "oracle":
+            return Words()
         case "classes":
             return Classes(classes)
         case "implicit":
             return Implicit(empty, clip.projection)
-        case "oracle":
-            return Oracle()
         case "tagging":
             return Tagging(
                 empty,

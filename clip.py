@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tokenizers
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from tokenizers import Regex, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as BPETokenizer
 from torch import Tensor, nn
 
 from kernels.linear import Linear
@@ -85,11 +86,9 @@ class Tokenizer:
         files = [Path(folder) / name for name in ("vocab.json", "merges.txt")]
         for file in files:
             if not file.is_file():
-                raise FileNotFoundError(
-                    f"{file} is missing: `python -m weights.fetch` downloads the tokenizer's files"
-                )
+                raise FileNotFoundError(f"{file} is missing: `python -m weights.fetch` downloads it")
         try:
-            self.prepare(tokenizers.models.BPE.read_file(*map(str, files)), positions)
+            self.prepare(models.BPE.read_file(*map(str, files)), positions)
             if None in (self.start, self.end):
                 raise ValueError(f"{START} or {END} is missing")
         except Exception as error:  # noqa: BLE001  tokenizers raises plain Exceptions
@@ -104,7 +103,7 @@ class Tokenizer:
 
         Start and end are the last two of the `vocabulary` ids, as in CLIP.
         """
-        letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())  # 256
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # 256
         ids = [*letters, *(f"{letter}</w>" for letter in letters)]
         assert vocabulary >= len(ids) + 2, (
             f"a vocabulary of {vocabulary} is too small: bytes need {len(ids) + 2}"
@@ -117,23 +116,13 @@ class Tokenizer:
     def prepare(self, vocabulary_and_merges: tuple[dict, list], positions: int) -> None:
         """Set up the byte-pair encoder; start or end is None if the vocabulary lacks it."""
         self.positions = positions
-        bpe = tokenizers.models.BPE(*vocabulary_and_merges, unk_token=END, end_of_word_suffix="</w>")
-        self.bpe = tokenizers.Tokenizer(bpe)
-        self.bpe.normalizer = tokenizers.normalizers.Sequence(
-            [
-                tokenizers.normalizers.NFC(),
-                tokenizers.normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
-                tokenizers.normalizers.Lowercase(),
-            ]
-        )
-        self.bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-            [
-                tokenizers.pre_tokenizers.Split(
-                    tokenizers.Regex(WORD_PATTERN), behavior="removed", invert=True
-                ),
-                tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+        bpe = models.BPE(*vocabulary_and_merges, unk_token=END, end_of_word_suffix="</w>")
+        self.bpe = BPETokenizer(bpe)
+        blanks = normalizers.Replace(Regex(r"\s+"), " ")
+        self.bpe.normalizer = normalizers.Sequence([normalizers.NFC(), blanks, normalizers.Lowercase()])
+        words = pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="removed", invert=True)
+        letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        self.bpe.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
         self.start, self.end = self.bpe.token_to_id(START), self.bpe.token_to_id(END)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
@@ -178,8 +167,7 @@ class CLIP(nn.Module):
             f"{L} tokens for {self.config.positions} positions: truncate the texts"
         )
         hidden = self.text_model(ids)
-        # The first end token; later ones are padding.
-        end = (ids == self.config.vocabulary - 1).int().argmax(dim=1)
+        end = (ids == self.config.vocabulary - 1).int().argmax(dim=1)  # the first one; later ones are padding
         return hidden, hidden[torch.arange(T, device=ids.device), end]
 
     def image(self, image: Tensor) -> tuple[Tensor, Tensor]:

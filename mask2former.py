@@ -132,14 +132,12 @@ class Mask2Former(nn.Module):
         positions = [sine_positions(x.shape[2:], x.shape[1], x.device) for x in maps]  # (M_i, C)
 
         x = self.query_features.expand(len(mask_features), -1, -1)  # (B, Q, C)
-        classes, masks = self.predict(x, mask_features)
-        predictions = [(classes, masks)]
+        predictions = [self.predict(x, mask_features)]
         for i, layer in enumerate(self.layers):
             level = i % LEVELS
-            allowed = attention_mask(masks, maps[level].shape[2:])  # (B, Q, M_i)
+            allowed = attention_mask(predictions[-1][1], maps[level].shape[2:])  # (B, Q, M_i)
             x = layer(x, self.query_places, memory[level], positions[level], allowed)
-            classes, masks = self.predict(x, mask_features)
-            predictions.append((classes, masks))
+            predictions.append(self.predict(x, mask_features))
         return Queries(*zip(*predictions))
 
     def predict(self, x: Tensor, mask_features: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,14 +159,21 @@ class Mask2Former(nn.Module):
         logits are nan or infinite, nothing can be matched and the sum of `class` is nan; raising an error on
         one rank would hang the others in the all-reduce.
         """
-        self.check_targets(prediction, targets)
-        rands = [rand] * len(targets) if callable(rand) else rand
+        B, _, h, w = prediction.masks[-1].shape
+        assert len(targets) == B, f"{len(targets)} targets for {B} images: pass one per image"
+        for classes, masks, _ in targets:
+            assert classes.dtype == torch.int64 and masks.dtype == torch.bool, (
+                f"a target has {classes.dtype} classes and {masks.dtype} masks: pass int64 and bool"
+            )
+            assert masks.shape == (len(classes), 4 * h, 4 * w), (
+                f"a target has masks {tuple(masks.shape)}: pass {(len(classes), 4 * h, 4 * w)}, "
+                "one per class, padded like the image"
+            )
+        rands = [rand] * B if callable(rand) else rand
         order = [-1, *range(len(prediction.classes) - 1)]
-        parts = []
         with torch.autocast(prediction.masks[-1].device.type, enabled=False):
-            for i in order:
-                classes, masks = prediction.classes[i].float(), prediction.masks[i].float()
-                parts.append(self.layer_loss(classes, masks, targets, rands))
+            layers = [(prediction.classes[i].float(), prediction.masks[i].float()) for i in order]
+            parts = [self.layer_loss(*layer, targets, rands) for layer in layers]
         sums, counts = (sum(x) for x in zip(*parts)), self.counts(targets)
         return {name: (total, counts[name]) for name, total in zip(counts, sums, strict=True)}
 
@@ -222,19 +227,6 @@ class Mask2Former(nn.Module):
         by_mask, by_dice = mask_losses(sample(matched, points), labels)
         return CLASS_WEIGHT * by_class, MASK_WEIGHT * by_mask, DICE_WEIGHT * by_dice
 
-    def check_targets(self, prediction: Queries, targets: Sequence[Target]) -> None:
-        """Check that there is one target per image, and its types and sizes."""
-        B, _, h, w = prediction.masks[-1].shape
-        assert len(targets) == B, f"{len(targets)} targets for {B} images: pass one per image"
-        for classes, masks, _ in targets:
-            assert classes.dtype == torch.int64 and masks.dtype == torch.bool, (
-                f"a target has {classes.dtype} classes and {masks.dtype} masks: pass int64 and bool"
-            )
-            assert masks.shape == (len(classes), 4 * h, 4 * w), (
-                f"a target has masks {tuple(masks.shape)}: pass {(len(classes), 4 * h, 4 * w)}, "
-                "one per class, padded like the image"
-            )
-
     # ---- from a prediction to segments; all sizes are (H, W)
 
     def panoptic(
@@ -252,10 +244,13 @@ class Mask2Former(nn.Module):
         default `real`. Drops queries whose class is less likely than `score` or that keep less than `overlap`
         of their mask (0.8 and 0.8 in Mask2Former; ODISE's score is 0).
         """
-        return [
-            panoptic_segments(classes, masks, self.things, (padded, real, size), score, overlap)
-            for classes, masks in zip(prediction.classes[-1].float(), prediction.masks[-1].float())
-        ]
+        results = []
+        for classes, masks in zip(prediction.classes[-1].float(), prediction.masks[-1].float()):
+            scores, labels = classes.softmax(-1).max(-1)
+            kept = (labels != len(self.things)) & (scores > score)
+            probabilities = resize_masks(masks[kept, None], padded, real, size)[:, 0].sigmoid()
+            results.append(panoptic_segments(scores[kept], labels[kept], probabilities, self.things, overlap))
+        return results
 
     def instances(
         self,
@@ -267,12 +262,22 @@ class Mask2Former(nn.Module):
     ) -> list[Instances]:
         """The things among the `top` most likely (query, class) pairs of each image; sizes as in `panoptic`.
 
-        The score is the class probability times the mean probability of the mask's pixels.
+        The score is the class probability times the mean probability of the mask's pixels. A query may give
+        several instances, of different classes (Mask2Former's `instance_inference`).
         """
-        return [
-            thing_instances(classes, masks, self.things, (padded, real, size), top)
-            for classes, masks in zip(prediction.classes[-1].float(), prediction.masks[-1].float())
-        ]
+        results = []
+        for classes, masks in zip(prediction.classes[-1].float(), prediction.masks[-1].float()):
+            scores = classes.softmax(-1)[:, :-1].flatten()  # (Q K,)
+            scores, pairs = scores.topk(min(top, len(scores)))
+            queries, labels = pairs // len(self.things), pairs % len(self.things)
+            is_thing = torch.tensor(self.things, device=labels.device)[labels]
+            scores, queries, labels = scores[is_thing], queries[is_thing], labels[is_thing]
+            logits = resize_masks(masks[queries, None], padded, real, size)[:, 0]
+            inside = logits > 0
+            certainty = (logits.sigmoid() * inside).sum(dim=(1, 2)) / (inside.sum(dim=(1, 2)) + 1e-6)
+            scores, order = (scores * certainty).sort(descending=True)
+            results.append(Instances(labels[order], scores, inside[order]))
+        return results
 
     def semantic(
         self, prediction: Queries, padded: Size, real: Size | None = None, size: Size | None = None
@@ -427,9 +432,7 @@ class DeformableAttention(nn.Module):
         offsets = self.sampling_offsets(query).unflatten(-1, (self.heads, LEVELS, SAMPLES, 2))
         weights = rearrange(self.attention_weights(query), "B N (n i) -> B N n i", n=self.heads).softmax(-1)
         weights = weights.unflatten(-1, (LEVELS, SAMPLES))
-        pixels = torch.tensor(
-            [(w, h) for h, w in sizes], device=x.device
-        )  # of each level, the unit of the offsets
+        pixels = torch.tensor([(w, h) for h, w in sizes], device=x.device)  # the offsets' unit, per level
         points = centres[:, None, None, None] + offsets / pixels[:, None]
         value = rearrange(self.value_proj(x), "B N (n d) -> B N n d", n=self.heads)
         return self.output_proj(deformable_attention(value, sizes, points, weights))
@@ -446,9 +449,8 @@ def deformable_attention(value: Tensor, sizes: Sequence[Size], points: Tensor, w
     for level, pixels in enumerate(value.split([h * w for h, w in sizes], dim=1)):
         pixels = rearrange(pixels, "B (h w) n d -> (B n) d h w", h=sizes[level][0])
         grid = rearrange(2 * points[:, :, :, level] - 1, "B N n sample xy -> (B n) sample N xy")
-        weight = rearrange(
-            weights[:, :, :, level], "B N n sample -> (B n) 1 sample N"
-        ).contiguous()  # for speed
+        weight = rearrange(weights[:, :, :, level], "B N n sample -> (B n) 1 sample N")
+        weight = weight.contiguous()  # for speed
         values = F.grid_sample(pixels.to(grid.dtype), grid, align_corners=False)  # (B n, d, SAMPLES, N)
         total = total + (values * weight).sum(2)
     return rearrange(total.to(value.dtype), "(B n) d N -> B N (n d)", B=B)
@@ -616,7 +618,7 @@ def mask_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return by_mask, by_dice.sum()
 
 
-# ---- the segments of one image: class logits (Q, K+1), mask logits (Q, h, w)
+# ---- from masks to segments
 
 
 def resize_masks(masks: Tensor, padded: Size, real: Size | None, size: Size | None) -> Tensor:
@@ -627,21 +629,12 @@ def resize_masks(masks: Tensor, padded: Size, real: Size | None, size: Size | No
 
 
 def panoptic_segments(
-    classes: Tensor,
-    masks: Tensor,
-    things: Sequence[bool],
-    sizes: tuple[Size, Size | None, Size | None],
-    score: float,
-    overlap: float,
+    scores: Tensor, labels: Tensor, probabilities: Tensor, things: Sequence[bool], overlap: float
 ) -> Panoptic:
-    """Assign each pixel to the query with the highest score times mask probability.
+    """Assign each pixel to the query with the highest score `(Q,)` times mask probability `(Q, H, W)`.
 
     As Mask2Former's `panoptic_inference`: void where that query's mask is below 1/2 or the query is dropped.
     """
-    scores, labels = classes.softmax(-1).max(-1)
-    kept = (labels != len(things)) & (scores > score)
-    scores, labels = scores[kept], labels[kept]
-    probabilities = resize_masks(masks[kept, None], *sizes)[:, 0].sigmoid()  # (kept queries, H, W)
     if not len(labels):
         return Panoptic(labels.new_zeros(probabilities.shape[1:]), [])
     owner = (scores[:, None, None] * probabilities).argmax(0)  # (H, W)
@@ -664,23 +657,3 @@ def panoptic_segments(
                 stuff[label] = id
         ids.append(id if keep else 0)
     return Panoptic(owner.new_tensor(ids)[owner] * hit, segments)
-
-
-def thing_instances(
-    classes: Tensor,
-    masks: Tensor,
-    things: Sequence[bool],
-    sizes: tuple[Size, Size | None, Size | None],
-    top: int,
-) -> Instances:
-    """As Mask2Former's `instance_inference`: a query may give several instances, of different classes."""
-    scores = classes.softmax(-1)[:, :-1].flatten()  # (Q K,)
-    scores, pairs = scores.topk(min(top, len(scores)))
-    queries, labels = pairs // len(things), pairs % len(things)
-    is_thing = torch.tensor(things, device=labels.device)[labels]
-    scores, queries, labels = scores[is_thing], queries[is_thing], labels[is_thing]
-    logits = resize_masks(masks[queries, None], *sizes)[:, 0]
-    inside = logits > 0
-    certainty = (logits.sigmoid() * inside).sum(dim=(1, 2)) / (inside.sum(dim=(1, 2)) + 1e-6)
-    scores, order = (scores * certainty).sort(descending=True)
-    return Instances(labels[order], scores, inside[order])

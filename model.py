@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapter import Caption, Condition, Implicit, Oracle, Tagging, Text, asymmetric_loss, multi_hot
+from adapter import Condition, Implicit, Tagging, Text, Words, asymmetric_loss, multi_hot
 from clip import CLIP, PROMPT, TEMPLATES, Tokenizer, name_vectors, zero_shot
 from decoders import Logits, SemanticDecoder
 from kernels import IGNORE
@@ -57,10 +57,7 @@ class TadaConfig:
     freeze_unet: bool = False
     dropout: float = 0.1  # before the classifier
     crop: Size = (512, 512)  # of training; the window of sliding inference
-    box: Size | None = (
-        512,
-        2048,
-    )  # short and long side that a test image is resized into; None = its own size
+    box: Size | None = (512, 2048)  # short and long side that a test image is resized into; None = its size
     stride: Size = (341, 341)  # of the sliding window
 
     def __post_init__(self) -> None:
@@ -102,7 +99,7 @@ class Tada(nn.Module):
         self.run_unet = unet.features_and_attention if config.attention_maps else unet.features
         self.multiple = vae.stride * 2 ** (len(unet.config.channels) - 1)  # of the image's sides: 64
         self.uses_image = isinstance(adapter, (Implicit, Tagging))  # whether the adapter uses image features
-        self.uses_words = isinstance(adapter, (Caption, Oracle, Tagging))  # whether it uses words per image
+        self.uses_words = isinstance(adapter, (Words, Tagging))  # whether it uses words per image
 
         self.vae.requires_grad_(False)
         self.clip.requires_grad_(False)
@@ -204,7 +201,7 @@ class Tada(nn.Module):
         if tags is None or not self.uses_words:
             return None
         device = self.unet.conv_in.weight.device
-        if isinstance(self.adapter, Caption) or self.config.tag_tokens == "prompt":
+        if self.config.condition == "caption" or self.config.tag_tokens == "prompt":
             prompts = [", ".join(words) for words in tags]
             return Text(self.clip.text(self.tokenizer(prompts).to(device))[0])  # (B, 77, C)
         lists = [list(words) or [""] for words in tags]

@@ -182,9 +182,9 @@ class UNet(nn.Module):
             f"t is {t.dtype} {tuple(t.shape)}: pass one int64 time step per image, ({B},)"
         )
         L, width = context.shape[-2:]
-        assert context.shape[0] == B and width == self.config.context_width and 1 <= L <= MAX_CONTEXT, (
-            f"the context is {tuple(context.shape)}: "
-            f"pass ({B}, 1..{MAX_CONTEXT}, {self.config.context_width})"
+        C = self.config.context_width
+        assert len(context) == B and width == C and 1 <= L <= MAX_CONTEXT, (
+            f"the context is {tuple(context.shape)}: pass ({B}, 1..{MAX_CONTEXT}, {C})"
         )
         assert lengths is None or lengths.shape == (B,), (
             f"lengths is {tuple(lengths.shape)}: pass one number of context tokens per image, ({B},)"
@@ -242,8 +242,7 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, config: UNetConfig, channels: int):
         super().__init__()
-        # CompVis attention.py `Normalize`; not 1e-5.
-        self.norm = nn.GroupNorm(config.groups, channels, eps=1e-6)
+        self.norm = nn.GroupNorm(config.groups, channels, eps=1e-6)  # CompVis attention.py `Normalize`
         self.proj_in = nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(config, channels)])
         self.proj_out = nn.Conv2d(channels, channels, 1)

@@ -66,8 +66,7 @@ class VAE(nn.Module):
         assert H % self.stride == 0 and W % self.stride == 0, (
             f"the image is {H}x{W}: pad both sides to a multiple of {self.stride}"
         )
-        # (B, 8, h, w) -> 2 x (B, 4, h, w)
-        mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
+        mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)  # (B, 8, h, w) -> 2 (B, 4, h, w)
         return mean, logvar.clamp(*LOGVAR_RANGE)
 
 
@@ -80,7 +79,7 @@ class Encoder(nn.Module):
         last = len(config.channels) - 1
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            Down(widths[i], widths[i + 1], config.layers, config.groups, downsample=i < last)
+            Level(widths[i], widths[i + 1], config.layers, config.groups, downsample=i < last)
             for i in range(last + 1)
         )
         self.mid_block = Mid(widths[-1], config.groups)
@@ -107,7 +106,7 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = Mid(widths[0], config.groups)
         self.up_blocks = nn.ModuleList(
-            Up(widths[i], widths[i + 1], config.layers + 1, config.groups, upsample=i < last)
+            Level(widths[i], widths[i + 1], config.layers + 1, config.groups, upsample=i < last)
             for i in range(last + 1)
         )
         self.conv_norm_out = nn.GroupNorm(config.groups, widths[-1], eps=EPS)
@@ -121,28 +120,25 @@ class Decoder(nn.Module):
         return self.conv_out(norm_silu(self.conv_norm_out, x))
 
 
-class Down(nn.Module):
-    """One encoder level: residual blocks, then downsampling (except in the last level)."""
+class Level(nn.Module):
+    """The residual blocks of one resolution, then down- or upsampling (except in the last level)."""
 
-    def __init__(self, in_channels: int, channels: int, layers: int, groups: int, downsample: bool):
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        layers: int,
+        groups: int,
+        downsample: bool = False,
+        upsample: bool = False,
+    ):
         super().__init__()
         self.resnets = resnets(in_channels, channels, layers, groups)
         self.downsamplers = nn.Sequential(*[Downsample(channels)] if downsample else [])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.downsamplers(self.resnets(x))
-
-
-class Up(nn.Module):
-    """One decoder level: residual blocks, then upsampling (except in the last level)."""
-
-    def __init__(self, in_channels: int, channels: int, layers: int, groups: int, upsample: bool):
-        super().__init__()
-        self.resnets = resnets(in_channels, channels, layers, groups)
         self.upsamplers = nn.Sequential(*[Upsample(channels)] if upsample else [])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.upsamplers(self.resnets(x))
+        return self.upsamplers(self.downsamplers(self.resnets(x)))
 
 
 class Mid(nn.Module):
@@ -160,7 +156,7 @@ class Mid(nn.Module):
 def resnets(in_channels: int, channels: int, layers: int, groups: int) -> nn.Sequential:
     """A sequence of `layers` residual blocks; the first one changes the width."""
     return nn.Sequential(
-        *[ResnetBlock(channels if i else in_channels, channels, groups) for i in range(layers)]
+        *(ResnetBlock(channels if i else in_channels, channels, groups) for i in range(layers))
     )
 
 

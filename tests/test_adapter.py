@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from adapter import (
-    Caption,
     Classes,
     Implicit,
-    Oracle,
     Tagging,
     Text,
     Unconditional,
+    Words,
     asymmetric_loss,
     multi_hot,
 )
@@ -112,12 +111,11 @@ def test_unconditional_is_the_empty_prompt(empty, image_tokens, text):
     assert not list(adapter.parameters())
 
 
-@pytest.mark.parametrize("condition", [Caption, Oracle])
-def test_caption_and_oracle_return_the_text(condition, text):
-    context, lengths, logits = condition()(None, None, text)
+def test_caption_and_oracle_return_the_text(text):
+    context, lengths, logits = Words()(None, None, text)
     assert context is text.vectors and lengths is text.lengths and logits is None
-    assert condition()(None, None, Text(text.vectors)).lengths is None
-    assert not condition().state_dict()
+    assert Words()(None, None, Text(text.vectors)).lengths is None
+    assert not Words().state_dict()
 
 
 def test_classes_equal_equation_4(classes, image_tokens):
@@ -555,7 +553,7 @@ def test_multi_hot_of_ignored_crops():
 def test_wrong_sizes_are_refused(empty, classes):
     """The message has the value and the cure."""
     tiny = (empty, classes, IMAGE)
-    with pytest.raises(ModelError, match="10 queries, but the empty prompt has 9 tokens: use at most 9"):
+    with pytest.raises(ModelError, match="10 queries: the empty prompt has 9 tokens, use at most 9"):
         Tagging(*tiny, heads=HEADS, queries=P + 1, start="empty")
     with pytest.raises(ModelError, match="unknown start 'zero' .*: choose 'empty' or 'random'"):
         Tagging(*tiny, heads=HEADS, queries=Q, start="zero")
@@ -573,10 +571,9 @@ def test_missing_and_misshapen_inputs(empty, classes, image_tokens, text):
     """The message names the input."""
     tagging = Tagging(empty, classes, IMAGE, heads=HEADS, queries=Q)
     for adapter, missing in (
-        (tagging, "image_tokens"),
-        (Implicit(empty, EMBEDDING), "image_embedding"),
-        (Caption(), "text"),
-        (Oracle(), "text"),
+        (tagging, "tokens"),
+        (Implicit(empty, EMBEDDING), "embedding"),
+        (Words(), "text"),
     ):
         with pytest.raises(AssertionError, match=f"{missing} is None"):
             adapter(None, None, None)
