@@ -57,8 +57,8 @@ class Unconditional(nn.Module):
 class Words(nn.Module):
     """Each image's words directly to the UNet: the 77 hidden states of a caption or one vector per tag.
 
-    `caption` (section 3.3, 2) and `oracle`, the ground-truth classes (Figure 1). The latter uses the labels,
-    so its score is an upper bound, not a result.
+    `caption` (section 3.3, 2), `tags` ("directly employing such noisy labels", section 3.4) and `oracle`, the
+    ground-truth classes (Figure 1), whose score is an upper bound and not a result: it uses the labels.
     """
 
     def forward(self, tokens: Tensor | None, embedding: Tensor | None, text: Text | None) -> Condition:

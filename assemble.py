@@ -2,20 +2,25 @@
 
     tada = build(TadaConfig(classes=("sea", "sky", "sand"), weights="weights/sd15"))
 
-Top to bottom: the sizes of the parts, the prior, a new model, its adapter and decoder, the optimiser's
-parameter groups.
+Top to bottom: the sizes of the parts, the prior, a new model, its adapter and decoder, taggers, the
+optimiser's parameter groups.
 """
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+import weights.ram as ram_files
+from ram import likely_tags
 from torch import Tensor, nn
 
 import weights.load as weights_loader
 from adapter import Classes, Implicit, Tagging, Unconditional, Words
-from clip import CLIP, CLIPConfig, Tokenizer
+from clip import CLIP, CLIPConfig, Tokenizer, zero_shot_tags
 from decoders import SemanticDecoder, SemanticFPN, UperNet
 from errors import ModelError, WeightsError
 from mask2former import Mask2Former
@@ -24,6 +29,7 @@ from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 from weights.words import word_vectors
 
+Tagger = Callable[[Tensor], list[list[tuple[str, float]]]]  # images (B, 3, H, W) -> tags, scores, best first
 SCALE_FILE = "vae/config.json"  # inside the weights folder of tiny
 
 
@@ -50,17 +56,25 @@ def prior(model: str, weights: str | Path) -> tuple[VAE, UNet, CLIP, Tokenizer]:
 
     "random" initialises the parts instead, and the tokenizer encodes bytes (`Tokenizer.spelling`).
     """
-    parts = []
-    for kind, config in zip((VAE, UNet, CLIP), part_configs(model, weights), strict=True):
-        if str(weights) == "random":
-            parts.append(kind(config))
-            continue
-        with torch.device("meta"):  # skip initialisation; the weights are loaded next
-            part = kind(config)
-        parts.append(weights_loader.load(part, Path(weights) / kind.__name__.lower()))
+    vae, unet, clip = part_configs(model, weights)
+    return load_part(VAE, vae, weights), load_part(UNet, unet, weights), *load_clip(clip, weights)
+
+
+def load_part(kind: type[nn.Module], config: Any, weights: str | Path) -> nn.Module:
+    """One part of the prior from its folder, or initialised if `weights` is "random"."""
     if str(weights) == "random":
-        return *parts, Tokenizer.spelling(parts[-1].config.vocabulary)
-    return *parts, Tokenizer(Path(weights) / "tokenizer")
+        return kind(config)
+    with torch.device("meta"):  # skip initialisation; the weights are loaded next
+        part = kind(config)
+    return weights_loader.load(part, Path(weights) / kind.__name__.lower())
+
+
+def load_clip(config: CLIPConfig, weights: str | Path) -> tuple[CLIP, Tokenizer]:
+    """CLIP and its tokenizer."""
+    clip = load_part(CLIP, config, weights)
+    if str(weights) == "random":
+        return clip, Tokenizer.spelling(config.vocabulary)
+    return clip, Tokenizer(Path(weights) / "tokenizer")
 
 
 def build(config: TadaConfig, device: torch.device | str = "cpu") -> Tada:
@@ -74,7 +88,10 @@ def build(config: TadaConfig, device: torch.device | str = "cpu") -> Tada:
     names = word_vectors(*words, 80, shared=True) if config.tags == "clip" else None  # (K, E)
     with torch.no_grad():
         empty = clip.text(tokenizer([""]).to(device))[0][0]  # (77, C)
-    return assemble(config, vae, unet, clip, tokenizer, empty.cpu(), classes.cpu(), names).to(device)
+    tada = assemble(config, vae, unet, clip, tokenizer, empty.cpu(), classes.cpu(), names).to(device)
+    if config.tags == "ram":
+        tada.tagger = open_tagger(tada, "ram", config.tag_threshold)
+    return tada
 
 
 def assemble(
@@ -98,7 +115,7 @@ def make_adapter(config: TadaConfig, clip: CLIPConfig, empty: Tensor, classes: T
     match config.condition:
         case "none":
             return Unconditional(empty)
-        case "caption" | "oracle":
+        case "caption" | "tags" | "oracle":
             return Words()
         case "classes":
             return Classes(classes)
@@ -114,9 +131,8 @@ def make_adapter(config: TadaConfig, clip: CLIPConfig, empty: Tensor, classes: T
                 blocks=config.blocks,
                 start=config.adapter_start,
             )
-    raise ModelError(
-        f"unknown condition {config.condition!r}: choose none, caption, classes, implicit, tagging or oracle"
-    )
+    choices = "none, caption, classes, implicit, tagging, tags or oracle"
+    raise ModelError(f"unknown condition {config.condition!r}: choose {choices}")
 
 
 def make_decoder(config: TadaConfig, unet: UNetConfig, tokens: int = 77) -> SemanticDecoder | Mask2Former:
@@ -128,9 +144,10 @@ def make_decoder(config: TadaConfig, unet: UNetConfig, tokens: int = 77) -> Sema
     """
     channels = list(unet.channels)
     if config.attention_maps:
-        if config.condition == "oracle":
+        if config.condition in ("oracle", "tags"):
             raise ModelError(
-                "--attention-maps needs the same number of tokens for every image: not --condition oracle"
+                "--attention-maps needs the same number of tokens for every image: "
+                f"not --condition {config.condition}"
             )
         L = {"classes": len(config.classes), "tagging": config.queries}.get(config.condition, tokens)
         channels[1:3] = [width + L for width in channels[1:3]]
@@ -151,6 +168,42 @@ def make_decoder(config: TadaConfig, unet: UNetConfig, tokens: int = 77) -> Sema
     return kinds[config.decoder](
         channels, len(config.classes), groups=unet.groups, dropout=config.dropout, **widths
     )
+
+
+# ---- taggers
+
+
+def open_tagger(tada: Tada, source: str, threshold: float | None = None) -> Tagger | None:
+    """The tagger of `--tags` "clip" or "ram", None for any other source."""
+    config, device = tada.config, tada.unet.conv_in.weight.device
+    if source == "ram":
+        return ram_tagger(config.weights, device, threshold)
+    if source == "clip":
+        return clip_tagger(config.weights, tada.clip, tada.tokenizer, config.prompts, threshold, tada.names)
+    return None
+
+
+def ram_tagger(weights: str | Path, device: torch.device, threshold: float | None = None) -> Tagger:
+    """RAM, from the folder beside the prior's; without a threshold each tag has its own."""
+    ram, names, thresholds = ram_files.load(ram_files.folder(weights), device)
+    return partial(likely_tags, ram, names=names, thresholds=thresholds, threshold=threshold)
+
+
+def clip_tagger(
+    weights: str,
+    clip: CLIP,
+    tokenizer: Tokenizer,
+    names: Sequence[str],
+    threshold: float | None = None,
+    vectors: Tensor | None = None,
+) -> Tagger:
+    """CLIP, which chooses from `names`; vectors `(K, E)`: theirs, if they are at hand."""
+    if vectors is None:
+        vectors = word_vectors(weights, clip, tokenizer, names, 80, shared=True)
+    return partial(zero_shot_tags, clip, names=names, vectors=vectors, threshold=threshold)
+
+
+# ---- the optimiser
 
 
 def parameter_groups(tada: Tada, lr: float, weight_decay: float, unet_scale: float = 1.0) -> list[dict]:

@@ -127,10 +127,8 @@ class Tokenizer:
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Encode the texts; those over 75 tokens are truncated (the end token is kept) with a warning."""
-        rows = [encoding.ids for encoding in self.bpe.encode_batch(list(texts), add_special_tokens=False)]
-        longest = self.positions - 2
-        long = [text for text, row in zip(texts, rows, strict=True) if len(row) > longest]
-        if long:
+        rows, longest = self.encode(texts), self.positions - 2
+        if long := self.too_long(texts):
             warnings.warn(
                 f"truncated {len(long)} of {len(rows)} texts to {longest} tokens; "
                 f"the first one starts with {long[0][:60]!r}",
@@ -141,6 +139,15 @@ class Tokenizer:
         for i, row in enumerate(rows):
             ids[i, 1 : 1 + min(len(row), longest)] = torch.tensor(row[:longest], dtype=torch.int64)
         return ids
+
+    def too_long(self, texts: Sequence[str]) -> list[str]:
+        """The texts that have more than 75 tokens."""
+        rows = self.encode(texts)
+        return [text for text, row in zip(texts, rows, strict=True) if len(row) > self.positions - 2]
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The byte-pair tokens of each text, without start and end."""
+        return [encoding.ids for encoding in self.bpe.encode_batch(list(texts), add_special_tokens=False)]
 
 
 class CLIP(nn.Module):
@@ -209,6 +216,26 @@ def zero_shot(clip: CLIP, embedding: Tensor, names: Tensor) -> Tensor:
     with torch.autocast(embedding.device.type, enabled=False):  # bfloat16 near 25 has steps of 0.125
         cosine = F.normalize(embedding.float(), dim=-1) @ names.float().T
     return (clip.logit_scale.exp() * cosine).softmax(dim=-1)
+
+
+@torch.no_grad()
+def zero_shot_tags(
+    clip: CLIP, image: Tensor, names: Sequence[str], vectors: Tensor, threshold: float | None = None
+) -> list[list[tuple[str, float]]]:
+    """Tag images `(B, 3, H, W)`: the likely of K names with their probabilities, best first.
+
+    vectors `(K, E)`: the names' in the shared space. Likely are those of at least `threshold`, by default
+    chance, 1/K; the best name always is one.
+    """
+    with torch.autocast(image.device.type, enabled=False):  # so that training and test have the same tags
+        _, embedding = clip.image(image)
+    tags = []
+    for p in zero_shot(clip, embedding, vectors).cpu():
+        order = p.argsort(descending=True, stable=True).tolist()
+        least = 1 / len(p) if threshold is None else threshold
+        likely = [k for k in order if p[k] >= least] or order[:1]
+        tags.append([(names[k], float(p[k])) for k in likely])
+    return tags
 
 
 def pixels(image: Tensor, size: int) -> Tensor:

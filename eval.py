@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from tqdm import tqdm
 
 import inference
 import kernels
+from assemble import open_tagger
 from data import Dataset, default_data, open_dataset
 from errors import DataError, ModelError, TadaError, run_command
 from images.panoptic import components
@@ -36,7 +38,7 @@ from inference import Prediction, Segmented, stride_of
 from loading.augment import normalise
 from loading.check import check
 from loading.stream import EvaluationStream, Item
-from loading.tags import TagSource, open_words
+from loading.tags import TagSource, choose_source, open_words, same, split_words
 from mask2former import OVERLAP, SCORE, Instances, Mask2Former
 from metrics.judge import PanopticEvaluator
 from metrics.report import Result, confusion
@@ -119,8 +121,9 @@ def evaluate(
             if evaluator is not None:
                 evaluator.add(item, *segments_of(prediction, dataset))
             if tags is not None:
-                right = {config.prompts[k] for k in item.present}.intersection(tags)
-                tag_counts += tag_counts.new_tensor([len(right), len(set(tags)), len(item.present)])
+                tags = {same(tag) for tag in tags}
+                right = {same(config.prompts[k]) for k in item.present} & tags
+                tag_counts += tag_counts.new_tensor([len(right), len(tags), len(item.present)])
     except DataError as caught:
         error = caught
     finally:
@@ -173,6 +176,7 @@ def describe(tada: Tada, dataset: Dataset, words: TagSource) -> dict:
     about |= {"scenes_version": VERSION} if dataset.name == "scenes" else {}
     about |= {name: getattr(config, name) for name in ("model", "decoder", "weights", "condition")}
     about |= {"tags": words.tags, "oracle": "oracle" in (config.condition, words.tags)}
+    about |= {"trained_tags": config.tags} if words.tags != config.tags else {}
     about |= {"random_weights": config.weights == "random"}
     about |= {"tag_head": config.condition == "tagging" and config.tag_loss_weight > 0}
     return about | {"box": config.box and [*config.box]}
@@ -202,6 +206,8 @@ def run(
     split: str,
     limit: int | None,
     tags: str | None,
+    words: str | None,
+    tag_threshold: float | None,
     ms: bool,
     scales: Sequence[float],
     flip: bool,
@@ -230,7 +236,14 @@ def run(
             raise TadaError(f"--{name}: mask2former reads an image whole, once; leave it out")
     protocol = {"scales": scales, "flip": flip} | segment_options(segments, config.decoder)
     protocol["window"], protocol["stride"] = windows_of(config, whole=whole, window=window, stride=stride)
-    words = open_dataset_words(tags, config, dataset=dataset, root=root)
+    source, given = choose_source(tags, words, config.tags, config.condition)
+    threshold = config.tag_threshold if tag_threshold is None else tag_threshold
+    paths = [dataset.path(i) for i in range(len(dataset))]
+    if given is None:
+        source_words = open_words(config.condition, source, dataset.prompts, root, paths, threshold)
+    else:
+        table = dict.fromkeys(paths, split_words(given, config.condition))
+        source_words = TagSource(source, dataset.prompts, table)
     check(dataset, CHECKED)
     n = min(limit or len(dataset), len(dataset))
     protocol["indices"] = [i * len(dataset) // n for i in range(n)]
@@ -240,13 +253,14 @@ def run(
 
     with lock(out, "--out") if ranks.is_main else nullcontext():
         sha256 = digest(file)
-        tada = load_model(file, weights, ranks.device)
+        tada = load_model(file, weights, ranks.device, tagger=False)
+        tada.tagger = open_tagger(tada, source, threshold)
         if ranks.is_main:
             print(kernels.describe(ranks.device))
             move_earlier_results(out)
         ranks.barrier()  # only now may files appear
         shares = {"workers": workers, "rank": ranks.rank, "world": ranks.world, "show": ranks.is_main}
-        result = evaluate(tada, dataset, words, **protocol, **shares)
+        result = evaluate(tada, dataset, source_words, **protocol, **shares)
         if ranks.is_main:
             print(result.as_markdown())
             result.write(out, checkpoint=file, sha256=sha256)
@@ -273,18 +287,6 @@ def data_folder(home: Path | None, config: TadaConfig) -> str:
     if config.dataset in ("folder", "panoptic"):
         raise TadaError("the checkpoint does not hold its data set's folder: give it with --data")
     return default_data(config.dataset)
-
-
-def open_dataset_words(tags: str | None, config: TadaConfig, dataset: Dataset, root: str) -> TagSource:
-    """The tags of training, or those of --tags instead."""
-    if tags and config.condition not in ("caption", "tagging", "oracle"):
-        raise TadaError(f"--tags {tags}: a model of condition {config.condition} uses no tags per image")
-    if tags in ("classes", "clip") and tags != config.tags:
-        raise TadaError(
-            f"--tags {tags}: the model was trained with tags {config.tags}; give a file or oracle"
-        )
-    paths = [dataset.path(i) for i in range(len(dataset))]
-    return open_words(config.condition, tags or config.tags, dataset.prompts, root, paths)
 
 
 def windows_of(
@@ -339,7 +341,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--data", metavar="DIR", help=data)
     add("--split", default="val", metavar="NAME", help="train or val; of scenes also test (default: val)")
     add("--limit", type=positive, metavar="N", help="evenly spaced images of the split (default: all)")
-    add("--tags", metavar="WHERE", help="FILE.jsonl or oracle (default: the tags of training)")
+    add_word_flags(add)
     group = parser.add_argument_group("the protocol")
     add = group.add_mutually_exclusive_group().add_argument
     add("--ms", action="store_true", help="scales 1, 1.125, 1.25, 1.375, 1.5 and --flip (default: no)")
@@ -370,6 +372,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.ms:
         options.scales, options.flip = list(MULTISCALE), True
     return options
+
+
+def add_word_flags(add: Callable[..., Any]) -> None:
+    """--tags, --words and --tag-threshold of eval.py and predict.py."""
+    sources = "classes, clip, ram, oracle, none or FILE.jsonl (default: the tags of training)"
+    add("--tags", metavar="WHERE", help=sources)
+    add("--words", metavar="WORDS", help="what all images show, 'sea, boat', or their caption")
+    least = "lowest score of a tag (default: that of training; else RAM's per tag, CLIP's 1 / classes)"
+    add("--tag-threshold", type=fraction, metavar="X", help=least)
 
 
 def add_segment_flags(parser: argparse.ArgumentParser) -> None:

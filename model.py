@@ -8,7 +8,7 @@ Top to bottom: the settings of a model, the model (its `forward` is Figure 2), i
 assemble.py builds models, inference.py predicts images of any size, run/checkpoint.py saves and loads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapter import Condition, Implicit, Tagging, Text, Words, asymmetric_loss, multi_hot
-from clip import CLIP, PROMPT, TEMPLATES, Tokenizer, name_vectors, zero_shot
+from clip import CLIP, PROMPT, TEMPLATES, Tokenizer, name_vectors, zero_shot_tags
 from decoders import Logits, SemanticDecoder
 from kernels import IGNORE
 from mask2former import Mask2Former, Queries, Rand, Target
@@ -42,8 +42,9 @@ class TadaConfig:
     weights: str = "random"  # the prior's folder, or random
     things: tuple[bool, ...] = ()  # per class, whether it has instances; () = unknown
     decoder: str = "fpn"  # fpn, upernet or mask2former
-    condition: str = "tagging"  # none, caption, classes, implicit, tagging, oracle: Table 5 and Figure 1
-    tags: str = "classes"  # the source of the tags: classes, clip, oracle, or the path of a file
+    condition: str = "tagging"  # none, caption, classes, implicit, tagging, tags, oracle: Table 5, Figure 1
+    tags: str = "classes"  # the source of the tags: classes, clip, ram, oracle, or the path of a file
+    tag_threshold: float | None = None  # the lowest score of a tag; None = the source's own
     tag_tokens: str = "pooled"  # pooled: one vector per tag; prompt: the 77 tokens of all tags joined
     templates: int = 1  # prompts averaged into a name's vector: 1 or 80
     queries: int = 32  # of the tagging adapter (section 4.1)
@@ -94,6 +95,8 @@ class Tada(nn.Module):
         self.config, self.tokenizer = config, tokenizer
         self.vae, self.unet, self.clip, self.adapter, self.decoder = vae, unet, clip, adapter, decoder
         self.register_buffer("names", names)
+        # Images -> the scored tags of each; run/tagging.py sets RAM.
+        self.tagger: Callable[[Tensor], list] | None = None if names is None else self.zero_shot_tags
         self.vectors: dict[str, Tensor] = {}
         # train.py may replace this with a compiled version.
         self.run_unet = unet.features_and_attention if config.attention_maps else unet.features
@@ -221,26 +224,16 @@ class Tada(nn.Module):
             self.vectors[""] = name_vectors(self.clip, self.tokenizer, [""], ["{}"])[0]
 
     def resolve_tags(self, image: Tensor, tags: Tags | None) -> Tags | None:
-        """Return `tags`, or the zero-shot tags of the image if `tags` is None and the model uses CLIP's."""
-        if tags is None and self.names is not None and self.uses_words:
-            return [[name for name, _ in scored] for scored in self.zero_shot_tags(image)]
+        """Return `tags`, or those of the model's tagger if `tags` is None."""
+        if tags is None and self.tagger is not None and self.uses_words:
+            return [[name for name, _ in scored] for scored in self.tagger(image)]
         return tags
 
-    @torch.no_grad()
     def zero_shot_tags(self, image: Tensor) -> list[list[tuple[str, float]]]:
-        """Tag images `(B, 3, H, W)` with CLIP: the classes above chance and their probabilities, best first.
-
-        Chance is 1/K; the best class is always a tag.
-        """
+        """CLIP's tags of images `(B, 3, H, W)` among the class names, each with its probability."""
         assert self.names is not None, f"the tags come from {self.config.tags}: train with --tags clip"
-        with torch.autocast(image.device.type, enabled=False):  # so that training and test have the same tags
-            _, embedding = self.clip.image(image)
-        tags = []
-        for p in zero_shot(self.clip, embedding, self.names).cpu():
-            order = p.argsort(descending=True, stable=True).tolist()
-            likely = [k for k in order if p[k] >= 1 / len(p)] or order[:1]
-            tags.append([(self.config.prompts[k], float(p[k])) for k in likely])
-        return tags
+        config = self.config
+        return zero_shot_tags(self.clip, image, config.prompts, self.names, config.tag_threshold)
 
 
 def with_attention(features: list[Tensor], maps: list[Tensor]) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Predict: label maps and overlays of an image, a folder or a glob, and the effect of words on them.
 
     python predict.py runs/NAME photo.jpg  # predictions/photo.png, predictions/photo.overlay.jpg
-    python predict.py runs/NAME photos --tags "sea, boat" --attention --out seen
+    python predict.py runs/NAME photos --words "sea, boat" --attention --out seen
     torchrun --nproc-per-node 8 predict.py runs/NAME "photos/**/*.jpg"  # the processes share the images
 
 For `x.jpg` it writes into --out:
@@ -39,13 +39,14 @@ from tqdm import tqdm
 
 import inference
 import kernels
+from assemble import open_tagger
 from errors import TadaError, Unreadable, run_command
-from eval import add_segment_flags, scale, segment_options
+from eval import add_segment_flags, add_word_flags, scale, segment_options
 from images.draw import attention_mosaic, overlay, percent, segment_overlay
 from images.panoptic import to_colours
 from images.read import distinct_colour, find_images, fit, read_image
 from loading.augment import model_input
-from loading.tags import choose_words
+from loading.tags import choose_source, choose_words
 from model import Tada
 from run.checkpoint import find_model, load_model, read_about, read_config, replace_text
 from run.folder import lock
@@ -61,6 +62,7 @@ class Settings:
     """What a result depends on, besides its image and its words."""
 
     checkpoint: str  # its sha256
+    tagger: dict[str, Any]  # the source of the words and its threshold, if not those of training
     scales: Sequence[float]
     flip: bool
     attention: bool
@@ -72,7 +74,7 @@ class Settings:
             return {}
         file = os.stat(path)
         made = {"checkpoint": self.checkpoint, "asked": words, "scales": self.scales, "flip": self.flip}
-        return made | self.reading | {"bytes": file.st_size, "mtime_ns": file.st_mtime_ns}
+        return made | self.tagger | self.reading | {"bytes": file.st_size, "mtime_ns": file.st_mtime_ns}
 
     @property
     def owned(self) -> list[str]:
@@ -216,6 +218,8 @@ def run(
     out: str,
     weights: str | None,
     tags: str | None,
+    words: str | None,
+    tag_threshold: float | None,
     scales: Sequence[float],
     flip: bool,
     attention: bool,
@@ -229,18 +233,25 @@ def run(
     if config.decoder == "mask2former" and (flip or scales != [1.0]):
         flag = "flip" if flip else "scales"
         raise TadaError(f"--{flag}: mask2former reads an image whole, once; leave it out")
-    settings = Settings(digest(file), scales, flip, attention, segment_options(segments, config.decoder))
+    source, given = choose_source(tags, words, config.tags, config.condition)
+    threshold = config.tag_threshold if tag_threshold is None else tag_threshold
+    reading = segment_options(segments, config.decoder)
+    own = given is not None or (source, threshold) == (config.tags, config.tag_threshold)
+    tagger = {} if own else {"tagger": source, "tag_threshold": threshold}
+    settings = Settings(digest(file), tagger, scales, flip, attention=attention, reading=reading)
     folder = Path(out).absolute()
     taken = {labels.removesuffix(".png").lower(): x["path"] for labels, x in read_list(folder).items()}
     names = find_images(inputs, folder, taken)
-    words = choose_words(tags, config.tags, condition=config.condition, paths=[*names])
+    words_of = choose_words(source, given, config.condition, [*names], threshold)
     with lock(folder, "--out") if ranks.is_main else nullcontext():
         if ranks.is_main:
             tidy(folder)
         ranks.barrier()
-        todo = to_do(names, words, folder, settings)
+        todo = to_do(names, words_of, folder, settings)
         ranks.barrier()  # only now may files appear
-        tada = load_model(file, weights, ranks.device) if todo else None
+        if todo:
+            tada = load_model(file, weights, ranks.device, tagger=False)
+            tada.tagger = open_tagger(tada, source, threshold)
         if ranks.is_main:
             print(kernels.describe(ranks.device))
             if config.weights == "random":
@@ -248,9 +259,9 @@ def run(
         failed, mine = 0, todo[ranks.rank :: ranks.world]
         with tqdm(mine, "predicting", disable=None if ranks.is_main else True) as bar:
             for path in bar:
-                made = {"path": path, "labels": f"{names[path]}.png"} | settings.of(path, words[path])
+                made = {"path": path, "labels": f"{names[path]}.png"} | settings.of(path, words_of[path])
                 try:
-                    record, results = predict(tada, path, words[path], settings=settings)
+                    record, results = predict(tada, path, words_of[path], settings=settings)
                 except Unreadable as error:
                     failed += 1
                     tqdm.write(f"skipped: {error}", file=sys.stderr)
@@ -275,25 +286,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="predict.py",
         description="Predict: for x.jpg the label map x.png, x.overlay.jpg, and a line of predictions.jsonl.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("checkpoint", help="a run folder (its best step), a step folder, model.safetensors")
     add = parser.add_argument_group("the images").add_argument
     add("inputs", nargs="+", metavar="INPUT", help="an image, a folder or a quoted glob")
-    add("--out", metavar="DIR", default="predictions", help="the folder of the results")
+    add("--out", metavar="DIR", default="predictions", help="of the results (default: predictions)")
     add = parser.add_argument_group("the model").add_argument
     frozen = "its frozen files (default: their folder in training)"
-    add("--weights", metavar="DIR", default=argparse.SUPPRESS, help=frozen)
-    tags = "what the images show, 'sea, boat', or their caption (default: as in training)"
-    add("--tags", metavar="WORDS", default=argparse.SUPPRESS, help=tags)
-    sizes = "sizes, as multiples of the model's own, whose predictions are averaged"
+    add("--weights", metavar="DIR", help=frozen)
+    add_word_flags(add)
+    sizes = "sizes, as multiples of the model's own, whose predictions are averaged (default: 1)"
     add("--scales", type=scale, nargs="+", metavar="X", default=[1.0], help=sizes)
     add("--flip", action="store_true", help="average with the mirrored image's prediction")
     add("--attention", action="store_true", help="draw the attention to each word")
     add_segment_flags(parser)
-    options = parser.parse_intermixed_args(argv)  # images may follow flags too
-    options.weights, options.tags = getattr(options, "weights", None), getattr(options, "tags", None)
-    return options
+    return parser.parse_intermixed_args(argv)  # images may follow flags too
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from run.folder import Run, fingerprint, open_run
 from run.options import Options, config_of, defaults, parse
 from run.progress import Meter, StopOnSignal, describe, draw, log_line
 from run.ranks import Ranks, cleanup, init_distributed
-from run.recipes import DROPS
+from run.recipes import DROPS, paper_row
 from run.tagging import open_tags
 
 SHOWN = 8  # images in inputs.jpg and in val/
@@ -395,6 +395,9 @@ def prepare(run: Run, options: Options) -> Training:
             run.print0(str(check(dataset)))
     config, frozen, read = config_of(options, train_set), {}, {}
     if ranks.is_main:
+        words = options.dataset, options.condition, options.tags, options.tag_loss_weight
+        if options.model == "sd15" and (row := paper_row(*words)):
+            run.print0(f"to compare with the paper's {row}")
         frozen = checkpoint.frozen_digests(config)
         paths = (train_set.path(i) for i in range(len(train_set)))
         drawing = scenes.VERSION if options.dataset == "scenes" else None
@@ -404,7 +407,8 @@ def prepare(run: Run, options: Options) -> Training:
     torch.manual_seed(options.seed)  # the same initial weights on every rank
     tada = build(config, ranks.device)
     tada.unet.checkpoint_activations = options.checkpoint_activations
-    train_words, val_words = open_tags(run, tada, options=options, train_set=train_set, val_set=val_set)
+    sources = {"train_set": train_set, "val_set": val_set, "resumed": last is not None}
+    train_words, val_words = open_tags(run, tada, options=options, **sources)
     sets = Sets(train_set, val_set, train_words=train_words, val_words=val_words)
     scales = {"weight_decay": options.weight_decay, "unet_scale": options.unet_lr_scale}
     groups = parameter_groups(tada, options.lr, **scales)

@@ -2,8 +2,9 @@
 
 import json
 import os
+import unicodedata
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,24 +12,29 @@ from errors import DataError, DataWarning
 from images.read import SHOWN
 
 MOST_TAGS, LONGEST_TAG, LONGEST_CAPTION = 1000, 200, 10_000  # tags, characters: sanity limits for tag files
+JOINERS = str.maketrans("", "", "\u200c\u200d")  # ZWNJ, ZWJ: letters of some scripts need them
+SOURCES = ("classes", "clip", "ram", "oracle", "none")  # values of --tags that are not a file
+PER_IMAGE = ("caption", "tagging", "tags", "oracle")  # conditions that use the words of each image
+
+Scored = list[tuple[str, float]]  # tags and their scores, 0..1
 
 
 class Tags(NamedTuple):
     """The entries of a tag file for the images of a data set, by `Dataset.path`."""
 
-    tags: dict[str, list[tuple[str, float]]]
+    tags: dict[str, Scored]
     captions: dict[str, str]
     unknown: list[str]  # images in the file that the data set does not have
 
 
 def read_tags(file: str | Path, root: str | Path, known: Collection[str]) -> Tags:
-    """Read JSON lines `{"image": "relative/path.jpg", "tags": [["car", 0.93], ...], "caption": "optional"}`.
+    """Read JSON lines `{"image": "relative.jpg", "tags": [["car", 0.93], "sky"], "caption": "optional"}`.
 
-    `root` is the data set's, `known` its paths. Scores are in 0..1; the file's order stays. No image is
-    opened. Raises DataError with the line's number; images that the data set lacks are counted in a
-    DataWarning.
+    `root` is the data set's, `known` its paths, compared in Unicode's NFC. Scores are in 0..1, that of a bare
+    tag is 1; the file's order stays. No image is opened. Raises DataError with the line's number; images that
+    the data set lacks are counted in a DataWarning.
     """
-    root, known = os.path.abspath(root), frozenset(known)
+    root, known = os.path.abspath(root), {unicodedata.normalize("NFC", path): path for path in known}
     try:
         lines = Path(file).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")  # UTF-8's byte order mark
     except OSError as error:
@@ -48,9 +54,9 @@ def read_tags(file: str | Path, root: str | Path, known: Collection[str]) -> Tag
         if path not in known:
             result.unknown.append(path)
             continue
-        result.tags[path] = tags
+        result.tags[known[path]] = tags
         if caption:
-            result.captions[path] = caption
+            result.captions[known[path]] = caption
     if not result.tags:
         raise DataError(f'{file} has none of the {len(known)} images: "image" must be relative to {root}')
     if result.unknown:
@@ -69,7 +75,7 @@ class TagSource:
     def __call__(self, path: str, present: Collection[int]) -> list[str] | None:
         """The words of the image at `path` (`Dataset.path`), whose whole label map has the classes `present`.
 
-        None where there are none per image: "classes", and "clip", whose tagger reads the image itself.
+        None where there are none per image: "classes", and "clip" and "ram", whose tagger reads the image.
         """
         if self.tags == "oracle":
             return [self.prompts[k] for k in present]
@@ -77,79 +83,118 @@ class TagSource:
 
 
 def open_words(
-    condition: str, tags: str, prompts: Sequence[str], root: str | Path, paths: Collection[str]
+    condition: str,
+    tags: str,
+    prompts: Sequence[str],
+    root: str | Path,
+    paths: Collection[str],
+    threshold: float | None = None,
 ) -> TagSource:
-    """`tags` is "classes", "clip", "oracle" or a tag file, of which condition "caption" uses the captions.
+    """`tags` is one of SOURCES or a tag file, of which condition "caption" uses the captions.
 
-    Raises DataError if the file cannot be read or lacks one of the images at `paths`.
+    Tags of a file with a score below `threshold` are left out. Raises DataError if the file cannot be read or
+    lacks one of the images at `paths`.
     """
-    if tags in ("classes", "clip", "oracle"):
-        return TagSource(tags, prompts)
-    entries, what = read_tags(tags, root, paths), "caption" if condition == "caption" else "line"
-    if condition == "caption":
-        table = {path: [caption] for path, caption in entries.captions.items()}
-    else:
-        table = {path: [tag for tag, _ in pairs] for path, pairs in entries.tags.items()}
+    if tags in SOURCES:
+        return TagSource(tags, prompts, {path: [] for path in paths} if tags == "none" else None)
+    table = words_of(read_tags(tags, root, paths), condition, threshold)
     lacking = sorted(set(paths) - set(table))
     if lacking:
+        what = "caption" if condition == "caption" else "line"
         raise DataError(
             f"{tags} has no {what} for {len(lacking)} of {len(paths)} images, such as {lacking[0]}"
         )
     return TagSource(tags, prompts, table)
 
 
-def choose_words(
-    given: str | None, tags: str, condition: str, paths: Sequence[str]
-) -> dict[str, list[str] | None]:
-    """Path of each image to predict -> its words: those `given` by --tags, else by the `tags` of training;
-    None where neither is used. Raises DataError.
-    """
-    if given is None:
-        if tags in ("classes", "clip"):
-            return dict.fromkeys(paths)
-        if tags == "oracle":
-            raise DataError(
-                "this model was trained with ground-truth tags: give the images', as in --tags 'sea, boat'"
-            )
-        return look_up(tags, condition, paths)
-    if tags == "classes":
-        raise DataError(
-            f"--tags {given!r}: this model uses no words per image (condition {condition}, tags {tags}); "
-            "leave --tags out"
-        )
-    try:
-        parts = [given] if condition == "caption" else [x for x in given.split(",") if x.strip()]
-        longest = LONGEST_CAPTION if condition == "caption" else LONGEST_TAG
-        words = list(dict.fromkeys(text(x, longest) for x in parts))
-    except ValueError as error:
-        raise DataError(f"--tags: {error}") from None
-    if not 1 <= len(words) <= MOST_TAGS:
-        raise DataError(f"--tags {given[:80]!r} has {len(words)} words: give 1 to {MOST_TAGS}")
-    return {path: words for path in paths}
-
-
-def look_up(file: str, condition: str, paths: Sequence[str]) -> dict[str, list[str]]:
-    """The words of images by as much of each absolute path as the tag file of training has."""
-    ends = {path: [path[i + 1 :] for i in range(len(path)) if path[i] == os.sep] for path in paths}
-    cure = "give the words of the images with --tags"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DataWarning)  # it has lines for many other images
-            entries = read_tags(file, "/", {end for tails in ends.values() for end in tails})
-    except DataError as error:
-        raise DataError(f"the words of training cannot be used ({error}): {cure}") from None
+def words_of(entries: Tags, condition: str, threshold: float | None) -> dict[str, list[str]]:
+    """Path -> the caption, or the tags with a score of at least `threshold`."""
     if condition == "caption":
-        table = {path: [caption] for path, caption in entries.captions.items()}
-    else:
-        table = {path: [tag for tag, _ in pairs] for path, pairs in entries.tags.items()}
-    words = {path: next((table[end] for end in ends[path] if end in table), None) for path in paths}
-    lacking = [path for path in paths if words[path] is None]
-    if lacking:
-        raise DataError(f"{file} lacks {len(lacking)} of {len(paths)} images, such as {lacking[0]}: {cure}")
+        return {path: [caption] for path, caption in entries.captions.items()}
+    least = threshold or 0
+    return {path: [tag for tag, score in tags if score >= least] for path, tags in entries.tags.items()}
+
+
+# ---- the words of new images
+
+
+def split_words(text: str, condition: str) -> list[str]:
+    """The words of `--words "sea, boat"`; of condition "caption" one sentence. Raises DataError."""
+    caption = condition == "caption"
+    try:
+        parts = [text] if caption else [x for x in text.split(",") if x.strip()]
+        longest = LONGEST_CAPTION if caption else LONGEST_TAG
+        words = [word for word, _ in unique((clean(x, longest), 1.0) for x in parts)]
+    except ValueError as error:
+        raise DataError(f"--words: {error}") from None
+    if not 1 <= len(words) <= MOST_TAGS:
+        raise DataError(f"--words {text[:80]!r} has {len(words)} words: give 1 to {MOST_TAGS}")
     return words
 
 
-def parse_tags(line: bytes, root: str) -> tuple[str, list[tuple[str, float]], str]:
+def choose_source(
+    tags: str | None, words: str | None, trained: str, condition: str
+) -> tuple[str, str | None]:
+    """The source of the words of an evaluation or a prediction, and the words themselves if they are given.
+
+    `tags` and `words` are the flags' values, `trained` the source of training. `--tags "sea, boat"`, with a
+    comma, means `--words "sea, boat"`. Raises DataError for what cannot be meant.
+    """
+    if words is None and tags is not None and "," in tags and not os.path.exists(tags):
+        tags, words = None, tags
+    flag = "--words" if words is not None else f"--tags {tags}"
+    if (tags, words) == (None, None):
+        return trained, None
+    if tags is not None and words is not None:
+        raise DataError("--words and --tags exclude each other: give one of them")
+    if condition not in PER_IMAGE:
+        raise DataError(f"{flag}: a model of condition {condition} uses no words per image; leave it out")
+    if tags == "classes" and condition != "tagging":
+        raise DataError(f"--tags classes: condition {condition} needs the words of each image; leave it out")
+    if words is None and tags not in SOURCES and not os.path.isfile(tags):
+        raise DataError(
+            f"--tags {tags}: there is no such file; choose {', '.join(SOURCES)}, a file of JSON lines, "
+            f"or give words as --words {tags[:80]!r}"
+        )
+    return tags or "words", words
+
+
+def choose_words(
+    source: str, given: str | None, condition: str, paths: Sequence[str], threshold: float | None
+) -> dict[str, list[str] | None]:
+    """The words of each image; None where a tagger or the class names serve. Raises DataError."""
+    if given is not None:
+        return dict.fromkeys(paths, split_words(given, condition))
+    if source == "none":
+        return {path: [] for path in paths}
+    if source == "oracle":
+        raise DataError("ground-truth tags of new images are not at hand: give them, as --words 'sea, boat'")
+    return dict.fromkeys(paths) if source in SOURCES else look_up(source, condition, paths, threshold)
+
+
+def look_up(
+    file: str, condition: str, paths: Sequence[str], threshold: float | None = None
+) -> dict[str, list[str]]:
+    """The words of images by as much of each absolute path as the tag file has. Raises DataError."""
+    ends = {path: [path[i + 1 :] for i in range(len(path)) if path[i] == os.sep] for path in paths}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataWarning)  # it has lines for many other images
+        entries = read_tags(file, "/", {end for tails in ends.values() for end in tails})
+    table = words_of(entries, condition, threshold)
+    words = {path: next((table[end] for end in ends[path] if end in table), None) for path in paths}
+    lacking = [path for path in paths if words[path] is None]
+    if lacking:
+        raise DataError(
+            f"{file} lacks {len(lacking)} of {len(paths)} images, such as {lacking[0]}: "
+            "tag them with tag.py, or give their words with --words"
+        )
+    return words
+
+
+# ---- one line
+
+
+def parse_tags(line: bytes, root: str) -> tuple[str, Scored, str]:
     """Path, tags and caption ("" if there is none) of one line. Raises ValueError with the fault."""
     try:
         entry = json.loads(line.decode("utf-8"))
@@ -162,30 +207,50 @@ def parse_tags(line: bytes, root: str) -> tuple[str, list[tuple[str, float]], st
             path = Path(os.path.normpath(os.path.join(root, image)))
         case _:
             raise ValueError('each line must be an object with "image", "tags" and perhaps "caption"')
-    if not path.is_relative_to(root):
+    for base in (root, os.path.realpath(root)):  # an absolute path may follow a link to the data or not
+        if path.is_relative_to(base):
+            path = path.relative_to(base)
+            break
+    else:
         raise ValueError(f"the image {image[:80]!r} is outside of {root}")
     match entry.get("tags", []):
         case list(pairs) if len(pairs) <= MOST_TAGS:
-            tags = [parse_tag(pair) for pair in pairs]
+            scored = [parse_tag(pair) for pair in pairs]
         case _:
             raise ValueError(f'"tags" must be a list of at most {MOST_TAGS} pairs like ["car", 0.93]')
     caption = entry.get("caption")
-    caption = "" if caption is None else text(caption, LONGEST_CAPTION)
-    return path.relative_to(root).as_posix(), tags, caption
+    caption = "" if caption is None else clean(caption, LONGEST_CAPTION)
+    return unicodedata.normalize("NFC", path.as_posix()), unique(scored), caption
 
 
 def parse_tag(pair: object) -> tuple[str, float]:
+    """A tag and its score, 1 for a bare tag. Raises ValueError."""
     match pair:
+        case str(tag):
+            return clean(tag, LONGEST_TAG), 1.0
         case [tag, int(score) | float(score)] if 0 <= score <= 1:
-            return text(tag, LONGEST_TAG), float(score)
+            return clean(tag, LONGEST_TAG), float(score)
     raise ValueError(f'a tag must be a pair like ["car", 0.93] with a score in 0..1, not {str(pair)[:80]}')
 
 
-def text(value: object, longest: int) -> str:
-    """`value` with single blanks, if it is 1 to `longest` printable characters."""
+def clean(value: object, longest: int) -> str:
+    """`value` with single blanks, if it is 1 to `longest` printable characters. Raises ValueError."""
     words = " ".join(value.split()) if isinstance(value, str) else ""
-    if not 1 <= len(words) <= longest or not words.isprintable():
+    if not 1 <= len(words) <= longest or not words.translate(JOINERS).isprintable():
         raise ValueError(
             f"a tag or caption must be 1 to {longest} printable characters, not {str(value)[:80]!r}"
         )
     return words
+
+
+def same(tag: str) -> str:
+    """What all spellings of a tag share: CLIP's tokenizer ignores case, blanks and composition."""
+    return " ".join(unicodedata.normalize("NFC", tag).lower().split())
+
+
+def unique(scored: Iterable[tuple[str, float]]) -> Scored:
+    """The tags in their order, each once, with its first spelling and score."""
+    first: dict[str, tuple[str, float]] = {}
+    for tag, score in scored:
+        first.setdefault(same(tag), (tag, score))
+    return list(first.values())

@@ -16,12 +16,13 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
+import weights.ram as ram_files
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import weights.load as weights_loader
-from assemble import SCALE_FILE, assemble, part_configs
+from assemble import SCALE_FILE, assemble, open_tagger, part_configs
 from clip import CLIP, Tokenizer
 from errors import CheckpointError
 from model import Tada, TadaConfig
@@ -39,13 +40,18 @@ KEPT = 2  # newest steps that are kept besides the best
 
 
 def frozen_digests(config: TadaConfig) -> dict[str, str]:
-    """Relative path -> sha256 of the prior's files that are not trained; none for random weights."""
-    if config.weights == "random":
-        return {}
-    files = prior_files(config.weights, ("vae", "clip", "tokenizer") + ("unet",) * config.freeze_unet)
-    if config.model == "tiny":
-        files.append(SCALE_FILE)
-    return {file: digest(Path(config.weights, file)) for file in files}
+    """Path -> sha256 of the files that are not trained: the prior's (not of random weights), and RAM's."""
+    files = []
+    if config.weights != "random":
+        files += prior_files(config.weights, ("vae", "clip", "tokenizer") + ("unet",) * config.freeze_unet)
+        files += [SCALE_FILE] * (config.model == "tiny")
+    files += [f"ram/{name}" for name in ram_files.NAMES] * (config.tags == "ram")
+    return {file: digest(frozen_file(config.weights, file)) for file in files}
+
+
+def frozen_file(weights: str, name: str) -> Path:
+    """Where a file of `frozen_digests` is: RAM has a folder beside the prior's."""
+    return ram_files.folder(weights) / name[4:] if name.startswith("ram/") else Path(weights, name)
 
 
 def own_state(tada: Tada) -> dict[str, Tensor]:
@@ -63,9 +69,12 @@ def save_model(tada: Tada, file: Path, frozen: dict[str, str], metrics: dict[str
     save_file(state, file, metadata={"tada": json.dumps(about, sort_keys=True)})
 
 
-def load_model(path: str | Path, weights: str | None = None, device: torch.device | str = "cpu") -> Tada:
+def load_model(
+    path: str | Path, weights: str | None = None, device: torch.device | str = "cpu", tagger: bool = True
+) -> Tada:
     """Load a model that `save_model` wrote, in eval mode; its frozen parts from where they were, or
-    `weights`. Raises CheckpointError if `path` is not a model, or a frozen file is missing or differs.
+    `weights`; without RAM if `tagger` is false. Raises CheckpointError if `path` is not a model, or a frozen
+    file is missing or differs.
     """
     file = find_model(Path(path))
     about = read_about(file)
@@ -78,11 +87,12 @@ def load_model(path: str | Path, weights: str | None = None, device: torch.devic
         config = replace(config, weights=str(weights))
     folder = Path(config.weights)
     for name, expected in about["frozen"].items():
-        present = (folder / name).is_file()
-        if not present or digest(folder / name) != expected:
+        place, ram = frozen_file(config.weights, name), name.startswith("ram/")
+        present = place.is_file()
+        if (tagger or not ram) and (not present or digest(place) != expected):
             fault = f"not the file that {file} was trained with" if present else "missing"
-            cure = "get it with `python -m weights.fetch`, or give its folder with --weights"
-            raise CheckpointError(f"{folder / name} is {fault}: {cure}")
+            cure = f"get it with `python -m weights.fetch{' --ram' * ram}`, or give its folder with --weights"
+            raise CheckpointError(f"{place} is {fault}: {cure}")
 
     with torch.device("meta"):  # skip initialisation; every tensor comes from one of the files
         configs = part_configs(config.model, config.weights)
@@ -93,12 +103,15 @@ def load_model(path: str | Path, weights: str | None = None, device: torch.devic
         tokenizer = Tokenizer.spelling(clip.config.vocabulary) if random else Tokenizer(folder / "tokenizer")
         tada = assemble(config, vae, unet, clip, tokenizer, empty, classes, names)
     for name in about["frozen"]:  # the files whose hash was compared
-        if name.endswith(".safetensors"):
+        if name.endswith(".safetensors") and not name.startswith("ram/"):
             weights_loader.load(getattr(tada, name.split("/")[0]), folder / name)
     # Clone: on the CPU, rounding depends on how a tensor is aligned in memory, in a mapped file otherwise.
     own = {name: x.clone() for name, x in read_own_state(tada, file).items()}
     tada.load_state_dict({**tada.state_dict(), **own}, strict=True, assign=True)
-    return tada.to(device).eval()
+    tada = tada.to(device).eval()
+    if config.tags == "ram" and tagger:
+        tada.tagger = open_tagger(tada, "ram", config.tag_threshold)
+    return tada
 
 
 def read_own_state(tada: Tada, file: Path) -> dict[str, Tensor]:

@@ -137,8 +137,7 @@ def open_run(
             free = {option.name for option in fields(options) if option.metadata.get("role") == "free"}
             refuse_changes(run, about, defaults=defaults, free=free)
         else:  # an earlier start without a checkpoint may have had other options
-            for name in ("log.jsonl", "tags-train.jsonl"):
-                (run.folder / name).unlink(missing_ok=True)
+            (run.folder / "log.jsonl").unlink(missing_ok=True)
         replace_text(file, json.dumps(about, indent=1))
     return run.ranks.all_gather_object([last] if run.ranks.is_main else [])[0]
 

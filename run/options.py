@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import json
 import math
 import os
 import re
@@ -12,11 +13,11 @@ from typing import Any, get_args
 
 from data import LAYOUTS, Dataset, default_data
 from inference import stride_of
+from loading.tags import SOURCES
 from model import TadaConfig
-from run.recipes import VPD, recipe
+from run.recipes import PAPER, VPD, recipe
 
 LONGEST = 200  # characters of a run folder's name; file systems allow 255 bytes
-TAG_SOURCES = ("classes", "clip", "oracle")  # values of --tags that are not a file
 WITH_INSTANCES = [name for name, layout in LAYOUTS.items() if layout.panoptic]  # on disk, for mask2former
 
 
@@ -36,7 +37,8 @@ START = "the adapter's first context: the empty prompt's, or its own"
 KERNELS = "Triton kernels: where they won the benchmark, never, or by name"
 FOLDER = "its folder; * runs/<dataset>-<model>-<decoder>-<condition> and the flags that change the result"
 SETS = [*LAYOUTS, "scenes"]
-CONDITIONS = ["none", "caption", "classes", "implicit", "tagging", "oracle"]
+CONDITIONS = ["none", "caption", "classes", "implicit", "tagging", "tags", "oracle"]
+TAGS = "of each image: classes, clip, ram, oracle or FILE.jsonl; * the paper's data sets: ram, else clip"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,8 @@ class Options:
     weights: str = flag("the prior, or `random`; * weights/<model>", metavar="DIR")
     decoder: str = flag(DECODERS, role="start", choices=["fpn", "upernet", "mask2former"])
     condition: str = flag("a row of Table 5", TadaConfig.condition, role="start", choices=CONDITIONS)
-    tags: str = flag("of each image: classes, clip, oracle or FILE.jsonl; * scenes: clip, else classes")
+    tags: str = flag(TAGS)
+    tag_threshold: float | None = flag("lowest score of a tag; * the tagger's own", None)
     tag_tokens: str = flag(TOKENS, TadaConfig.tag_tokens, choices=["pooled", "prompt"])
     templates: int = flag("prompts averaged per name", TadaConfig.templates, choices=[1, 80])
     queries: int = flag("of the tagging adapter", TadaConfig.queries, least=1)
@@ -131,9 +134,21 @@ def parse(argv: Sequence[str] | None) -> Options:
     given = vars(p.parse_args(argv))
     if "crop" in given:
         given["crop"] = tuple(given["crop"]) * (2 if len(given["crop"]) == 1 else 1)
-    options = Options(**defaults(given) | given)
+    values = defaults(given) | given
+    if "tags" not in given and not values["fresh"] and (tags := tags_of_run(Path(values["run"]))):
+        values["tags"] = tags
+    options = Options(**values)
     refuse_nonsense(p, options)
     return options
+
+
+def tags_of_run(folder: Path) -> str | None:
+    """The tags of the run that would be resumed: it keeps them when the default changes."""
+    try:
+        found = json.loads((folder / "config.json").read_text())["options"]["tags"]
+    except (OSError, ValueError, KeyError, TypeError):  # no run, or one that open_run will refuse
+        return None
+    return found if isinstance(found, str) and (folder / "last").exists() else None
 
 
 def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,7 +157,6 @@ def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     preset = VPD if given.get("preset") == "vpd" else {}
     chosen = values | preset | given
     dataset, condition = chosen["dataset"], chosen["condition"]
-    tags = "clip" if (dataset, condition) == ("scenes", "tagging") else "classes"
     model = given.get("model", "tiny" if dataset == "scenes" else "sd15")
     decoder = given.get("decoder", "mask2former" if dataset in WITH_INSTANCES else "fpn")
     default, tiny = recipe(dataset, model, decoder), model == "tiny"
@@ -154,7 +168,7 @@ def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
         "model": model,
         "weights": f"weights/{model}",
         "decoder": decoder,
-        "tags": "oracle" if condition == "oracle" else tags,
+        "tags": default_tags(dataset, model, condition),
         "short": short,
         # mmsegmentation's boxes: 2048 x 1024, 2048 x 512
         "long": given.get("short", short) * (2 if dataset == "cityscapes" else 4),
@@ -167,6 +181,15 @@ def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     }
     del values["paper"]
     return values | {"run": f"runs/{run_name(values | given, values)}"}
+
+
+def default_tags(dataset: str, model: str, condition: str) -> str:
+    """RAM's where the paper has them, CLIP's elsewhere; no tags for a condition that uses none."""
+    if condition == "oracle":
+        return "oracle"
+    if condition not in ("tagging", "tags"):
+        return "classes"
+    return "ram" if model == "sd15" and dataset in PAPER else "clip"
 
 
 def run_name(values: Mapping[str, Any], default: Mapping[str, Any]) -> str:
@@ -204,11 +227,16 @@ def refuse_nonsense(p: argparse.ArgumentParser, o: Options) -> None:
         p.error(f"--lr {o.lr}: give a positive number")
     if o.clip is not None and not o.clip > 0:
         p.error(f"--clip {o.clip}: give a positive number")
-    if o.tags not in TAG_SOURCES and not os.path.isfile(o.tags):
-        p.error(f"--tags {o.tags}: choose classes, clip, oracle, or a file of JSON lines that exists")
+    sources = [source for source in SOURCES if source != "none"]
+    if o.tags not in sources and not os.path.isfile(o.tags):
+        p.error(f"--tags {o.tags}: choose {', '.join(sources)}, or a file of JSON lines that exists")
+    if o.tag_threshold is not None and not 0 <= o.tag_threshold <= 1:
+        p.error(f"--tag-threshold {o.tag_threshold:g}: give a score in 0..1")
     if o.condition == "oracle" and o.tags != "oracle":
         p.error(f"--condition oracle takes the ground-truth tags: leave --tags {o.tags} out")
-    if o.condition == "caption" and o.tags in TAG_SOURCES:
+    if o.condition == "tags" and o.tags == "classes":
+        p.error("--condition tags needs the tags of each image: give --tags clip, ram, oracle or a file")
+    if o.condition == "caption" and o.tags in sources:
         p.error(f"--condition caption --tags {o.tags}: give a FILE.jsonl with a caption for every image")
     if o.decoder == "mask2former" and o.dataset not in (*WITH_INSTANCES, "scenes"):
         p.error(

@@ -1,10 +1,20 @@
-"""The tags of the images of a training run: from a file, from the labels, or from CLIP, computed once."""
+"""The tags of many images, made once and written as they are made: of a training run, of any images."""
 
+import fcntl
+import hashlib
 import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from assemble import Tagger
+from clip import PROMPT, TEMPLATES
 from data import Dataset
+from errors import DataError, TadaError
 from loading.augment import normalise
 from loading.stream import EvaluationStream
 from loading.tags import TagSource, open_words
@@ -12,21 +22,41 @@ from model import Tada
 from run.checkpoint import replace_text
 from run.folder import Run
 from run.options import Options
+from run.ranks import Ranks
 from weights.words import word_vectors
 
 
 def open_tags(
-    run: Run, tada: Tada, *, options: Options, train_set: Dataset, val_set: Dataset
+    run: Run, tada: Tada, *, options: Options, train_set: Dataset, val_set: Dataset, resumed: bool
 ) -> tuple[TagSource, TagSource]:
-    """The tags of the images of training and of validation; the text vectors of a file's tags are cached."""
+    """The tags of the images of training and of validation; the text vectors of known tags are cached."""
     paths = [dataset.path(i) for dataset in (train_set, val_set) for i in range(len(dataset))]
-    words = open_words(options.condition, options.tags, train_set.prompts, options.data, paths)
-    if words.table:
-        cache_vectors(tada, sorted({word for tags in words.table.values() for word in tags} - {""}))
-    if options.tags != "clip":
-        return words, words
-    table = tag_all(run, tada, dataset=train_set, workers=options.workers)
-    return TagSource("clip", train_set.prompts, table), words
+    tags, threshold = options.tags, options.tag_threshold
+    words = open_words(options.condition, tags, train_set.prompts, options.data, paths, threshold)
+    if tada.tagger is None:
+        train_words = words
+    else:
+        table = tag_all(run, tada, dataset=train_set, workers=options.workers, resumed=resumed)
+        train_words = TagSource(tags, train_set.prompts, table)
+    if train_words.table:
+        lists = [*train_words.table.values()]
+        report_cut(run, tada, lists)
+        if tada.config.condition != "caption" and tada.config.tag_tokens == "pooled":
+            cache_vectors(tada, sorted({word for words in lists for word in words} - {""}))
+    return train_words, words
+
+
+def report_cut(run: Run, tada: Tada, lists: list[list[str]]) -> None:
+    """Print how many of the texts that CLIP will encode are cut to its 77 tokens."""
+    config = tada.config
+    if config.condition == "caption" or config.tag_tokens == "prompt":
+        texts = [", ".join(words) for words in lists]
+    else:
+        longest = max(TEMPLATES if config.templates > 1 else (PROMPT,), key=len)
+        texts = [longest.format(word) for word in sorted({word for words in lists for word in words})]
+    cut = tada.tokenizer.too_long(texts)
+    if cut:
+        run.print0(f"{len(cut):,} of {len(texts):,} texts are cut to 77 tokens, such as {cut[0][:60]!r}")
 
 
 def cache_vectors(tada: Tada, words: list[str]) -> None:
@@ -36,21 +66,106 @@ def cache_vectors(tada: Tada, words: list[str]) -> None:
     tada.vectors |= zip(words, vectors, strict=True)
 
 
-def tag_all(run: Run, tada: Tada, dataset: Dataset, workers: int) -> dict[str, list[str]]:
-    """CLIP's tags of every training image, kept in `tags-train.jsonl` of the run folder for all ranks.
+def tag_all(run: Run, tada: Tada, dataset: Dataset, workers: int, resumed: bool) -> dict[str, list[str]]:
+    """The tagger's tags of every training image, kept in `tags-train.jsonl` of the run folder.
 
-    A file of an earlier start of this run is reused.
+    A new run uses a file that an earlier start left there only if the same tagger made it.
     """
+    box = tada.config.box or (None, None)
+    stream = EvaluationStream(dataset, *box, workers=workers, device=run.ranks.device.type)
+    paths = {dataset.path(i): i for i in range(len(dataset))}
+
+    def images(todo: list[str]) -> Iterator[list[tuple[str, Tensor]]]:
+        for item in stream.items(paths[path] for path in todo):
+            yield [(item.path, item.image)]  # one by one: the sizes differ
+
     file = run.folder / "tags-train.jsonl"
-    if run.ranks.is_main and not file.is_file():
-        run.print0(f"tagging {len(dataset):,} training images with CLIP")
-        box = tada.config.box or (None, None)
-        stream = EvaluationStream(dataset, *box, workers=workers, device=run.ranks.device.type)
-        lines = []
-        for item in tqdm(stream.items(range(len(dataset))), total=len(dataset), desc="tagging", disable=None):
-            tags = tada.zero_shot_tags(normalise(item.image[None].to(run.ranks.device)))[0]
-            lines.append(json.dumps({"image": item.path, "tags": tags}) + "\n")
-        replace_text(file, "".join(lines))
+    config = tada.config
+    key = config.tags, config.tag_threshold, config.prompts, config.weights, box
+    by = f"{config.tags} {hashlib.sha256(repr(key).encode()).hexdigest()[:8]}"
+    if run.ranks.is_main and not resumed:
+        try:
+            read_lines(file, by)
+        except TadaError:
+            file.unlink()
     run.ranks.barrier()
-    entries = map(json.loads, file.read_text().splitlines())
-    return {entry["image"]: [tag for tag, _ in entry["tags"]] for entry in entries}
+    run.print0(f"{file}: tags of {len(paths):,} training images by {config.tags}")
+    tag_images(file, [*paths], images, tada.tagger, run.ranks, by)
+    return {path: [tag for tag, _ in json.loads(line)["tags"]] for path, line in read_lines(file, by).items()}
+
+
+# ---- the file of tags
+
+
+def tag_images(
+    file: Path,
+    paths: Sequence[str],
+    images: Callable[[list[str]], Iterable[list[tuple[str, Tensor | DataError]]]],
+    tagger: Tagger,
+    ranks: Ranks,
+    by: str = "",
+) -> list[str]:
+    """Append a line for every image that `file` lacks, as soon as it is tagged; return what was unreadable.
+
+    `images` yields batches of paths and uint8 images `(3, H, W)` of one size, or the error of a file. The
+    ranks share the work; all return the sentences of all. Finally the lines are in the order of `paths`.
+    Raises OSError when the disk is full: finished lines stay, and another call goes on from them.
+    """
+    done = read_lines(file, by)
+    if ranks.is_main and file.is_file():
+        replace_text(file, "".join(done.values()))  # without a cut line
+    todo, broken = [path for path in paths if path not in done][ranks.rank :: ranks.world], []
+    ranks.barrier()  # only now may the file grow
+    with tqdm(total=len(todo), desc="tagging", disable=None if ranks.is_main else True) as bar:
+        for batch in images(todo):
+            broken += [str(image) for _, image in batch if isinstance(image, DataError)]
+            good = [(path, image) for path, image in batch if not isinstance(image, DataError)]
+            if good:
+                x = normalise(torch.stack([image for _, image in good]).to(ranks.device))
+                entries = [(path, tags) for (path, _), tags in zip(good, tagger(x), strict=True)]
+                lines = [{"image": path, "tags": tags} | ({"by": by} if by else {}) for path, tags in entries]
+                append(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            bar.update(len(batch))
+    broken = ranks.all_gather_object(broken)
+    if ranks.is_main:
+        lines = read_lines(file, by)
+        order = {path: i for i, path in enumerate(paths)}
+        ordered = sorted(lines, key=lambda path: order.get(path, len(order)))
+        if ordered != [*lines]:
+            replace_text(file, "".join(lines[path] for path in ordered))
+    ranks.barrier()
+    return broken
+
+
+def append(file: Path, text: str) -> None:
+    """Append whole lines, of one process at a time, and flush them to the disk."""
+    try:
+        with file.open("a", encoding="utf-8") as f:
+            fcntl.flock(f, fcntl.LOCK_EX)
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as error:
+        raise OSError(
+            f"{file} cannot be written ({error.strerror}): finished lines stay, run again"
+        ) from None
+
+
+def read_lines(file: Path, by: str = "") -> dict[str, str]:
+    """Path -> its line. A last line that a kill or a full disk cut is left out.
+
+    Raises TadaError for a line that another tagger than `by` made; older files do not say which made theirs.
+    """
+    *whole, _ = file.read_bytes().split(b"\n") if file.is_file() else [b""]
+    lines: dict[str, str] = {}
+    for number, line in enumerate(whole, 1):
+        try:
+            entry = json.loads(line.decode("utf-8"))
+            path, made = entry["image"], entry.get("by", by)
+            assert isinstance(path, str) and isinstance(entry["tags"], list)
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
+            raise TadaError(f"{file}, line {number}, is not of a tagger: give another file") from None
+        if made != by:
+            raise TadaError(f"{file}, line {number}, was made by {made}, not by {by}: give another file")
+        lines[path] = line.decode("utf-8") + "\n"
+    return lines

@@ -195,7 +195,7 @@ def test_settings_of_the_adapter(size, heads):
     ("options", "sentence"),
     [
         ({"model": "sd21"}, "unknown model 'sd21': choose sd15 or tiny"),
-        ({"condition": "tags"}, "unknown condition 'tags': choose none, caption, .* or oracle"),
+        ({"condition": "words"}, "unknown condition 'words': choose none, caption, .* or oracle"),
         ({"decoder": "mask"}, "unknown decoder 'mask': choose fpn, upernet or mask2former"),
         ({"decoder": "mask2former"}, "--decoder mask2former needs `things` for 5 classes, got 0: .*"),
         ({"templates": 7}, "--templates 7: choose 1 or 80"),

@@ -500,6 +500,9 @@ def test_flags_change_the_protocol(tada, dataset, finished, tmp_path):
             {"scales": [1.0, 1.125, 1.25, 1.375, 1.5], "flip": True, "window": None, "stride": None},
         ),
         ("", ["--tags", "oracle"], {"tags": "oracle", "oracle": True, "words_recall": 1.0}),
+        ("", ["--tags", "clip"], {"tags": "clip", "trained_tags": "classes"}),
+        ("", ["--tags", "none"], {"tags": "none", "trained_tags": "classes", "words_recall": 0.0}),
+        ("", ["--words", "sky, a Road"], {"tags": "words", "trained_tags": "classes"}),
     ]
     out = ["--out", str(tmp_path / "out"), "--limit", "1", "--workers", "0"]
     for path, flags, expected in cases:
@@ -623,10 +626,11 @@ def test_bad_input_is_one_sentence(root, finished, tada, tmp_path, capsys):
         ([run, "--data", str(other)], "other has 2 classes, such as road, but .* trained on 4, such as sky"),
         ([run, "--data", str(unlabelled)], "has 1 faults.*\n.*images/val/1.png has no label file"),
         ([run, "--split", "holiday"], "folder has no labelled split 'holiday'"),
-        ([run, "--tags", str(tmp_path / "gone.jsonl")], "gone.jsonl cannot be read"),
+        ([run, "--tags", str(tmp_path / "gone.jsonl")], "gone.jsonl: there is no such file"),
         ([run, "--tags", str(few)], "few.jsonl has no line for 1 of 4"),
-        ([run, "--tags", "clip"], "--tags clip: the model was trained with tags classes"),
-        ([str(classes), "--data", str(root), "--tags", "oracle"], "model of condition classes uses no tags"),
+        ([run, "--tags", "ram"], "ram.* `python -m weights.fetch --ram`"),
+        ([run, "--tags", "sky"], "or give words as --words 'sky'"),
+        ([str(classes), "--data", str(root), "--tags", "oracle"], "model of condition classes uses no words"),
         ([run, "--stride", "70"], r"--stride \(70, 70\) leaves gaps between windows of \(48, 64\)"),
         ([run, "--out", str(tmp_path / "file")], r"file cannot be written or locked \(.*\): give"),
         ([str(alone)], "does not hold its data set's folder: give it with --data"),

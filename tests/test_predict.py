@@ -126,7 +126,9 @@ def test_the_label_map_is_the_model_s(steered, tada, tmp_path, ways):
     """Read as eval.py reads it: resized into the box, in windows, at the image's own size."""
     picture = save(tmp_path / "beach.png", noise(300, 500))
     out = tmp_path / "out"
-    assert main([steered, str(picture), "--out", str(out), "--tags", " sea, fishing  boat,,sea ", *ways]) == 0
+    assert (
+        main([steered, str(picture), "--out", str(out), "--words", " sea, fishing  boat,,Sea ", *ways]) == 0
+    )
     assert results(out) == ["beach.overlay.jpg", "beach.png", "predictions.jsonl"]
 
     whole = Image.open(picture), np.zeros((300, 500), np.uint8)
@@ -205,7 +207,7 @@ def test_score_and_overlap_say_what_a_segment_is(surest, tmp_path, monkeypatch):
     picture, out = save(tmp_path / "1.png"), tmp_path / "out"
     image = module.model_input(Image.open(picture), (64, 96))
     usual = inference.segment(tada, image, [["sea"]], size=(60, 90)).panoptic[0].ids
-    command = [file, str(picture), "--out", str(out), "--tags", "sea"]
+    command = [file, str(picture), "--out", str(out), "--words", "sea"]
     for how in ({"score": 0.9999}, {"overlap": 0.1}):
         flags = [x for name, value in how.items() for x in (f"--{name}", str(value))]
         assert main([*command, *flags]) == 0
@@ -236,7 +238,7 @@ def test_how_segments_are_read_is_mask2formers_alone(tmp_path, capsys):
     """--score and --overlap; their defaults are those of eval.py, and its sentence."""
     picture, out = str(save(tmp_path / "x.jpg")), tmp_path / "out"
     for flag in ("score", "overlap"):
-        assert main([stub(tmp_path), picture, "--out", str(out), "--tags", "sea", f"--{flag}", "0.8"]) == 2
+        assert main([stub(tmp_path), picture, "--out", str(out), "--words", "sea", f"--{flag}", "0.8"]) == 2
         assert capsys.readouterr().err == (
             f"predict.py: --{flag} is for mask2former's segments, this model's decoder is fpn: leave it out\n"
         )
@@ -249,7 +251,7 @@ def test_how_segments_are_read_is_mask2formers_alone(tmp_path, capsys):
 
 
 def test_the_words_are_those_that_clip_finds(steered, tada, tmp_path):
-    """In the whole image; --tags takes their place, and changes what is seen."""
+    """In the whole image; --words take their place, and changes what is seen."""
     picture = save(tmp_path / "x.png", noise(140, 400))
     assert main([steered, str(picture), "--out", str(tmp_path / "a")]) == 0
     (line,) = lines(tmp_path / "a")
@@ -261,7 +263,7 @@ def test_the_words_are_those_that_clip_finds(steered, tada, tmp_path):
     ).labels[0]
     assert np.array_equal(labels(tmp_path / "a" / "x.png"), own.numpy())
 
-    assert main([steered, str(picture), "--out", str(tmp_path / "b"), "--tags", "tractor"]) == 0
+    assert main([steered, str(picture), "--out", str(tmp_path / "b"), "--words", "tractor"]) == 0
     assert lines(tmp_path / "b")[0]["tags"] == ["tractor"]
     assert not np.array_equal(labels(tmp_path / "b" / "x.png"), own.numpy())
 
@@ -308,7 +310,7 @@ def test_any_image(steered, tmp_path):
     (tmp_path / "in").mkdir()
     sizes = {Path(name).stem: write(tmp_path / "in" / name) for name, write in ANY.items()}
     out = tmp_path / "out"
-    assert main([steered, str(tmp_path / "in"), "--out", str(out), "--tags", "sea", "--attention"]) == 0
+    assert main([steered, str(tmp_path / "in"), "--out", str(out), "--words", "sea", "--attention"]) == 0
     assert {Path(line["labels"]).stem: tuple(line["size"]) for line in lines(out)} == sizes
     for name, size in sizes.items():
         assert labels(out / f"{name}.png").shape == size
@@ -325,7 +327,7 @@ def test_a_rotated_image_is_read_upright(steered, tmp_path):
     save(tmp_path / "lying.png", np.rot90(noise(150, 90)), exif=exif)
     save(tmp_path / "standing.png", noise(150, 90))
     out = tmp_path / "out"
-    assert main([steered, *map(str, tmp_path.glob("*.png")), "--out", str(out), "--tags", "sea"]) == 0
+    assert main([steered, *map(str, tmp_path.glob("*.png")), "--out", str(out), "--words", "sea"]) == 0
     assert np.array_equal(labels(out / "lying.png"), labels(out / "standing.png"))
 
 
@@ -358,13 +360,13 @@ def test_folders_and_globs_are_mirrored(steered, tmp_path):
     (photos / "linked").symlink_to(save(tmp_path / "elsewhere" / "5.jpg").parent)
     names = ["a/1", "a/deep/2", "linked/5", "top"]
     out = tmp_path / "out"
-    assert main([steered, str(photos), "--out", str(out), "--tags", "sea"]) == 0
+    assert main([steered, str(photos), "--out", str(out), "--words", "sea"]) == 0
     assert [line["labels"] for line in lines(out)] == [f"{name}.png" for name in names]
     assert results(out) == sorted(
         ["predictions.jsonl", *(f"{name}{end}" for name in names for end in (".png", ".overlay.jpg"))]
     )
     out = tmp_path / "globbed"
-    assert main([steered, str(photos / "*" / "*.*"), "--out", str(out), "--tags", "sea"]) == 0
+    assert main([steered, str(photos / "*" / "*.*"), "--out", str(out), "--words", "sea"]) == 0
     assert [line["labels"] for line in lines(out)] == ["a/1.png", "linked/5.png"]
 
 
@@ -399,7 +401,7 @@ def test_what_another_run_or_program_wrote_stays(steered, tmp_path, capsys):
     """b/1.jpg after a/1.jpg keeps its suffix; a third is refused, as is a place that is someone else's."""
     pictures = [save(tmp_path / x / "1.jpg", noise(40, 50 + i)) for i, x in enumerate("abc")]
     out = tmp_path / "out"
-    arguments = ["--out", str(out), "--tags", "sea"]
+    arguments = ["--out", str(out), "--words", "sea"]
     for picture in pictures[:2]:
         assert main([steered, str(picture), *arguments]) == 0
     assert [(line["path"], line["labels"]) for line in lines(out)] == [
@@ -423,7 +425,7 @@ def test_a_list_that_another_program_wrote_stays(tmp_path, capsys, content):
     file = tmp_path / "out" / "predictions.jsonl"
     file.parent.mkdir()
     file.write_bytes(content)
-    command = [stub(tmp_path), str(save(tmp_path / "1.jpg")), "--out", str(file.parent), "--tags", "sea"]
+    command = [stub(tmp_path), str(save(tmp_path / "1.jpg")), "--out", str(file.parent), "--words", "sea"]
     assert main(command) == 2
     assert "predictions.jsonl, line 1, is not of predict.py" in capsys.readouterr().err
     assert file.read_bytes() == content
@@ -433,7 +435,14 @@ def test_a_list_that_another_program_wrote_stays(tmp_path, capsys, content):
 def test_no_file_of_another_program_is_overwritten(tmp_path, capsys, ending):
     foreign = save(tmp_path / "out" / f"1{ending}")
     before = foreign.read_bytes()
-    command = [stub(tmp_path), str(save(tmp_path / "1.jpg")), "--out", str(tmp_path / "out"), "--tags", "sea"]
+    command = [
+        stub(tmp_path),
+        str(save(tmp_path / "1.jpg")),
+        "--out",
+        str(tmp_path / "out"),
+        "--words",
+        "sea",
+    ]
     assert main([*command, "--attention"]) == 2
     sentence = f"{foreign} exists and predictions.jsonl has no line for it: give another --out"
     assert sentence in capsys.readouterr().err and foreign.read_bytes() == before
@@ -442,13 +451,13 @@ def test_no_file_of_another_program_is_overwritten(tmp_path, capsys, ending):
 def test_results_are_no_inputs(steered, tmp_path, capsys):
     """--out inside the folder that is read is left out of it; --out that holds the input is refused."""
     save(tmp_path / "x.png")
-    inside = ["--out", str(tmp_path / "seen"), "--tags", "sea"]
+    inside = ["--out", str(tmp_path / "seen"), "--words", "sea"]
     for _ in range(2):
         assert main([steered, str(tmp_path), *inside]) == 0
         assert results(tmp_path / "seen") == ["predictions.jsonl", "x.overlay.jpg", "x.png"]
     for asked in (tmp_path, tmp_path / "x.png", tmp_path / "*.png"):
         before = (tmp_path / "x.png").read_bytes()
-        assert main([steered, str(asked), "--out", str(tmp_path), "--tags", "sea"]) == 2
+        assert main([steered, str(asked), "--out", str(tmp_path), "--words", "sea"]) == 2
         assert f"{asked} has no image" in capsys.readouterr().err
         assert (tmp_path / "x.png").read_bytes() == before
 
@@ -459,7 +468,7 @@ def test_what_is_done_is_skipped(steered, tmp_path, capsys):
     out = tmp_path / "out"
 
     def again(*flags: str, model: str = steered, tags: str = "sea", inputs: list[Path] = pictures[:1]) -> str:
-        assert main([model, *map(str, inputs), "--out", str(out), "--tags", tags, *flags]) == 0
+        assert main([model, *map(str, inputs), "--out", str(out), "--words", tags, *flags]) == 0
         return capsys.readouterr().out.splitlines()[-1].removeprefix(f"{out}: ")
 
     new, old = "1 predicted, 0 skipped, 0 unreadable", "0 predicted, 1 skipped, 0 unreadable"
@@ -494,7 +503,7 @@ def test_after_a_crash(steered, tmp_path, capsys):
     for i in range(3):
         save(tmp_path / "in" / f"{i}.jpg")
     out = tmp_path / "out"
-    arguments = [steered, str(tmp_path / "in"), "--out", str(out), "--tags", "sea"]
+    arguments = [steered, str(tmp_path / "in"), "--out", str(out), "--words", "sea"]
     assert main(arguments) == 0
     complete = lines(out)
     text = (out / "predictions.jsonl").read_text().splitlines(keepends=True)
@@ -515,7 +524,7 @@ def test_after_a_crash(steered, tmp_path, capsys):
 
 def test_a_crash_between_two_files_is_resumed(steered, tmp_path, monkeypatch):
     """The overlay exists and no label map: the line makes it ours."""
-    arguments = [steered, str(save(tmp_path / "1.jpg")), "--out", str(tmp_path / "out"), "--tags", "sea"]
+    arguments = [steered, str(save(tmp_path / "1.jpg")), "--out", str(tmp_path / "out"), "--words", "sea"]
     real = os.replace
 
     def crash(source, target):
@@ -534,7 +543,7 @@ def test_a_crash_between_two_files_is_resumed(steered, tmp_path, monkeypatch):
 
 def test_a_crash_before_the_line_skips_nothing(steered, tmp_path, monkeypatch, capsys):
     """A result made anew with other words: its old files are removed before the new line is written."""
-    arguments = [steered, str(save(tmp_path / "1.jpg")), "--out", str(tmp_path / "out"), "--tags"]
+    arguments = [steered, str(save(tmp_path / "1.jpg")), "--out", str(tmp_path / "out"), "--words"]
     assert main([*arguments, "sea"]) == 0
 
     def crash(out, *rest, **more):
@@ -552,7 +561,7 @@ def test_a_crash_before_the_line_skips_nothing(steered, tmp_path, monkeypatch, c
 
 def test_no_attention_of_other_words_is_left(steered, tmp_path):
     """A drawing that this result lacks goes with the result it belonged to."""
-    arguments = [steered, str(save(tmp_path / "1.jpg")), "--out", str(tmp_path / "out"), "--tags"]
+    arguments = [steered, str(save(tmp_path / "1.jpg")), "--out", str(tmp_path / "out"), "--words"]
     assert main([*arguments, "sea", "--attention"]) == 0
     assert main([*arguments, "boat"]) == 0
     assert results(tmp_path / "out") == ["1.overlay.jpg", "1.png", "predictions.jsonl"]
@@ -569,7 +578,7 @@ def test_ctrl_c_keeps_what_is_done(steered, tmp_path, capsys, monkeypatch):
         return real(path, *box)
 
     monkeypatch.setattr(module, "read_image", interrupted)
-    arguments = [steered, str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--tags", "sea"]
+    arguments = [steered, str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--words", "sea"]
     assert main(arguments) == 130
     assert "results stay" in capsys.readouterr().err
     assert [line["labels"] for line in lines(tmp_path / "out")] == ["0.png"]
@@ -589,7 +598,7 @@ def test_an_unreadable_image_is_listed_and_the_rest_continues(steered, tmp_path,
     Image.new("1", (9000, 8000)).save(tmp_path / "in" / "large.png")
     out = tmp_path / "out"
     for done in ("1 predicted, 0", "0 predicted, 1"):
-        assert main([steered, str(tmp_path / "in"), "--out", str(out), "--tags", "sea"]) == 1
+        assert main([steered, str(tmp_path / "in"), "--out", str(out), "--words", "sea"]) == 1
         said = capsys.readouterr()
         assert f"{done} skipped, 5 unreadable" in said.out
         for name in ("cut.jpg", "empty.png", "page.jpg", "gone.jpg", "large.png"):
@@ -614,7 +623,7 @@ def test_two_processes_share_the_images(steered, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = [steered, str(tmp_path / "in"), "--tags", "sea", "--out"]
+    arguments = [steered, str(tmp_path / "in"), "--words", "sea", "--out"]
     files, two = [tmp_path / "said-0", tmp_path / "said-1"], [*arguments, str(tmp_path / "two")]
     fork = multiprocessing.get_context("fork")  # no second import of torch
     both = [fork.Process(target=process, args=(rank, port, files[rank], two)) for rank in (0, 1)]
@@ -645,19 +654,42 @@ def test_two_processes_share_the_images(steered, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "options", "sentence"),
     [
-        ({"condition": "none", "tags": "classes"}, ["--tags", "sea"], "uses no words per image"),
-        ({"condition": "classes", "tags": "classes"}, ["--tags", "sea"], "condition classes, tags classes"),
-        ({"condition": "implicit", "tags": "classes"}, ["--tags", "sea"], "leave --tags out"),
-        ({"condition": "tagging", "tags": "classes"}, ["--tags", "sea"], "condition tagging, tags classes"),
-        ({"condition": "oracle", "tags": "oracle"}, [], "give the images', as in --tags 'sea, boat'"),
-        ({"condition": "tagging", "tags": "oracle"}, [], "give the images', as in --tags 'sea, boat'"),
+        (
+            {"condition": "none", "tags": "classes"},
+            ["--words", "sea"],
+            "condition none uses no words per image",
+        ),
+        (
+            {"condition": "classes", "tags": "classes"},
+            ["--words", "sea"],
+            "--words: a model of condition classes",
+        ),
+        ({"condition": "implicit", "tags": "classes"}, ["--tags", "sea, boat"], "leave it out"),
+        (
+            {"condition": "none", "tags": "classes"},
+            ["--tags", "ram"],
+            "--tags ram: a model of condition none",
+        ),
+        ({"condition": "oracle", "tags": "oracle"}, [], "give them, as --words 'sea, boat'"),
+        ({"condition": "tagging", "tags": "oracle"}, [], "give them, as --words 'sea, boat'"),
+        ({"condition": "tagging"}, ["--tags", "oracle"], "give them, as --words 'sea, boat'"),
+        ({"condition": "oracle", "tags": "oracle"}, ["--tags", "classes"], "needs the words of each image"),
         ({"condition": "tagging", "tags": "gone.jsonl"}, [], "gone.jsonl cannot be read"),
-        ({"condition": "caption", "tags": "gone.jsonl"}, [], "give the words of the images with --tags"),
-        ({"condition": "tagging"}, ["--tags", " , "], "--tags ' , ' has 0 words"),
-        ({"condition": "tagging"}, ["--tags", "x" * (LONGEST_TAG + 1)], "1 to 200 printable characters"),
-        ({"condition": "tagging"}, ["--tags", "a\0b"], "printable characters"),
+        ({"condition": "caption", "tags": "gone.jsonl"}, [], "gone.jsonl cannot be read"),
+        (
+            {"condition": "tagging"},
+            ["--tags", "sea"],
+            "no such file; choose classes, clip, ram, oracle, none",
+        ),
+        ({"condition": "tagging"}, ["--tags", "sea"], "or give words as --words 'sea'"),
+        ({"condition": "tagging"}, ["--tags", "gone.jsonl"], "--tags gone.jsonl: there is no such file"),
+        ({"condition": "tagging"}, ["--tags", "clip", "--words", "sea"], "exclude each other"),
+        ({"condition": "tagging"}, ["--words", " , "], "--words ' , ' has 0 words"),
+        ({"condition": "tagging"}, ["--words", "x" * (LONGEST_TAG + 1)], "1 to 200 printable characters"),
+        ({"condition": "tagging"}, ["--words", "a\0b"], "printable characters"),
+        ({"condition": "tagging"}, ["--words", "ok\ud800bad"], "printable characters"),
         ({"condition": "none", "tags": "classes"}, ["--attention"], "condition none has no words to attend"),
-        ({"condition": "caption", "tags": "x"}, ["--attention", "--tags", "sea"], "no words to attend to"),
+        ({"condition": "caption", "tags": "x"}, ["--attention", "--words", "sea"], "no words to attend to"),
     ],
 )
 def test_words_that_cannot_be(tmp_path, capsys, changes, options, sentence):
@@ -682,19 +714,22 @@ def test_words_from_the_file_of_training(tmp_path, monkeypatch):
     file = tmp_path / "tags.jsonl"
     file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     config = replace(CONFIG, tags=str(file))
-    expected = [["cow"], ["sea", "boat"], []]
-    assert choose_words(None, config.tags, config.condition, paths) == dict(zip(paths, expected, strict=True))
-    assert choose_words("sky", config.tags, config.condition, paths[:1]) == {paths[0]: ["sky"]}
+
+    def words(paths: list[str], given: str | None = None, threshold: float | None = None) -> dict:
+        return choose_words(str(file), given, config.condition, paths, threshold)
+
+    assert words(paths) == dict(zip(paths, [["cow"], ["sea", "boat"], []], strict=True))
+    assert words(paths, threshold=0.9) == dict(zip(paths, [["cow"], ["sea"], []], strict=True))
+    assert words(paths[:1], "sky") == {paths[0]: ["sky"]}
+    assert choose_words("none", None, "tagging", paths, None) == dict.fromkeys(paths, [])
+    assert choose_words("ram", None, "tagging", paths, None) == dict.fromkeys(paths)
     config = replace(config, condition="caption")
-    expected = [["a cow"], ["a boat at sea"], ["nothing"]]
-    assert choose_words(None, config.tags, config.condition, paths) == dict(zip(paths, expected, strict=True))
-    assert choose_words(" a dog, on  grass", config.tags, config.condition, paths[:1]) == {
-        paths[0]: ["a dog, on grass"]
-    }
-    with pytest.raises(DataError, match=r"lacks 1 of 2 images, such as .*new.jpg: give the words"):
-        choose_words(None, config.tags, config.condition, [paths[0], str(tmp_path / "new.jpg")])
-    with pytest.raises(DataError, match=r"the words of training cannot be used.*--tags"):
-        choose_words(None, config.tags, config.condition, ["/a/new.jpg"])
+    assert words(paths) == dict(zip(paths, [["a cow"], ["a boat at sea"], ["nothing"]], strict=True))
+    assert words(paths[:1], " a dog, on  grass") == {paths[0]: ["a dog, on grass"]}
+    with pytest.raises(DataError, match=r"lacks 1 of 2 images, such as .*new.jpg: tag them with tag.py, or"):
+        words([paths[0], str(tmp_path / "new.jpg")])
+    with pytest.raises(DataError, match=r"tags.jsonl has none of the"):
+        words(["/a/new.jpg"])
 
 
 @pytest.mark.parametrize(
@@ -713,7 +748,7 @@ def test_errors_are_one_sentence_and_exit_2(tmp_path, capsys, monkeypatch, argum
     save(tmp_path / "x.jpg")
     (tmp_path / "file").touch()
     try:
-        code = main([stub(tmp_path), "x.jpg", "--tags", "sea", *arguments])
+        code = main([stub(tmp_path), "x.jpg", "--words", "sea", *arguments])
     except SystemExit as end:
         code = end.code
     error = capsys.readouterr().err
@@ -741,7 +776,7 @@ def test_the_model_is_the_one_whose_hash_was_taken(steered, tmp_path, monkeypatc
         (run / "best").symlink_to("step-2")
         tidy(out)
 
-    def load(file: Path, *rest: object) -> Tada:
+    def load(file: Path, *rest: object, **how: object) -> Tada:
         loaded.append(file)
         return load_model(steered)
 
@@ -749,7 +784,7 @@ def test_the_model_is_the_one_whose_hash_was_taken(steered, tmp_path, monkeypatc
     monkeypatch.setattr(module, "tidy", lambda out: next(once, tidy)(out))
     monkeypatch.setattr(module, "load_model", load)
     assert (
-        main([str(run), str(save(tmp_path / "x.jpg")), "--out", str(tmp_path / "out"), "--tags", "sea"]) == 0
+        main([str(run), str(save(tmp_path / "x.jpg")), "--out", str(tmp_path / "out"), "--words", "sea"]) == 0
     )
     assert loaded == [run / "step-1" / "model.safetensors"]
     assert capsys.readouterr().out.startswith("kernels: plain torch, as on every CPU\n")

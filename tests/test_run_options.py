@@ -14,7 +14,7 @@ from run.recipes import recipe
 KEYS = """
 accumulate adapter_start attention_maps batch blocks check checkpoint_activations clip compile condition
 crop data dataset decoder dropout eval_every freeze_unet fresh iterations kernels log_every long lr model
-noise preset queries run save_every scale_latent scales seed short tag_loss_weight tag_tokens tags templates
+noise preset queries run save_every scale_latent scales seed short tag_loss_weight tag_threshold tag_tokens tags templates
 threads timestep unet_lr_scale warmup weight_decay weights whole workers
 """
 
@@ -78,7 +78,7 @@ def test_the_options_of_config_json_keep_their_names():
 def test_settings_of_the_model_have_one_default():
     """A flag for a setting of TadaConfig has its default, where that does not depend on the data set."""
     o, settings = parse(["--dataset", "ade20k"]), {x.name: x.default for x in fields(TadaConfig)}
-    shared = settings.keys() & asdict(o).keys() - {"dataset", "weights"}
+    shared = settings.keys() & asdict(o).keys() - {"dataset", "weights", "tags"}
     assert len(shared) == 17
     assert all(getattr(o, name) == settings[name] for name in shared)
     assert len(parser()._actions) == 1 + sum(bool(option.metadata) for option in fields(Options))

@@ -1,0 +1,226 @@
+"""Tag images with RAM or CLIP, convert captions, or judge a file of tags against the labels.
+
+    python tag.py --by ram --dataset ade20k --out tags.jsonl        # every image of training and validation
+    python tag.py --by clip --names "sea, boat, sky" photos --out tags.jsonl
+    python tag.py --by tadp captions.json --dataset ade20k --out blip.jsonl   # TADP's captions by BLIP-2
+    python tag.py --judge tags.jsonl --dataset ade20k               # precision, recall, mAP
+    torchrun --nproc-per-node 8 tag.py --by ram photos --out tags.jsonl       # the processes share the images
+
+The file has a JSON line per image, `{"image": path, "tags": [["sea", 0.93], ...], "by": tagger}`, written as
+soon as it is tagged: after an interruption the same command goes on. The path is relative to --data, or
+absolute for photos of your own. `train.py`, `eval.py` and `predict.py` take the file as `--tags FILE.jsonl`.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from assemble import Tagger, clip_tagger, load_clip, part_configs, ram_tagger
+from data import LAYOUTS, Dataset, default_data, open_dataset
+from errors import DataError, TadaError, Unreadable, run_command
+from images.read import find_images, read_image
+from loading.augment import to_tensor
+from loading.stream import EvaluationStream, load_in_order
+from loading.tags import LONGEST_CAPTION, clean, read_tags, split_words
+from metrics.tagging import judge
+from run.checkpoint import replace_text
+from run.ranks import Ranks, cleanup, init_distributed
+from run.tagging import tag_images
+
+BATCH = 8  # images at once
+
+
+class Photos:
+    """Image files, squashed to the tagger's square: item i is a key, and the image or its file's error."""
+
+    def __init__(self, files: Sequence[tuple[str, Path]], side: int, filter: Image.Resampling):
+        self.files, self.side, self.filter = files, side, filter
+
+    def __getitem__(self, i: int) -> tuple[str, Tensor | DataError]:
+        key, file = self.files[i]
+        try:
+            image, _ = read_image(file, self.side, 1 << 20)
+        except Unreadable as error:
+            return key, error
+        return key, to_tensor(image.resize((self.side, self.side), self.filter))
+
+
+# ---- tags of images
+
+
+def tag(options: argparse.Namespace, ranks: Ranks) -> int:
+    """Tag all images of the command; return 1 if some file could not be read."""
+    sets = open_sets(options) if options.dataset else []
+    files = {dataset.path(i): image_file(dataset, i) for dataset in sets for i in range(len(dataset))}
+    if not sets:
+        files = {path: Path(path) for path in find_images(options.inputs, options.out, {})}
+    tagger, side, filter, by = open_tagger(options, sets, ranks)
+
+    def images(todo: list[str]) -> Iterator[list[tuple[str, Tensor | DataError]]]:
+        photos = Photos([(path, files[path]) for path in todo], side, filter)
+        groups = (range(i, min(i + BATCH, len(todo))) for i in range(0, len(todo), BATCH))
+        yield from load_in_order(photos, groups, list, options.workers, ranks.device.type)
+
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    broken = tag_images(options.out, [*files], images, tagger, ranks, by)
+    if ranks.is_main:
+        for sentence in broken:
+            print(f"skipped: {sentence}", file=sys.stderr)
+        print(f"{options.out}: {len(files) - len(broken):,} of {len(files):,} images tagged by {by}")
+    return 1 if broken else 0
+
+
+def open_tagger(
+    options: argparse.Namespace, sets: Sequence[Dataset], ranks: Ranks
+) -> tuple[Tagger, int, Image.Resampling, str]:
+    """The tagger, the side and filter of its square, and its name for the lines of the file."""
+    asked = "" if options.threshold is None else f" at {options.threshold:g}"
+    if options.by == "ram":
+        tagger = ram_tagger(options.weights, ranks.device, options.threshold)
+        return tagger, 384, Image.Resampling.BILINEAR, f"ram{asked}"
+    names = split_words(options.names, "tagging") if options.names else sets[0].prompts if sets else []
+    if not names:
+        raise TadaError('--by clip needs the names it chooses from: give --names "sea, boat" or --dataset')
+    clip, tokenizer = load_clip(part_configs(options.model, options.weights)[2], options.weights)
+    tagger = clip_tagger(str(options.weights), clip.to(ranks.device), tokenizer, names, options.threshold)
+    return tagger, clip.config.image_size, Image.Resampling.BICUBIC, f"clip of {len(names)} names{asked}"
+
+
+def open_sets(options: argparse.Namespace) -> list[Dataset]:
+    """The splits of --dataset, which must lie on the disk."""
+    if options.dataset == "scenes":
+        raise TadaError("--dataset scenes is drawn, not read: `python -m images.scenes` writes its images")
+    root = options.data or default_data(options.dataset)
+    if not root:
+        raise TadaError(f"--dataset {options.dataset}: give its folder with --data")
+    return [open_dataset(options.dataset, root, split) for split in options.split]
+
+
+def image_file(dataset: Dataset, i: int) -> Path:
+    """The file of image i, which may be missing: then reading it says so."""
+    return Path(dataset.root, dataset.path(i))
+
+
+# ---- captions of TADP
+
+
+def convert(options: argparse.Namespace) -> int:
+    """Write the captions of a file of TADP (captions/*.json) as lines for `--condition caption`.
+
+    It has `{"file below the image folder": {"captions": ["..."]}}`; the first caption counts.
+    """
+    (file,) = options.inputs
+    try:
+        entries = json.loads(Path(file).read_text(encoding="utf-8"))
+        captions = {name: clean(entry["captions"][0], LONGEST_CAPTION) for name, entry in entries.items()}
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise DataError(f"{file} is not a caption file of TADP ({type(error).__name__}: {error})") from None
+    sets = open_sets(options)
+    paths = {path: dataset for dataset in sets for i in range(len(dataset)) if (path := dataset.path(i))}
+    lines = []
+    for path in paths:
+        parts = path.split("/")
+        tails = ("/".join(parts[i:]) for i in range(len(parts)))
+        name = next((tail for tail in tails if tail in captions), None)
+        if name:
+            lines.append(
+                json.dumps({"image": path, "tags": [], "caption": captions[name], "by": "tadp"}) + "\n"
+            )
+    if not lines:
+        raise DataError(f"{file} has none of the {len(paths)} images, such as {next(iter(paths))}")
+    replace_text(options.out, "".join(lines))
+    print(f"{options.out}: captions of {len(lines):,} of {len(paths):,} images")
+    return 0
+
+
+# ---- the quality of tags
+
+
+def judge_file(options: argparse.Namespace) -> int:
+    """Print how well a file of tags names the classes of each image."""
+    for dataset in open_sets(options):
+        paths = [dataset.path(i) for i in range(len(dataset))]
+        tags = read_tags(options.judge, dataset.root, paths).tags
+        tagged = [i for i, path in enumerate(paths) if path in tags]
+        items = EvaluationStream(dataset, 1, 1, options.workers).items(tagged)
+        present = {item.path: item.present for item in tqdm(items, "labels", len(tagged), disable=None)}
+        print(f"{options.judge}, {dataset.name} {dataset.split}: {len(tagged):,} of {len(paths):,} images")
+        print(judge(tags, present, dataset.prompts))
+    return 0
+
+
+# ---- the command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+
+    def work() -> int:
+        if options.judge:
+            return judge_file(options)
+        if options.by == "tadp":
+            return convert(options)
+        code = tag(options, init_distributed())
+        cleanup()
+        return code
+
+    return run_command("tag.py", work, "interrupted: tagged images are in the file, the same command goes on")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options; argparse ends the command with code 2 where a flag is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="tag.py", description="Tag images with RAM or CLIP; convert captions; judge a file of tags."
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--by", choices=["ram", "clip", "tadp"], help="the tagger, or TADP's file of captions")
+    what.add_argument(
+        "--judge", metavar="FILE.jsonl", help="compare a file of tags with the labels of --dataset"
+    )
+    add = parser.add_argument
+    add("inputs", nargs="*", metavar="INPUT", help="an image, a folder, a quoted glob; of tadp its JSON file")
+    add("--dataset", choices=[*LAYOUTS], help="tag the images of a data set instead")
+    add("--data", metavar="DIR", help="its folder (default: data/<official name>)")
+    splits = ["train", "val"]
+    add("--split", nargs="+", choices=splits, default=splits, help="of the data set (default: train val)")
+    add("--out", type=Path, metavar="FILE.jsonl", help="the file of tags; images that it has are skipped")
+    add(
+        "--threshold",
+        type=float,
+        metavar="X",
+        help="the lowest score (default: RAM's per tag; CLIP's 1/names)",
+    )
+    add("--names", metavar="WORDS", help="what CLIP chooses from (default: the classes of --dataset)")
+    add("--model", choices=["sd15", "tiny"], default="sd15", help="whose CLIP (default: sd15)")
+    add(
+        "--weights",
+        type=Path,
+        metavar="DIR",
+        help="its folder, RAM's lies beside it (default: weights/<model>)",
+    )
+    add("--workers", type=int, default=2, metavar="N", help="processes that load images (default: 2)")
+    options = parser.parse_intermixed_args(argv)
+    options.weights = options.weights or Path("weights", options.model)
+    if options.judge and not options.dataset:
+        parser.error("--judge needs the labels: give --dataset")
+    if options.by and not options.out:
+        parser.error("--out is missing: give the file of tags, as --out tags.jsonl")
+    if options.by == "tadp" and (len(options.inputs) != 1 or not options.dataset):
+        parser.error("--by tadp needs one file of captions and the --dataset of its images")
+    if options.by in ("ram", "clip") and bool(options.inputs) == bool(options.dataset):
+        parser.error("give either images or --dataset")
+    if options.threshold is not None and not 0 <= options.threshold <= 1:
+        parser.error(f"--threshold {options.threshold:g}: give a score in 0..1")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
