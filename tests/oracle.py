@@ -9,13 +9,21 @@ import string
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import BlipTextConfig, CLIPModel, SwinConfig, SwinModel
 from transformers import CLIPConfig as ReferenceCLIPConfig
-from transformers import CLIPModel
+from transformers.models.blip.modeling_blip_text import (
+    BlipTextAttention,
+    BlipTextIntermediate,
+    BlipTextOutput,
+)
 
 from clip import END, START, CLIPConfig, TowerConfig
 from lab.bench_mask2former import peer_mask2former
+from ram import RAMConfig
 from unet import UNetConfig
 from vae import VAEConfig
 
@@ -28,6 +36,16 @@ SMALL_CLIP = CLIPConfig(
     image_size=56,
     patch=14,
     projection=48,
+)
+SMALL_RAM = RAMConfig(
+    image_size=128,
+    width=24,
+    depths=(2, 2, 4, 2),
+    heads=(2, 4, 8, 16),
+    window=4,
+    tags=37,
+    label_width=20,
+    head_width=48,
 )
 SMALL_MASK2FORMER = {"channels": (16, 32, 64, 128), "things": (True, False, True, True, False)}
 SMALL_MASK2FORMER |= {"width": 64, "heads": 4, "queries": 7, "layers": 4, "pixel_layers": 2, "points": 300}
@@ -99,6 +117,86 @@ def reference_mask2former(**options) -> nn.Module:
         "train_num_points": small["points"],
     }
     return wake(shake(peer_mask2former(small["channels"], len(small["things"]), **sizes | options)))
+
+
+class ReferenceRAM(nn.Module):
+    """RAM of transformers' parts: its Swin, and BLIP's text layers without their self-attention."""
+
+    def __init__(self, config: RAMConfig):
+        super().__init__()
+        sizes = {"image_size": config.image_size, "patch_size": config.patch, "window_size": config.window}
+        sizes |= {"embed_dim": config.width, "depths": config.depths, "num_heads": config.heads}
+        self.swin = SwinModel(SwinConfig(**sizes))
+        head = BlipTextConfig(
+            hidden_size=config.head_width,
+            encoder_hidden_size=config.label_width,
+            intermediate_size=4 * config.head_width,
+            num_attention_heads=config.head_heads,
+            hidden_act="gelu",
+            layer_norm_eps=1e-12,
+        )
+        self.layers = nn.ModuleList()
+        for _ in range(config.head_layers):
+            attention = BlipTextAttention(head, is_cross_attention=True)
+            parts = {"crossattention": attention, "intermediate": BlipTextIntermediate(head)}
+            self.layers.append(nn.ModuleDict(parts | {"output": BlipTextOutput(head)}))
+        self.image_proj = nn.Linear(self.swin.num_features, config.label_width)
+        self.label_embed = nn.Parameter(torch.randn(config.tags, config.label_width))
+        self.wordvec_proj = nn.Linear(config.label_width, config.head_width)
+        self.fc = nn.Linear(config.head_width, 1)
+        for name, x in self.named_parameters():  # transformers' start is so small that all images look alike
+            if x.ndim > 1:
+                nn.init.normal_(x, std=1 if name.endswith(("table", "label_embed")) else x[0].numel() ** -0.5)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """The logits `(B, K)` of normalised pixels; the mean is SwinModel's own pooled output."""
+        output = self.swin(pixels)
+        tokens = torch.cat([output.pooler_output[:, None], output.last_hidden_state], dim=1)
+        tokens = self.image_proj(tokens)
+        x = F.relu(self.wordvec_proj(self.label_embed)).expand(len(pixels), -1, -1)
+        for layer in self.layers:
+            x = layer["crossattention"](x, encoder_hidden_states=tokens)[0]
+            x = layer["output"](layer["intermediate"](x), x)
+        return self.fc(x).squeeze(-1)
+
+
+def reference_ram(config: RAMConfig) -> ReferenceRAM:
+    return shake(ReferenceRAM(config))
+
+
+SWIN_NAMES = {  # transformers' on disk -> the official checkpoint's
+    "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "embeddings.norm": "patch_embed.norm",
+    "encoder.layers": "layers",
+    "attention.self.relative_position_bias_table": "attn.relative_position_bias_table",
+    "attention.output.dense": "attn.proj",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+}
+
+
+def official_ram(reference: ReferenceRAM, folder: Path) -> dict[str, Tensor]:
+    """The reference's tensors under the names of the official checkpoint.
+
+    The tower's come from the file that transformers writes; its queries, keys and values become one matrix.
+    """
+    reference.swin.save_pretrained(folder)
+    saved, tower = load_file(folder / "model.safetensors"), {}
+    for name, x in saved.items():
+        if ".attention.self.query." in name:
+            x = torch.cat([saved[name.replace("query", part)] for part in ("query", "key", "value")])
+            name = name.replace("attention.self.query", "attn.qkv")
+        for theirs, ours in SWIN_NAMES.items():
+            name = name.replace(theirs, ours)
+        if "attention.self" not in name:
+            tower["norm" + name.removeprefix("layernorm") if name.startswith("layernorm.") else name] = x
+    state = {f"visual_encoder.{name}": x for name, x in tower.items()}
+    for name, x in reference.state_dict().items():
+        if not name.startswith("swin."):
+            state[name.replace("layers.", "tagging_head.encoder.layer.")] = x
+    return state
 
 
 def wake(model: nn.Module) -> nn.Module:

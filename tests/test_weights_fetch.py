@@ -7,6 +7,7 @@ X-Repo-Commit and Content-Length, GET with Range. Its files are random bytes; it
 import errno
 import functools
 import hashlib
+import io
 import json
 import os
 import random
@@ -25,11 +26,15 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import XetDownloadError
+from oracle import SMALL_RAM
 
+import weights.ram
+from ram import RAM
 from weights import fetch as module
-from weights.fetch import SCRATCH, File, amount, fetch, main, mismatch, official
+from weights.fetch import SCRATCH, File, amount, fetch, main, mismatch, official, official_ram
 
 ROOT = Path(module.__file__).parents[1]
 BLOCK = 10 * 1024 * 1024  # huggingface_hub writes, and therefore resumes, in blocks of this many bytes
@@ -288,6 +293,74 @@ def test_variant_flag_chooses_the_table(monkeypatch, tmp_path):
         (official("fp16"), tmp_path, Path("here")),
         (official("fp32"), Path("weights/sd15"), None),
     ]
+
+
+# RAM
+
+
+@pytest.fixture
+def ram_files(hub, monkeypatch) -> tuple[File, ...]:
+    """RAM's three files at a small size, published on this Hub; `--ram` fetches and converts these."""
+    content = io.BytesIO()
+    model = RAM(SMALL_RAM)
+    torch.save({"model": model.state_dict() | {"tag_encoder.pooler.weight": torch.zeros(9)}}, content)
+    checkpoint, names, thresholds = (file.local for file in official_ram())
+    files = (
+        hub.publish("xinyu/ram", checkpoint, checkpoint, content.getvalue()),
+        hub.publish("lists/ram", names, names, b"tag\n" * SMALL_RAM.tags),
+        hub.publish("lists/ram", thresholds, thresholds, b"0.65\n" * SMALL_RAM.tags),
+    )
+    monkeypatch.setattr(module, "official_ram", lambda: files)
+    monkeypatch.setattr(weights.ram, "convert", functools.partial(weights.ram.convert, config=SMALL_RAM))
+    return files
+
+
+def test_the_table_of_ram_is_that_of_its_published_files(ram, capsys):
+    """The lists that we hold for tests match size and sha256; --help and the docstring state the total."""
+    files = official_ram()
+    assert all(len(file.digest) == 64 and re.fullmatch("[0-9a-f]{40}", file.revision) for file in files)
+    assert [mismatch(ram / "tag_lists" / file.local, file) for file in files[1:]] == [None, None]
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert amount(sum(file.size for file in files)) == "5.6 GB"
+    assert "5.6 GB" in capsys.readouterr().out and "5.6 GB" in module.__doc__
+
+
+def test_ram_is_fetched_and_kept_as_one_safetensors_file(hub, ram_files, command, tmp_path):
+    """No checkpoint stays; what stays can be loaded; a second run makes no request."""
+    assert command([], "--ram", "--to", tmp_path / "ram") == 0
+    lists = published(hub, ram_files[1:])
+    held = below(tmp_path / "ram")
+    assert held.keys() == {"model.safetensors", *lists}
+    assert lists.items() <= held.items()
+    assert weights.ram.load_ram(tmp_path / "ram", config=SMALL_RAM).thresholds[0] == torch.tensor(0.65)
+    hub.requests.clear()
+    assert command([], "--ram", "--to", tmp_path / "ram") == 0
+    assert hub.requests == []
+    assert below(tmp_path / "ram") == held
+
+
+def test_ram_takes_the_users_copies_and_leaves_them(hub, ram_files, command, tmp_path):
+    """--from DIR: no request, and the checkpoint in DIR stays although ours is deleted."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for name, content in published(hub, ram_files).items():
+        (mine / name).write_bytes(content)
+    assert command([], "--ram", "--to", tmp_path / "ram", "--from", mine) == 0
+    assert hub.requests == []
+    assert below(mine) == published(hub, ram_files)
+    assert (tmp_path / "ram" / "model.safetensors").is_file()
+    assert not (tmp_path / "ram" / ram_files[0].local).exists()
+
+
+def test_a_checkpoint_that_does_not_fit_is_one_sentence(
+    hub, ram_files, command, tmp_path, capsys, monkeypatch
+):
+    """Exit 2; the download is kept, so a mended version of ours needs no second one."""
+    monkeypatch.setattr(weights.ram, "convert", weights.ram.convert.func)  # the official size
+    assert command([], "--ram", "--to", tmp_path / "ram") == 2
+    assert "of the wrong shape: " in the_error(capsys)
+    assert below(tmp_path / "ram") == published(hub, ram_files)
 
 
 # A fetch that goes well

@@ -1,9 +1,10 @@
-"""Download the official weights of Stable Diffusion v1.5 and CLIP ViT-L/14, and verify their hashes.
+"""Download the official weights of Stable Diffusion v1.5 and CLIP ViT-L/14, or of RAM; verify their hashes.
 
     python -m weights.fetch                      # 5.5 GB into weights/sd15
     python -m weights.fetch --variant fp16       # 3.6 GB: UNet and VAE in half precision, CLIP as before
     python -m weights.fetch --from ~/Downloads   # use the files in this folder, download the rest
     python -m weights.fetch --to /data/sd15      # another destination
+    python -m weights.fetch --ram                # the tagger: 5.6 GB, of which weights/ram keeps 0.8 GB
 
 huggingface_hub downloads into `.tmp-fetch`, with its own retries; a file gets its final name only after its
 size and hash match the table below. Re-run after a failure: complete files are verified and kept, and
@@ -38,6 +39,10 @@ class File:
 # error of this table, so messages give both values.
 SD = ("stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14")
 CLIP = ("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41")
+# RAM's checkpoint, and its lists from a repository that has them unchanged: the authors' has no lists. The
+# checkpoint's size is that of its LFS pointer in the Space xinyu1205/recognize-anything, commit 60bca41.
+RAM = ("xinyu1205/recognize_anything_model", "a4f945fe0720892020c28309624df3bd1f3ad3dc")
+RAM_LISTS = ("CannotFindObject/RAM_ONNX", "059bc78e8f02489540a60b22099974354ed91ab3")
 SCRATCH = ".tmp-fetch"  # inside the destination: moving a complete file is a rename on one disk
 
 
@@ -61,6 +66,18 @@ def official(variant: str) -> tuple[File, ...]:
         ),
         File(*CLIP, "merges.txt", "tokenizer/merges.txt", 524619, "76e821f1b6f0a9709293c3b6b51ed90980b3166b"),
     )
+
+
+def official_ram() -> tuple[File, ...]:
+    """RAM's three official files: the checkpoint, the names of its tags, their thresholds."""
+    model, names, thresholds = "ram_swin_large_14m.pth", "ram_tag_list.txt", "ram_tag_list_threshold.txt"
+    pinned = {  # size in bytes, sha256
+        model: (5625634877, "15c729c793af28b9d107c69f85836a1356d76ea830d4714699fb62e55fcc08ed"),
+        names: (41904, "5d96d2f7225527480ad773aaac76b6e5c08a18adf6eae9ca7d2ab923d5e7bd8b"),
+        thresholds: (22016, "b6f81d0de1bc7f9c251af512c413eae976c77dbfbadf700d4e3d90510f4c6447"),
+    }
+    repositories = {model: RAM, names: RAM_LISTS, thresholds: RAM_LISTS}
+    return tuple(File(*repositories[name], name, name, *pinned[name]) for name in pinned)
 
 
 def amount(size: int) -> str:
@@ -155,19 +172,46 @@ def fetch(files: Sequence[File], root: Path, source: Path | None = None, endpoin
     return 0
 
 
+def fetch_ram(root: Path, source: Path | None = None) -> int:
+    """Bring RAM's files into `root`, as `fetch` does; `model.safetensors` replaces the checkpoint there.
+
+    An earlier run's `model.safetensors` is kept: then only the lists are fetched.
+    """
+    from weights.ram import MODEL, convert  # slow to import
+
+    checkpoint, *lists = official_ram()
+    if (root / MODEL).is_file():
+        print(f"{root / MODEL}: complete", flush=True)
+        return fetch(lists, root, source)
+    fetch([checkpoint, *lists], root, source)
+    print(f"{root / MODEL}: converting {checkpoint.local}", flush=True)
+    convert(root / checkpoint.local, root / MODEL)
+    (root / checkpoint.local).unlink()  # ours: a download, a copy, or a link to the user's
+    print(f"{root / MODEL}: complete", flush=True)
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m weights.fetch",
         description="Download the official weights (5.5 GB; fp16: 3.6 GB) and verify them.",
     )
     add = parser.add_argument
-    add("--to", type=Path, default=Path("weights/sd15"), metavar="DIR", help="default: %(default)s")
+    add("--to", type=Path, metavar="DIR", help="default: weights/sd15, with --ram weights/ram")
     add("--variant", choices=("fp32", "fp16"), default="fp32", help="of UNet and VAE; default: %(default)s")
+    add("--ram", action="store_true", help="instead, the image tagger RAM: 5.6 GB, of which 0.8 GB are kept")
     add("--from", type=Path, dest="source", metavar="DIR", help="use the files in this folder")
     options = parser.parse_args(argv)
+    root = options.to or Path("weights/ram" if options.ram else "weights/sd15")
+
+    def work() -> int:
+        if options.ram:
+            return fetch_ram(root, options.source)
+        return fetch(official(options.variant), root, options.source)
+
     return run_command(
         "weights.fetch",
-        lambda: fetch(official(options.variant), options.to, options.source),
+        work,
         "interrupted: complete files are kept; run the command again for the rest",
     )
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from clip import CLIP, TextTower
 from errors import WeightsError
+from ram import RAM
 from unet import UNet
 from vae import VAE
 
@@ -81,29 +82,39 @@ class Official:
     file: str  # the official file, for messages
     prefixes: tuple[str, ...] = ()  # of its names in files that hold several modules
     names: tuple[Rename, ...] = ()
+    ignored: str = IGNORED
+    command: str = "python -m weights.fetch"
 
     @property
     def cure(self) -> str:
-        return f"get {self.file}: `python -m weights.fetch`"
+        return f"get {self.file}: `{self.command}`"
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors of stable-diffusion-v1-5/stable-diffusion-v1-5"
 TEXT = "text_encoder/model.safetensors of stable-diffusion-v1-5/stable-diffusion-v1-5"
+# RAM's checkpoint also holds the two BERTs that write captions, and buffers that are computed from sizes.
+RAM_IGNORED = r"^(tag_encoder|text_decoder)\.|\.(relative_position_index|attn_mask)$"
 OFFICIAL: dict[type[nn.Module], Official] = {
     UNet: Official(f"unet/{WEIGHTS}", ("model.diffusion_model.",), tuple(UNET_NAMES)),
     VAE: Official(f"vae/{WEIGHTS}", ("first_stage_model.",), tuple(VAE_NAMES)),
     CLIP: Official("model.safetensors of openai/clip-vit-large-patch14"),
+    RAM: Official(
+        "ram_swin_large_14m.pth of xinyu1205/recognize_anything_model",
+        names=((r"^vision_multi\.", "tagging_head."),),
+        ignored=RAM_IGNORED,
+        command="python -m weights.fetch --ram",
+    ),
     TextTower: Official(TEXT, ("cond_stage_model.transformer.text_model.", "text_model.")),
 }
 
 
 def load(module: Module, path: str | Path) -> Module:
-    """Load an official file, or the one in a folder, into a UNet, VAE, CLIP or its `text_model`; return it.
+    """Load an official file, or the one in a folder, into a module of `OFFICIAL`'s types; return the module.
 
     The module may be built normally or on `meta` (faster: no initialisation). It keeps its dtype, and its
     device unless that was `meta`. Raise WeightsError, listing names and shapes, unless all of them fit.
     """
-    assert type(module) in OFFICIAL, f"need a UNet, VAE, CLIP or its text_model, got {type(module).__name__}"
+    assert type(module) in OFFICIAL, f"cannot load a {type(module).__name__}: need one of OFFICIAL's modules"
     official = OFFICIAL[type(module)]
     file = find(Path(path), official)
     refuse_foreign(file, official)
@@ -178,7 +189,7 @@ def match(
     prefix = next((p for p in official.prefixes if any(name.startswith(p) for name in theirs)), "")
     names, duplicates = {}, []
     for name in theirs:
-        if name.startswith(prefix) and not re.search(IGNORED, name):
+        if name.startswith(prefix) and not re.search(official.ignored, name):
             short = name.removeprefix(prefix)
             for pattern, replacement in official.names:
                 short = re.sub(pattern, replacement, short)

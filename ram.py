@@ -1,0 +1,306 @@
+"""RAM, the Recognize Anything Model: which of 4,585 tags an image shows (arXiv:2306.03514).
+
+A Swin-L tower turns the image into 144 tokens and their mean. Each tag has a query that attends to these 145
+tokens in two layers of cross-attention; one linear layer, shared by all tags, gives its logit. An image has a
+tag if the sigmoid of the logit is greater than the tag's own threshold (weights/ram.py loads both).
+
+Attribute names are those of the official ram_swin_large_14m.pth, so its weights load strictly. Equal to
+transformers' `SwinModel` and BLIP's text layers (tests/test_ram.py). The sources named below are those of
+xinyu1205/recognize-anything.
+
+Top to bottom: the model, its pixels, the head, the tower, its blocks, windows and their masks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from kernels.linear import Linear
+
+MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1], ImageNet's; ram/transform.py
+STD = (0.229, 0.224, 0.225)
+HEAD_EPS = 1e-12  # of the head's LayerNorms (ram/configs/q2l_config.json); Swin's have torch's 1e-5
+MASKED = -100.0  # added to the logits of pairs that must not attend (ram/models/swin_transformer.py)
+CHUNK = 2304  # tokens per call of an MLP, our choice: its hidden layer then stays in a CPU's cache
+
+
+@dataclass(frozen=True)
+class RAMConfig:
+    """Sizes of the tower and the head; the default is the official Swin-L at 384x384."""
+
+    image_size: int = 384
+    patch: int = 4
+    width: int = 192  # of the first stage; each further stage has twice the width and half the side
+    depths: tuple[int, ...] = (2, 2, 18, 2)  # blocks per stage
+    heads: tuple[int, ...] = (6, 12, 24, 48)  # per stage
+    window: int = 12  # side of a window of attention, in tokens
+    tags: int = 4585
+    label_width: int = 512  # of the tags' embeddings (CLIP's text space) and of the head's keys
+    head_width: int = 768
+    head_layers: int = 2
+    head_heads: int = 4
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Side of each stage's square of tokens: 96, 48, 24, 12."""
+        return tuple(self.image_size // self.patch // 2**i for i in range(len(self.depths)))
+
+
+class RAM(nn.Module):
+    """Images `(B, 3, H, W)` in [-1, 1] of any size -> logits `(B, K)` of the K = 4,585 tags."""
+
+    def __init__(self, config: RAMConfig = RAMConfig()):
+        super().__init__()
+        self.config = config
+        self.visual_encoder = Swin(config)
+        self.image_proj = Linear(config.width * 2 ** (len(config.depths) - 1), config.label_width)
+        self.label_embed = nn.Parameter(torch.randn(config.tags, config.label_width) * 0.02)
+        self.wordvec_proj = Linear(config.label_width, config.head_width)
+        self.tagging_head = TaggingHead(config)
+        self.fc = Linear(config.head_width, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return the logits `(B, K)` of images `(B, 3, H, W)` in [-1, 1]; sigmoids are probabilities."""
+        tokens = self.visual_encoder(squash(image, self.config.image_size))  # (B, 144, 1536)
+        tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)  # (B, 145, 1536)
+        queries = F.relu(self.wordvec_proj(self.label_embed[None]))  # (1, K, 768), the same for all images
+        queries = self.tagging_head(queries, self.image_proj(tokens))  # (B, K, 768)
+        return self.fc(queries)[..., 0]
+
+
+def squash(image: Tensor, size: int) -> Tensor:
+    """Images `(B, 3, H, W)` in [-1, 1] -> `(B, 3, size, size)` float32, normalised as in RAM's training.
+
+    Resizes to a square, not keeping the aspect ratio: bilinear with antialiasing (ram/transform.py).
+    """
+    image = image.float()
+    if image.shape[-2:] != (size, size):
+        image = F.interpolate(image, (size, size), mode="bilinear", antialias=True)
+    channels = zip(image.unbind(dim=1), MEAN, STD, strict=True)
+    return torch.stack([(x / 2 + 0.5 - mean) / std for x, mean, std in channels], dim=1)
+
+
+class TaggingHead(nn.Module):
+    """Queries `(1, K, 768)` of tags and tokens `(B, M, 512)` of images -> `(B, K, 768)`.
+
+    A BERT without self-attention (ram/models/bert.py), so each query's result depends on the image alone.
+    """
+
+    def __init__(self, config: RAMConfig):
+        super().__init__()
+        layers = nn.ModuleList(TaggingLayer(config) for _ in range(config.head_layers))
+        self.encoder = nn.ModuleDict({"layer": layers})
+
+    def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        for layer in self.encoder["layer"]:
+            queries = layer(queries, tokens)
+        return queries
+
+
+class TaggingLayer(nn.Module):
+    """Cross-attention, MLP; each residual and post-norm."""
+
+    def __init__(self, config: RAMConfig):
+        super().__init__()
+        width, context = config.head_width, config.label_width
+        self.heads = config.head_heads
+        projections = {"query": width, "key": context, "value": context}
+        attention = nn.ModuleDict({name: Linear(inputs, width) for name, inputs in projections.items()})
+        self.crossattention = nn.ModuleDict({"self": attention, "output": Residual(width, width)})
+        self.intermediate = nn.ModuleDict({"dense": Linear(width, 4 * width)})
+        self.output = Residual(4 * width, width)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        project = self.crossattention["self"]
+        q, k, v = project["query"](x), project["key"](tokens), project["value"](tokens)
+        q, k, v = (rearrange(y, "B N (n d) -> B n N d", n=self.heads) for y in (q, k, v))
+        y = F.scaled_dot_product_attention(q.expand(len(k), -1, -1, -1), k, v)  # (B, n, K, d)
+        x = self.crossattention["output"](rearrange(y, "B n K d -> B K (n d)"), x)
+        return in_chunks(lambda y: self.output(F.gelu(self.intermediate["dense"](y)), y), x)
+
+
+class Residual(nn.Module):
+    """LayerNorm(dense(y) + x)."""
+
+    def __init__(self, in_width: int, width: int):
+        super().__init__()
+        self.dense = Linear(in_width, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=HEAD_EPS)
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        return self.LayerNorm(self.dense(y).add_(x))
+
+
+class Swin(nn.Module):
+    """Pixels `(B, 3, 384, 384)` -> tokens `(B, 144, 1536)` after the final norm, row by row."""
+
+    def __init__(self, config: RAMConfig):
+        super().__init__()
+        last = len(config.depths) - 1
+        self.patch_embed = PatchEmbed(config)
+        self.layers = nn.ModuleList(Stage(config, i, downsample=i < last) for i in range(last + 1))
+        self.norm = nn.LayerNorm(config.width * 2**last)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.patch_embed(pixels)
+        for stage in self.layers:
+            x = stage(x)
+        return self.norm(x)
+
+
+class PatchEmbed(nn.Module):
+    """Pixels `(B, 3, 384, 384)` -> one normed token per 4x4 pixels, `(B, 9216, 192)`."""
+
+    def __init__(self, config: RAMConfig):
+        super().__init__()
+        self.proj = nn.Conv2d(3, config.width, config.patch, stride=config.patch)
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        pixels = pixels.to(self.proj.weight.dtype, memory_format=torch.channels_last)
+        return self.norm(rearrange(self.proj(pixels), "B C h w -> B (h w) C"))
+
+
+class Stage(nn.Module):
+    """Blocks on a square of tokens `(B, N, C)`, then (except in the last stage) `(B, N / 4, 2 C)`.
+
+    Every second block shifts its windows by half a window, unless one window holds all tokens.
+    """
+
+    def __init__(self, config: RAMConfig, index: int, downsample: bool):
+        super().__init__()
+        self.side, self.window = config.sides[index], config.window
+        assert self.side % self.window == 0, f"{self.side} tokens a side: need a multiple of {self.window}"
+        self.shift = self.window // 2 if self.side > self.window else 0
+        width, heads = config.width * 2**index, config.heads[index]
+        self.blocks = nn.ModuleList(
+            Block(width, heads, self.side, self.window, shift=self.shift * (i % 2))
+            for i in range(config.depths[index])
+        )
+        self.downsample = PatchMerging(width, self.side) if downsample else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = shift_mask(self.side, self.window, self.shift, x) if self.shift else None
+        for block in self.blocks:
+            x = block(x, mask if block.shift else None)
+        return self.downsample(x)
+
+
+class PatchMerging(nn.Module):
+    """Concatenate 2x2 tokens, down each column first, and halve the channels: `(B, N / 4, 2 C)`."""
+
+    def __init__(self, width: int, side: int):
+        super().__init__()
+        self.side = side
+        self.norm = nn.LayerNorm(4 * width)
+        self.reduction = Linear(4 * width, 2 * width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = rearrange(x, "B (h i w j) C -> B (h w) (j i C)", h=self.side // 2, i=2, j=2)
+        return self.reduction(self.norm(x))
+
+
+class Block(nn.Module):
+    """Attention within windows, MLP; each pre-norm and residual. Tokens `(B, N, C)`."""
+
+    def __init__(self, width: int, heads: int, side: int, window: int, shift: int):
+        super().__init__()
+        self.side, self.window, self.shift = side, window, shift
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = WindowAttention(width, heads, window)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = MLP(width)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        y = to_windows(self.norm1(x), self.side, self.window, self.shift)
+        y = self.attn(y, mask)
+        x = from_windows(y, self.side, self.window, self.shift) + x
+        return self.mlp(self.norm2(x)).add_(x)
+
+
+class WindowAttention(nn.Module):
+    """Self-attention in windows `(b, N, C)`, with a learned bias for each relative position of two tokens."""
+
+    def __init__(self, width: int, heads: int, window: int):
+        super().__init__()
+        self.heads, self.window = heads, window
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
+        self.relative_position_bias_table = nn.Parameter(torch.randn((2 * window - 1) ** 2, heads) * 0.02)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """`mask` `(m, 1, N, N)` is added to the logits of the m windows of each image."""
+        q, k, v = rearrange(self.qkv(x), "b N (three n d) -> three b n N d", three=3, n=self.heads)
+        bias = self.bias()  # (1, n, N, N)
+        if mask is not None:
+            images = len(x) // len(mask)
+            bias = (bias + mask).expand(images, -1, -1, -1, -1).flatten(0, 1)  # (b, n, N, N)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.proj(rearrange(y, "b n N d -> b N (n d)"))
+
+    def bias(self) -> Tensor:
+        """The bias `(1, n, N, N)` of every query and key of a window.
+
+        The table's entry (r, c) is for a query r - 11 rows below and c - 11 columns to the right of the key.
+        So the query at (i, j) reads the table's 12x12 entries from (i, j) on, for the keys in reverse order.
+        """
+        side = 2 * self.window - 1
+        table = rearrange(self.relative_position_bias_table, "(r c) n -> n r c", r=side)
+        bias = table.unfold(1, self.window, 1).unfold(2, self.window, 1).flip(3, 4)  # (n, 12, 12, 12, 12)
+        return rearrange(bias, "n i j y x -> 1 n (i j) (y x)")
+
+
+class MLP(nn.Module):
+    """C -> 4 C -> C with the exact GELU."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.fc1 = Linear(width, 4 * width)
+        self.fc2 = Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return in_chunks(lambda y: self.fc2(F.gelu(self.fc1(y))), x)
+
+
+def in_chunks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply `function`, which treats every token alike, to `x` `(B, N, C)`, CHUNK tokens at a time."""
+    if x.shape[1] <= CHUNK:
+        return function(x)
+    return torch.cat([function(y) for y in x.split(CHUNK, dim=1)], dim=1)
+
+
+def to_windows(x: Tensor, side: int, window: int, shift: int) -> Tensor:
+    """Tokens `(B, side^2, C)` -> windows `(b, window^2, C)`, after a cyclic shift up and to the left.
+
+    b = B m: the m windows of the first image, row by row, then those of the second, ...
+    """
+    x = rearrange(x, "B (h w) C -> B h w C", h=side)
+    if shift:
+        x = x.roll((-shift, -shift), dims=(1, 2))
+    return rearrange(x, "B (h i) (w j) C -> (B h w) (i j) C", i=window, j=window)
+
+
+def from_windows(x: Tensor, side: int, window: int, shift: int) -> Tensor:
+    """The inverse of `to_windows`."""
+    n = side // window
+    x = rearrange(x, "(B h w) (i j) C -> B (h i) (w j) C", h=n, w=n, i=window)
+    if shift:
+        x = x.roll((shift, shift), dims=(1, 2))
+    return rearrange(x, "B h w C -> B (h w) C")
+
+
+def shift_mask(side: int, window: int, shift: int, like: Tensor) -> Tensor:
+    """The mask `(m, 1, N, N)` of shifted windows, in the dtype and on the device of `like`.
+
+    The shift moves the first rows below the last ones, and the first columns to the right of the last. Tokens
+    that were moved and tokens that were not may share a window, but must not attend to each other.
+    """
+    moved = torch.arange(side, device=like.device) >= side - shift
+    region = moved[:, None] * 2 + moved  # (side, side): 0 to 3, a region of the image within a window
+    region = rearrange(region, "(h i) (w j) -> (h w) (i j)", i=window, j=window)
+    apart = region[:, :, None] != region[:, None, :]  # (m, N, N)
+    return apart[:, None].to(like.dtype) * MASKED

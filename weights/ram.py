@@ -1,0 +1,119 @@
+"""RAM's files: from the official checkpoint to one safetensors file, and all that tagging needs in one call.
+
+The checkpoint is a pickle of 5.6 GB. torch opens it with `weights_only=True`, which builds tensors and runs
+no code, and maps it into memory, so only the 0.8 GB of the tagger are read.
+"""
+
+import os
+import pickle
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from errors import WeightsError
+from ram import RAM, RAMConfig
+from weights.load import OFFICIAL, kind, load, match
+
+MODEL = "model.safetensors"
+NAMES = "ram_tag_list.txt"
+THRESHOLDS = "ram_tag_list_threshold.txt"
+
+
+class Tagger(NamedTuple):
+    """RAM, its K tags in the order of its logits, and the probability `(K,)` that each tag must exceed.
+
+    A tag whose threshold is 1 is never reported: RAM's authors switched ten of them off.
+    """
+
+    model: RAM
+    names: list[str]
+    thresholds: Tensor
+
+
+def load_ram(
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    config: RAMConfig | None = None,
+) -> Tagger:
+    """Load the three files of `python -m weights.fetch --ram`: a frozen RAM of `dtype`, names, thresholds.
+
+    `config`: the sizes, None = the official ones. The thresholds stay in float32. Raise WeightsError if a
+    file is missing or does not fit the model.
+    """
+    folder, config = Path(folder), config or RAMConfig()
+    names = read_lines(folder / NAMES, config.tags)
+    lines = read_lines(folder / THRESHOLDS, config.tags)
+    try:
+        thresholds = torch.tensor([float(line) for line in lines], device=device)
+    except ValueError as error:
+        raise WeightsError(f"{folder / THRESHOLDS} is corrupt ({error}); {cure(THRESHOLDS)}") from None
+    with torch.device("meta"):
+        model = RAM(config).to(dtype)
+    load(model, folder)
+    return Tagger(model.to(device).eval().requires_grad_(False), names, thresholds)
+
+
+def read_lines(file: Path, count: int) -> list[str]:
+    """The lines of a text file, `count` of them, without blanks around them; LF or CRLF."""
+    if not file.is_file():
+        raise WeightsError(f"{file} does not exist; {cure(file.name)}")
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise WeightsError(f"{file} is not a text file ({error}); {cure(file.name)}") from None
+    if len(lines) != count or "" in lines:
+        filled = len(lines) - lines.count("")
+        raise WeightsError(f"{file} has {filled:,} entries for {count:,} tags; {cure(file.name)}")
+    return lines
+
+
+def cure(name: str) -> str:
+    return f"delete it and get {name} again: `python -m weights.fetch --ram`"
+
+
+def convert(checkpoint: str | Path, file: str | Path, config: RAMConfig | None = None) -> None:
+    """Write the tensors of the official `checkpoint` that RAM has to the safetensors `file`, atomically.
+
+    Raise WeightsError if the checkpoint is truncated, holds more than tensors, or lacks or adds a name.
+    """
+    checkpoint, file = Path(checkpoint), Path(file)
+    official = OFFICIAL[RAM]
+    state = read_checkpoint(checkpoint)
+    with torch.device("meta"):
+        ours = {name: tuple(x.shape) for name, x in RAM(config or RAMConfig()).state_dict().items()}
+    names = match(ours, {name: tuple(x.shape) for name, x in state.items()}, checkpoint, official)
+    scratch = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        save_file({name: state[names[name]].contiguous() for name in ours}, scratch)
+        os.replace(scratch, file)
+    except SafetensorError as error:  # the disk is full, ...
+        raise WeightsError(f"{file} cannot be written ({error}): free 0.9 GB of its disk") from None
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def read_checkpoint(checkpoint: Path) -> dict[str, Tensor]:
+    """The tensors by name, mapped from the file and not yet read."""
+    cure = OFFICIAL[RAM].cure
+    if not checkpoint.is_file():
+        raise WeightsError(f"{checkpoint} does not exist; {cure}")
+    with checkpoint.open("rb") as stream:
+        start = stream.read(512)
+    if start[:4] != b"PK\x03\x04":  # torch's zip format, the only one that can be mapped
+        raise WeightsError(f"{checkpoint} is {kind(start)}, not a zip file of torch; {cure}")
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:  # its message advises to load without weights_only
+        raise WeightsError(f"{checkpoint} holds more than tensors and could run code; {cure}") from None
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise WeightsError(f"{checkpoint} is truncated or corrupt ({reason}); {cure}") from None
+    state = state.get("model") if isinstance(state, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
+        raise WeightsError(f"{checkpoint} has no table of tensors named 'model'; {cure}")
+    return state
