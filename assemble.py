@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import weights.ram as ram_files
-from ram import likely_tags
 from torch import Tensor, nn
 
 import weights.load as weights_loader
@@ -25,8 +23,10 @@ from decoders import SemanticDecoder, SemanticFPN, UperNet
 from errors import ModelError, WeightsError
 from mask2former import Mask2Former
 from model import Tada, TadaConfig
+from ram import likely_tags
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
+from weights.ram import load_ram, ram_folder
 from weights.words import word_vectors
 
 Tagger = Callable[[Tensor], list[list[tuple[str, float]]]]  # images (B, 3, H, W) -> tags, scores, best first
@@ -175,17 +175,17 @@ def make_decoder(config: TadaConfig, unet: UNetConfig, tokens: int = 77) -> Sema
 
 def open_tagger(tada: Tada, source: str, threshold: float | None = None) -> Tagger | None:
     """The tagger of `--tags` "clip" or "ram", None for any other source."""
-    config, device = tada.config, tada.unet.conv_in.weight.device
     if source == "ram":
-        return ram_tagger(config.weights, device, threshold)
+        return ram_tagger(tada.config.weights, tada.unet.conv_in.weight.device, threshold)
     if source == "clip":
+        config = tada.config
         return clip_tagger(config.weights, tada.clip, tada.tokenizer, config.prompts, threshold, tada.names)
     return None
 
 
 def ram_tagger(weights: str | Path, device: torch.device, threshold: float | None = None) -> Tagger:
     """RAM, from the folder beside the prior's; without a threshold each tag has its own."""
-    ram, names, thresholds = ram_files.load(ram_files.folder(weights), device)
+    ram, names, thresholds = load_ram(ram_folder(weights), device)
     return partial(likely_tags, ram, names=names, thresholds=thresholds, threshold=threshold)
 
 

@@ -378,7 +378,7 @@ def add_word_flags(add: Callable[..., Any]) -> None:
     """--tags, --words and --tag-threshold of eval.py and predict.py."""
     sources = "classes, clip, ram, oracle, none or FILE.jsonl (default: the tags of training)"
     add("--tags", metavar="WHERE", help=sources)
-    add("--words", metavar="WORDS", help="what all images show, 'sea, boat', or their caption")
+    add("--words", metavar="WORDS", help="of all images, 'sea, boat', or their caption (default: --tags)")
     least = "lowest score of a tag (default: that of training; else RAM's per tag, CLIP's 1 / classes)"
     add("--tag-threshold", type=fraction, metavar="X", help=least)
 

@@ -11,7 +11,7 @@ xinyu1205/recognize-anything.
 Top to bottom: the model, its pixels, the head, the tower, its blocks, windows and their masks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +70,26 @@ class RAM(nn.Module):
         queries = F.relu(self.wordvec_proj(self.label_embed[None]))  # (1, K, 768), the same for all images
         queries = self.tagging_head(queries, self.image_proj(tokens))  # (B, K, 768)
         return self.fc(queries)[..., 0]
+
+
+@torch.no_grad()
+def likely_tags(
+    ram: RAM, image: Tensor, names: Sequence[str], thresholds: Tensor, threshold: float | None = None
+) -> list[list[tuple[str, float]]]:
+    """Tag images `(B, 3, H, W)`: the tags whose probability exceeds their own of `thresholds`, best first.
+
+    thresholds `(K,)` in 0..1; a given `threshold` takes the place of all that are below 1.
+    """
+    if threshold is not None:
+        thresholds = torch.where(thresholds < 1, threshold, thresholds)
+    with torch.autocast(image.device.type, enabled=False):  # so that training and test have the same tags
+        probabilities = ram(image).float().sigmoid()
+    tags = []
+    for p, above in zip(probabilities.cpu(), (probabilities > thresholds).cpu(), strict=True):
+        likely = above.nonzero().flatten()
+        order = likely[p[likely].argsort(descending=True, stable=True)].tolist()
+        tags.append([(names[k], float(p[k])) for k in order])
+    return tags
 
 
 def squash(image: Tensor, size: int) -> Tensor:

@@ -89,7 +89,8 @@ class Result:
         return self.named(2)
 
     def named(self, of: int) -> float | None:
-        uses_tags, counts = self.about["condition"] in ("tagging", "oracle"), self.tag_counts.tolist()
+        uses_tags = self.about["condition"] in ("tagging", "tags", "oracle")
+        counts = self.tag_counts.tolist()
         return counts[0] / counts[of] if uses_tags and counts[of] else None
 
     def as_json(self) -> dict:
@@ -170,7 +171,8 @@ class Result:
             f"{numbers['images']} images",
             " ".join(["scale", *(f"{x:g}" for x in about["scales"])]) + " + flip" * about["flip"],
             f"windows {size(*about['window'])} by {size(*about['stride'])}" if about["window"] else "whole",
-            f"{about['model']} {about['decoder']} {about['condition']}, tags {about['tags']}",
+            f"{about['model']} {about['decoder']} {about['condition']}, tags {about['tags']}"
+            + (f" (trained with {about['trained_tags']})" if "trained_tags" in about else ""),
             *(["ORACLE"] if about["oracle"] else []),
             *(["RANDOM WEIGHTS"] if about["random_weights"] else []),
         ]

@@ -16,7 +16,6 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
-import weights.ram as ram_files
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -29,6 +28,7 @@ from model import Tada, TadaConfig
 from run.ranks import Ranks
 from unet import UNet
 from vae import VAE
+from weights.ram import ram_folder, require_files
 from weights.words import digest, prior_files
 
 FORMAT = 1  # of a model's file; a change that older code cannot read raises it
@@ -45,13 +45,14 @@ def frozen_digests(config: TadaConfig) -> dict[str, str]:
     if config.weights != "random":
         files += prior_files(config.weights, ("vae", "clip", "tokenizer") + ("unet",) * config.freeze_unet)
         files += [SCALE_FILE] * (config.model == "tiny")
-    files += [f"ram/{name}" for name in ram_files.NAMES] * (config.tags == "ram")
+    if config.tags == "ram":
+        files += [f"ram/{name}" for name in require_files(ram_folder(config.weights))]
     return {file: digest(frozen_file(config.weights, file)) for file in files}
 
 
 def frozen_file(weights: str, name: str) -> Path:
     """Where a file of `frozen_digests` is: RAM has a folder beside the prior's."""
-    return ram_files.folder(weights) / name[4:] if name.startswith("ram/") else Path(weights, name)
+    return ram_folder(weights) / name[4:] if name.startswith("ram/") else Path(weights, name)
 
 
 def own_state(tada: Tada) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -83,10 +84,10 @@ def tag_all(run: Run, tada: Tada, dataset: Dataset, workers: int, resumed: bool)
     config = tada.config
     key = config.tags, config.tag_threshold, config.prompts, config.weights, box
     by = f"{config.tags} {hashlib.sha256(repr(key).encode()).hexdigest()[:8]}"
-    if run.ranks.is_main and not resumed:
-        try:
-            read_lines(file, by)
-        except TadaError:
+    if file.is_file() and (made := made_by(file)) != by:
+        if resumed:  # its options are those of this run
+            by = made
+        elif run.ranks.is_main:
             file.unlink()
     run.ranks.barrier()
     run.print0(f"{file}: tags of {len(paths):,} training images by {config.tags}")
@@ -151,17 +152,24 @@ def append(file: Path, text: str) -> None:
         ) from None
 
 
+def made_by(file: Path) -> str:
+    """The tagger of the first line; "" if it does not say, as in older runs, or is cut."""
+    with file.open("rb") as f, suppress(ValueError, AttributeError):
+        return str(json.loads(f.readline()).get("by", ""))
+    return ""
+
+
 def read_lines(file: Path, by: str = "") -> dict[str, str]:
     """Path -> its line. A last line that a kill or a full disk cut is left out.
 
-    Raises TadaError for a line that another tagger than `by` made; older files do not say which made theirs.
+    Raises TadaError for a line that another tagger than `by` made.
     """
     *whole, _ = file.read_bytes().split(b"\n") if file.is_file() else [b""]
     lines: dict[str, str] = {}
     for number, line in enumerate(whole, 1):
         try:
             entry = json.loads(line.decode("utf-8"))
-            path, made = entry["image"], entry.get("by", by)
+            path, made = entry["image"], entry.get("by", "")
             assert isinstance(path, str) and isinstance(entry["tags"], list)
         except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
             raise TadaError(f"{file}, line {number}, is not of a tagger: give another file") from None

@@ -13,6 +13,7 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -283,7 +284,7 @@ def test_tags_of_a_file_are_used_and_measured(tada, dataset, tmp_path):
     result = evaluate(tada, dataset, words_from(file, dataset))
     assert (result.words_precision, result.words_recall) == (3 / 5, 3 / 9)
     assert (result.about["tags"], result.about["oracle"]) == (str(file), False)
-    by_hand = confusion_by_hand(tada, dataset, lambda i: [tags[i]], None, None)
+    by_hand = confusion_by_hand(tada, dataset, lambda i: [[*dict.fromkeys(tags[i])]], None, None)
     assert torch.equal(result.confusion, by_hand)
     others = [evaluate(tada, dataset, words_from(x, dataset)) for x in ("classes", "oracle")]
     assert not torch.equal(others[0].confusion, others[1].confusion)  # tags change the prediction
@@ -294,7 +295,7 @@ def test_every_report_marks_the_oracle(tada, dataset, monkeypatch):
     assert (result.words_precision, result.words_recall) == (1.0, 1.0)
     assert result.as_json()["oracle"] is True
     assert "**ORACLE: " in result.as_markdown()
-    assert result.line().endswith("tags oracle, ORACLE, RANDOM WEIGHTS")
+    assert result.line().endswith("tags oracle (trained with classes), ORACLE, RANDOM WEIGHTS")
     plain = evaluate(tada, dataset, words_from("classes", dataset), indices=[0])
     assert plain.as_json()["oracle"] is False
     assert "ORACLE" not in plain.as_markdown()
@@ -396,7 +397,7 @@ def uncounted(monkeypatch):
     """The command without its model: every evaluation has the same result at once."""
     result = result_of([[3, 1], [0, 2]], ["sky", "sea"])
     monkeypatch.setattr(module, "evaluate", lambda *arguments, **options: result)
-    monkeypatch.setattr(module, "load_model", lambda *arguments: None)
+    monkeypatch.setattr(module, "load_model", lambda *arguments, **how: SimpleNamespace())
 
 
 def test_an_earlier_evaluation_is_moved(finished, uncounted, tmp_path, capsys):
@@ -521,7 +522,7 @@ def test_a_limit_is_spread_over_the_split(finished, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "evaluate", spy)
-    monkeypatch.setattr(module, "load_model", lambda *arguments: None)
+    monkeypatch.setattr(module, "load_model", lambda *arguments, **how: SimpleNamespace())
     for limit in (2, 3, 9):
         assert main([str(finished), "--limit", str(limit)]) == 130
     assert chosen == [[0, 2], [0, 1, 2], [0, 1, 2, 3]]
@@ -670,7 +671,7 @@ def test_help_names_every_default(capsys):
         main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "By default an image is resized as in training" in text
-    assert text.count("(default: ") == 16  # every option but --help
+    assert text.count("(default: ") == 18  # every option but --help
 
 
 # ---- real photographs

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("unet.py", "vae.py", "clip.py", "adapter.py", "decoders.py", "mask2former.py", "ram.py")
+PARTS = ("unet.py", "vae.py", "clip.py", "adapter.py", "decoders.py", "mask2former.py")
 READING = ("model.py", "assemble.py", "inference.py", *PARTS)
-COMMANDS = ("data.py", "train.py", "eval.py", "predict.py")
+TAGGER = "ram.py"  # an image tagger beside the model
+COMMANDS = ("data.py", "train.py", "eval.py", "predict.py", "tag.py")
 SHELVES = ("images", "kernels", "lab", "loading", "metrics", "run", "weights")
 LONG = ("mask2former.py", "images/scenes.py")  # may have more lines than other files, as kernels may
 
@@ -20,7 +21,7 @@ FLOORS = (
     ("errors.py", "run/ranks.py"),
     ("kernels/reference.py",),
     ("kernels/",),
-    ("weights/load.py", "weights/ram.py", "weights/fetch.py", *PARTS),
+    ("weights/load.py", "weights/ram.py", "weights/fetch.py", TAGGER, *PARTS),
     ("weights/words.py",),
     ("model.py",),
     ("assemble.py",),
@@ -31,7 +32,7 @@ FLOORS = (
     ("metrics/",),
     ("run/",),
     ("eval.py",),
-    ("train.py", "predict.py"),
+    ("train.py", "predict.py", "tag.py"),
     ("lab/",),
 )
 
@@ -83,7 +84,7 @@ def lines(file: str) -> int:
 
 
 def test_the_root_holds_the_reading_and_the_commands():
-    assert {path.name for path in ROOT.glob("*.py")} == {*READING, *COMMANDS, "errors.py"}
+    assert {path.name for path in ROOT.glob("*.py")} == {*READING, *COMMANDS, TAGGER, "errors.py"}
 
 
 def test_every_shelf_is_a_package_with_an_empty_init():
@@ -117,7 +118,9 @@ def test_no_circle_of_imports():
 @pytest.mark.parametrize("file", READING)
 def test_the_reading_imports_only_itself_errors_kernels_and_weights(file):
     shelves = ("kernels/", "weights/")
-    others = {x for x in IMPORTS[file] if x not in (*READING, "errors.py") and not x.startswith(shelves)}
+    others = {
+        x for x in IMPORTS[file] if x not in (*READING, TAGGER, "errors.py") and not x.startswith(shelves)
+    }
     assert not others
 
 
@@ -151,7 +154,7 @@ def test_no_file_is_too_long():
 
 
 def test_the_reading_takes_an_afternoon():
-    assert sum(map(lines, READING)) <= 3160
+    assert sum(map(lines, READING)) <= 3000
 
 
 def test_the_source_stays_small():

@@ -721,7 +721,7 @@ def test_words_from_the_file_of_training(tmp_path, monkeypatch):
     assert words(paths) == dict(zip(paths, [["cow"], ["sea", "boat"], []], strict=True))
     assert words(paths, threshold=0.9) == dict(zip(paths, [["cow"], ["sea"], []], strict=True))
     assert words(paths[:1], "sky") == {paths[0]: ["sky"]}
-    assert choose_words("none", None, "tagging", paths, None) == dict.fromkeys(paths, [])
+    assert choose_words("none", None, "tagging", paths, None) == {path: [] for path in paths}
     assert choose_words("ram", None, "tagging", paths, None) == dict.fromkeys(paths)
     config = replace(config, condition="caption")
     assert words(paths) == dict(zip(paths, [["a cow"], ["a boat at sea"], ["nothing"]], strict=True))

@@ -23,6 +23,11 @@ NAMES = "ram_tag_list.txt"
 THRESHOLDS = "ram_tag_list_threshold.txt"
 
 
+def ram_folder(weights: str | Path) -> Path:
+    """RAM's folder, beside that of the prior; weights/ram of random weights."""
+    return Path("weights" if str(weights) == "random" else Path(weights).parent, "ram")
+
+
 class Tagger(NamedTuple):
     """RAM, its K tags in the order of its logits, and the probability `(K,)` that each tag must exceed.
 
@@ -46,6 +51,7 @@ def load_ram(
     file is missing or does not fit the model.
     """
     folder, config = Path(folder), config or RAMConfig()
+    require_files(folder)
     names = read_lines(folder / NAMES, config.tags)
     lines = read_lines(folder / THRESHOLDS, config.tags)
     try:
@@ -58,10 +64,16 @@ def load_ram(
     return Tagger(model.to(device).eval().requires_grad_(False), names, thresholds)
 
 
+def require_files(folder: Path) -> tuple[str, ...]:
+    """The names of the three files; raise WeightsError if one is missing."""
+    for name in (MODEL, NAMES, THRESHOLDS):
+        if not (folder / name).is_file():
+            raise WeightsError(f"{folder / name} does not exist; {OFFICIAL[RAM].cure}, or give other --tags")
+    return MODEL, NAMES, THRESHOLDS
+
+
 def read_lines(file: Path, count: int) -> list[str]:
     """The lines of a text file, `count` of them, without blanks around them; LF or CRLF."""
-    if not file.is_file():
-        raise WeightsError(f"{file} does not exist; {cure(file.name)}")
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError as error:
