@@ -28,7 +28,6 @@ from tqdm import tqdm
 
 import inference
 import kernels
-from assemble import open_tagger
 from data import Dataset, default_data, open_dataset
 from errors import DataError, ModelError, TadaError, run_command
 from images.panoptic import components
@@ -253,8 +252,7 @@ def run(
 
     with lock(out, "--out") if ranks.is_main else nullcontext():
         sha256 = digest(file)
-        tada = load_model(file, weights, ranks.device, tagger=False)
-        tada.tagger = open_tagger(tada, source, threshold)
+        tada = load_model(file, weights, ranks.device, source, threshold)
         if ranks.is_main:
             print(kernels.describe(ranks.device))
             move_earlier_results(out)

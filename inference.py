@@ -110,9 +110,9 @@ def attention(tada: Tada, image: Tensor, tags: Tags | None = None) -> Tensor:
     words.
     """
     config = tada.config
-    if config.condition not in ("classes", "tagging", "oracle"):
+    if config.condition not in ("classes", "tagging", "tags", "oracle"):
         raise ModelError(
-            f"condition {config.condition} has no words to attend to: use classes, tagging or oracle"
+            f"condition {config.condition} has no words to attend to: use classes, tagging, tags or oracle"
         )
     if tags is not None and config.tag_tokens == "prompt":
         raise ModelError("tag_tokens 'prompt' joins the tags into one text: use a model with 'pooled'")

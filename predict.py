@@ -39,7 +39,6 @@ from tqdm import tqdm
 
 import inference
 import kernels
-from assemble import open_tagger
 from errors import TadaError, Unreadable, run_command
 from eval import add_segment_flags, add_word_flags, scale, segment_options
 from images.draw import attention_mosaic, overlay, percent, segment_overlay
@@ -249,9 +248,7 @@ def run(
         ranks.barrier()
         todo = to_do(names, words_of, folder, settings)
         ranks.barrier()  # only now may files appear
-        if todo:
-            tada = load_model(file, weights, ranks.device, tagger=False)
-            tada.tagger = open_tagger(tada, source, threshold)
+        tada = load_model(file, weights, ranks.device, source, threshold) if todo else None
         if ranks.is_main:
             print(kernels.describe(ranks.device))
             if config.weights == "random":

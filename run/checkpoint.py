@@ -71,11 +71,15 @@ def save_model(tada: Tada, file: Path, frozen: dict[str, str], metrics: dict[str
 
 
 def load_model(
-    path: str | Path, weights: str | None = None, device: torch.device | str = "cpu", tagger: bool = True
+    path: str | Path,
+    weights: str | None = None,
+    device: torch.device | str = "cpu",
+    source: str | None = None,
+    threshold: float | None = None,
 ) -> Tada:
     """Load a model that `save_model` wrote, in eval mode; its frozen parts from where they were, or
-    `weights`; without RAM if `tagger` is false. Raises CheckpointError if `path` is not a model, or a frozen
-    file is missing or differs.
+    `weights`. The tagger is that of training or, if they are given, of another source of words or threshold.
+    Raises CheckpointError if `path` is not a model, or a frozen file is missing or differs.
     """
     file = find_model(Path(path))
     about = read_about(file)
@@ -87,10 +91,11 @@ def load_model(
     if weights and not random:
         config = replace(config, weights=str(weights))
     folder = Path(config.weights)
+    source, threshold = source or config.tags, config.tag_threshold if threshold is None else threshold
     for name, expected in about["frozen"].items():
         place, ram = frozen_file(config.weights, name), name.startswith("ram/")
         present = place.is_file()
-        if (tagger or not ram) and (not present or digest(place) != expected):
+        if (source == "ram" or not ram) and (not present or digest(place) != expected):
             fault = f"not the file that {file} was trained with" if present else "missing"
             cure = f"get it with `python -m weights.fetch{' --ram' * ram}`, or give its folder with --weights"
             raise CheckpointError(f"{place} is {fault}: {cure}")
@@ -110,8 +115,8 @@ def load_model(
     own = {name: x.clone() for name, x in read_own_state(tada, file).items()}
     tada.load_state_dict({**tada.state_dict(), **own}, strict=True, assign=True)
     tada = tada.to(device).eval()
-    if config.tags == "ram" and tagger:
-        tada.tagger = open_tagger(tada, "ram", config.tag_threshold)
+    if source == "ram" or (source, threshold) != (config.tags, config.tag_threshold):
+        tada.tagger = open_tagger(tada, source, threshold)
     return tada
 
 

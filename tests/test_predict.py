@@ -776,7 +776,7 @@ def test_the_model_is_the_one_whose_hash_was_taken(steered, tmp_path, monkeypatc
         (run / "best").symlink_to("step-2")
         tidy(out)
 
-    def load(file: Path, *rest: object, **how: object) -> Tada:
+    def load(file: Path, *rest: object) -> Tada:
         loaded.append(file)
         return load_model(steered)
 

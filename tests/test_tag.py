@@ -1,0 +1,404 @@
+"""tag.py, run/tagging.py: tags of images line by line, captions of TADP, the quality of tags; RAM in a run."""
+
+import errno
+import json
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from oracle import SMALL_RAM, shake
+from PIL import Image
+from safetensors.torch import save_file
+
+import assemble
+import predict
+import tag
+import train
+from clip import zero_shot_tags
+from data import open_dataset, prompt, read_classes
+from errors import DataError
+from images import scenes
+from loading.augment import normalise, to_tensor
+from loading.tags import choose_source, same
+from metrics.tagging import SYNONYMS, classes_named, judge
+from ram import RAM, likely_tags
+from run.checkpoint import read_about
+from weights.ram import MODEL, NAMES, THRESHOLDS, load_ram, ram_folder
+from weights.words import word_vectors
+
+ROOT = Path(__file__).parents[1]
+WORDS = "sea, boat, sky, snow"
+CLIP = ["--by", "clip", "--model", "tiny", "--workers", "0", "--names", WORDS]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Twelve images of four sizes: more than one batch."""
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(12):
+        image = Image.fromarray(scenes.draw(i).image).crop((0, 0, 128 - 8 * (i % 4), 120))
+        image.save(folder / f"{i:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(photos):
+    """CLIP's tags of the photos, image by image."""
+    tada = SimpleNamespace(clip=assemble.load_part(assemble.CLIP, assemble.CLIPConfig.tiny(), "weights/tiny"))
+    tokenizer = assemble.Tokenizer("weights/tiny/tokenizer")
+    names = WORDS.split(", ")
+    vectors = word_vectors("weights/tiny", tada.clip, tokenizer, names, 80, shared=True)
+    tags = {}
+    for path in sorted(photos.iterdir()):
+        image = Image.open(path).convert("RGB").resize((128, 128), Image.Resampling.BICUBIC)
+        (tags[str(path)],) = zero_shot_tags(tada.clip, normalise(to_tensor(image)[None]), names, vectors)
+    return tags
+
+
+def lines_of(file: Path) -> dict[str, list]:
+    return {entry["image"]: entry["tags"] for entry in map(json.loads, file.read_text().splitlines())}
+
+
+def agree(found: dict[str, list], expected: dict[str, list]) -> bool:
+    """The same tags, and scores up to the rounding of a batch."""
+    return [*found] == [*expected] and all(
+        [tag for tag, _ in found[path]] == [tag for tag, _ in tags]
+        and np.allclose([x for _, x in found[path]], [x for _, x in tags], atol=1e-4)
+        for path, tags in expected.items()
+    )
+
+
+# ---- the file of tags
+
+
+def test_clip_tags_a_folder(photos, expected, tmp_path, capsys):
+    """Absolute paths in the folder's order, scores with every tag; a second call has nothing to do."""
+    file = tmp_path / "tags.jsonl"
+    assert tag.main([*CLIP, str(photos), "--out", str(file)]) == 0
+    assert agree(lines_of(file), expected)
+    assert "12 of 12 images tagged by clip of 4 names" in capsys.readouterr().out
+    before = file.read_bytes()
+    assert tag.main([*CLIP, str(photos), "--out", str(file)]) == 0
+    assert file.read_bytes() == before
+
+
+def test_an_interrupted_file_is_finished(photos, expected, tmp_path):
+    """Whole lines are kept, a cut one is made again, and the result is that of one call."""
+    whole, file = tmp_path / "whole.jsonl", tmp_path / "tags.jsonl"
+    assert tag.main([*CLIP, str(photos), "--out", str(whole)]) == 0
+    lines = whole.read_bytes().splitlines(keepends=True)
+    kept = lines[7].replace(b'"tags": [[', b'"tags": [["kept", 1.0], [')
+    for cut in (0, 1, len(lines[3]) // 2, len(lines[3]) - 1):
+        file.write_bytes(kept + lines[3][:cut])
+        assert tag.main([*CLIP, str(photos), "--out", str(file)]) == 0
+        assert [json.loads(line)["image"] for line in file.read_bytes().splitlines()] == [*expected]
+        assert lines_of(file)[[*expected][7]][0] == ["kept", 1.0]
+
+
+def test_a_full_disk_loses_no_finished_image(photos, expected, tmp_path, monkeypatch, capsys):
+    file, calls = tmp_path / "tags.jsonl", []
+
+    def full(handle: int) -> None:
+        calls.append(handle)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as m:
+        m.setattr("run.tagging.os.fsync", full)
+        assert tag.main([*CLIP, str(photos), "--out", str(file)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "cannot be written (No space left on device): finished lines stay, run again" in error
+    assert len(lines_of(file)) >= 8
+    assert tag.main([*CLIP, str(photos), "--out", str(file)]) == 0
+    assert agree(lines_of(file), expected)
+
+
+def test_a_broken_image_is_listed_and_not_fatal(photos, expected, tmp_path, capsys):
+    folder = Path(shutil.copytree(photos, tmp_path / "photos"))
+    (folder / "05.png").write_bytes((photos / "05.png").read_bytes()[:200])
+    (folder / "99.jpg").write_text("no image")
+    assert tag.main([*CLIP, str(folder), "--out", str(tmp_path / "tags.jsonl")]) == 1
+    out, err = capsys.readouterr()
+    assert "skipped: " in err and "05.png" in err and "99.jpg is not an image" in err
+    assert "11 of 13 images tagged" in out
+    assert len(lines_of(tmp_path / "tags.jsonl")) == 11
+
+
+def test_two_processes_share_the_images(photos, expected, tmp_path):
+    """As ranks of one run: each tags every other image, and the file is in order at the end."""
+    from threading import Barrier, Thread
+
+    file, both, codes = tmp_path / "tags.jsonl", Barrier(2), []
+
+    class Rank(SimpleNamespace):
+        is_main = property(lambda self: self.rank == 0)
+        barrier = staticmethod(both.wait)
+
+        def all_gather_object(self, part: list) -> list:
+            both.wait()
+            return part
+
+    options = tag.parse([*CLIP, str(photos), "--out", str(file)])
+    ranks = [Rank(rank=rank, world=2, device=torch.device("cpu")) for rank in range(2)]
+    threads = [Thread(target=lambda r=r: codes.append(tag.tag(options, r))) for r in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert codes == [0, 0]
+    assert agree(lines_of(file), expected)
+
+
+def test_a_threshold_takes_the_place_of_chance(photos, tmp_path):
+    """CLIP's own is 1 / names; the best name stays a tag."""
+    for least, count in ((0.0, 4), (0.999, 1)):
+        file = tmp_path / f"{least}.jsonl"
+        assert tag.main([*CLIP, str(photos / "00.png"), "--threshold", str(least), "--out", str(file)]) == 0
+        assert [len(tags) for tags in lines_of(file).values()] == [count]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"image": "a.png", "tags": [], "by": "ram"}', "line 1, was made by ram, not by clip of 4 names"),
+        ('{"image": "a.png", "tags": []}', "line 1, was made by , not by clip of 4 names"),
+        ("no json", "line 1, is not of a tagger"),
+        ('{"image": 3, "tags": []}', "line 1, is not of a tagger"),
+    ],
+)
+def test_lines_of_others_are_not_mixed(photos, tmp_path, capsys, line, message):
+    file = tmp_path / "tags.jsonl"
+    file.write_text(line + "\n")
+    assert tag.main([*CLIP, str(photos), "--out", str(file)]) == 2
+    assert message in capsys.readouterr().err
+    assert file.read_text() == line + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*CLIP, "EMPTY"], "has no image"),
+        ([*CLIP, "nowhere"], "nowhere does not exist"),
+        (["--by", "clip", "--model", "tiny", "PHOTOS"], "needs the names it chooses from"),
+        (["--by", "ram", "--weights", "nowhere/sd15", "PHOTOS"], "python -m weights.fetch --ram"),
+        (["--by", "clip", "--dataset", "folder"], "is not folder: images/train"),
+        (
+            ["--by", "tadp", "--dataset", "folder", "--data", "x", "nowhere.json"],
+            "nowhere.json cannot be read",
+        ),
+    ],
+)
+def test_bad_input_is_one_sentence(photos, tmp_path, capsys, arguments, message):
+    (tmp_path / "empty").mkdir()
+    places = {"EMPTY": str(tmp_path / "empty"), "PHOTOS": str(photos)}
+    arguments = [places.get(x, x) for x in arguments]
+    assert tag.main([*arguments, "--out", str(tmp_path / "tags.jsonl")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("tag.py: ") and error.count("\n") == 1 and message in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--by", "clip", "x.png"], "--out is missing"),
+        (["--judge", "tags.jsonl"], "give --dataset"),
+        (["--by", "ram", "--out", "x", "--dataset", "ade20k", "x.png"], "give either images or --dataset"),
+        (["--by", "ram", "--out", "x"], "give either images or --dataset"),
+        (["--by", "ram", "--out", "x", "y.png", "--threshold", "2"], "--threshold 2: give a score in 0..1"),
+        (["--by", "tadp", "--out", "x"], "needs one file of captions"),
+    ],
+)
+def test_flags_that_do_not_fit(capsys, arguments, message):
+    with pytest.raises(SystemExit) as end:
+        tag.main(arguments)
+    assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+# ---- captions and quality
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A data set of six images for training and two for validation."""
+    root = tmp_path_factory.mktemp("folder")
+    for split, indices in (("train", range(6)), ("val", range(6, 8))):
+        for kind in ("images", "labels"):
+            (root / kind / split).mkdir(parents=True)
+        for i in indices:
+            scene = scenes.draw(i)
+            Image.fromarray(scene.image[:96]).save(root / "images" / split / f"{i}.png")
+            Image.fromarray(scene.labels[:96]).save(root / "labels" / split / f"{i}.png")
+    (root / "classes.txt").write_text("\n".join(scenes.CLASSES))
+    return root
+
+
+def test_captions_of_tadp_become_lines(folder, tmp_path, capsys):
+    """Found by the end of the path; the first caption counts, with single blanks."""
+    file, out = tmp_path / "captions.json", tmp_path / "blip.jsonl"
+    entries = {"train/0.png": ["a  boat ", "another"], "7.png": ["snow"], "elsewhere/9.png": ["nothing"]}
+    file.write_text(json.dumps({name: {"captions": x} for name, x in entries.items()}))
+    flags = ["--dataset", "folder", "--data", str(folder), "--out", str(out)]
+    assert tag.main(["--by", "tadp", str(file), *flags]) == 0
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(x["image"], x["caption"]) for x in found] == [
+        ("images/train/0.png", "a boat"),
+        ("images/val/7.png", "snow"),
+    ]
+    assert "captions of 2 of 8 images" in capsys.readouterr().out
+    file.write_text('{"train/0.png": ["a boat"]}')
+    assert tag.main(["--by", "tadp", str(file), *flags]) == 2
+    assert "is not a caption file of TADP (TypeError" in capsys.readouterr().err
+
+
+def test_the_quality_of_tags_by_hand():
+    """Three images, classes sofa, rug, sea; a synonym, a tag that names no class, an image without tags."""
+    tags = {
+        "a": [("Couch", 0.9), ("carpet", 0.8), ("zebra", 0.7)],  # right, wrong, names none
+        "b": [("sea", 0.6), ("SOFA", 0.5)],  # right, wrong
+        "c": [],
+    }
+    report = judge(tags, {"a": [0], "b": [2], "c": [0, 2]}, ["sofa", "rug", "sea"])
+    assert (report.tags, report.naming, report.right, report.untagged) == (5, 4, 2, 1)
+    assert (report.precision, report.recall) == (2 / 4, 2 / 4)
+    # sofa: ranks a 0.9, b 0.5, c none; a and c show it: (1 + 2/3) / 2. sea: b first, then a and c tie.
+    assert report.mAP == pytest.approx(((1 + 2 / 3) / 2 + (1 + 2 / 3) / 2) / 2)
+    assert report.never == []
+    assert "images without a tag: 1 of 3" in str(report)
+    report = judge({"a": [("sea", 1.0)]}, {"a": [1, 2]}, ["sofa", "rug", "sea"])
+    assert report.never == ["rug"] and "never found: 1 of 2 classes: rug" in str(report)
+
+
+def test_synonyms_are_of_classes_that_exist(tmp_path):
+    """Every line names a class of the three sets; each of RAM's missing names is covered where it can be."""
+    known = set()
+    for name in ("ade20k", "cocostuff", "cityscapes"):
+        classes, _, _ = read_classes(ROOT / "labels" / f"{name}.txt")
+        known |= {same(prompt(x, name)) for x in classes}
+    lines = [line for line in SYNONYMS.read_text().splitlines() if line and not line.startswith("#")]
+    assert {same(line.partition(":")[0]) for line in lines} <= known
+    named = classes_named(["sidewalk", "road"])
+    assert named["pavement"] == {0} and named["street"] == {1} and named["sidewalk"] == {0}
+    (tmp_path / "wrong.txt").write_text("sofa couch\n")
+    with pytest.raises(DataError, match="line 1: write `class: tag, tag`"):
+        classes_named(["sofa"], tmp_path / "wrong.txt")
+
+
+def test_a_file_of_tags_is_judged(folder, tmp_path, capsys):
+    """Ground-truth tags are right; images without a line do not count."""
+    dataset, file = open_dataset("folder", folder, "val"), tmp_path / "tags.jsonl"
+    present = [scenes.CLASSES[k] for k in np.unique(dataset.load(0).labels) if k != 255]
+    file.write_text(json.dumps({"image": "images/val/6.png", "tags": present}) + "\n")
+    flags = ["--dataset", "folder", "--data", str(folder), "--split", "val", "--workers", "0"]
+    assert tag.main(["--judge", str(file), *flags]) == 0
+    out = capsys.readouterr().out
+    assert "folder val: 1 of 2 images" in out
+    assert "precision 100.0%" in out and "recall 100.0%" in out and "mAP 100.0%" in out
+    assert "never found: 0 of" in out
+
+
+# ---- RAM in a run
+
+
+@pytest.fixture
+def ram(tmp_path, monkeypatch):
+    """A small RAM with the names of scenes in the folder that a run with random weights reads."""
+    model = shake(RAM(SMALL_RAM)).eval()
+    with torch.no_grad():
+        model.fc.weight.mul_(20)
+    names = [*scenes.CLASSES, *(f"thing {i}" for i in range(37))][:37]
+    folder = tmp_path / "weights" / "ram"
+    folder.mkdir(parents=True)
+    save_file(model.state_dict(), folder / MODEL)
+    (folder / NAMES).write_text("\n".join(names) + "\n")
+    (folder / THRESHOLDS).write_text("0.5\n" * 36 + "1.0\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(assemble, "load_ram", partial(load_ram, config=SMALL_RAM))
+    return folder
+
+
+def test_likely_tags_exceed_their_own_thresholds(ram):
+    """Strictly; a given threshold takes their place, but what RAM's authors switched off stays off."""
+    model, names, thresholds = load_ram(ram, config=SMALL_RAM)
+    image = torch.rand(2, 3, 60, 90) * 2 - 1
+    p = model(image).sigmoid()
+    for given in (None, 0.0, 0.7):
+        least = thresholds.clone() if given is None else torch.full_like(thresholds, given)
+        least[thresholds == 1] = 1
+        for row, tags in zip(p, likely_tags(model, image, names, thresholds, given), strict=True):
+            order = sorted((k for k in range(37) if row[k] > least[k]), key=lambda k: -row[k])
+            assert [name for name, _ in tags] == [names[k] for k in order]
+            assert [score for _, score in tags] == pytest.approx([float(row[k]) for k in order])
+    at = thresholds.clone()
+    at[3] = p[0, 3]
+    assert names[3] not in [name for name, _ in likely_tags(model, image[:1], names, at)[0]]
+
+
+def test_ram_from_photos_to_a_label_map(ram, folder, tmp_path, capsys):
+    """Trained with its tags, a model predicts new images with them, and only with the same files."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    flags = f"--dataset folder --data {folder} --model tiny --weights random --run {run} --crop 64 --short 96"
+    flags += " --batch 2 --iterations 1 --workers 0 --threads 1 --tags ram"
+    assert train.main(flags.split()) == 0
+    tags = lines_of(run / "tags-train.jsonl")
+    assert [*tags] == [f"images/train/{i}.png" for i in range(6)] and any(tags.values())
+
+    frozen = read_about(run / "last" / "model.safetensors")["frozen"]
+    assert {*frozen} == {f"ram/{name}" for name in (MODEL, NAMES, THRESHOLDS)}
+    photo = folder / "images" / "val" / "6.png"
+    assert predict.main([str(run), str(photo), "--out", str(out)]) == 0
+    record = json.loads((out / "predictions.jsonl").read_text())
+    tagger = assemble.ram_tagger("random", torch.device("cpu"))
+    image = normalise(to_tensor(Image.open(photo).convert("RGB"))[None])
+    assert record["tags"] == [name for name, _ in tagger(image)[0]]
+
+    more = [str(run), str(photo), "--out", str(tmp_path / "more")]
+    (ram / THRESHOLDS).write_text("0.9\n" * 37)
+    assert predict.main(more) == 2
+    assert "ram_tag_list_threshold.txt is not the file that" in capsys.readouterr().err
+    assert predict.main([*more, "--words", "sea, boat"]) == 0, "other words need no RAM"
+    (ram / MODEL).unlink()
+    assert predict.main([*more, "--tags", "ram"]) == 2
+    error = capsys.readouterr().err
+    assert "ram/model.safetensors is missing" in error and "weights.fetch --ram" in error
+
+
+def test_missing_ram_is_one_sentence_before_training(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = f"--dataset folder --data {folder} --model tiny --weights random --run run --tags ram --workers 0"
+    assert train.main(flags.split()) == 2
+    error = capsys.readouterr().err
+    assert "weights/ram/model.safetensors does not exist" in error and "weights.fetch --ram" in error
+    assert ram_folder("random") == Path("weights/ram") and ram_folder("/a/sd15") == Path("/a/ram")
+
+
+def test_tags_go_straight_to_the_unet(folder, tmp_path):
+    """`--condition tags`: the context is the vectors of the tags, with any source."""
+    run = tmp_path / "run"
+    flags = f"--dataset folder --data {folder} --model tiny --weights random --run {run} --crop 64 --short 96"
+    flags += " --batch 2 --iterations 1 --workers 0 --threads 1 --condition tags"
+    assert train.main(flags.split()) == 0
+    tada = train.checkpoint.load_model(run)
+    assert (tada.config.condition, tada.config.tags) == ("tags", "clip")
+    text = tada.text([["sea", "boat"]])
+    condition = tada.adapter(None, None, text)
+    assert torch.equal(condition.context, torch.stack([tada.vectors["sea"], tada.vectors["boat"]])[None])
+    out = tmp_path / "out"
+    photo = str(folder / "images" / "val" / "6.png")
+    assert predict.main([str(run), photo, "--out", str(out), "--words", "sea, boat", "--attention"]) == 0
+    assert json.loads((out / "predictions.jsonl").read_text())["tags"] == ["sea", "boat"]
+
+
+def test_words_and_sources():
+    """A comma means words; a name of a source is never read as a word."""
+    assert choose_source(None, None, "clip", "tagging") == ("clip", None)
+    assert choose_source("sea, boat", None, "clip", "tagging") == ("words", "sea, boat")
+    assert choose_source(None, "clip", "ram", "tagging") == ("words", "clip")
+    assert choose_source("ram", None, "clip", "tagging") == ("ram", None)
+    assert choose_source("none", None, "clip", "tagging") == ("none", None)
