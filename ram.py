@@ -8,7 +8,7 @@ Attribute names are those of the official ram_swin_large_14m.pth, so its weights
 transformers' `SwinModel` and BLIP's text layers (tests/test_ram.py). The sources named below are those of
 xinyu1205/recognize-anything.
 
-Top to bottom: the model, its pixels, the head, the tower, its blocks, windows and their masks.
+Top to bottom: the model, its pixels, the head, the tower, its blocks, the windows.
 """
 
 from collections.abc import Callable, Sequence
@@ -188,7 +188,8 @@ class PatchEmbed(nn.Module):
 class Stage(nn.Module):
     """Blocks on a square of tokens `(B, N, C)`, then (except in the last stage) `(B, N / 4, 2 C)`.
 
-    Every second block shifts its windows by half a window, unless one window holds all tokens.
+    Every second block shifts its windows by half a window, unless one window holds all tokens. Within the
+    stage the tokens stay window by window: all but attention treats each token alone.
     """
 
     def __init__(self, config: RAMConfig, index: int, downsample: bool):
@@ -197,17 +198,21 @@ class Stage(nn.Module):
         assert self.side % self.window == 0, f"{self.side} tokens a side: need a multiple of {self.window}"
         self.shift = self.window // 2 if self.side > self.window else 0
         width, heads = config.width * 2**index, config.heads[index]
-        self.blocks = nn.ModuleList(
-            Block(width, heads, self.side, self.window, shift=self.shift * (i % 2))
-            for i in range(config.depths[index])
-        )
+        self.blocks = nn.ModuleList(Block(width, heads, self.window) for _ in range(config.depths[index]))
         self.downsample = PatchMerging(width, self.side) if downsample else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        mask = shift_mask(self.side, self.window, self.shift, x) if self.shift else None
-        for block in self.blocks:
-            x = block(x, mask if block.shift else None)
-        return self.downsample(x)
+        order = window_order(self.side, self.window, 0, x.device)
+        shifted = window_order(self.side, self.window, self.shift, x.device)
+        to_shifted, to_order = order.argsort()[shifted], shifted.argsort()[order]
+        mask = shift_mask(shifted, self.side, self.window, self.shift).to(x.dtype)
+        x = x.index_select(1, order)
+        for i, block in enumerate(self.blocks):
+            if i % 2 and self.shift:
+                x = block(x.index_select(1, to_shifted), mask).index_select(1, to_order)
+            else:
+                x = block(x)
+        return self.downsample(x.index_select(1, order.argsort()))
 
 
 class PatchMerging(nn.Module):
@@ -225,25 +230,22 @@ class PatchMerging(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention within windows, MLP; each pre-norm and residual. Tokens `(B, N, C)`."""
+    """Attention within windows, MLP; each pre-norm and residual. Tokens `(B, N, C)`, window by window."""
 
-    def __init__(self, width: int, heads: int, side: int, window: int, shift: int):
+    def __init__(self, width: int, heads: int, window: int):
         super().__init__()
-        self.side, self.window, self.shift = side, window, shift
         self.norm1 = nn.LayerNorm(width)
         self.attn = WindowAttention(width, heads, window)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = MLP(width)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        y = to_windows(self.norm1(x), self.side, self.window, self.shift)
-        y = self.attn(y, mask)
-        x = from_windows(y, self.side, self.window, self.shift) + x
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.attn(self.norm1(x), mask).add_(x)
         return self.mlp(self.norm2(x)).add_(x)
 
 
 class WindowAttention(nn.Module):
-    """Self-attention in windows `(b, N, C)`, with a learned bias for each relative position of two tokens."""
+    """Self-attention in windows, with a learned bias for each relative position. Tokens `(B, N, C)`."""
 
     def __init__(self, width: int, heads: int, window: int):
         super().__init__()
@@ -253,17 +255,18 @@ class WindowAttention(nn.Module):
         self.relative_position_bias_table = nn.Parameter(torch.randn((2 * window - 1) ** 2, heads) * 0.02)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """`mask` `(m, 1, N, N)` is added to the logits of the m windows of each image."""
-        q, k, v = rearrange(self.qkv(x), "b N (three n d) -> three b n N d", three=3, n=self.heads)
-        bias = self.bias()  # (1, n, N, N)
+        """`mask` `(m, 1, M, M)` is added to the logits in the m windows, of M tokens each, of every image."""
+        q, k, v = rearrange(
+            self.qkv(x), "B (m M) (three n d) -> three (B m) n M d", three=3, n=self.heads, M=self.window**2
+        )
+        bias = self.bias()  # (1, n, M, M)
         if mask is not None:
-            images = len(x) // len(mask)
-            bias = (bias + mask).expand(images, -1, -1, -1, -1).flatten(0, 1)  # (b, n, N, N)
+            bias = (bias + mask).expand(len(x), -1, -1, -1, -1).flatten(0, 1)  # (B m, n, M, M)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.proj(rearrange(y, "b n N d -> b N (n d)"))
+        return self.proj(rearrange(y, "(B m) n M d -> B (m M) (n d)", B=len(x)))
 
     def bias(self) -> Tensor:
-        """The bias `(1, n, N, N)` of every query and key of a window.
+        """The bias `(1, n, M, M)` of every query and key of a window.
 
         The table's entry (r, c) is for a query r - 11 rows below and c - 11 columns to the right of the key.
         So the query at (i, j) reads the table's 12x12 entries from (i, j) on, for the keys in reverse order.
@@ -293,34 +296,18 @@ def in_chunks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.cat([function(y) for y in x.split(CHUNK, dim=1)], dim=1)
 
 
-def to_windows(x: Tensor, side: int, window: int, shift: int) -> Tensor:
-    """Tokens `(B, side^2, C)` -> windows `(b, window^2, C)`, after a cyclic shift up and to the left.
+def window_order(side: int, window: int, shift: int, device: torch.device) -> Tensor:
+    """The indices `(N,)` of a square's tokens, window by window; windows shift down and to the right.
 
-    b = B m: the m windows of the first image, row by row, then those of the second, ...
+    They continue at the other end: the last ones also hold the first `shift` rows or columns.
     """
-    x = rearrange(x, "B (h w) C -> B h w C", h=side)
-    if shift:
-        x = x.roll((-shift, -shift), dims=(1, 2))
-    return rearrange(x, "B (h i) (w j) C -> (B h w) (i j) C", i=window, j=window)
+    tokens = torch.arange(side * side, device=device).reshape(side, side)
+    tokens = tokens.roll((-shift, -shift), dims=(0, 1))
+    return rearrange(tokens, "(h i) (w j) -> (h w i j)", i=window, j=window)
 
 
-def from_windows(x: Tensor, side: int, window: int, shift: int) -> Tensor:
-    """The inverse of `to_windows`."""
-    n = side // window
-    x = rearrange(x, "(B h w) (i j) C -> B (h i) (w j) C", h=n, w=n, i=window)
-    if shift:
-        x = x.roll((shift, shift), dims=(1, 2))
-    return rearrange(x, "B h w C -> B (h w) C")
-
-
-def shift_mask(side: int, window: int, shift: int, like: Tensor) -> Tensor:
-    """The mask `(m, 1, N, N)` of shifted windows, in the dtype and on the device of `like`.
-
-    The shift moves the first rows below the last ones, and the first columns to the right of the last. Tokens
-    that were moved and tokens that were not may share a window, but must not attend to each other.
-    """
-    moved = torch.arange(side, device=like.device) >= side - shift
-    region = moved[:, None] * 2 + moved  # (side, side): 0 to 3, a region of the image within a window
-    region = rearrange(region, "(h i) (w j) -> (h w) (i j)", i=window, j=window)
-    apart = region[:, :, None] != region[:, None, :]  # (m, N, N)
-    return apart[:, None].to(like.dtype) * MASKED
+def shift_mask(order: Tensor, side: int, window: int, shift: int) -> Tensor:
+    """The mask `(m, 1, M, M)` of the shifted windows of `order`: 0, or MASKED for tokens from two ends."""
+    first_rows, first_columns = order // side < shift, order % side < shift
+    region = (first_rows * 2 + first_columns).reshape(-1, 1, window**2)  # (m, 1, M)
+    return (region[..., :, None] != region[..., None, :]) * MASKED

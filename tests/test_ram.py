@@ -2,6 +2,7 @@
 loops; weights/ram.py reads the official checkpoint's layout and refuses all else by name.
 """
 
+import itertools
 import math
 import pickle
 from collections.abc import Callable
@@ -18,17 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from errors import WeightsError
-from ram import (
-    MASKED,
-    RAM,
-    PatchMerging,
-    RAMConfig,
-    WindowAttention,
-    from_windows,
-    shift_mask,
-    squash,
-    to_windows,
-)
+from ram import RAM, PatchMerging, RAMConfig, WindowAttention, shift_mask, squash, window_order
 from weights.load import load
 from weights.ram import MODEL, NAMES, THRESHOLDS, convert, load_ram, read_lines
 
@@ -155,53 +146,44 @@ def test_any_size(pair):
 def test_the_mask_joins_only_tokens_that_are_neighbours_in_the_image():
     """In every window: 0 for two tokens less than a window apart in the image, else -100."""
     side, window, shift = 16, 4, 2
-    mask = shift_mask(side, window, shift, torch.zeros(1))
+    order = window_order(side, window, shift, torch.device("cpu"))
+    mask = shift_mask(order, side, window, shift)
     assert mask.shape == (16, 1, 16, 16)
-    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    places = torch.stack([y, x], dim=-1).reshape(1, -1, 2)  # where each token lies in the image
-    windows = to_windows(places, side, window, shift)
-    for i, tokens in enumerate(windows.tolist()):
-        for q, (qy, qx) in enumerate(tokens):
-            for k, (ky, kx) in enumerate(tokens):
-                near = abs(qy - ky) < window and abs(qx - kx) < window
-                assert mask[i, 0, q, k] == (0 if near else MASKED)
-    assert MASKED == -100
+    for i, tokens in enumerate(order.reshape(16, 16).tolist()):
+        for q, query in enumerate(tokens):
+            for k, key in enumerate(tokens):
+                rows, columns = abs(query // 16 - key // 16), abs(query % 16 - key % 16)
+                assert mask[i, 0, q, k] == (0 if rows < window and columns < window else -100)
 
 
 @pytest.mark.parametrize("shift", [0, 2])
-def test_windows_are_where_the_loop_puts_them_and_go_back(shift):
+def test_the_order_is_that_of_a_loop(shift):
     """Window (h, w) holds the tokens from row 4 h + shift and column 4 w + shift on, cyclically."""
-    x = torch.randn(2, 144, 5)
-    windows = to_windows(x, 12, 4, shift)
-    for image in range(2):
-        for h in range(3):
-            for w in range(3):
-                for i in range(4):
-                    for j in range(4):
-                        token = (4 * h + i + shift) % 12 * 12 + (4 * w + j + shift) % 12
-                        assert (windows[image * 9 + h * 3 + w, i * 4 + j] == x[image, token]).all()
-    assert (from_windows(windows, 12, 4, shift) == x).all()
+    expected = []
+    for h in range(3):
+        for w in range(3):
+            for i in range(4):
+                for j in range(4):
+                    expected.append((4 * h + i + shift) % 12 * 12 + (4 * w + j + shift) % 12)
+    assert window_order(12, 4, shift, torch.device("cpu")).tolist() == expected
 
 
 def test_attention_equals_a_loop():
     """Of every query, head and window: the bias by the difference of rows and columns, then the mask."""
-    attention, x = WindowAttention(width=12, heads=2, window=3), torch.randn(8, 9, 12)
+    attention, x = WindowAttention(width=12, heads=2, window=3), torch.randn(2, 36, 12)
     torch.nn.init.normal_(attention.relative_position_bias_table)
     mask = torch.randn(4, 1, 9, 9)
     q, k, v = attention.qkv(x).chunk(3, dim=-1)
-    expected = torch.zeros(8, 9, 12)
-    for window in range(8):
-        for head in range(2):
-            part = slice(6 * head, 6 * head + 6)
-            for query in range(9):
-                scores = []
-                for key in range(9):
-                    row, column = query // 3 - key // 3 + 2, query % 3 - key % 3 + 2
-                    bias = attention.relative_position_bias_table[row * 5 + column, head]
-                    product = (q[window, query, part] * k[window, key, part]).sum() / math.sqrt(6)
-                    scores.append(product + bias + mask[window % 4, 0, query, key])
-                shares = torch.stack(scores).softmax(dim=0)
-                expected[window, query, part] = shares @ v[window, :, part]
+    expected = torch.zeros(2, 36, 12)
+    for image, window, head, query in itertools.product(range(2), range(4), range(2), range(9)):
+        part, scores = slice(6 * head, 6 * head + 6), []
+        for key in range(9):
+            row, column = query // 3 - key // 3 + 2, query % 3 - key % 3 + 2
+            product = q[image, 9 * window + query, part] @ k[image, 9 * window + key, part] / math.sqrt(6)
+            bias = attention.relative_position_bias_table[row * 5 + column, head]
+            scores.append(product + bias + mask[window, 0, query, key])
+        values = v[image, 9 * window : 9 * window + 9, part]
+        expected[image, 9 * window + query, part] = torch.stack(scores).softmax(dim=0) @ values
     with torch.no_grad():
         assert error(attention(x, mask), attention.proj(expected)) <= BAR
 
@@ -258,11 +240,20 @@ def normed(x: Tensor, norm: torch.nn.LayerNorm) -> Tensor:
     return x / (x.pow(2).mean() + 1e-12).sqrt() * norm.weight + norm.bias
 
 
-def test_odd_blocks_shift_by_half_a_window_but_none_of_the_last_stage():
+def test_odd_blocks_shift_by_half_a_window_but_none_of_the_last_stage(pair):
+    """By the masks that the blocks get; stages of the official size shift by 6, 6, 6 and 0."""
     with torch.device("meta"):
-        tower = RAM().visual_encoder
-    shifts = [[block.shift for block in stage.blocks] for stage in tower.layers]
-    assert shifts == [[0, 6], [0, 6], [0, 6] * 9, [0, 0]]
+        assert [stage.shift for stage in RAM().visual_encoder.layers] == [6, 6, 6, 0]
+    masked = []
+    blocks = [block for stage in pair[1].visual_encoder.layers for block in stage.blocks]
+    handles = [
+        block.register_forward_pre_hook(lambda _, inputs: masked.append(len(inputs) > 1)) for block in blocks
+    ]
+    with torch.no_grad():
+        pair[1].visual_encoder(torch.randn(1, 3, 128, 128))
+    for handle in handles:
+        handle.remove()
+    assert masked == [False, True] * 4 + [False, False]
 
 
 # Names, shapes and files
