@@ -40,6 +40,7 @@ FROZEN = {"freeze_unet": True}  # only the adapter, if any, and the decoder are 
 TABLE_5 = (
     Row("none", NONE, paper=53.9),
     Row("caption", {"condition": "caption", "tags": "clip"}, paper=53.5),
+    Row("tags without adapter", {"condition": "tags", "tags": "clip"}),
     Row("classes", {"condition": "classes"}, paper=54.2),
     Row("implicit", {"condition": "implicit"}, paper=54.5),
     Row("tagging", TAGGING | {"tag_loss_weight": 0.0}, paper=54.8),
