@@ -251,6 +251,8 @@ def run(
         tada = load_model(file, weights, ranks.device, source, threshold) if todo else None
         if ranks.is_main:
             print(kernels.describe(ranks.device))
+            if source != config.tags:
+                print(f"tags: {source}; the model was trained with {config.tags}")
             if config.weights == "random":
                 print("random weights: without a prior")
         failed, mine = 0, todo[ranks.rank :: ranks.world]

@@ -693,6 +693,19 @@ def distance(labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return table
 
 
+def write_folder(root: Path, counts: dict[str, int]) -> None:
+    """Write evenly spaced scenes of each split as `--dataset folder` reads them: images, labels, classes."""
+    for split, count in counts.items():
+        indices = SPLITS[split]
+        for kind in ("images", "labels"):
+            (root / kind / split).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            scene, name = draw(indices[i * len(indices) // count]), f"{i:06d}.png"
+            Image.fromarray(scene.image).save(root / "images" / split / name)
+            Image.fromarray(scene.labels).save(root / "labels" / split / name)
+    (root / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Write evenly spaced scenes of a split as PNG files, to view and to predict on."""
     parser = argparse.ArgumentParser(
@@ -701,13 +714,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--split", choices=list(SPLITS), default="test", help="which range of indices")
     parser.add_argument("--count", type=int, default=6, metavar="N", help="number of scenes")
     parser.add_argument("--out", default="scenes", metavar="DIR", help="output folder")
+    whole = "instead, a data set for `train.py --dataset folder`: N images of train, N / 6 of val"
+    parser.add_argument("--folder", action="store_true", help=whole)
     options = parser.parse_args(argv)
-    indices = SPLITS[options.split]
+    indices = SPLITS["train" if options.folder else options.split]
     if not 1 <= options.count <= len(indices):
         parser.error(f"--count {options.count}: need 1 to {len(indices)}, the size of {options.split}")
     folder = Path(options.out)
 
     def work() -> int:
+        if options.folder:
+            write_folder(folder, {"train": options.count, "val": max(options.count // 6, 1)})
+            print(f"{folder}: {options.count} scenes of train, {max(options.count // 6, 1)} of val")
+            return 0
         folder.mkdir(parents=True, exist_ok=True)
         for i in range(options.count):
             index = indices[i * len(indices) // options.count]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import tag
 from run.options import parse
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +50,15 @@ def test_every_test_file_named_exists(page):
         x for x in TEST_FILE.findall((ROOT / page).read_text(encoding="utf-8")) if not list(ROOT.glob(x))
     ]
     assert not missing, f"{page} names test files that do not exist: {missing}"
+
+
+def test_commands_of_tag_py_parse():
+    """In every document: the flags are those of today."""
+    texts = [(ROOT / page).read_text(encoding="utf-8") for page in PAGES]
+    commands = [x for text in texts for x in re.findall(r"python tag\.py ([^`#\n]+)", text)]
+    assert len(commands) >= 5
+    for command in commands:
+        tag.parse(shlex.split(command))
 
 
 def test_rows_of_paper_md_are_commands_that_do_not_share_a_folder(tmp_path, monkeypatch):

@@ -1,8 +1,10 @@
-"""tag.py, run/tagging.py: tags of images line by line, captions of TADP, the quality of tags; RAM in a run."""
+"""tag.py, run/tagging.py: tags line by line, captions of TADP, the quality of tags; RAM in runs."""
 
 import errno
 import json
 import os
+import re
+import shlex
 import shutil
 from functools import partial
 from pathlib import Path
@@ -393,6 +395,21 @@ def test_tags_go_straight_to_the_unet(folder, tmp_path):
     photo = str(folder / "images" / "val" / "6.png")
     assert predict.main([str(run), photo, "--out", str(out), "--words", "sea, boat", "--attention"]) == 0
     assert json.loads((out / "predictions.jsonl").read_text())["tags"] == ["sea", "boat"]
+
+
+def test_the_two_lines_of_the_readme_work_one_below_the_other(folder, tmp_path, monkeypatch):
+    """A model of one's own data reads words; only the length of the training is cut here."""
+    readme = (ROOT / "README.md").read_text()
+    (training,) = re.findall(r"^python train\.py (--dataset folder .*?) +#", readme, re.MULTILINE)
+    (prediction,) = re.findall(r"^python predict\.py (runs/folder.*?) +#", readme, re.MULTILINE)
+    assert training == "--dataset folder --data DIR --model tiny"
+    monkeypatch.chdir(tmp_path)
+    run = train.parse(training.split()).run
+    short = f" --run {run} --iterations 1 --batch 2 --workers 0 --threads 1 --weights {ROOT}/weights/tiny"
+    assert train.main((training.replace("DIR", str(folder)) + short).split()) == 0
+    shutil.copy(folder / "images" / "val" / "6.png", "photo.png")
+    assert predict.main(shlex.split(prediction.replace("photo.jpg", "photo.png"))) == 0
+    assert json.loads(Path("predictions/predictions.jsonl").read_text())["tags"] == ["sea", "boat"]
 
 
 def test_words_and_sources():
