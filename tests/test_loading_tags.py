@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from clip import Tokenizer
 from errors import DataError, DataWarning
-from loading.tags import read_tags
+from loading.tags import open_words, read_tags, same
 
 KNOWN = ["images/a.jpg", "images/b c/ä.jpg", "images/d.jpg"]
 
@@ -38,6 +40,64 @@ def test_tags_and_captions_are_read(tag_file, tmp_path):
         }
         assert found.captions == {"images/b c/ä.jpg": "two cars"}
         assert found.unknown == []
+
+
+def test_spellings_that_clip_encodes_alike_are_one_tag(tag_file, tmp_path):
+    """Case, blanks and composition; the first spelling and score stay. A bare tag has the score 1."""
+    nfd = "cafe\u0301"
+    tags = [["Traffic  Light", 0.4], "traffic light", ["TRAFFIC LIGHT", 0.9], "caf\u00e9", [nfd, 0.2], "sky"]
+    line = json.dumps({"image": "images/a.jpg", "tags": tags})
+    found = read_tags(tag_file(line), tmp_path, KNOWN).tags["images/a.jpg"]
+    assert found == [("Traffic Light", 0.4), ("caf\u00e9", 1.0), ("sky", 1.0)]
+    tokenizer = Tokenizer("weights/tiny/tokenizer")
+    ids = tokenizer(["Traffic Light", "traffic  light", "caf\u00e9", nfd])
+    assert torch.equal(ids[0], ids[1]) and torch.equal(ids[2], ids[3])
+    assert same("Traffic  Light") == same("traffic light") and same(nfd) == same("Caf\u00e9")
+
+
+@pytest.mark.parametrize("tag", ["می\u200cخواهم", "क्\u200dष", "👩\u200d👧", "naïve café", "日本"])
+def test_tags_of_every_script_are_tags(tag_file, tmp_path, tag):
+    """Also those that need a zero-width joiner or non-joiner."""
+    line = json.dumps({"image": "images/a.jpg", "tags": [[tag, 0.9]]})
+    assert read_tags(tag_file(line), tmp_path, KNOWN).tags["images/a.jpg"] == [(tag, 0.9)]
+
+
+def test_paths_match_through_links_and_in_either_composition(tag_file, tmp_path):
+    """An absolute path by the link to the data or behind it; a name as macOS writes it (NFD)."""
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.mkdir()
+    link.symlink_to(real)
+    lines = [json.dumps({"image": str(base / "images/a.jpg"), "tags": ["car"]}) for base in (real, link)]
+    for root in (real, link):
+        for line in lines if root == link else lines[:1]:
+            assert read_tags(tag_file(line), root, KNOWN).tags == {"images/a.jpg": [("car", 1.0)]}
+    nfc, nfd = "images/b c/\u00e4.jpg", "images/b c/a\u0308.jpg"
+    for written, known in ((nfc, nfd), (nfd, nfc), (nfd, nfd)):
+        line = json.dumps({"image": written, "tags": ["car"]})
+        assert read_tags(tag_file(line), tmp_path, [known]).tags == {known: [("car", 1.0)]}
+
+
+def test_a_threshold_leaves_out_what_scores_lower(tag_file, tmp_path):
+    """At the threshold a tag stays; an image may be left without any, and has then no words."""
+    lines = [
+        '{"image": "images/a.jpg", "tags": [["car", 0.5], ["sky", 0.4]]}',
+        '{"image": "images/d.jpg", "tags": [["car", 0.3]]}',
+    ]
+    for threshold, expected in ((None, [["car", "sky"], ["car"]]), (0.5, [["car"], []])):
+        paths = ["images/a.jpg", "images/d.jpg"]
+        words = open_words("tagging", str(tag_file(*lines)), [], tmp_path, paths, threshold)
+        assert [words(path, []) for path in paths] == expected
+
+
+def test_a_line_of_a_megabyte(tag_file, tmp_path):
+    """Within the limits of tags it is read; beyond them it is refused in one short sentence."""
+    line = json.dumps({"image": "images/a.jpg", "tags": [[f"{i:03d}" + "x" * 197, 0.5] for i in range(1000)]})
+    line += " " * (2**20 - len(line))
+    assert len(read_tags(tag_file(line), tmp_path, KNOWN).tags["images/a.jpg"]) == 1000
+    line = json.dumps({"image": "images/a.jpg", "tags": ["car"] * 150_000})
+    with pytest.raises(DataError, match="line 1: .*a list of at most 1000 pairs") as caught:
+        read_tags(tag_file(line), tmp_path, KNOWN)
+    assert len(str(caught.value)) < 500
 
 
 GOOD = '{"image": "images/a.jpg", "tags": [["car", 0.93]]}'

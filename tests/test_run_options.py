@@ -1,6 +1,9 @@
 """run/recipes.py, run/options.py: the paper's recipes, the flags, validation, the name of the run folder."""
 
+import json
+import re
 from dataclasses import asdict, fields
+from pathlib import Path
 
 import pytest
 import torch.distributed.run
@@ -8,7 +11,7 @@ import torch.distributed.run
 from data import open_dataset
 from model import TadaConfig
 from run.options import Options, config_of, parse, parser
-from run.recipes import recipe
+from run.recipes import paper_row, recipe
 
 # The keys of "options" in config.json of runs before a flag was an entry of `Options`.
 KEYS = """
@@ -66,6 +69,67 @@ def test_test_windows_are_mmsegmentations():
         o = parse(f"--dataset folder --data x --model sd15 --crop {crop}".split())
         assert config_of(o, dataset).stride == stride
     assert recipe("cityscapes", "sd15", "fpn").whole
+
+
+# ---- the tags
+
+
+@pytest.mark.parametrize(
+    ("flags", "tags"),
+    [
+        ("--dataset ade20k", "ram"),
+        ("--dataset cocostuff", "ram"),
+        ("--dataset cityscapes --condition tags", "ram"),
+        ("--dataset coco-panoptic", "ram"),
+        ("--dataset ade20k --model tiny", "clip"),
+        ("--dataset folder --data x", "clip"),
+        ("--dataset panoptic --data x", "clip"),
+        ("", "clip"),
+        ("--condition tags", "clip"),
+        ("--dataset ade20k --condition classes", "classes"),
+        ("--dataset ade20k --preset vpd", "classes"),
+        ("--condition none", "classes"),
+        ("--condition oracle", "oracle"),
+        ("--dataset ade20k --tags classes", "classes"),
+    ],
+)
+def test_the_tagger_is_the_papers_on_its_data_sets(flags, tags):
+    """RAM at sd15, CLIP elsewhere; none where no words per image are used."""
+    assert parse(flags.split()).tags == tags
+
+
+def test_a_run_that_is_resumed_keeps_its_tags(tmp_path, monkeypatch):
+    """An older run of the plain command was trained with the class names; --fresh takes today's default."""
+    monkeypatch.chdir(tmp_path)
+    plain = ["--dataset", "ade20k"]
+    run = Path(parse(plain).run)
+    run.mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"options": {"tags": "classes"}}))
+    assert parse(plain).tags == "ram", "without a checkpoint nothing is resumed"
+    (run / "last").symlink_to("step-000010")
+    (run / "step-000010").mkdir()
+    assert (parse(plain).tags, parse(plain).run) == ("classes", str(run))
+    assert parse([*plain, "--fresh"]).tags == "ram"
+    assert parse([*plain, "--tags", "ram"]).tags == "ram"
+
+
+@pytest.mark.parametrize(
+    ("settings", "row"),
+    [
+        (("ade20k", "tagging", "ram", 1.0), "Table 1: mIoU 55.8"),
+        (("ade20k", "tagging", "clip", 1.0), "Table 1: .*there with RAM's tags, here clip"),
+        (("ade20k", "tagging", "classes", 1.0), "Table 5 .*with loss, mIoU 55.5"),
+        (("ade20k", "tagging", "classes", 0.0), "Table 5 .*no loss, mIoU 54.8"),
+        (("ade20k", "none", "classes", 1.0), "Table 5 .*Uncondition, mIoU 53.9"),
+        (("ade20k", "classes", "classes", 1.0), "Table 5 .*54.2"),
+        (("coco-panoptic", "tagging", "ram", 1.0), "Table 4: PQ 56.1"),
+        (("ade20k", "tagging", "oracle", 1.0), "Figure 1"),
+        (("ade20k", "tags", "ram", 1.0), "section 3.4"),
+        (("folder", "tagging", "clip", 1.0), "^$"),
+    ],
+)
+def test_the_first_screen_names_the_row_of_the_paper(settings, row):
+    assert re.search(row, paper_row(*settings))
 
 
 # ---- the flags
