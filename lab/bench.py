@@ -38,6 +38,7 @@ from clip import CLIP, pixels
 from errors import run_command
 from lab import bench_mask2former as masks
 from mask2former import Mask2Former
+from ram import RAMConfig, Swin
 from unet import UNet
 from vae import VAE
 from weights.load import load
@@ -97,6 +98,39 @@ def peer_hidden(model: nn.Module, x: list[Tensor]) -> Tensor:
     return model.vision_model(pixels(*x, 224).to(x[0].dtype)).last_hidden_state
 
 
+def peer_swin() -> nn.Module:
+    from transformers import SwinConfig, SwinModel
+
+    sizes = {"embed_dim": 192, "depths": [2, 2, 18, 2], "num_heads": [6, 12, 24, 48], "window_size": 12}
+    return SwinModel(SwinConfig(image_size=384, **sizes), add_pooling_layer=False)
+
+
+SWIN_NAMES = {  # transformers' -> RAM's
+    "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "embeddings.": "patch_embed.",
+    "encoder.layers": "layers",
+    "relative_position_bias.": "",
+    ".attention.o_proj": ".attn.proj",
+    ".attention.": ".attn.",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "layernorm": "norm",
+}
+
+
+def swin_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Transformers' weights under RAM's names; its queries, keys and values become one matrix."""
+    ours = {}
+    for name, x in state.items():
+        if ".q_proj." in name:
+            x = torch.cat([state[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"])
+        for theirs, new in SWIN_NAMES.items():
+            name = name.replace(theirs, new)
+        if ".k_proj." not in name and ".v_proj." not in name:
+            ours[name.replace(".q_proj.", ".qkv.")] = x
+    return ours
+
+
 def mask_case(title: str, ours: Callable, peer: Callable, **mode: Callable) -> Case:
     sides = Side(Mask2Former, ours), Side(masks.peer_mask2former, peer)
     return Case(title, masks.maps_and_segments, *sides, masks.our_names, MASKS_BOUND, **mode)
@@ -120,6 +154,13 @@ CASES = {
         lambda size: [torch.rand(1, 3, 224, 224) * 2 - 1],
         Side(CLIP, lambda model, x: model.image(*x)[0]),
         Side(peer_clip, peer_hidden),
+    ),
+    "ram": Case(
+        "RAM's Swin-L, 384x384",
+        lambda size: [torch.randn(1, 3, 384, 384)],
+        Side(partial(Swin, RAMConfig()), lambda model, x: [model(*x)]),
+        Side(peer_swin, lambda model, x: [model(*x).last_hidden_state]),
+        swin_names,
     ),
     "mask2former": mask_case("Mask2Former", masks.predict, masks.predict_peer),
     "mask2former-loss": mask_case(
