@@ -82,13 +82,12 @@ def tag_all(run: Run, tada: Tada, dataset: Dataset, workers: int, resumed: bool)
 
     file = run.folder / "tags-train.jsonl"
     config = tada.config
-    key = config.tags, config.tag_threshold, config.prompts, config.weights, box
+    key = config.tags, config.tag_threshold, config.prompts, config.weights, box, dataset.files(0)
     by = f"{config.tags} {hashlib.sha256(repr(key).encode()).hexdigest()[:8]}"
-    if file.is_file() and (made := made_by(file)) != by:
-        if resumed:  # its options are those of this run
-            by = made
-        elif run.ranks.is_main:
-            file.unlink()
+    if resumed and file.is_file():  # its options are those of this run
+        by = made_by(file)
+    elif run.ranks.is_main and file.is_file() and made_by(file) != by:
+        file.unlink()
     run.ranks.barrier()
     run.print0(f"{file}: tags of {len(paths):,} training images by {config.tags}")
     tag_images(file, [*paths], images, tada.tagger, run.ranks, by)

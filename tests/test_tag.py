@@ -30,6 +30,7 @@ from loading.tags import choose_source, same
 from metrics.tagging import SYNONYMS, classes_named, judge
 from ram import RAM, likely_tags
 from run.checkpoint import read_about
+from run.tagging import report_cut
 from weights.ram import MODEL, NAMES, THRESHOLDS, load_ram, ram_folder
 from weights.words import word_vectors
 
@@ -410,6 +411,30 @@ def test_the_two_lines_of_the_readme_work_one_below_the_other(folder, tmp_path, 
     shutil.copy(folder / "images" / "val" / "6.png", "photo.png")
     assert predict.main(shlex.split(prediction.replace("photo.jpg", "photo.png"))) == 0
     assert json.loads(Path("predictions/predictions.jsonl").read_text())["tags"] == ["sea", "boat"]
+
+
+def test_what_is_cut_is_counted_and_said(folder):
+    """Single tags inside their prompt, or all tags of an image as one."""
+    said: list[str] = []
+    run = SimpleNamespace(print0=said.append)
+    tokenizer = assemble.Tokenizer("weights/tiny/tokenizer")
+
+    def report(lists: list[list[str]], **settings: object) -> list[str]:
+        said.clear()
+        config = SimpleNamespace(
+            **{"condition": "tagging", "tag_tokens": "pooled", "templates": 1} | settings
+        )
+        report_cut(run, SimpleNamespace(config=config, tokenizer=tokenizer), lists)
+        return [*said]
+
+    long = "xyz " * 60
+    assert report([["sea", "boat"], []]) == []
+    assert report([["sea", long], [long, "q" * 200]])[0].startswith(
+        "2 of 3 texts are cut to 77 tokens, such as"
+    )
+    many = [f"number {i}" for i in range(60)]
+    assert report([many, ["sea"]]) == []
+    assert report([many, ["sea"]], tag_tokens="prompt")[0].startswith("1 of 2 texts are cut to 77 tokens")
 
 
 def test_words_and_sources():
