@@ -15,8 +15,7 @@ set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/env"
-"$folder/env/bin/pip" install -q torch==2.13.0 transformers==5.23.0 safetensors==0.8.0 numpy==2.4.6 \
-    --extra-index-url https://download.pytorch.org/whl/cpu
+"$folder/env/bin/pip" install -q torch==2.13.0 transformers==5.23.0 safetensors==0.8.0 numpy==2.4.6
 cd "$folder"
 "$folder/env/bin/python" - <<'PYTHON'
 import torch
