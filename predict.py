@@ -120,8 +120,8 @@ def predict(
     if config.decoder == "mask2former":
         ids, segments = prediction.panoptic[0]
         ids = ids.cpu().numpy()
-        entries = [(s.id, config.classes[s.label], s.score) for s in segments]
-        record["segments"] = [dict(zip(("id", "class", "score"), x, strict=True)) for x in entries]
+        entries = [{"id": s.id, "class": config.classes[s.label], "score": s.score} for s in segments]
+        record["segments"] = entries
         results[".overlay.jpg"] = segment_overlay(np.asarray(image), ids, segments, **names)
         results[SEGMENTS] = Image.fromarray(to_colours(ids))
     else:
@@ -214,8 +214,8 @@ def run(
     *,
     ranks: Ranks,
     out: str,
-    weights: str | None,
-    tags: str | None,
+    weights: str | None = None,
+    tags: str | None = None,
     scales: Sequence[float],
     flip: bool,
     attention: bool,
@@ -226,10 +226,9 @@ def run(
     config = read_config(read_about(file)["config"], file)
     if attention and config.condition in ("none", "caption", "implicit"):
         raise TadaError(f"--attention: condition {config.condition} has no words to attend to; leave it out")
-    if config.decoder == "mask2former" and (flip or scales != [1.0]):
-        flag = "flip" if flip else "scales"
-        raise TadaError(f"--{flag}: mask2former reads an image whole, once; leave it out")
-    settings = Settings(digest(file), scales, flip, attention, segment_options(segments, config.decoder))
+    several = {"flip": flip, "scales": scales != [1.0]}
+    reading = segment_options(segments, config.decoder, several)
+    settings = Settings(digest(file), scales, flip, attention, reading)
     folder = Path(out).absolute()
     taken = {labels.removesuffix(".png").lower(): x["path"] for labels, x in read_list(folder).items()}
     names = find_images(inputs, folder, taken)
@@ -291,9 +290,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--flip", action="store_true", help="average with the mirrored image's prediction")
     add("--attention", action="store_true", help="draw the attention to each word")
     add_segment_flags(parser)
-    options = parser.parse_intermixed_args(argv)  # images may follow flags too
-    options.weights, options.tags = getattr(options, "weights", None), getattr(options, "tags", None)
-    return options
+    return parser.parse_intermixed_args(argv)  # images may follow flags too
 
 
 if __name__ == "__main__":

@@ -37,10 +37,7 @@ def cache_vectors(tada: Tada, words: list[str]) -> None:
 
 
 def tag_all(run: Run, tada: Tada, dataset: Dataset, workers: int) -> dict[str, list[str]]:
-    """CLIP's tags of every training image, kept in `tags-train.jsonl` of the run folder for all ranks.
-
-    A file of an earlier start of this run is reused.
-    """
+    """CLIP's tags of every training image, kept in the run folder's `tags-train.jsonl` for the next start."""
     file = run.folder / "tags-train.jsonl"
     if run.ranks.is_main and not file.is_file():
         run.print0(f"tagging {len(dataset):,} training images with CLIP")
