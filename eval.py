@@ -33,7 +33,7 @@ from errors import DataError, ModelError, TadaError, run_command
 from images.panoptic import components
 from images.read import fit
 from images.scenes import VERSION
-from inference import Prediction, Segmented, stride_of
+from inference import Prediction, stride_of
 from loading.augment import normalise
 from loading.check import check
 from loading.stream import EvaluationStream, Item
@@ -139,8 +139,8 @@ def evaluate(
 
 
 def predict_item(
-    tada: Tada, item: Item, words: TagSource, predict: Callable[..., Prediction | Segmented]
-) -> tuple[Prediction | Segmented, list[str] | None]:
+    tada: Tada, item: Item, words: TagSource, predict: Callable[..., Prediction]
+) -> tuple[Prediction, list[str] | None]:
     """The prediction for one image at its own size, and the tags it was made with."""
     device = tada.unet.conv_in.weight.device
     image = normalise(item.image[None].to(device))  # (1, 3, h, w)
@@ -151,11 +151,9 @@ def predict_item(
     return prediction, tags and tags[0]
 
 
-def segments_of(
-    prediction: Prediction | Segmented, dataset: Dataset
-) -> tuple[np.ndarray, Sequence, Instances | None]:
+def segments_of(prediction: Prediction, dataset: Dataset) -> tuple[np.ndarray, Sequence, Instances | None]:
     """The ids `(H, W)` of one image, their segments, and the things that may overlap if requested."""
-    if isinstance(prediction, Prediction):
+    if prediction.panoptic is None:
         labels = prediction.labels[0].byte().cpu().numpy()
         return *components(labels, dataset.categories.things), None
     ids, segments = prediction.panoptic[0]
@@ -187,13 +185,7 @@ def describe(tada: Tada, dataset: Dataset, words: TagSource) -> dict:
 def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is escaped
     options, ranks = parse(argv), init_distributed()
-
-    def work() -> int:
-        kernels.use(options.kernels)
-        run(ranks=ranks, **{name: x for name, x in vars(options).items() if name != "kernels"})
-        cleanup()
-        return 0
-
+    work = partial(run, ranks=ranks, **vars(options))
     return run_command("eval.py", work, "interrupted: no result was written")
 
 
@@ -207,18 +199,14 @@ def run(
     tags: str | None,
     words: str | None,
     tag_threshold: float | None,
-    ms: bool,
-    scales: Sequence[float],
-    flip: bool,
-    whole: bool,
-    window: Size | None,
-    stride: Size | None,
     weights: str | None,
     workers: int,
+    kernel: str,
     out: str | None,
-    **segments: float,
-) -> None:
-    """Open everything, cheapest checks first; evaluate; rank 0 reports. `segments`: score and overlap."""
+    **flags: Any,
+) -> int:
+    """Open everything, cheapest checks first; evaluate; rank 0 reports. `flags` are of `protocol_of`."""
+    kernels.use(kernel)
     file = find_model(Path(checkpoint)).resolve()  # `best` may point elsewhere soon
     config, home = read_config(read_about(file)["config"], file), run_folder(file)
     root = data or data_folder(home, config)
@@ -228,13 +216,7 @@ def run(
             f"{root} has {len(dataset.classes)} classes, such as {dataset.classes[0]}, but {file} "
             f"was trained on {len(config.classes)}, such as {config.classes[0]}: give another --data"
         )
-    mask2former = config.decoder == "mask2former"
-    if mask2former:
-        flags = {"ms": ms, "flip": flip, "window": window, "stride": stride, "scales": scales != [1.0]}
-        for name in [name for name, value in flags.items() if value][:1]:
-            raise TadaError(f"--{name}: mask2former reads an image whole, once; leave it out")
-    protocol = {"scales": scales, "flip": flip} | segment_options(segments, config.decoder)
-    protocol["window"], protocol["stride"] = windows_of(config, whole=whole, window=window, stride=stride)
+    protocol = protocol_of(config, **flags)
     source, given = choose_source(tags, words, config.tags, config.condition)
     threshold = config.tag_threshold if tag_threshold is None else tag_threshold
     paths = [dataset.path(i) for i in range(len(dataset))]
@@ -247,7 +229,7 @@ def run(
     n = min(limit or len(dataset), len(dataset))
     protocol["indices"] = [i * len(dataset) // n for i in range(n)]
     out = Path(out) if out else (home or Path()) / f"eval-{split}"
-    if mask2former:
+    if config.decoder == "mask2former":
         protocol |= {"folder": out / "panoptic", "instances": True}
 
     with lock(out, "--out") if ranks.is_main else nullcontext():
@@ -262,8 +244,10 @@ def run(
         if ranks.is_main:
             print(result.as_markdown())
             result.write(out, checkpoint=file, sha256=sha256)
-            more = ", panoptic.json, panoptic/" if mask2former else ""
+            more = ", panoptic.json, panoptic/" if config.decoder == "mask2former" else ""
             print(f"written: {out}/result.json, result.md, confusion.csv, confusion.png{more}")
+    cleanup()
+    return 0
 
 
 def run_folder(file: Path) -> Path | None:
@@ -275,29 +259,30 @@ def run_folder(file: Path) -> Path | None:
 
 def data_folder(home: Path | None, config: TadaConfig) -> str:
     """The data set's folder of the run, or the default one."""
-    if home is not None:
-        try:
-            folder = json.loads((home / "config.json").read_text()).get("data")
-        except (OSError, ValueError, AttributeError) as error:
-            raise TadaError(f"{home / 'config.json'} cannot be read ({error}): give --data") from None
-        if folder:
+    try:
+        if home and (folder := json.loads((home / "config.json").read_text()).get("data")):
             return folder
+    except (OSError, ValueError, AttributeError) as error:
+        raise TadaError(f"{home / 'config.json'} cannot be read ({error}): give --data") from None
     if config.dataset in ("folder", "panoptic"):
         raise TadaError("the checkpoint does not hold its data set's folder: give it with --data")
     return default_data(config.dataset)
 
 
-def windows_of(
-    config: TadaConfig, *, whole: bool, window: Size | None, stride: Size | None
-) -> tuple[Size | None, Size | None]:
-    """The window and its stride that the flags request."""
+def protocol_of(
+    config: TadaConfig, *, ms: bool, whole: bool, window: Size | None, stride: Size | None, **flags: Any
+) -> dict[str, Any]:
+    """The arguments of `evaluate` that the flags request; `flags`: scales, flip, score and overlap."""
+    scales, flip = flags.pop("scales"), flags.pop("flip")
+    several = {"ms": ms, "flip": flip, "window": window, "stride": stride, "scales": scales != [1.0]}
+    protocol = {"scales": scales, "flip": flip} | segment_options(flags, config.decoder, several)
     if whole or config.decoder == "mask2former":
-        return None, None
+        return protocol
     default = tuple(map(stride_of, window)) if window else config.stride
     window, stride = window or config.crop, stride or default
     if any(step > side for step, side in zip(stride, window, strict=True)):
         raise TadaError(f"--stride {stride} leaves gaps between windows of {window}: give at most the window")
-    return window, stride
+    return protocol | {"window": window, "stride": stride}
 
 
 def move_earlier_results(out: Path) -> None:
@@ -312,9 +297,8 @@ def move_earlier_results(out: Path) -> None:
     try:
         folder.mkdir()
     except OSError as error:
-        raise TadaError(
-            f"{folder}, for the earlier evaluation, cannot be created ({error.strerror}): give another --out"
-        ) from None
+        fault = f"{folder}, for the earlier evaluation, cannot be created ({error.strerror})"
+        raise TadaError(f"{fault}: give another --out") from None
     for name in earlier:
         shutil.move(out / name, folder / name)
     print(f"moved the earlier evaluation to {folder}")
@@ -331,9 +315,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog="By default an image is resized as in training and, where it is then larger than the crop of "
         "training, read in windows of that crop; their logits are averaged where they overlap.",
     )
-    parser.add_argument(
-        "checkpoint", help="a run folder (its best step), a step folder or a model.safetensors"
-    )
+    parser.add_argument("checkpoint", help="a run folder (its best step), a step folder, model.safetensors")
     add = parser.add_argument_group("the images").add_argument
     data = "the data set (default: that of the run, or data/ and its official name)"
     add("--data", metavar="DIR", help=data)
@@ -355,7 +337,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--weights", metavar="DIR", help="the frozen files (default: their folder in training)")
     add("--workers", type=int, default=2, metavar="N", help="processes that load images (default: 2)")
     which = "Triton kernels: where they won the benchmark, never, or by name (default: auto)"
-    add("--kernels", choices=["auto", "torch", "triton"], default="auto", help=which)
+    add("--kernels", dest="kernel", choices=["auto", "torch", "triton"], default="auto", help=which)
     add("--out", metavar="DIR", help="(default: eval-SPLIT in the run folder, or here if there is none)")
     options = parser.parse_args(argv)
     for name in ("window", "stride"):
@@ -391,22 +373,18 @@ def add_segment_flags(parser: argparse.ArgumentParser) -> None:
     add("--overlap", **common, help=kept)
 
 
-def segment_options(given: dict[str, float], decoder: str) -> dict[str, float]:
-    """`score` and `overlap` of mask2former, {} of another decoder. Raises ModelError if that is given one."""
+def segment_options(given: dict[str, float], decoder: str, several: dict[str, Any]) -> dict[str, float]:
+    """`score` and `overlap` of mask2former, {} of another decoder. Raises ModelError if that is given one,
+    or mask2former one of the flags that read an image `several` times.
+    """
     if decoder == "mask2former":
+        for name in [name for name, value in several.items() if value][:1]:
+            raise ModelError(f"--{name}: mask2former reads an image whole, once; leave it out")
         return {"score": SCORE, "overlap": OVERLAP} | given
     for name in given:
-        raise ModelError(
-            f"--{name} is for mask2former's segments, this model's decoder is {decoder}: leave it out"
-        )
+        here = f"this model's decoder is {decoder}"
+        raise ModelError(f"--{name} is for mask2former's segments, {here}: leave it out")
     return {}
-
-
-def fraction(text: str) -> float:
-    x = float(text)  # argparse reports a ValueError
-    if not 0 <= x <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not in 0..1")
-    return x
 
 
 def positive(text: str) -> int:
@@ -415,11 +393,15 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def scale(text: str) -> float:
+def scale(text: str, least: float = 0.1, most: float = 10) -> float:
     x = float(text)  # argparse reports a ValueError
-    if not 0.1 <= x <= 10:
-        raise argparse.ArgumentTypeError(f"{text!r} is not in 0.1..10")
+    if not least <= x <= most:
+        raise argparse.ArgumentTypeError(f"{text!r} is not in {least}..{most}")
     return x
+
+
+def fraction(text: str) -> float:
+    return scale(text, 0, 1)
 
 
 if __name__ == "__main__":

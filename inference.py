@@ -28,15 +28,8 @@ class Prediction(NamedTuple):
 
     labels: Tensor
     tag_logits: Tensor | None
-
-
-class Segmented(NamedTuple):
-    """Mask2Former's prediction: labels and tag_logits as in `Prediction`, and the segments of each image."""
-
-    labels: Tensor
-    tag_logits: Tensor | None
-    panoptic: list[Panoptic]
-    instances: list[Instances] | None  # None unless requested
+    panoptic: list[Panoptic] | None = None  # the segments of each image, of mask2former
+    instances: list[Instances] | None = None  # None unless requested
 
 
 @torch.no_grad()
@@ -83,7 +76,7 @@ def segment(
     score: float = SCORE,
     overlap: float = OVERLAP,
     instances: bool = False,
-) -> Segmented:
+) -> Prediction:
     """Segment images `(B, 3, H, W)` in [-1, 1] with Mask2Former at `size` (H, W), by default their own size.
 
     One pass over the whole image: windows would cut objects. The labels equal those of `predict`. `score` and
@@ -96,7 +89,7 @@ def segment(
     labels = vote([logits], size or (H, W))
     panoptic = tada.decoder.panoptic(output.prediction, *sizes, score, overlap)
     things = tada.decoder.instances(output.prediction, *sizes) if instances else None
-    return Segmented(labels, output.condition.logits, panoptic, things)
+    return Prediction(labels, output.condition.logits, panoptic, things)
 
 
 @torch.no_grad()
@@ -111,9 +104,8 @@ def attention(tada: Tada, image: Tensor, tags: Tags | None = None) -> Tensor:
     """
     config = tada.config
     if config.condition not in ("classes", "tagging", "tags", "oracle"):
-        raise ModelError(
-            f"condition {config.condition} has no words to attend to: use classes, tagging, tags or oracle"
-        )
+        cure = "use classes, tagging, tags or oracle"
+        raise ModelError(f"condition {config.condition} has no words to attend to: {cure}")
     if tags is not None and config.tag_tokens == "prompt":
         raise ModelError("tag_tokens 'prompt' joins the tags into one text: use a model with 'pooled'")
     (H, W), text = image.shape[2:], tada.text(tags)

@@ -99,8 +99,7 @@ def predict(
     image, size = read_image(path)
     small = fit(size, *config.box) if config.box else size
     x = model_input(image, small).to(device)  # (1, 3, h, w)
-    # As eval.py: for other scales than 1 every size is made from the original image.
-    original = x if settings.scales == [1.0] else model_input(image, size).to(device)
+    original = x if settings.scales == [1.0] else model_input(image, size).to(device)  # as in eval.py
     how = {"window": config.crop, "stride": config.stride, "scales": settings.scales, "flip": settings.flip}
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         tags = tada.resolve_tags(x, None if words is None else [words])
@@ -121,8 +120,8 @@ def predict(
     if config.decoder == "mask2former":
         ids, segments = prediction.panoptic[0]
         ids = ids.cpu().numpy()
-        entries = [(s.id, config.classes[s.label], s.score) for s in segments]
-        record["segments"] = [dict(zip(("id", "class", "score"), x, strict=True)) for x in entries]
+        entries = [{"id": s.id, "class": config.classes[s.label], "score": s.score} for s in segments]
+        record["segments"] = entries
         results[".overlay.jpg"] = segment_overlay(np.asarray(image), ids, segments, **names)
         results[SEGMENTS] = Image.fromarray(to_colours(ids))
     else:
@@ -229,15 +228,12 @@ def run(
     config = read_config(read_about(file)["config"], file)
     if attention and config.condition in ("none", "caption", "implicit"):
         raise TadaError(f"--attention: condition {config.condition} has no words to attend to; leave it out")
-    if config.decoder == "mask2former" and (flip or scales != [1.0]):
-        flag = "flip" if flip else "scales"
-        raise TadaError(f"--{flag}: mask2former reads an image whole, once; leave it out")
+    reading = segment_options(segments, config.decoder, {"flip": flip, "scales": scales != [1.0]})
     source, given = choose_source(tags, words, config.tags, config.condition)
     threshold = config.tag_threshold if tag_threshold is None else tag_threshold
-    reading = segment_options(segments, config.decoder)
     own = given is not None or (source, threshold) == (config.tags, config.tag_threshold)
     tagger = {} if own else {"tagger": source, "tag_threshold": threshold}
-    settings = Settings(digest(file), tagger, scales, flip, attention=attention, reading=reading)
+    settings = Settings(digest(file), tagger, scales, flip, attention, reading)
     folder = Path(out).absolute()
     taken = {labels.removesuffix(".png").lower(): x["path"] for labels, x in read_list(folder).items()}
     names = find_images(inputs, folder, taken)
@@ -250,9 +246,7 @@ def run(
         ranks.barrier()  # only now may files appear
         tada = load_model(file, weights, ranks.device, source, threshold) if todo else None
         if ranks.is_main:
-            print(kernels.describe(ranks.device))
-            if source != config.tags:
-                print(f"tags: {source}; the model was trained with {config.tags}")
+            print(kernels.describe(ranks.device), f"tags: {source}; of training: {config.tags}", sep="\n")
             if config.weights == "random":
                 print("random weights: without a prior")
         failed, mine = 0, todo[ranks.rank :: ranks.world]
@@ -291,8 +285,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("inputs", nargs="+", metavar="INPUT", help="an image, a folder or a quoted glob")
     add("--out", metavar="DIR", default="predictions", help="of the results (default: predictions)")
     add = parser.add_argument_group("the model").add_argument
-    frozen = "its frozen files (default: their folder in training)"
-    add("--weights", metavar="DIR", help=frozen)
+    add("--weights", metavar="DIR", help="its frozen files (default: their folder in training)")
     add_word_flags(add)
     sizes = "sizes, as multiples of the model's own, whose predictions are averaged (default: 1)"
     add("--scales", type=scale, nargs="+", metavar="X", default=[1.0], help=sizes)

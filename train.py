@@ -20,14 +20,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import inference
 import kernels
 from assemble import build, parameter_groups
 from data import Dataset, open_dataset
 from errors import CheckpointError, ModelError, RunError, run_command
-from eval import Result, evaluate
+from eval import Result, evaluate, predict_item
 from images import scenes
 from images.panoptic import Segment
 from loading.augment import Augment, normalise
@@ -40,7 +40,7 @@ from model import Size, Tada
 from run import checkpoint
 from run.folder import Run, fingerprint, open_run
 from run.options import Options, config_of, defaults, parse
-from run.progress import Meter, StopOnSignal, describe, draw, log_line
+from run.progress import StopOnSignal, describe, draw, log_line, speed
 from run.ranks import Ranks, cleanup, init_distributed
 from run.recipes import DROPS, paper_row
 from run.tagging import open_tags
@@ -75,8 +75,9 @@ def train_step(
     """
     labels = [batch.labels.to(ranks.device, non_blocking=True).long() for batch in batches]
     segments = [segments_of(tada, batch, ranks.device) for batch in batches]
-    counts = count_all(tada, labels, segments=segments, ranks=ranks)
-    sums = {}
+    terms = [tada.counts(*target) for target in zip(labels, segments, strict=True)]
+    total = ranks.all_reduce(torch.stack([torch.stack(list(x.values())) for x in terms]).sum(dim=0))
+    counts, sums = dict(zip(terms[0], total.clamp(min=1), strict=True)), {}  # of the global batch
     for i, (batch, true_labels, true_segments) in enumerate(zip(batches, labels, segments, strict=True)):
         last = i == len(batches) - 1
         with nullcontext() if last or model is tada else model.no_sync():
@@ -98,21 +99,11 @@ def train_step(
     if not all(map(math.isfinite, step.values())):
         wrong = [] if all(x.isfinite() for x in sums.values()) else [p for x in batches for p in x.paths]
         where = ", ".join(ranks.all_gather_object(wrong)) or "the gradient alone"
-        raise RunError(
-            f"not finite: {step}, in {where}: give a lower --lr, or the largest norm with --clip, and --fresh"
-        )
+        cure = "give a lower --lr, or the largest norm with --clip, and --fresh"
+        raise RunError(f"not finite: {step}, in {where}: {cure}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return {**step, "stop": bool(stop)}
-
-
-def count_all(
-    tada: Tada, labels: Sequence[Tensor], segments: Sequence[list[Target] | None], ranks: Ranks
-) -> dict[str, Tensor]:
-    """The number of terms of each part of the loss in the global batch, at least 1."""
-    counts = [tada.counts(*target) for target in zip(labels, segments, strict=True)]
-    total = ranks.all_reduce(torch.stack([torch.stack(list(x.values())) for x in counts]).sum(dim=0))
-    return dict(zip(counts[0], total.clamp(min=1), strict=True))
 
 
 def segments_of(tada: Tada, batch: Batch, device: torch.device) -> list[Target] | None:
@@ -155,23 +146,16 @@ def learning_rate(step: int, iterations: int, warmup: int, drops: Sequence[float
 
 
 @dataclass
-class Sets:
-    """The data of training and of validation, and the tags of their images."""
-
-    train: Dataset
-    val: Dataset
-    train_words: TagSource
-    val_words: TagSource
-
-
-@dataclass
 class Training:
     """A run in progress."""
 
     run: Run
     options: Options
     tada: Tada
-    sets: Sets
+    train_set: Dataset
+    val_set: Dataset
+    train_words: TagSource
+    val_words: TagSource
     optimizer: torch.optim.Optimizer
     frozen: dict[str, str]  # hashes of the prior's files
     step: int = 0
@@ -198,14 +182,14 @@ def loop(training: Training, stop: StopOnSignal) -> int:
         tada.decoder.compile(options=COMPILE)
     model = ranks.data_parallel(tada)
     shares = {"rank": ranks.rank, "world": ranks.world, "accumulate": options.accumulate}
-    loading = {"workers": options.workers, "device": ranks.device.type}
-    stream = training_stream(options, tada, training.sets.train, options.batch, **shares, **loading)
-    fixed = {"words": training.sets.train_words, "ranks": ranks, "clip": options.clip, "seed": options.seed}
+    shares |= {"workers": options.workers, "device": ranks.device.type}
+    stream = training_stream(training, options.batch, **shares)
+    fixed = {"words": training.train_words, "ranks": ranks, "clip": options.clip, "seed": options.seed}
     drops = DROPS if options.decoder == "mask2former" else ()
     tada.train()
     if not training.validated:  # the run was interrupted before
         validate(training, final=training.step == options.iterations)
-    meter, stopping = Meter(), False
+    times, stopping = [], False  # seconds since the last line of the log, without evaluation and saving
     micro_batches = stream.batches(training.step * options.batch)
     for step in range(training.step + 1, options.iterations + 1):
         started = time.perf_counter()
@@ -216,13 +200,14 @@ def loop(training: Training, stop: StopOnSignal) -> int:
             group["lr"] = group["full_lr"] * share
         stopping = stop.signal is not None
         result = train_step(model, tada, training.optimizer, batches=batches, stopping=stopping, **fixed)
-        meter.add(loaded - started, time.perf_counter() - loaded)
+        times.append((loaded - started, time.perf_counter() - loaded))
         training.step = step
         last = step == options.iterations
         stopping = result.pop("stop") and not last
         if last or stopping or step % options.log_every == 0 or step == 1:
             entry = {"step": step, **result, "lr": options.lr * share, "replaced": stream.replaced}
-            entry |= meter.read(options.batch, options.iterations - step)
+            entry |= speed(times, options.batch, remaining=options.iterations - step)
+            times.clear()
             run.log(entry)
             run.print0(log_line(entry, options.iterations))
         training.validated = not (last or step % options.eval_every == 0)
@@ -237,15 +222,13 @@ def loop(training: Training, stop: StopOnSignal) -> int:
     return 128 + (stop.signal or signal.SIGTERM) if stopping else 0
 
 
-def training_stream(
-    options: Options, tada: Tada, dataset: Dataset, batch: int, **shares: int | str
-) -> TrainStream:
+def training_stream(training: Training, batch: int, **shares: int | str) -> TrainStream:
     """The augmented samples: large-scale jitter with segments for Mask2Former, else labels alone."""
+    options = training.options
+    augmentation = Augment(options.crop, options.short, options.long)
     if options.decoder == "mask2former":
-        augmentation = Jitter(tada.config.crop, tuple(options.scales))
-    else:
-        augmentation = Augment(tada.config.crop, options.short, options.long)
-    return TrainStream(dataset, augmentation, batch=batch, seed=options.seed, **shares)
+        augmentation = Jitter(options.crop, tuple(options.scales))
+    return TrainStream(training.train_set, augmentation, batch=batch, seed=options.seed, **shares)
 
 
 # ---- validation
@@ -261,9 +244,8 @@ def validate(training: Training, final: bool) -> None:
         metrics |= {name: mean[name] for name in ("PQ", "SQ", "RQ")}
         quality = f"PQ {mean['PQ']:.4f} SQ {mean['SQ']:.4f} RQ {mean['RQ']:.4f} "
     run.log({"step": training.step, "val": metrics})
-    run.print0(
-        f"step {training.step} val {quality}mIoU {result.mIoU:.4f} pixel accuracy {result.pixel_accuracy:.4f}"
-    )
+    accuracy = f"mIoU {result.mIoU:.4f} pixel accuracy {result.pixel_accuracy:.4f}"
+    run.print0(f"step {training.step} val {quality}{accuracy}")
     if run.ranks.is_main:
         draw_val(training)
     best, training.validated = training.best, True
@@ -275,31 +257,29 @@ def validate(training: Training, final: bool) -> None:
 
 def evaluate_val(training: Training, limit: int | None = None) -> Result:
     """The protocol of `eval.py` without flags, on the validation set or its first `limit` images."""
-    sets, ranks = training.sets, training.run.ranks
-    indices = range(min(limit or len(sets.val), len(sets.val)))
+    val, ranks = training.val_set, training.run.ranks
+    how = {"indices": range(len(val))[:limit], "panoptic": training.metric == "PQ", **training.windows}
     shares = {"workers": training.options.workers, "rank": ranks.rank, "world": ranks.world}
-    how = {"words": sets.val_words, "indices": indices, "panoptic": training.metric == "PQ"}
-    return evaluate(training.tada, sets.val, **how, **training.windows, **shares)
+    return evaluate(training.tada, val, training.val_words, **how, **shares)
 
 
 def draw_val(training: Training) -> None:
     """val/step-000123.jpg: the predictions of a few images of the validation set, always the same ones."""
-    run, tada, val = training.run, training.tada, training.sets.val
+    run, tada, val = training.run, training.tada, training.val_set
+    predict = inference.segment if training.metric == "PQ" else inference.predict
     chosen = np.linspace(0, len(val) - 1, min(SHOWN, len(val))).astype(int).tolist()
     shown = []
     tada.eval()
     for item in EvaluationStream(val, *(tada.config.box or (None, None))).items(chosen):
-        image = normalise(item.image[None].to(run.ranks.device))  # (1, 3, h, w)
-        words = training.sets.val_words(item.path, item.present)
-        tags = tada.resolve_tags(image, None if words is None else [words])
-        with torch.autocast(image.device.type, torch.bfloat16, enabled=image.is_cuda):
-            if tada.config.decoder == "mask2former":
-                ids, segments = inference.segment(tada, image, tags=tags).panoptic[0]
-                target = ids.cpu().numpy(), segments
-            else:
-                labels = inference.predict(tada, image, tags=tags, **training.windows).labels
-                target = labels[0].byte().cpu().numpy()
-        shown.append((item.image.permute(1, 2, 0).numpy(), target, tags and tags[0]))
+        item = item._replace(labels=item.image[0])  # predicted at the size that the model reads
+        how = partial(predict, tada, **training.windows)
+        prediction, tags = predict_item(tada, item, words=training.val_words, predict=how)
+        if training.metric == "PQ":
+            ids, segments = prediction.panoptic[0]
+            target = ids.cpu().numpy(), segments
+        else:
+            target = prediction.labels[0].byte().cpu().numpy()
+        shown.append((item.image.permute(1, 2, 0).numpy(), target, tags))
     tada.train()
     file = run.folder / "val" / f"step-{training.step:06d}.jpg"
     try:
@@ -309,15 +289,16 @@ def draw_val(training: Training) -> None:
         run.print0(f"{file} is not drawn ({error.strerror})")
 
 
-def draw_inputs(run: Run, sets: Sets, batch: Batch) -> None:
+def draw_inputs(training: Training, batch: Batch) -> None:
     """inputs.jpg: the first training images after augmentation, each with its labels and its tags."""
     images = batch.image.permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
-    words = words_of(batch, sets.train_words) or [None] * len(images)
+    words = words_of(batch, training.train_words) or [None] * len(images)
     targets = batch.labels.numpy()
     if batch.owners is not None:  # UNOWNED, -1, becomes 0, which is void
         owned = [[Segment(i, k, False) for i, k in enumerate(x.tolist(), 1)] for x in batch.classes]
         targets = zip(batch.owners.numpy() + 1, owned, strict=True)
-    draw(run.folder / "inputs.jpg", sets.train, zip(images, targets, words, strict=True))
+    file = training.run.folder / "inputs.jpg"
+    draw(file, training.train_set, zip(images, targets, words, strict=True))
 
 
 # ---- saving
@@ -379,10 +360,8 @@ def train(options: Options, ranks: Ranks) -> int:
             code = loop(training, stop)
         if code == 0:
             best = training.best
-            run.print0(
-                f"done: best val {training.metric} {best[training.metric]:.4f} at step {best['step']}; "
-                f"next: python eval.py {run.folder}"
-            )
+            score = f"{training.metric} {best[training.metric]:.4f} at step {best['step']}"
+            run.print0(f"done: best val {score}; next: python eval.py {run.folder}")
         return code
 
 
@@ -407,13 +386,13 @@ def prepare(run: Run, options: Options) -> Training:
     torch.manual_seed(options.seed)  # the same initial weights on every rank
     tada = build(config, ranks.device)
     tada.unet.checkpoint_activations = options.checkpoint_activations
-    sources = {"train_set": train_set, "val_set": val_set, "resumed": last is not None}
-    train_words, val_words = open_tags(run, tada, options=options, **sources)
-    sets = Sets(train_set, val_set, train_words=train_words, val_words=val_words)
+    data = {"train_set": train_set, "val_set": val_set}
+    train_words, val_words = open_tags(run, tada, options=options, **data, resumed=last is not None)
+    data |= {"train_words": train_words, "val_words": val_words}
     scales = {"weight_decay": options.weight_decay, "unet_scale": options.unet_lr_scale}
     groups = parameter_groups(tada, options.lr, **scales)
     optimizer = torch.optim.AdamW([{**group, "full_lr": group["lr"]} for group in groups])
-    training = Training(run, options, tada=tada, sets=sets, optimizer=optimizer, frozen=frozen)
+    training = Training(run, options, tada=tada, **data, optimizer=optimizer, frozen=frozen)
 
     torch.manual_seed(options.seed + 1 + ranks.rank)  # dropout differs between ranks
     if last is not None:
@@ -423,13 +402,12 @@ def prepare(run: Run, options: Options) -> Training:
 
 def smoke_test(training: Training) -> None:
     """Fail early: draw inputs.jpg and evaluate two images per rank."""
-    run, options, sets = training.run, training.options, training.sets
-    if run.ranks.is_main:
-        stream = training_stream(options, training.tada, sets.train, min(SHOWN, options.batch))
-        batches = stream.batches()
-        draw_inputs(run, sets, next(batches))
+    ranks = training.run.ranks
+    if ranks.is_main:
+        batches = training_stream(training, min(SHOWN, training.options.batch)).batches()
+        draw_inputs(training, next(batches))
         batches.close()
-    evaluate_val(training, limit=2 * run.ranks.world)
+    evaluate_val(training, limit=2 * ranks.world)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

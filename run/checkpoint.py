@@ -125,9 +125,8 @@ def read_own_state(tada: Tada, file: Path) -> dict[str, Tensor]:
     own, state = own_state(tada), load_file(file)
     wrong = sorted(set(own) ^ set(state)) or [name for name in own if own[name].shape != state[name].shape]
     if wrong:
-        raise CheckpointError(
-            f"{file} does not fit the model it describes: {', '.join(wrong[:10])}; use another step"
-        )
+        names = ", ".join(wrong[:10])
+        raise CheckpointError(f"{file} does not fit the model it describes: {names}; use another step")
     return state
 
 
@@ -150,9 +149,8 @@ def read_about(file: Path) -> dict:
         raise CheckpointError(f"{file} was not written by train.py: give a run folder or its {MODEL}")
     about = json.loads(metadata["tada"])
     if about["format"] > FORMAT:
-        raise CheckpointError(
-            f"{file} has format {about['format']}, this code reads {FORMAT}: use a newer TADA"
-        )
+        fault = f"has format {about['format']}, this code reads {FORMAT}"
+        raise CheckpointError(f"{file} {fault}: use a newer TADA")
     return about
 
 
@@ -163,9 +161,8 @@ def read_config(entries: dict, file: Path) -> TadaConfig:
     """The settings of a checkpoint. Raises CheckpointError for one that this code lacks."""
     for name, supported in REMOVED.items():
         if entries.get(name, supported) != supported:
-            raise CheckpointError(
-                f"{file} has {name} {entries[name]!r}, only {supported!r} is still supported: use TADA 0.1.0"
-            )
+            fault = f"has {name} {entries[name]!r}, only {supported!r} is still supported"
+            raise CheckpointError(f"{file} {fault}: use TADA 0.1.0")
     entries = {name: as_tuples(value) for name, value in entries.items() if name not in REMOVED}
     unknown = sorted(set(entries) - {field.name for field in fields(TadaConfig)})
     if unknown:
@@ -190,8 +187,8 @@ def training_state(optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, 
                 tensors[f"optimizer/{name}/{key}"] = value.detach().cpu().contiguous()
     generators = {"cpu": torch} | ({"cuda": torch.cuda} if ranks.device.type == "cuda" else {})
     for kind, module in generators.items():
-        states = ranks.all_gather(module.get_rng_state().to(ranks.device))
-        tensors |= {f"rng/{rank}/{kind}": state.cpu() for rank, state in enumerate(states)}
+        states = ranks.all_gather_object([module.get_rng_state()])
+        tensors |= {f"rng/{rank}/{kind}": state for rank, state in enumerate(states)}
     return tensors
 
 
@@ -251,9 +248,8 @@ def write_step(
         shutil.rmtree(new, ignore_errors=True)
         with suppress(OSError):
             restore_replaced(run)
-        raise CheckpointError(
-            f"{final} could not be written ({error}): free space on its disk, or make it writable"
-        ) from None
+        cure = "free space on its disk, or make it writable"
+        raise CheckpointError(f"{final} could not be written ({error}): {cure}") from None
     return final
 
 
@@ -296,17 +292,11 @@ def steps(run: Path) -> list[Path]:
 def prune(run: Path) -> None:
     """Remove all step folders except the newest and those that `last` and `best` point to."""
     linked = {os.readlink(run / name) for name in ("last", "best") if (run / name).is_symlink()}
-    for folder in steps(run)[:-KEPT]:
-        if folder.name not in linked:
-            remove(folder)
-
-
-def remove(folder: Path) -> None:
-    """Remove a step folder; rename it first, so that under its own name it is complete or gone."""
-    renamed = folder.with_name(f".tmp-old-{folder.name}")
-    shutil.rmtree(renamed, ignore_errors=True)
-    os.replace(folder, renamed)
-    shutil.rmtree(renamed, ignore_errors=True)
+    for folder in [folder for folder in steps(run)[:-KEPT] if folder.name not in linked]:
+        renamed = run / f".tmp-old-{folder.name}"  # under its own name a step is complete or gone
+        shutil.rmtree(renamed, ignore_errors=True)
+        os.replace(folder, renamed)
+        shutil.rmtree(renamed, ignore_errors=True)
 
 
 def clean(run: Path) -> None:

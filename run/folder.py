@@ -37,23 +37,22 @@ def lock(folder: Path, flag: str) -> TextIO:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise RunError(
-            f"{folder} is being written by another process: wait, or give another {flag}"
-        ) from None
+        fault = "is being written by another process: wait, or"
     except OSError as error:
-        raise RunError(
-            f"{folder} cannot be written or locked ({error.strerror}): give another {flag}"
-        ) from None
-    os.register_at_fork(after_in_child=file.close)  # or a worker that outlives us would keep the lock
-    return file
+        fault = f"cannot be written or locked ({error.strerror}):"
+    else:
+        os.register_at_fork(after_in_child=file.close)  # or a worker that outlives us would keep the lock
+        return file
+    raise RunError(f"{folder} {fault} give another {flag}")
 
 
 class Run:
     """The folder of a run, locked from `claim` to the end of the `with` block; only rank 0 writes."""
 
+    lock: TextIO | None = None
+
     def __init__(self, folder: Path, ranks: Ranks):
         self.folder, self.ranks = folder, ranks
-        self.lock: TextIO | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -121,9 +120,8 @@ def open_run(
         for sentence in refused:
             run.print0(sentence)
         if refused and last is None:
-            raise RunError(
-                f"no intact checkpoint in {run.folder}: repair one or start over with --fresh (keeps the run)"
-            )
+            cure = "repair one or start over with --fresh (keeps the run)"
+            raise RunError(f"no intact checkpoint in {run.folder}: {cure}")
         about = {
             "command": [sys.executable, *sys.argv],
             "data": str(Path(options.data).absolute()),
@@ -154,27 +152,20 @@ def refuse_changes(run: Run, about: dict, defaults: Mapping[str, Any], free: set
         options, torch_version = defaults | before["options"], before["versions"]["torch"]
         read = before.get("read", now["read"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(
-            f"{file} lacks the settings of its run ({error}): start over with --fresh (keeps the run)"
-        ) from None
-    changed = {x: f"is {y}" for x, y in now["options"].items() if x not in free and options[x] != y}
-    changed |= {x: "is removed" for x, y in REMOVED.items() if options.get(x) not in (None, y)}
-    changed = [
-        f"--{name.replace('_', '-')} was {options[name]}, {now_is}" for name, now_is in changed.items()
-    ]
+        cure = "start over with --fresh (keeps the run)"
+        raise RunError(f"{file} lacks the settings of its run ({error}): {cure}") from None
+    other = {x: f"is {y}" for x, y in now["options"].items() if x not in free and options[x] != y}
+    other |= {x: "is removed" for x, y in REMOVED.items() if options.get(x) not in (None, y)}
+    changed = [f"--{x.replace('_', '-')} was {options[x]}, {now_is}" for x, now_is in other.items()]
     changed += [f"{name} has changed" for name, value in now["read"].items() if read.get(name) != value]
     if changed:
-        raise RunError(
-            f"{run.folder} holds a run started with other settings ({'; '.join(changed)}): "
-            "use the same, another --run-dir, or --fresh to start over (keeps the run)"
-        )
-    before = {"torch": torch_version, "--threads": options["threads"]}
-    after = {"torch": torch.__version__, "--threads": now["options"]["threads"]}
-    for name in [name for name in before if before[name] != after[name]]:
-        run.print0(
-            f"{name} was {before[name]}, is {after[name]}: results may differ in rounding from an "
-            "uninterrupted run"
-        )
+        cure = "use the same, another --run-dir, or --fresh to start over (keeps the run)"
+        raise RunError(f"{run.folder} holds a run started with other settings ({'; '.join(changed)}): {cure}")
+    threads = options["threads"], now["options"]["threads"]
+    for name, (then, today) in {"torch": (torch_version, torch.__version__), "--threads": threads}.items():
+        if then != today:
+            effect = "results may differ in rounding from an uninterrupted run"
+            run.print0(f"{name} was {then}, is {today}: {effect}")
 
 
 def rename_run(run: Run) -> None:
@@ -204,8 +195,5 @@ def fingerprint(
 def commit() -> str | None:
     """The commit of this code, None outside a git checkout or without git."""
     command = ["git", "-C", Path(__file__).parents[1], "rev-parse", "HEAD"]
-    try:
-        git = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:  # git is not installed
-        return None
-    return git.stdout.strip() or None
+    with suppress(OSError):  # git is not installed
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None

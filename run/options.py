@@ -239,10 +239,8 @@ def refuse_nonsense(p: argparse.ArgumentParser, o: Options) -> None:
     if o.condition == "caption" and o.tags in sources:
         p.error(f"--condition caption --tags {o.tags}: give a FILE.jsonl with a caption for every image")
     if o.decoder == "mask2former" and o.dataset not in (*WITH_INSTANCES, "scenes"):
-        p.error(
-            f"--decoder mask2former needs instances, and {o.dataset} has none: "
-            f"choose --dataset {', '.join(WITH_INSTANCES)} or scenes"
-        )
+        choices = f"choose --dataset {', '.join(WITH_INSTANCES)} or scenes"
+        p.error(f"--decoder mask2former needs instances, and {o.dataset} has none: {choices}")
     if o.condition in ("none", "classes", "implicit") and o.tags != "classes":
         p.error(f"--condition {o.condition} takes no tags per image: leave --tags {o.tags} out")
 

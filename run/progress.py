@@ -3,8 +3,7 @@
 import resource
 import signal
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,12 +37,10 @@ def describe(run: Run, options: Options, tada: Tada) -> None:
     device, world = run.ranks.device, run.ranks.world
     each = options.batch // (world * options.accumulate)
     paper = recipe(options.dataset, options.model, decoder=options.decoder).paper
-    run.print0(
-        f"batch {options.batch} = {world} processes x {options.accumulate} accumulated x {each} images, "
-        f"{options.iterations:,} iterations, lr {options.lr:g}"
-        + (f"; the paper: {paper}" if paper else "")
-        + f"; device {device}, {options.threads} threads, torch {torch.__version__}"
-    )
+    batch = f"batch {options.batch} = {world} processes x {options.accumulate} accumulated x {each} images"
+    schedule = f"{options.iterations:,} iterations, lr {options.lr:g}" + (paper and f"; the paper: {paper}")
+    machine = f"device {device}, {options.threads} threads, torch {torch.__version__}"
+    run.print0(f"{batch}, {schedule}; {machine}")
     run.print0(kernels.describe(device))
     run.print0(f"run folder {run.folder}")
 
@@ -58,31 +55,18 @@ def draw(file: Path, dataset: Dataset, shown: Iterable[tuple[np.ndarray, Any, li
     mosaic(tiles, 4).save(file, quality=92)
 
 
-@dataclass
-class Meter:
-    """Seconds of training since the last reading; evaluation and checkpoints do not count."""
-
-    steps: int = 0
-    loading: float = 0.0
-    computing: float = 0.0
-
-    def add(self, loading: float, computing: float) -> None:
-        """Count one step."""
-        self.steps += 1
-        self.loading += loading
-        self.computing += computing
-
-    def read(self, batch: int, remaining: int) -> dict[str, float]:
-        """Speed at `batch` images a step, share of loading, memory, time for `remaining` steps; reset."""
-        seconds = self.loading + self.computing
-        reading = {
-            "images_per_second": self.steps * batch / seconds,
-            "data_share": self.loading / seconds,
-            "memory_gib": peak_memory() / 2**30,
-            "eta_seconds": remaining * seconds / self.steps,
-        }
-        self.steps, self.loading, self.computing = 0, 0.0, 0.0
-        return reading
+def speed(times: Sequence[tuple[float, float]], batch: int, remaining: int) -> dict[str, float]:
+    """Speed, share of loading, memory, and time for `remaining` steps, from the seconds of loading and of
+    computing of each step of `batch` images.
+    """
+    loading, computing = map(sum, zip(*times, strict=True))
+    seconds = loading + computing
+    return {
+        "images_per_second": len(times) * batch / seconds,
+        "data_share": loading / seconds,
+        "memory_gib": peak_memory() / 2**30,
+        "eta_seconds": remaining * seconds / len(times),
+    }
 
 
 def peak_memory() -> int:

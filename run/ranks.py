@@ -32,14 +32,6 @@ class Ranks(NamedTuple):
             dist.all_reduce(x)
         return x
 
-    def all_gather(self, x: Tensor) -> list[Tensor]:
-        """The tensor of every rank, in their order; all have one shape."""
-        if self.world == 1:
-            return [x]
-        every = [torch.empty_like(x) for _ in range(self.world)]
-        dist.all_gather(every, x)
-        return every
-
     def all_gather_object(self, part: list) -> list:
         """The lists of all ranks, concatenated; pickles, keep them small."""
         parts = [part] * self.world
@@ -75,9 +67,8 @@ def init_distributed() -> Ranks:
     if torch.cuda.is_available():
         local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local >= gpus:
-            print(
-                f"process {local} of this machine has no GPU: give --nproc-per-node {gpus}", file=sys.stderr
-            )
+            fault = f"process {local} of this machine has no GPU"
+            print(f"{fault}: give --nproc-per-node {gpus}", file=sys.stderr)
             sys.exit(2)
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
@@ -87,10 +78,6 @@ def init_distributed() -> Ranks:
 
 
 def cleanup() -> None:
-    """Destroy the process group (collective); not after an error.
-
-    NCCL would block until all ranks are here, and these wait for the one that failed. That one just exits,
-    and torchrun ends the others.
-    """
+    """Destroy the process group (collective); not after an error, or NCCL would wait for the other ranks."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -44,18 +44,16 @@ class Recipe:
 
 
 # ODISE's, as the paper's Table 4: its 9,000 iterations are as printed, ODISE's schedule is 92,188.
-PANOPTIC = Recipe(
-    (640, 640),
-    9000,
-    lr=1e-4,
-    batch=64,
-    weight_decay=0.05,
-    unet_lr_scale=0.1,
-    clip=0.01,
-    warmup=250,
-    scales=SCALES,
-    paper="lr 1e-4, batch 64, 9k; ODISE 92,188 iterations",
-)
+ODISE = {"lr": 1e-4, "batch": 64, "weight_decay": 0.05, "unet_lr_scale": 0.1, "clip": 0.01, "warmup": 250}
+SCHEDULE = "lr 1e-4, batch 64, 9k; ODISE 92,188 iterations"
+PANOPTIC = Recipe((640, 640), 9000, **ODISE, scales=SCALES, paper=SCHEDULE)
+
+CITYSCAPES = "crop 512x1024, 90k, FPN, batch unsaid"
+SD15 = {
+    "ade20k": Recipe((512, 512), 80_000, paper="lr 6e-5, 80k (FPN) or 160k (UperNet), batch unsaid"),
+    "cocostuff": Recipe((640, 640), 80_000, paper="crop 640, 80k, batch unsaid"),
+    "cityscapes": Recipe((512, 1024), 90_000, short=1024, whole=True, paper=CITYSCAPES),
+}
 
 VPD = {  # fpn_vpd_sd1-5_512x512_gpu8x2.py and vpd_seg.py
     "condition": "classes",
@@ -84,7 +82,7 @@ def paper_row(dataset: str, condition: str, tags: str, tag_loss_weight: float) -
 
 
 def recipe(dataset: str, model: str, decoder: str) -> Recipe:
-    """Section 4.1 and the captions of Tables 1 to 3; what the paper leaves open is marked in PAPER.md."""
+    """The defaults of a data set, a model and a decoder."""
     if decoder == "mask2former":
         if model == "sd15":
             return PANOPTIC if dataset == "coco-panoptic" else replace(PANOPTIC, paper="")
@@ -92,16 +90,9 @@ def recipe(dataset: str, model: str, decoder: str) -> Recipe:
         tiny = Recipe((128, 128), 1500, lr=1e-3, batch=8, dropout=0.0, clip=0.01, scales=(0.5, 2.0))
         return tiny if dataset == "scenes" else replace(tiny, iterations=3000, short=180)
     if model == "tiny":
-        if dataset == "scenes":
-            # Under three minutes on two CPU cores.
-            return Recipe((128, 128), 200, lr=1e-3, batch=8, dropout=0.0)
-        return Recipe((128, 128), 1500, lr=1e-3, short=180, dropout=0.0)  # half an hour
-    if dataset == "ade20k":
-        iterations = 160_000 if decoder == "upernet" else 80_000
-        return Recipe((512, 512), iterations, paper="lr 6e-5, 80k (FPN) or 160k (UperNet), batch unsaid")
-    if dataset == "cocostuff":
-        return Recipe((640, 640), 80_000, paper="crop 640, 80k, batch unsaid")
-    if dataset == "cityscapes":
-        paper = "crop 512x1024, 90k, FPN, batch unsaid"
-        return Recipe((512, 1024), 90_000, short=1024, whole=True, paper=paper)
-    return Recipe((512, 512), 80_000)
+        tiny = Recipe((128, 128), 1500, lr=1e-3, short=180, dropout=0.0)  # half an hour
+        scenes = replace(tiny, iterations=200, batch=8, short=None)  # under three minutes on two CPU cores
+        return scenes if dataset == "scenes" else tiny
+    if (dataset, decoder) == ("ade20k", "upernet"):
+        return replace(SD15[dataset], iterations=160_000)
+    return SD15.get(dataset, Recipe((512, 512), 80_000))

@@ -33,7 +33,7 @@ from eval import evaluate, main
 from images import scenes
 from images.panoptic import read_annotations
 from images.read import IGNORE, fit
-from inference import Segmented
+from inference import Prediction
 from loading.tags import open_words
 from mask2former import Instances, Panoptic
 from metrics.quality import compare
@@ -478,7 +478,7 @@ def test_a_process_whose_own_files_fail_prints_its_error(monkeypatch, capsys):
 def test_names_that_the_terminal_cannot_show_are_escaped(finished, monkeypatch, tmp_path):
     file = tmp_path / "printed"
     with file.open("w", encoding="ascii") as narrow, redirect_stdout(narrow):
-        monkeypatch.setattr(module, "run", lambda **options: print("größe"))
+        monkeypatch.setattr(module, "run", lambda **options: print("größe") or 0)
         assert main([str(finished)]) == 0
     assert file.read_text() == "gr\\xf6\\xdfe\n"
 
@@ -781,7 +781,7 @@ def test_a_perfect_model_has_full_marks(panoptic_run, monkeypatch):
         masks = torch.stack([ids == s.id for s in things])
         instances = Instances(torch.tensor([s.label for s in things]), torch.ones(len(things)), masks)
         labels = torch.from_numpy(labels).long()[None]
-        return Segmented(labels, None, [Panoptic(ids, segments)], [instances])
+        return Prediction(labels, None, [Panoptic(ids, segments)], [instances])
 
     monkeypatch.setattr(inference, "segment", perfect)
     found = evaluate(tada, dataset, words_from("classes", dataset), instances=True).as_json()

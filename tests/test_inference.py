@@ -154,7 +154,7 @@ def test_any_size(tagging, size):
     """From one pixel up, whole and in windows."""
     image = torch.rand(2, 3, *size) * 2 - 1
     for window in (None, (64, 64)):
-        labels, tag_logits = predict(tagging, image, TAGS, window=window)
+        labels, tag_logits, *_ = predict(tagging, image, TAGS, window=window)
         assert labels.shape == (2, *size) and 0 <= labels.min() and labels.max() < K
         assert tag_logits.shape == (2, K) and tag_logits.isfinite().all()
 
