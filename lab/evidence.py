@@ -25,9 +25,9 @@ from clip import CLIP, TEMPLATES, Tokenizer, name_vectors, zero_shot
 from errors import run_command
 from images import scenes
 from lab.draw import ddim_times, sample
-from lab.pretrain import DrawnScenes, draw_scenes
+from lab.pretrain import DrawnScenes, draw_scenes, noised
 from metrics.report import average_precision
-from unet import TIMES, UNet, alphas_cumprod
+from unet import UNet
 from vae import VAE
 
 HELD_OUT = 1_900_000  # first index of the range "pretrain" that is not trained on
@@ -86,10 +86,7 @@ def denoising(parts: Parts, held_out: DrawnScenes) -> dict[str, float]:
     prompts = {"right": captions, "empty": [""] * COUNT, "wrong": captions[1:] + captions[:1]}
     losses = {name: [] for name in prompts}
     for part in torch.arange(COUNT).split(32):
-        x = vae.encode(held_out.batch(part))
-        eps, t = torch.randn(x.shape, generator=noise), torch.randint(TIMES, (len(x),), generator=noise)
-        alpha = alphas_cumprod()[t][:, None, None, None]
-        z = alpha.sqrt() * x + (1 - alpha).sqrt() * eps
+        z, eps, t = noised(vae.encode(held_out.batch(part)), noise)
         for name, texts in prompts.items():
             context, _ = clip.text(tokenizer([texts[i] for i in part.tolist()]))
             losses[name].append((unet(z, t, context) - eps).square().mean(dim=(1, 2, 3)))
