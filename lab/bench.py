@@ -42,7 +42,6 @@ from vae import VAE
 
 BUSY = 0.08  # a second busy process can make a row several times slower
 BOUND = {"float32": 1e-5, "bfloat16": 0.05}  # relative RMS error between ours and the peer
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -192,7 +191,7 @@ def alone(function: Callable, *arguments):
     """Run a function in a new process, where glibc frees blocks over 1 MiB at once: peaks then compare
     live tensors, not the fragmentation of the heap.
     """
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(MIB)  # glibc reads it when a process starts
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # glibc reads it when a process starts
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 

@@ -58,14 +58,13 @@ class Case:
     """The same work by our kernel and by torch."""
 
     name: str
-    inputs: Callable[[], list[Tensor]]  # new tensors
+    inputs: Callable[[], list[Tensor]]  # new tensors; if one requires a gradient, backward is measured too
     ours: Function
     plain: Function  # in any precision
     peers: dict[str, Function]
     key: tuple[str, int]  # the entry of kernels.WINS
     moved: tuple[float, float]  # least bytes of forward and of backward
     products: tuple[float, float] = (0.0, 0.0)  # their least floating-point operations
-    backward: bool = True
     slack: float = 2.0  # times plain torch's error is allowed
 
 
@@ -100,14 +99,11 @@ class Row:
 @contextmanager
 def nan_memory() -> Iterator[None]:
     """Fill new memory with NaN, so that unwritten results are noticed."""
-    before = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)  # with torch's default of filling memory
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = before
 
 
 def evaluate(function: Function, inputs: list[Tensor], dy: Tensor | None) -> list[Tensor]:
@@ -126,19 +122,18 @@ def error(result: Tensor, exact: Tensor) -> float:
 def check(case: Case, rates: dict[str, float]) -> list[Row]:
     """The rows of a case without times: the worst error of each direction, and whether runs repeat."""
     inputs = case.inputs()
-    dy = torch.randn_like(case.plain(*inputs)) if case.backward else None
-    doubled = [
-        x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs
-    ]
+    y = case.plain(*inputs)
+    dy = torch.randn_like(y) if y.requires_grad else None
+    doubled = [x.detach().double() if x.is_floating_point() else x for x in inputs]
+    doubled = [y.requires_grad_(x.requires_grad) for x, y in zip(inputs, doubled, strict=True)]
     exact = evaluate(case.plain, doubled, None if dy is None else dy.double())
     plain = evaluate(case.plain, inputs, dy)
     with nan_memory():
         ours, again = (evaluate(case.ours, inputs, dy) for _ in range(2))
     rows = []
-    for i, part in enumerate([slice(1), slice(1, None)][: 1 + case.backward]):
-        errors = [
-            (error(x, z), error(y, z)) for x, y, z in zip(ours[part], plain[part], exact[part], strict=True)
-        ]
+    for i, part in enumerate([slice(1)] if dy is None else [slice(1), slice(1, None)]):
+        results = zip(ours[part], plain[part], exact[part], strict=True)
+        errors = [(error(x, z), error(y, z)) for x, y, z in results]
         worst = max(errors, key=lambda pair: pair[0] - case.slack * pair[1])
         repeats = all(map(torch.equal, ours[part], again[part]))
         floor = max(case.moved[i] / rates["copy"], case.products[i] / rates["products"]) * 1e6
@@ -155,7 +150,7 @@ def measure(case: Case, rates: dict[str, float], clock: Clock) -> list[Row]:
     size = sum(x.numel() * x.element_size() for x in sets[0])
     more = min(MOST_SETS - 1, max(1, int(ROTATED / size))) if sets[0][0].is_cuda else 0
     sets += [case.inputs() for _ in range(more)]
-    dys = [torch.randn_like(case.plain(*inputs)) for inputs in sets] if case.backward else []
+    dys = [torch.randn_like(case.plain(*inputs)) for inputs in sets] if len(rows) == 2 else []
 
     functions = {"ours": case.ours, **case.peers}
     turns, failed = defaultdict(list), {}
@@ -219,7 +214,6 @@ class Sizes:
 
 def attention_cases(sizes: Sizes) -> Iterator[Case]:
     """Cross-attention at the four levels of the UNet; k and v are slices of one product's result."""
-
     n, bytes_each, plain = sizes.heads, sizes.dtype.itemsize, reference.attention
     peers = {name: sdpa_kernel(getattr(SDPBackend, name))(plain) for name in sizes.backends}
     for B, (N, d), M in product(sizes.batches, sizes.levels, sizes.contexts):
@@ -253,7 +247,7 @@ def norm_cases(sizes: Sizes) -> Iterator[Case]:
         name = f"GroupNorm + SiLU {'UNet' if trained else 'VAE'} B {B} C {C} {side}x{side}"
         values = B * C * side * side * sizes.dtype.itemsize
         moved = 3.0 * values, 5.0 * values  # x is read twice: 6 bytes a value in bfloat16; backward 10
-        yield Case(name, inputs, ours, plain, peers, ("group_norm_silu", C), moved, backward=trained)
+        yield Case(name, inputs, ours, plain, peers, ("group_norm_silu", C), moved)
 
 
 def loss_cases(sizes: Sizes) -> Iterator[Case]:
@@ -292,7 +286,7 @@ def wide_cases(sizes: Sizes) -> Iterator[Case]:
 
     name, key = f"wide attention B {B} N {N} d {d}", ("row_attention", d)
     slack = 3.0  # its scores are rounded to bfloat16, torch's are not
-    yield Case(name, inputs, row_attention, plain, peers, key, *costs, backward=False, slack=slack)
+    yield Case(name, inputs, row_attention, plain, peers, key, *costs, slack=slack)
 
 
 # ---- the report

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from decoders import CHANNELS
 from mask2former import COCO_THINGS, Mask2Former, Target
 
+CLASSES = len(COCO_THINGS)
 SEGMENTS = 12  # per image, about as many as in COCO
 
 NAMES = {  # theirs: ours, in this order
@@ -68,9 +69,7 @@ class Maps(nn.Module):
         return SimpleNamespace(feature_maps=self.maps)
 
 
-def peer_mask2former(
-    channels: Sequence[int] = CHANNELS, classes: int = len(COCO_THINGS), **options
-) -> nn.Module:
+def peer_mask2former(channels: Sequence[int] = CHANNELS, classes: int = CLASSES, **options) -> nn.Module:
     """transformers' model for given maps; `options` are its configuration's, by default the paper's."""
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
 
@@ -96,9 +95,7 @@ def twice(x: Tensor) -> Tensor:
 # ---- what is measured: x is four maps, then classes `(T,)` and masks `(T, H, W)`, 0 or 1, of one image
 
 
-def maps_and_segments(
-    size: int, channels: Sequence[int] = CHANNELS, classes: int = len(COCO_THINGS)
-) -> list[Tensor]:
+def maps_and_segments(size: int, channels: Sequence[int] = CHANNELS, classes: int = CLASSES) -> list[Tensor]:
     """Random maps of an image of `size` pixels a side, and squares as its segments."""
     maps = [torch.randn(1, C, size // (8 << i), size // (8 << i)) for i, C in enumerate(channels)]
     masks = torch.zeros(SEGMENTS, size, size)
