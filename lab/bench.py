@@ -19,10 +19,9 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
+import re
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -41,12 +40,9 @@ from mask2former import Mask2Former
 from ram import RAMConfig, Swin
 from unet import UNet
 from vae import VAE
-from weights.load import load
 
 BUSY = 0.08  # a second busy process can make a row several times slower
 BOUND = {"float32": 1e-5, "bfloat16": 0.05}  # relative RMS error between ours and the peer
-MASKS_BOUND = {"float32": 1e-4}  # transformers' pixel decoder returns NaN in bfloat16
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -87,15 +83,9 @@ def peer_clip() -> nn.Module:
     from transformers import CLIPConfig, CLIPModel
 
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    text = dict(zip(sizes, (768, 3072, 12, 12), strict=True)) | {"projection_dim": 768}
-    image = dict(zip(sizes, (1024, 4096, 24, 16), strict=True)) | {"patch_size": 14, "projection_dim": 768}
-    return CLIPModel(
-        CLIPConfig(projection_dim=768, text_config=text, vision_config=image | {"image_size": 224})
-    )
-
-
-def peer_hidden(model: nn.Module, x: list[Tensor]) -> Tensor:
-    return model.vision_model(pixels(*x, 224).to(x[0].dtype)).last_hidden_state
+    text = dict(zip(sizes, (768, 3072, 12, 12), strict=True))
+    image = dict(zip(sizes, (1024, 4096, 24, 16), strict=True)) | {"patch_size": 14, "image_size": 224}
+    return CLIPModel(CLIPConfig(projection_dim=768, text_config=text, vision_config=image))
 
 
 def peer_swin() -> nn.Module:
@@ -132,8 +122,9 @@ def swin_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def mask_case(title: str, ours: Callable, peer: Callable, **mode: Callable) -> Case:
+    bounds = {"float32": 1e-4}  # transformers' pixel decoder returns NaN in bfloat16
     sides = Side(Mask2Former, ours), Side(masks.peer_mask2former, peer)
-    return Case(title, masks.maps_and_segments, *sides, masks.our_names, MASKS_BOUND, **mode)
+    return Case(title, masks.maps_and_segments, *sides, masks.our_names, bounds, **mode)
 
 
 CASES = {
@@ -153,7 +144,7 @@ CASES = {
         "CLIP image tower",
         lambda size: [torch.rand(1, 3, 224, 224) * 2 - 1],
         Side(CLIP, lambda model, x: model.image(*x)[0]),
-        Side(peer_clip, peer_hidden),
+        Side(peer_clip, lambda m, x: m.vision_model(pixels(*x, 224).to(x[0].dtype)).last_hidden_state),
     ),
     "ram": Case(
         "RAM's Swin-L, 384x384",
@@ -164,7 +155,10 @@ CASES = {
     ),
     "mask2former": mask_case("Mask2Former", masks.predict, masks.predict_peer),
     "mask2former-loss": mask_case(
-        "Mask2Former, loss, backward", masks.learn, masks.learn_peer, mode=torch.enable_grad
+        "Mask2Former, loss, backward",
+        partial(masks.learn, masks.our_loss),
+        partial(masks.learn, masks.peer_loss),
+        mode=torch.enable_grad,
     ),
 }
 
@@ -224,64 +218,29 @@ def peak_of_run(name: str, who: str, dtype: str, size: int) -> float:
     case, side = CASES[name], getattr(CASES[name], who)
     with torch.device("meta"):
         side.build()  # imports the peer
-    before = resident()
+    before = memory("VmRSS")
     model = side.build().to(getattr(torch, dtype)).eval()
     inputs = cast(case.inputs(size), dtype)
     ctypes.CDLL(None).malloc_trim(0)  # free what construction left in the heap
-    start_peak()
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (proc(5))
     with case.mode():
         side.run(model, inputs)
-    return peak() - before
-
-
-def compare_loading() -> dict:
-    """Load 3.4 GB of UNet weights from a file in the page cache and read them all: time and peak memory."""
-    with tempfile.TemporaryDirectory() as folder:
-        peer_unet().save_pretrained(folder, max_shard_size="100GB")
-        size = sum(x.stat().st_size for x in Path(folder).glob("*.safetensors")) / MIB
-        row = {"case": f"load the UNet's {size:,.0f} MiB", "dtype": "float32"}
-        for side in ("ours", "peer"):
-            alone(load_once, side, folder)  # fills the page cache
-            row[f"{side} s"], row[f"{side} MiB"] = alone(load_once, side, folder)
-    return row | {"ratio": row["ours s"] / row["peer s"], "share of the file": row["ours MiB"] / size}
-
-
-def load_once(side: str, folder: str) -> tuple[float, float]:
-    """Load the UNet and read every weight; return seconds and peak MiB."""
-    with torch.device("meta"):
-        model = UNet() if side == "ours" else peer_unet()
-    before = resident()
-    start_peak()
-    start = time.perf_counter()
-    model = load(model, folder) if side == "ours" else type(model).from_pretrained(folder)
-    for parameter in model.parameters():
-        parameter.sum()  # the weights may be memory-mapped: read them
-    return time.perf_counter() - start, peak() - before
+    return memory("VmHWM") - before
 
 
 def alone(function: Callable, *arguments):
     """Run a function in a new process, where glibc frees blocks over 1 MiB at once: peaks then compare
     live tensors, not the fragmentation of the heap.
     """
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(MIB)  # glibc reads it when a process starts
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # glibc reads it when a process starts
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
-def resident() -> float:
-    """Resident MiB of this process now."""
-    return float(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / MIB
-
-
-def start_peak() -> None:
-    """Reset the highest resident size (proc(5), clear_refs)."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak() -> float:
-    """The highest resident MiB since `start_peak`."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
+def memory(name: str) -> float:
+    """MiB of this process: "VmRSS" resident now, "VmHWM" the highest since a write to clear_refs."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(f"{name}:")[2].split()[0]) / 1024
 
 
 def cpu_of_others() -> Callable[[], float]:
@@ -303,14 +262,12 @@ def cpu_of_others() -> Callable[[], float]:
 
 def header() -> str:
     """The machine and the versions of a measurement."""
-    cpus = [
-        x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x
-    ]
+    cpus = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     bf16 = "bfloat16 by oneDNN" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "bfloat16 emulated"
     packages = [f"{x} {version(x)}" for x in ("torch", "diffusers", "transformers")]
     machine = f"{cpus[0]}, {len(cpus)} CPUs, {torch.backends.cpu.get_cpu_capability()}, {bf16}"
-    threads = f"{torch.get_num_threads()} threads"
-    return f"{machine}, {threads}; Python {platform.python_version()}, {', '.join(packages)}"
+    threads, python = torch.get_num_threads(), platform.python_version()
+    return f"{machine}, {threads} threads; Python {python}, {', '.join(packages)}"
 
 
 COLUMNS = dict.fromkeys(["case", "image", "dtype"], "")  # of the table, with their formats
@@ -327,14 +284,14 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def cpu_suite(names: list[str], dtypes: list[str], *, size: int, rounds: int, out: str | None) -> int:
-    """Measure and print every row of CASES and "load" in `names`; return the exit code."""
+def cpu_suite(names: list[str], dtypes: list[str], size: int, rounds: int, out: str | None) -> int:
+    """Measure and print every row of CASES in `names`; return the exit code."""
     print(header(), flush=True)
     rows = []
     for name in names:
-        measured = ["float32"] if name == "load" else list(CASES[name].bounds)
+        measured = list(CASES[name].bounds)
         for dtype in [x for x in dtypes if x in measured] or measured:
-            rows.append(compare_loading() if name == "load" else compare(name, dtype, size, rounds))
+            rows.append(compare(name, dtype, size, rounds))
             print(json.dumps(rows[-1]), flush=True)
     print(table(rows))
     if out:
@@ -350,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--suite", choices=["cpu", "kernels"], default="cpu", help="what to measure")
-    add("--only", choices=[*CASES, "load"], nargs="+", default=[*CASES, "load"], help="rows")
+    add("--only", choices=list(CASES), nargs="+", default=list(CASES), help="rows")
     add("--dtype", choices=list(BOUND), nargs="+", default=list(BOUND), help="precisions")
     add("--size", type=int, default=512, help="of the image, a multiple of 64; mask2former-loss: 256 or more")
     add("--rounds", type=int, default=7, help="runs of each side per row, at least 3")
@@ -367,8 +324,8 @@ def main(argv: list[str] | None = None) -> int:
         from lab.bench_kernels import Sizes, gpu_clock, suite  # Triton has wheels for Linux only
 
         return run_command("bench", lambda: suite(Sizes(), gpu_clock, options.out))
-    numbers = {"size": options.size, "rounds": options.rounds, "out": options.out}
-    return run_command("bench", lambda: cpu_suite(options.only, options.dtype, **numbers))
+    numbers = options.only, options.dtype, options.size, options.rounds, options.out
+    return run_command("bench", lambda: cpu_suite(*numbers))
 
 
 if __name__ == "__main__":

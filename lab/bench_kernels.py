@@ -58,14 +58,13 @@ class Case:
     """The same work by our kernel and by torch."""
 
     name: str
-    inputs: Callable[[], list[Tensor]]  # new tensors
+    inputs: Callable[[], list[Tensor]]  # new tensors; if one requires a gradient, backward is measured too
     ours: Function
     plain: Function  # in any precision
     peers: dict[str, Function]
     key: tuple[str, int]  # the entry of kernels.WINS
     moved: tuple[float, float]  # least bytes of forward and of backward
     products: tuple[float, float] = (0.0, 0.0)  # their least floating-point operations
-    backward: bool = True
     slack: float = 2.0  # times plain torch's error is allowed
 
 
@@ -97,25 +96,14 @@ class Row:
         return self.ours / self.peers[self.best] if self.right and self.peers else math.inf
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Measured: bytes per second of a copy, read and written; floating-point operations per second."""
-
-    copy: float
-    products: float
-
-
 @contextmanager
 def nan_memory() -> Iterator[None]:
     """Fill new memory with NaN, so that unwritten results are noticed."""
-    before = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)  # with torch's default of filling memory
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = before
 
 
 def evaluate(function: Function, inputs: list[Tensor], dy: Tensor | None) -> list[Tensor]:
@@ -125,38 +113,35 @@ def evaluate(function: Function, inputs: list[Tensor], dy: Tensor | None) -> lis
 
 
 def error(result: Tensor, exact: Tensor) -> float:
-    """Relative RMS error, infinite for NaN; of class maps, the share that differs."""
-    if not exact.is_floating_point():
-        return (result != exact).double().mean().item()
+    """Relative RMS error, infinite for NaN."""
     result, exact = result.detach().double(), exact.detach()
     ratio = ((result - exact).norm() / exact.norm().clamp(min=1e-30)).item()
     return math.inf if math.isnan(ratio) else ratio
 
 
-def check(case: Case, rates: Rates) -> list[Row]:
+def check(case: Case, rates: dict[str, float]) -> list[Row]:
     """The rows of a case without times: the worst error of each direction, and whether runs repeat."""
     inputs = case.inputs()
-    dy = torch.randn_like(case.plain(*inputs)) if case.backward else None
-    doubled = [
-        x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs
-    ]
+    y = case.plain(*inputs)
+    dy = torch.randn_like(y) if y.requires_grad else None
+    doubled = [x.detach().double() if x.is_floating_point() else x for x in inputs]
+    doubled = [y.requires_grad_(x.requires_grad) for x, y in zip(inputs, doubled, strict=True)]
     exact = evaluate(case.plain, doubled, None if dy is None else dy.double())
     plain = evaluate(case.plain, inputs, dy)
     with nan_memory():
         ours, again = (evaluate(case.ours, inputs, dy) for _ in range(2))
     rows = []
-    for i, part in enumerate([slice(1), slice(1, None)][: 1 + case.backward]):
-        errors = [
-            (error(x, z), error(y, z)) for x, y, z in zip(ours[part], plain[part], exact[part], strict=True)
-        ]
+    for i, part in enumerate([slice(1)] if dy is None else [slice(1), slice(1, None)]):
+        results = zip(ours[part], plain[part], exact[part], strict=True)
+        errors = [(error(x, z), error(y, z)) for x, y, z in results]
         worst = max(errors, key=lambda pair: pair[0] - case.slack * pair[1])
         repeats = all(map(torch.equal, ours[part], again[part]))
-        floor = max(case.moved[i] / rates.copy, case.products[i] / rates.products) * 1e6
+        floor = max(case.moved[i] / rates["copy"], case.products[i] / rates["products"]) * 1e6
         rows.append(Row(case, ("forward", "backward")[i], *worst, repeats, floor))
     return rows
 
 
-def measure(case: Case, rates: Rates, clock: Clock) -> list[Row]:
+def measure(case: Case, rates: dict[str, float], clock: Clock) -> list[Row]:
     """Check the case; if all its rows are right, add the times of ours and of each peer."""
     rows = check(case, rates)
     if not all(row.right for row in rows):
@@ -165,7 +150,7 @@ def measure(case: Case, rates: Rates, clock: Clock) -> list[Row]:
     size = sum(x.numel() * x.element_size() for x in sets[0])
     more = min(MOST_SETS - 1, max(1, int(ROTATED / size))) if sets[0][0].is_cuda else 0
     sets += [case.inputs() for _ in range(more)]
-    dys = [torch.randn_like(case.plain(*inputs)) for inputs in sets] if case.backward else []
+    dys = [torch.randn_like(case.plain(*inputs)) for inputs in sets] if len(rows) == 2 else []
 
     functions = {"ours": case.ours, **case.peers}
     turns, failed = defaultdict(list), {}
@@ -229,7 +214,6 @@ class Sizes:
 
 def attention_cases(sizes: Sizes) -> Iterator[Case]:
     """Cross-attention at the four levels of the UNet; k and v are slices of one product's result."""
-
     n, bytes_each, plain = sizes.heads, sizes.dtype.itemsize, reference.attention
     peers = {name: sdpa_kernel(getattr(SDPBackend, name))(plain) for name in sizes.backends}
     for B, (N, d), M in product(sizes.batches, sizes.levels, sizes.contexts):
@@ -263,7 +247,7 @@ def norm_cases(sizes: Sizes) -> Iterator[Case]:
         name = f"GroupNorm + SiLU {'UNet' if trained else 'VAE'} B {B} C {C} {side}x{side}"
         values = B * C * side * side * sizes.dtype.itemsize
         moved = 3.0 * values, 5.0 * values  # x is read twice: 6 bytes a value in bfloat16; backward 10
-        yield Case(name, inputs, ours, plain, peers, ("group_norm_silu", C), moved, backward=trained)
+        yield Case(name, inputs, ours, plain, peers, ("group_norm_silu", C), moved)
 
 
 def loss_cases(sizes: Sizes) -> Iterator[Case]:
@@ -276,12 +260,10 @@ def loss_cases(sizes: Sizes) -> Iterator[Case]:
         labels[:, :3] = reference.IGNORE
         return [sizes.random(B, K, side, side).requires_grad_(), labels]
 
-    def upsampled(logits: Tensor) -> Tensor:
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        return F.interpolate(logits, (large, large), mode="bilinear", align_corners=False)
-
     def plain(logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(upsampled(logits), labels, ignore_index=reference.IGNORE, reduction="sum")
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = F.interpolate(logits, (large, large), mode="bilinear", align_corners=False)
+        return F.cross_entropy(logits, labels, ignore_index=reference.IGNORE, reduction="sum")
 
     def ours(logits: Tensor, labels: Tensor) -> Tensor:
         return upsample_cross_entropy(logits, labels)[0]
@@ -304,19 +286,19 @@ def wide_cases(sizes: Sizes) -> Iterator[Case]:
 
     name, key = f"wide attention B {B} N {N} d {d}", ("row_attention", d)
     slack = 3.0  # its scores are rounded to bfloat16, torch's are not
-    yield Case(name, inputs, row_attention, plain, peers, key, *costs, backward=False, slack=slack)
+    yield Case(name, inputs, row_attention, plain, peers, key, *costs, slack=slack)
 
 
 # ---- the report
 
 
-def measure_rates(sizes: Sizes, clock: Clock) -> Rates:
-    """The rates of a copy of 1 GiB and of a product of 8192 x 8192 matrices."""
+def measure_rates(sizes: Sizes, clock: Clock) -> dict[str, float]:
+    """Bytes per second of a 1 GiB copy, read and written; operations per second of an 8192 x 8192 product."""
     n, side = (2**29, 8192) if sizes.device == "cuda" else (2**16, 64)
     source, a, b = sizes.random(n), sizes.random(side, side), sizes.random(side, side)
     target = torch.empty_like(source)
     copied, multiplied = clock(lambda: target.copy_(source)) * 1e-6, clock(lambda: a @ b) * 1e-6
-    return Rates(2.0 * n * source.element_size() / copied, 2.0 * side**3 / multiplied)
+    return {"copy": 2.0 * n * source.element_size() / copied, "products": 2.0 * side**3 / multiplied}
 
 
 def header(device: str) -> str:
@@ -355,7 +337,7 @@ def suite(sizes: Sizes, clock: Clock, out: str | Path | None = None) -> int:
     torch._dynamo.config.recompile_limit = 64  # a graph per shape: beyond the default of 8 they run eagerly
     print(header(sizes.device), flush=True)
     rates = measure_rates(sizes, clock)
-    print(f"copy {rates.copy / 1e9:,.0f} GB/s, products {rates.products / 1e12:,.1f} TFLOP/s\n")
+    print(f"copy {rates['copy'] / 1e9:,.0f} GB/s, products {rates['products'] / 1e12:,.1f} TFLOP/s\n")
     print("| case | direction | ours us | best peer us | ratio | floor us | share | error | plain |")
     print("|---|---|---|---|---|---|---|---|---|")
     rows: list[Row] = []
@@ -366,6 +348,6 @@ def suite(sizes: Sizes, clock: Clock, out: str | Path | None = None) -> int:
     print(f"\nkernels.WINS of this GPU: {wins(rows)}")
     if out:
         record = [vars(row) | {"case": row.case.name, "ratio": row.ratio} for row in rows]
-        facts = {"machine": header(sizes.device), "rates": vars(rates), "rows": record}
+        facts = {"machine": header(sizes.device), "rates": rates, "rows": record}
         Path(out).write_text(json.dumps(facts, indent=1))
     return int(not all(row.right for row in rows))

@@ -4,7 +4,7 @@ transformers' model takes an image and needs maps at strides 4 to 32. So its bac
 UNet's maps, upsampled to twice their size, which is 2 % of its forward time; ours does that in the decoder.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from decoders import CHANNELS
 from mask2former import COCO_THINGS, Mask2Former, Target
 
+CLASSES = len(COCO_THINGS)
 SEGMENTS = 12  # per image, about as many as in COCO
 
 NAMES = {  # theirs: ours, in this order
@@ -68,9 +69,7 @@ class Maps(nn.Module):
         return SimpleNamespace(feature_maps=self.maps)
 
 
-def peer_mask2former(
-    channels: Sequence[int] = CHANNELS, classes: int = len(COCO_THINGS), **options
-) -> nn.Module:
+def peer_mask2former(channels: Sequence[int] = CHANNELS, classes: int = CLASSES, **options) -> nn.Module:
     """transformers' model for given maps; `options` are its configuration's, by default the paper's."""
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
 
@@ -96,9 +95,7 @@ def twice(x: Tensor) -> Tensor:
 # ---- what is measured: x is four maps, then classes `(T,)` and masks `(T, H, W)`, 0 or 1, of one image
 
 
-def maps_and_segments(
-    size: int, channels: Sequence[int] = CHANNELS, classes: int = len(COCO_THINGS)
-) -> list[Tensor]:
+def maps_and_segments(size: int, channels: Sequence[int] = CHANNELS, classes: int = CLASSES) -> list[Tensor]:
     """Random maps of an image of `size` pixels a side, and squares as its segments."""
     maps = [torch.randn(1, C, size // (8 << i), size // (8 << i)) for i, C in enumerate(channels)]
     masks = torch.zeros(SEGMENTS, size, size)
@@ -119,27 +116,25 @@ def predict_peer(model: nn.Module, x: list[Tensor]) -> list[Tensor]:
     return [output.class_queries_logits, output.masks_queries_logits]
 
 
-def learn(model: Mask2Former, x: list[Tensor]) -> list[Tensor]:
-    """The loss, and the norms of its gradients: of each map, and of all weights together."""
+def our_loss(model: Mask2Former, maps: list[Tensor], classes: Tensor, masks: Tensor) -> Tensor:
+    losses = model.loss(model(maps), [Target(classes, masks.bool())])
+    return sum(x / count.clamp(min=1) for x, count in losses.values())
+
+
+def peer_loss(model: nn.Module, maps: list[Tensor], classes: Tensor, masks: Tensor) -> Tensor:
+    return run_peer(model, maps, class_labels=[classes], mask_labels=[masks]).loss
+
+
+def learn(loss: Callable[..., Tensor], model: nn.Module, x: list[Tensor]) -> list[Tensor]:
+    """The loss, and the norms of its gradients: of each map, and of all weights together.
+
+    Norms, since rounding decides which of two equally uncertain points is taken: that rotates a gradient by
+    up to 7e-4 in float32 (5e-9 in float64) and keeps its norm.
+    """
     *maps, classes, masks = x
     maps = [x.detach().requires_grad_() for x in maps]
     torch.manual_seed(0)  # equal seeds, equal points
-    losses = model.loss(model(maps), [Target(classes, masks.bool())])
-    return backward(sum(x / count.clamp(min=1) for x, count in losses.values()), maps, model)
-
-
-def learn_peer(model: nn.Module, x: list[Tensor]) -> list[Tensor]:
-    *maps, classes, masks = x
-    maps = [x.detach().requires_grad_() for x in maps]
-    torch.manual_seed(0)
-    output = run_peer(model, maps, class_labels=[classes], mask_labels=[masks])
-    return backward(output.loss, maps, model)
-
-
-def backward(loss: Tensor, maps: list[Tensor], model: nn.Module) -> list[Tensor]:
-    """Norms, since rounding decides which of two equally uncertain points is taken: that rotates a gradient
-    by up to 7e-4 in float32 (5e-9 in float64) and keeps its norm.
-    """
-    gradients = torch.autograd.grad(loss, [*maps, *model.parameters()])
+    value = loss(model, maps, classes, masks)
+    gradients = torch.autograd.grad(value, [*maps, *model.parameters()])
     sizes = [x.norm() for x in gradients[: len(maps)]]
-    return [loss.detach(), *sizes, nn.utils.get_total_norm(gradients[len(maps) :])]
+    return [value.detach(), *sizes, nn.utils.get_total_norm(gradients[len(maps) :])]

@@ -25,9 +25,9 @@ from clip import CLIP, TEMPLATES, Tokenizer, name_vectors, zero_shot
 from errors import run_command
 from images import scenes
 from lab.draw import ddim_times, sample
-from lab.pretrain import DrawnScenes, draw_scenes
+from lab.pretrain import DrawnScenes, draw_scenes, noised
 from metrics.report import average_precision
-from unet import TIMES, UNet, alphas_cumprod
+from unet import UNet
 from vae import VAE
 
 HELD_OUT = 1_900_000  # first index of the range "pretrain" that is not trained on
@@ -86,10 +86,7 @@ def denoising(parts: Parts, held_out: DrawnScenes) -> dict[str, float]:
     prompts = {"right": captions, "empty": [""] * COUNT, "wrong": captions[1:] + captions[:1]}
     losses = {name: [] for name in prompts}
     for part in torch.arange(COUNT).split(32):
-        x = vae.encode(held_out.batch(part))
-        eps, t = torch.randn(x.shape, generator=noise), torch.randint(TIMES, (len(x),), generator=noise)
-        alpha = alphas_cumprod()[t][:, None, None, None]
-        z = alpha.sqrt() * x + (1 - alpha).sqrt() * eps
+        z, eps, t = noised(vae.encode(held_out.batch(part)), noise)
         for name, texts in prompts.items():
             context, _ = clip.text(tokenizer([texts[i] for i in part.tolist()]))
             losses[name].append((unet(z, t, context) - eps).square().mean(dim=(1, 2, 3)))
@@ -101,6 +98,7 @@ def denoising(parts: Parts, held_out: DrawnScenes) -> dict[str, float]:
     return result
 
 
+@torch.enable_grad()
 def train_classifier(drawn: DrawnScenes) -> nn.Module:
     """Train a small convolutional network on scenes: images in [-1, 1] -> tag logits `(B, 24)`."""
     torch.manual_seed(0)
@@ -121,7 +119,6 @@ def train_classifier(drawn: DrawnScenes) -> nn.Module:
     return model.eval()
 
 
-@torch.no_grad()
 def drawn_tags(parts: Parts, classifier: nn.Module, held_out: DrawnScenes) -> dict[str, float]:
     """mAP of the classifier for the prompted tags of drawn images and for the tags of held-out scenes.
 
@@ -148,21 +145,16 @@ def drawn_tags(parts: Parts, classifier: nn.Module, held_out: DrawnScenes) -> di
     return {"mAP": mAP, "chance": chance, "real_mAP": real_mAP, "real_chance": real_chance}
 
 
+@torch.no_grad()
 def measure(weights: Path, run: Path) -> int:
     """Print all results as JSON; `run` caches the scenes."""
     *modules, tokenizer = prior("tiny", weights)
     vae, unet, clip = (module.eval() for module in modules)
-    held_out = draw_scenes(run, COUNT, HELD_OUT)
-    with torch.no_grad():
-        results = {
-            "psnr": psnr(vae, held_out),
-            "clip": retrieval(clip, tokenizer, held_out),
-            "denoising": denoising((vae, unet, clip, tokenizer), held_out),
-        }
-    print(json.dumps(results, indent=1), flush=True)
+    parts, held_out = (vae, unet, clip, tokenizer), draw_scenes(run, COUNT, HELD_OUT)
+    results = {"psnr": psnr(vae, held_out), "clip": retrieval(clip, tokenizer, held_out)}
+    print(json.dumps(results | {"denoising": denoising(parts, held_out)}, indent=1), flush=True)
     classifier = train_classifier(draw_scenes(run, 8192))
-    drawing = drawn_tags((vae, unet, clip, tokenizer), classifier, held_out)
-    print(json.dumps({"drawing": drawing}, indent=1))
+    print(json.dumps({"drawing": drawn_tags(parts, classifier, held_out)}, indent=1))
     return 0
 
 

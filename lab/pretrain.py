@@ -134,7 +134,7 @@ def train_vae(drawn: DrawnScenes, stage: Stage, job: Job) -> None:
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
         return F.l1_loss(vae.decoder(vae.post_quant_conv(z)), image) + KL_WEIGHT * kl
 
-    finish("vae", fit("vae", loss, len(drawn.tags), stage, job), job)
+    fit("vae", loss, len(drawn.tags), stage, job)
     vae = load(VAE(VAEConfig.tiny()), job.out / "vae").to(job.device)
     with torch.no_grad():
         means = [vae.moments(drawn.batch(part).to(job.device))[0] for part in torch.arange(512).split(32)]
@@ -157,7 +157,7 @@ def train_clip(drawn: DrawnScenes, stage: Stage, job: Job) -> None:
         own = torch.arange(len(ids), device=job.device)
         return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
-    finish("clip", fit("clip", loss, len(drawn.tags), stage, job), job)
+    fit("clip", loss, len(drawn.tags), stage, job)
 
 
 def train_unet(drawn: DrawnScenes, stage: Stage, job: Job) -> None:
@@ -168,19 +168,22 @@ def train_unet(drawn: DrawnScenes, stage: Stage, job: Job) -> None:
     parts = tqdm(torch.arange(len(drawn.tags)).split(32), desc="encoding", disable=None)
     with torch.no_grad():
         latents = torch.cat([vae.encode(drawn.batch(part).to(job.device)).cpu() for part in parts])
-    alphas = alphas_cumprod()
 
     def loss(unet: UNet, indices: Tensor, r: Random, noise: torch.Generator) -> Tensor:
         captions = ["" if r.random() < EMPTY else text for text in drawn.captions(indices, r)]
         with torch.no_grad():
             context, _ = clip.text(tokenizer(captions).to(job.device))  # (B, 77, 128)
-        x = latents[indices]
-        eps, t = torch.randn(x.shape, generator=noise), torch.randint(TIMES, (len(x),), generator=noise)
-        alpha = alphas[t][:, None, None, None]
-        z = alpha.sqrt() * x + (1 - alpha).sqrt() * eps  # Eq. 1
+        z, eps, t = noised(latents[indices], noise)
         return F.mse_loss(unet(z.to(job.device), t.to(job.device), context).float(), eps.to(job.device))
 
-    finish("unet", fit("unet", loss, len(drawn.tags), stage, job), job)
+    fit("unet", loss, len(drawn.tags), stage, job)
+
+
+def noised(x: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Eq. 1 at random times: latents `(B, 4, h, w)` with noise, that noise, and the times `(B,)`."""
+    eps, t = torch.randn(x.shape, generator=noise), torch.randint(TIMES, (len(x),), generator=noise)
+    alpha = alphas_cumprod()[t][:, None, None, None]
+    return alpha.sqrt() * x + (1 - alpha).sqrt() * eps, eps, t
 
 
 def train_tokenizer(drawn: DrawnScenes, folder: Path, seed: int) -> Tokenizer:
@@ -195,7 +198,7 @@ def train_tokenizer(drawn: DrawnScenes, folder: Path, seed: int) -> Tokenizer:
     spelling.bpe.train_from_iterator((caption(tags, r) for tags in drawn.tags), trainer)
     merges = json.loads(spelling.bpe.to_str())["model"]["merges"]
     names = [*letters, *(f"{x}</w>" for x in letters)]
-    names += [left + right for left, right in merges if left + right not in names]
+    names += [left + right for left, right in merges]
     table = {name: i for i, name in enumerate(dict.fromkeys(names))} | {START: size - 2, END: size - 1}
     folder.mkdir(parents=True, exist_ok=True)
     replace_text(folder / "vocab.json", json.dumps(table, ensure_ascii=False))
@@ -211,7 +214,8 @@ Loss = Callable[[nn.Module, Tensor, Random, torch.Generator], Tensor]
 
 
 def fit(name: str, loss: Loss, count: int, stage: Stage, job: Job) -> nn.Module:
-    """Train part `name` by AdamW on `loss` of random batches of `count` images; return the averaged weights.
+    """Train part `name` by AdamW on `loss` of random batches of `count` images; return the averaged weights,
+    and write them and their training record into `out`.
 
     Resume from `RUN/NAME.safetensors`, replaced every minute; RunError if its budget is another.
     """
@@ -226,6 +230,8 @@ def fit(name: str, loss: Loss, count: int, stage: Stage, job: Job) -> nn.Module:
     facts = {"budget": budget, "step": 0, "seconds": 0.0, "losses": [], "sums": (0.0, 0)}
     if file.is_file():
         facts = resume(file, budget, *trained)
+    facts |= {"commit": commit(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    facts["device"] = job.device
     saved = time.monotonic()
     steps = range(facts["step"], stage.steps)
     bar = tqdm(steps, desc=name, initial=facts["step"], total=stage.steps, disable=None)
@@ -251,11 +257,16 @@ def fit(name: str, loss: Loss, count: int, stage: Stage, job: Job) -> nn.Module:
         if hundred:
             facts["losses"].append(round(total / n, 5))
         if last or time.monotonic() - saved > SAVE_SECONDS:
-            save(file, facts, *trained)
+            tensors = {x: y.cpu().contiguous().clone() for x, y in tensors_of(*trained).items()}
+            save_replacing(tensors, file, {"facts": json.dumps(facts, sort_keys=True)})
             saved = time.monotonic()
         if last or hundred:
             bar.write(f"{name} {step + 1}/{stage.steps} loss {total / n:.4f} {facts['seconds']:.0f} s")
-    return averaged.module.eval()
+    write(averaged.module, job.out / FILES[name])
+    record = job.out / RECORD
+    parts = json.loads(record.read_text()) if record.is_file() else {}
+    replace_text(record, json.dumps(parts | {name: read_facts(file)}, indent=1) + "\n")
+    return averaged.module
 
 
 def tensors_of(model: nn.Module, averaged: AveragedModel, optimizer: AdamW) -> dict[str, Tensor]:
@@ -267,21 +278,12 @@ def tensors_of(model: nn.Module, averaged: AveragedModel, optimizer: AdamW) -> d
     return tensors
 
 
-def save(file: Path, facts: dict, model: nn.Module, *others: AveragedModel | AdamW) -> None:
-    """Write a stage's checkpoint: its tensors and, as JSON, `facts` and the machine."""
-    machine = {"commit": commit(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    machine["device"] = next(model.parameters()).device.type
-    tensors = {name: x.cpu().contiguous().clone() for name, x in tensors_of(model, *others).items()}
-    save_replacing(tensors, file, {"facts": json.dumps(facts | machine, sort_keys=True)})
-
-
 def resume(file: Path, budget: dict, model: nn.Module, averaged: AveragedModel, optimizer: AdamW) -> dict:
     """Restore a stage's checkpoint in place, and return its facts."""
     facts = read_facts(file)
     if facts["budget"] != budget:
-        raise RunError(
-            f"{file} was made with {facts['budget']}, not {budget}: give the same settings, or another --run"
-        )
+        cure = "give the same settings, or another --run"
+        raise RunError(f"{file} was made with {facts['budget']}, not {budget}: {cure}")
     saved = load_file(file)
     for p in model.parameters():
         optimizer.state[p] = {"step": torch.zeros(())}
@@ -307,23 +309,12 @@ def average(averages: list[Tensor], weights: list[Tensor], n: Tensor | int) -> N
 def rate(step: int, steps: int) -> float:
     """Return the factor of the learning rate: linear warm-up, then a cosine to 0."""
     warmup = min(WARMUP, steps // 10 + 1)
-    return (
-        (step + 1) / warmup
-        if step < warmup
-        else 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
-    )
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
 # ---- files
-
-
-def finish(name: str, model: nn.Module, job: Job) -> None:
-    """Write the weights of a part into `out`, and its training record into `out/training.json`."""
-    write(model, job.out / FILES[name])
-    record = job.out / RECORD
-    parts = json.loads(record.read_text()) if record.is_file() else {}
-    parts[name] = read_facts(job.run / f"{name}.safetensors")
-    replace_text(record, json.dumps(parts, indent=1) + "\n")
 
 
 def write(model: nn.Module, file: Path) -> None:
