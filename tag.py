@@ -12,6 +12,7 @@ absolute for photos of your own. `train.py`, `eval.py` and `predict.py` take the
 """
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -89,7 +90,9 @@ def open_tagger(
         raise TadaError('--by clip needs the names it chooses from: give --names "sea, boat" or --dataset')
     clip, tokenizer = load_clip(part_configs(options.model, options.weights)[2], options.weights)
     tagger = clip_tagger(str(options.weights), clip.to(ranks.device), tokenizer, names, options.threshold)
-    return tagger, clip.config.image_size, Image.Resampling.BICUBIC, f"clip of {len(names)} names{asked}"
+    key = hashlib.sha256(repr((names, options.model)).encode()).hexdigest()[:8]
+    by = f"clip of {len(names)} names {key}{asked}"
+    return tagger, clip.config.image_size, Image.Resampling.BICUBIC, by
 
 
 def open_sets(options: argparse.Namespace) -> list[Dataset]:

@@ -172,6 +172,10 @@ def test_a_threshold_takes_the_place_of_chance(photos, tmp_path):
     [
         ('{"image": "a.png", "tags": [], "by": "ram"}', "line 1, was made by ram, not by clip of 4 names"),
         ('{"image": "a.png", "tags": []}', "line 1, was made by , not by clip of 4 names"),
+        (
+            '{"image": "a.png", "tags": [], "by": "clip of 4 names 00000000"}',
+            "was made by clip of 4 names 0",
+        ),
         ("no json", "line 1, is not of a tagger"),
         ('{"image": 3, "tags": []}', "line 1, is not of a tagger"),
     ],
