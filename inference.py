@@ -184,8 +184,10 @@ def vote(maps: Sequence[Tensor], size: Size) -> Tensor:
     labels = torch.empty(B, H, W, dtype=torch.int64, device=maps[0].device)
     for top in range(0, H, rows):
         bottom = min(top + rows, H)
-        mean = sum(resize_rows(x, size, top, bottom).softmax(dim=1) for x in maps)
-        labels[:, top:bottom] = mean.argmax(dim=1)
+        strips = [resize_rows(x, size, top, bottom) for x in maps]
+        if len(strips) > 1:  # of a single map the highest logit has the highest probability
+            strips = [sum(x.softmax(dim=1) for x in strips)]
+        labels[:, top:bottom] = strips[0].max(dim=1).indices
     return labels
 
 

@@ -25,7 +25,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from decoders import CHANNELS, SemanticDecoder, resize
@@ -568,6 +567,8 @@ def match(costs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
 
     The assignment with the lowest sum of costs `(Q, S)`; costs that are not finite count as 0.
     """
+    from scipy.optimize import linear_sum_assignment  # a second to import, which only the loss needs
+
     joined = torch.cat(list(costs), dim=1).cpu()  # synchronises the GPU only once
     matches = []
     for cost in joined.nan_to_num(0, 0, 0).split([x.shape[1] for x in costs], dim=1):
