@@ -98,9 +98,8 @@ def train_step(
     if not all(map(math.isfinite, step.values())):
         wrong = [] if all(x.isfinite() for x in sums.values()) else [p for x in batches for p in x.paths]
         where = ", ".join(ranks.all_gather_object(wrong)) or "the gradient alone"
-        raise RunError(
-            f"not finite: {step}, in {where}: give a lower --lr, or the largest norm with --clip, and --fresh"
-        )
+        cure = "give a lower --lr, or the largest norm with --clip, and --fresh"
+        raise RunError(f"not finite: {step}, in {where}: {cure}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return {**step, "stop": bool(stop)}
@@ -155,23 +154,16 @@ def learning_rate(step: int, iterations: int, warmup: int, drops: Sequence[float
 
 
 @dataclass
-class Sets:
-    """The data of training and of validation, and the tags of their images."""
-
-    train: Dataset
-    val: Dataset
-    train_words: TagSource
-    val_words: TagSource
-
-
-@dataclass
 class Training:
     """A run in progress."""
 
     run: Run
     options: Options
     tada: Tada
-    sets: Sets
+    train: Dataset
+    val: Dataset
+    train_words: TagSource  # the tags of their images
+    val_words: TagSource
     optimizer: torch.optim.Optimizer
     frozen: dict[str, str]  # hashes of the prior's files
     step: int = 0
@@ -197,10 +189,9 @@ def loop(training: Training, stop: StopOnSignal) -> int:
         tada.run_unet = torch.compile(tada.run_unet, options=COMPILE)
         tada.decoder.compile(options=COMPILE)
     model = ranks.data_parallel(tada)
-    shares = {"rank": ranks.rank, "world": ranks.world, "accumulate": options.accumulate}
-    loading = {"workers": options.workers, "device": ranks.device.type}
-    stream = training_stream(options, tada, training.sets.train, options.batch, **shares, **loading)
-    fixed = {"words": training.sets.train_words, "ranks": ranks, "clip": options.clip, "seed": options.seed}
+    loading = {"accumulate": options.accumulate, "workers": options.workers, "device": ranks.device.type}
+    stream = training_stream(training, options.batch, rank=ranks.rank, world=ranks.world, **loading)
+    fixed = {"words": training.train_words, "ranks": ranks, "clip": options.clip, "seed": options.seed}
     drops = DROPS if options.decoder == "mask2former" else ()
     tada.train()
     if not training.validated:  # the run was interrupted before
@@ -237,15 +228,11 @@ def loop(training: Training, stop: StopOnSignal) -> int:
     return 128 + (stop.signal or signal.SIGTERM) if stopping else 0
 
 
-def training_stream(
-    options: Options, tada: Tada, dataset: Dataset, batch: int, **shares: int | str
-) -> TrainStream:
+def training_stream(training: Training, batch: int, **loading: int | str) -> TrainStream:
     """The augmented samples: large-scale jitter with segments for Mask2Former, else labels alone."""
-    if options.decoder == "mask2former":
-        augmentation = Jitter(tada.config.crop, tuple(options.scales))
-    else:
-        augmentation = Augment(tada.config.crop, options.short, options.long)
-    return TrainStream(dataset, augmentation, batch=batch, seed=options.seed, **shares)
+    options, crop, panoptic = training.options, training.tada.config.crop, training.metric == "PQ"
+    augment = Jitter(crop, tuple(options.scales)) if panoptic else Augment(crop, options.short, options.long)
+    return TrainStream(training.train, augment, batch=batch, seed=options.seed, **loading)
 
 
 # ---- validation
@@ -261,9 +248,8 @@ def validate(training: Training, final: bool) -> None:
         metrics |= {name: mean[name] for name in ("PQ", "SQ", "RQ")}
         quality = f"PQ {mean['PQ']:.4f} SQ {mean['SQ']:.4f} RQ {mean['RQ']:.4f} "
     run.log({"step": training.step, "val": metrics})
-    run.print0(
-        f"step {training.step} val {quality}mIoU {result.mIoU:.4f} pixel accuracy {result.pixel_accuracy:.4f}"
-    )
+    scores = f"{quality}mIoU {result.mIoU:.4f} pixel accuracy {result.pixel_accuracy:.4f}"
+    run.print0(f"step {training.step} val {scores}")
     if run.ranks.is_main:
         draw_val(training)
     best, training.validated = training.best, True
@@ -275,22 +261,22 @@ def validate(training: Training, final: bool) -> None:
 
 def evaluate_val(training: Training, limit: int | None = None) -> Result:
     """The protocol of `eval.py` without flags, on the validation set or its first `limit` images."""
-    sets, ranks = training.sets, training.run.ranks
-    indices = range(min(limit or len(sets.val), len(sets.val)))
+    val, ranks = training.val, training.run.ranks
+    indices = range(min(limit or len(val), len(val)))
     shares = {"workers": training.options.workers, "rank": ranks.rank, "world": ranks.world}
-    how = {"words": sets.val_words, "indices": indices, "panoptic": training.metric == "PQ"}
-    return evaluate(training.tada, sets.val, **how, **training.windows, **shares)
+    how = {"words": training.val_words, "indices": indices, "panoptic": training.metric == "PQ"}
+    return evaluate(training.tada, val, **how, **training.windows, **shares)
 
 
 def draw_val(training: Training) -> None:
     """val/step-000123.jpg: the predictions of a few images of the validation set, always the same ones."""
-    run, tada, val = training.run, training.tada, training.sets.val
+    run, tada, val = training.run, training.tada, training.val
     chosen = np.linspace(0, len(val) - 1, min(SHOWN, len(val))).astype(int).tolist()
     shown = []
     tada.eval()
     for item in EvaluationStream(val, *(tada.config.box or (None, None))).items(chosen):
         image = normalise(item.image[None].to(run.ranks.device))  # (1, 3, h, w)
-        words = training.sets.val_words(item.path, item.present)
+        words = training.val_words(item.path, item.present)
         tags = tada.resolve_tags(image, None if words is None else [words])
         with torch.autocast(image.device.type, torch.bfloat16, enabled=image.is_cuda):
             if tada.config.decoder == "mask2former":
@@ -309,15 +295,18 @@ def draw_val(training: Training) -> None:
         run.print0(f"{file} is not drawn ({error.strerror})")
 
 
-def draw_inputs(run: Run, sets: Sets, batch: Batch) -> None:
+def draw_inputs(training: Training) -> None:
     """inputs.jpg: the first training images after augmentation, each with its labels and its tags."""
+    batches = training_stream(training, min(SHOWN, training.options.batch)).batches()
+    batch = next(batches)
+    batches.close()
     images = batch.image.permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
-    words = words_of(batch, sets.train_words) or [None] * len(images)
+    words = words_of(batch, training.train_words) or [None] * len(images)
     targets = batch.labels.numpy()
     if batch.owners is not None:  # UNOWNED, -1, becomes 0, which is void
         owned = [[Segment(i, k, False) for i, k in enumerate(x.tolist(), 1)] for x in batch.classes]
         targets = zip(batch.owners.numpy() + 1, owned, strict=True)
-    draw(run.folder / "inputs.jpg", sets.train, zip(images, targets, words, strict=True))
+    draw(training.run.folder / "inputs.jpg", training.train, zip(images, targets, words, strict=True))
 
 
 # ---- saving
@@ -370,8 +359,10 @@ def train(options: Options, ranks: Ranks) -> int:
         if training.step == options.iterations and training.validated:
             run.print0(f"{run.folder} is complete: {options.iterations} steps; --fresh starts over")
             return 0
-        if training.step == 0:
-            smoke_test(training)
+        if training.step == 0:  # fail early
+            if ranks.is_main:
+                draw_inputs(training)
+            evaluate_val(training, limit=2 * ranks.world)
         if options.check:
             run.print0(f"checked: look at {run.folder / 'inputs.jpg'}, then run without --check")
             return 0
@@ -379,10 +370,8 @@ def train(options: Options, ranks: Ranks) -> int:
             code = loop(training, stop)
         if code == 0:
             best = training.best
-            run.print0(
-                f"done: best val {training.metric} {best[training.metric]:.4f} at step {best['step']}; "
-                f"next: python eval.py {run.folder}"
-            )
+            score = f"{training.metric} {best[training.metric]:.4f}"
+            run.print0(f"done: best val {score} at step {best['step']}; next: python eval.py {run.folder}")
         return code
 
 
@@ -399,37 +388,24 @@ def prepare(run: Run, options: Options) -> Training:
         if options.model == "sd15" and (row := paper_row(*words)):
             run.print0(f"to compare with the paper's {row}")
         frozen = checkpoint.frozen_digests(config)
-        paths = (train_set.path(i) for i in range(len(train_set)))
         drawing = scenes.VERSION if options.dataset == "scenes" else None
-        read = fingerprint(paths, train_set.classes, tags=options.tags, frozen=frozen, drawing=drawing)
+        read = fingerprint(train_set.paths, train_set.classes, options.tags, frozen=frozen, drawing=drawing)
     last = open_run(run, options, defaults=defaults(vars(options)), config=config, read=read)
 
     torch.manual_seed(options.seed)  # the same initial weights on every rank
     tada = build(config, ranks.device)
     tada.unet.checkpoint_activations = options.checkpoint_activations
     sources = {"train_set": train_set, "val_set": val_set, "resumed": last is not None}
-    train_words, val_words = open_tags(run, tada, options=options, **sources)
-    sets = Sets(train_set, val_set, train_words=train_words, val_words=val_words)
+    words = open_tags(run, tada, options=options, **sources)
     scales = {"weight_decay": options.weight_decay, "unet_scale": options.unet_lr_scale}
     groups = parameter_groups(tada, options.lr, **scales)
     optimizer = torch.optim.AdamW([{**group, "full_lr": group["lr"]} for group in groups])
-    training = Training(run, options, tada=tada, sets=sets, optimizer=optimizer, frozen=frozen)
+    training = Training(run, options, tada, train_set, val_set, *words, optimizer=optimizer, frozen=frozen)
 
     torch.manual_seed(options.seed + 1 + ranks.rank)  # dropout differs between ranks
     if last is not None:
         resume(training, last)
     return training
-
-
-def smoke_test(training: Training) -> None:
-    """Fail early: draw inputs.jpg and evaluate two images per rank."""
-    run, options, sets = training.run, training.options, training.sets
-    if run.ranks.is_main:
-        stream = training_stream(options, training.tada, sets.train, min(SHOWN, options.batch))
-        batches = stream.batches()
-        draw_inputs(run, sets, next(batches))
-        batches.close()
-    evaluate_val(training, limit=2 * run.ranks.world)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

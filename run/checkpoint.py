@@ -125,9 +125,8 @@ def read_own_state(tada: Tada, file: Path) -> dict[str, Tensor]:
     own, state = own_state(tada), load_file(file)
     wrong = sorted(set(own) ^ set(state)) or [name for name in own if own[name].shape != state[name].shape]
     if wrong:
-        raise CheckpointError(
-            f"{file} does not fit the model it describes: {', '.join(wrong[:10])}; use another step"
-        )
+        names = ", ".join(wrong[:10])
+        raise CheckpointError(f"{file} does not fit the model it describes: {names}; use another step")
     return state
 
 
@@ -149,10 +148,8 @@ def read_about(file: Path) -> dict:
     if "tada" not in metadata:
         raise CheckpointError(f"{file} was not written by train.py: give a run folder or its {MODEL}")
     about = json.loads(metadata["tada"])
-    if about["format"] > FORMAT:
-        raise CheckpointError(
-            f"{file} has format {about['format']}, this code reads {FORMAT}: use a newer TADA"
-        )
+    if (number := about["format"]) > FORMAT:
+        raise CheckpointError(f"{file} has format {number}, this code reads {FORMAT}: use a newer TADA")
     return about
 
 
@@ -161,12 +158,11 @@ REMOVED = {"pixel_decoder": "deformable"}  # settings of older checkpoints -> th
 
 def read_config(entries: dict, file: Path) -> TadaConfig:
     """The settings of a checkpoint. Raises CheckpointError for one that this code lacks."""
+    entries = {name: as_tuples(value) for name, value in entries.items()}
     for name, supported in REMOVED.items():
-        if entries.get(name, supported) != supported:
-            raise CheckpointError(
-                f"{file} has {name} {entries[name]!r}, only {supported!r} is still supported: use TADA 0.1.0"
-            )
-    entries = {name: as_tuples(value) for name, value in entries.items() if name not in REMOVED}
+        if (value := entries.pop(name, supported)) != supported:
+            fault = f"has {name} {value!r}, only {supported!r} is still supported"
+            raise CheckpointError(f"{file} {fault}: use TADA 0.1.0")
     unknown = sorted(set(entries) - {field.name for field in fields(TadaConfig)})
     if unknown:
         raise CheckpointError(f"{file} has unknown settings {', '.join(unknown)}: use a newer TADA")
@@ -199,9 +195,8 @@ def restore_training(tensors: dict[str, Tensor], optimizer: torch.optim.Optimize
     """Restore a `training_state`; false if it has no RNG state of this rank (more ranks than before)."""
     for group in optimizer.param_groups:
         for name, p in zip(group["names"], group["params"], strict=True):
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            state = {key: tensors[f"optimizer/{name}/{key}"] for key in keys}
-            optimizer.state[p] = {key: x if key == "step" else x.to(p.device) for key, x in state.items()}
+            for key, device in (("step", "cpu"), ("exp_avg", p.device), ("exp_avg_sq", p.device)):
+                optimizer.state[p][key] = tensors[f"optimizer/{name}/{key}"].to(device)
     if f"rng/{ranks.rank}/cpu" not in tensors:
         return False
     torch.set_rng_state(tensors[f"rng/{ranks.rank}/cpu"])
@@ -251,9 +246,8 @@ def write_step(
         shutil.rmtree(new, ignore_errors=True)
         with suppress(OSError):
             restore_replaced(run)
-        raise CheckpointError(
-            f"{final} could not be written ({error}): free space on its disk, or make it writable"
-        ) from None
+        cure = "free space on its disk, or make it writable"
+        raise CheckpointError(f"{final} could not be written ({error}): {cure}") from None
     return final
 
 
@@ -296,17 +290,11 @@ def steps(run: Path) -> list[Path]:
 def prune(run: Path) -> None:
     """Remove all step folders except the newest and those that `last` and `best` point to."""
     linked = {os.readlink(run / name) for name in ("last", "best") if (run / name).is_symlink()}
-    for folder in steps(run)[:-KEPT]:
-        if folder.name not in linked:
-            remove(folder)
-
-
-def remove(folder: Path) -> None:
-    """Remove a step folder; rename it first, so that under its own name it is complete or gone."""
-    renamed = folder.with_name(f".tmp-old-{folder.name}")
-    shutil.rmtree(renamed, ignore_errors=True)
-    os.replace(folder, renamed)
-    shutil.rmtree(renamed, ignore_errors=True)
+    for folder in [x for x in steps(run)[:-KEPT] if x.name not in linked]:
+        renamed = folder.with_name(f".tmp-old-{folder.name}")  # under its own name it is complete or gone
+        shutil.rmtree(renamed, ignore_errors=True)
+        os.replace(folder, renamed)
+        shutil.rmtree(renamed, ignore_errors=True)
 
 
 def clean(run: Path) -> None:

@@ -28,6 +28,8 @@ from run.checkpoint import REMOVED, clean, newest_step, replace_text, steps
 from run.ranks import Ranks
 from weights.words import digest
 
+FRESH = "--fresh to start over (keeps the run)"
+
 
 def lock(folder: Path, flag: str) -> TextIO:
     """Make a folder, and lock it until the returned file is closed; RunError names the `flag` to change."""
@@ -35,15 +37,12 @@ def lock(folder: Path, flag: str) -> TextIO:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("w")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise RunError(
-            f"{folder} is being written by another process: wait, or give another {flag}"
-        ) from None
     except OSError as error:
-        raise RunError(
-            f"{folder} cannot be written or locked ({error.strerror}): give another {flag}"
-        ) from None
+        fault = f"cannot be written or locked ({error.strerror}):"
+        if isinstance(error, BlockingIOError):
+            file.close()
+            fault = "is being written by another process: wait, or"
+        raise RunError(f"{folder} {fault} give another {flag}") from None
     os.register_at_fork(after_in_child=file.close)  # or a worker that outlives us would keep the lock
     return file
 
@@ -121,9 +120,7 @@ def open_run(
         for sentence in refused:
             run.print0(sentence)
         if refused and last is None:
-            raise RunError(
-                f"no intact checkpoint in {run.folder}: repair one or start over with --fresh (keeps the run)"
-            )
+            raise RunError(f"no intact checkpoint in {run.folder}: repair one or give {FRESH}")
         about = {
             "command": [sys.executable, *sys.argv],
             "data": str(Path(options.data).absolute()),
@@ -143,10 +140,7 @@ def open_run(
 
 
 def refuse_changes(run: Run, about: dict, defaults: Mapping[str, Any], free: set[str]) -> None:
-    """Raise RunError if the run was started with other options or data; those in `free` may differ.
-
-    An option that config.json lacks, since its flag is newer than the run, had its default.
-    """
+    """Raise RunError if data or options changed, `free` ones excepted; newer flags had their default."""
     file = run.folder / "config.json"
     now, defaults = json.loads(json.dumps([about, defaults]))  # tuples become lists
     try:
@@ -154,27 +148,19 @@ def refuse_changes(run: Run, about: dict, defaults: Mapping[str, Any], free: set
         options, torch_version = defaults | before["options"], before["versions"]["torch"]
         read = before.get("read", now["read"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(
-            f"{file} lacks the settings of its run ({error}): start over with --fresh (keeps the run)"
-        ) from None
+        raise RunError(f"{file} lacks the settings of its run ({error}): give {FRESH}") from None
     changed = {x: f"is {y}" for x, y in now["options"].items() if x not in free and options[x] != y}
     changed |= {x: "is removed" for x, y in REMOVED.items() if options.get(x) not in (None, y)}
-    changed = [
-        f"--{name.replace('_', '-')} was {options[name]}, {now_is}" for name, now_is in changed.items()
-    ]
+    changed = [f"--{x.replace('_', '-')} was {options[x]}, {now_is}" for x, now_is in changed.items()]
     changed += [f"{name} has changed" for name, value in now["read"].items() if read.get(name) != value]
     if changed:
-        raise RunError(
-            f"{run.folder} holds a run started with other settings ({'; '.join(changed)}): "
-            "use the same, another --run-dir, or --fresh to start over (keeps the run)"
-        )
-    before = {"torch": torch_version, "--threads": options["threads"]}
-    after = {"torch": torch.__version__, "--threads": now["options"]["threads"]}
-    for name in [name for name in before if before[name] != after[name]]:
-        run.print0(
-            f"{name} was {before[name]}, is {after[name]}: results may differ in rounding from an "
-            "uninterrupted run"
-        )
+        fault = f"{run.folder} holds a run started with other settings ({'; '.join(changed)})"
+        raise RunError(f"{fault}: use the same, another --run-dir, or {FRESH}")
+    threads = ("--threads", options["threads"], now["options"]["threads"])
+    for name, old, new in (("torch", torch_version, torch.__version__), threads):
+        if old != new:
+            differ = "results may differ in rounding from an uninterrupted run"
+            run.print0(f"{name} was {old}, is {new}: {differ}")
 
 
 def rename_run(run: Run) -> None:

@@ -38,12 +38,12 @@ def describe(run: Run, options: Options, tada: Tada) -> None:
     device, world = run.ranks.device, run.ranks.world
     each = options.batch // (world * options.accumulate)
     paper = recipe(options.dataset, options.model, decoder=options.decoder).paper
-    run.print0(
-        f"batch {options.batch} = {world} processes x {options.accumulate} accumulated x {each} images, "
-        f"{options.iterations:,} iterations, lr {options.lr:g}"
-        + (f"; the paper: {paper}" if paper else "")
-        + f"; device {device}, {options.threads} threads, torch {torch.__version__}"
-    )
+    batch = f"batch {options.batch} = {world} processes x {options.accumulate} accumulated x {each} images"
+    course = f"{options.iterations:,} iterations, lr {options.lr:g}"
+    if paper:
+        course += f"; the paper: {paper}"
+    machine = f"device {device}, {options.threads} threads, torch {torch.__version__}"
+    run.print0(f"{batch}, {course}; {machine}")
     run.print0(kernels.describe(device))
     run.print0(f"run folder {run.folder}")
 

@@ -53,14 +53,12 @@ class Ranks(NamedTuple):
             dist.barrier()
 
     def data_parallel(self, model: nn.Module) -> nn.Module:
-        """Wrap a model so that gradients are averaged over all ranks; alone, return the model itself.
-
-        Buffers are not synchronised: they are constants. torch 2.13 renamed that argument of DDP.
-        """
+        """Wrap a model so that gradients are averaged over all ranks; alone, return the model itself."""
         if self.world == 1:
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None
         known = inspect.signature(DistributedDataParallel).parameters
+        # Buffers are constants, so not synchronised; torch 2.13 renamed that argument.
         argument = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         return DistributedDataParallel(model, device_ids=devices, **{argument: False})
 
@@ -75,9 +73,7 @@ def init_distributed() -> Ranks:
     if torch.cuda.is_available():
         local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local >= gpus:
-            print(
-                f"process {local} of this machine has no GPU: give --nproc-per-node {gpus}", file=sys.stderr
-            )
+            print(f"process {local} here has no GPU: give --nproc-per-node {gpus}", file=sys.stderr)
             sys.exit(2)
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
@@ -87,10 +83,8 @@ def init_distributed() -> Ranks:
 
 
 def cleanup() -> None:
-    """Destroy the process group (collective); not after an error.
-
-    NCCL would block until all ranks are here, and these wait for the one that failed. That one just exits,
-    and torchrun ends the others.
+    """Destroy the process group; not after an error, since NCCL would wait here for the ranks that wait for
+    the failed one: that one just exits, and torchrun ends the others.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
