@@ -23,11 +23,8 @@ choice within an image; 0 is void, pixels without a label.
      "images": [{"id": 1, "file_name": "one.jpg", "height": 2, "width": 4},
                 {"id": 2, "file_name": "two.jpg", "height": 2, "width": 4}],
      "annotations": [{"image_id": 1, "file_name": "one.png", "segments_info":
-                      [{"id": 1, "category_id": 1},
-                       {"id": 2, "category_id": 1},
-                       {"id": 3, "category_id": 2}]},
-                     {"image_id": 2, "file_name": "two.png", "segments_info":
-                      [{"id": 7, "category_id": 2}]}]}
+                     [{"id": 1, "category_id": 1}, {"id": 2, "category_id": 1}, {"id": 3, "category_id": 2}]},
+                     {"image_id": 2, "file_name": "two.png", "segments_info": [{"id": 7, "category_id": 2}]}]}
 
 Training and evaluation need `train` and `val`. A segment may have `"iscrowd": 1`; "color" is optional.
 
@@ -90,6 +87,8 @@ class Layout:
     panoptic: bool = False  # a JSON and PNGs of COCO's panoptic format
 
 
+SAME, COCO = {"train": "train", "val": "val"}, {"train": "train2017", "val": "val2017"}
+PANOPTIC = "annotations/panoptic_{}"
 LAYOUTS = {
     "ade20k": Layout(
         root="ADEChallengeData2016",
@@ -103,7 +102,7 @@ LAYOUTS = {
         root="coco_stuff164k",
         images="images/{}",
         labels="annotations/{}",
-        splits={"train": "train2017", "val": "val2017"},
+        splits=COCO,
         label=("", TRAIN_IDS),
         hint="; the 10k version and the API's examples number otherwise, use stuffthingmaps_trainval2017.zip",
     ),
@@ -111,30 +110,15 @@ LAYOUTS = {
         root="cityscapes",
         images="leftImg8bit/{}",
         labels="gtFine/{}",
-        splits={"train": "train", "val": "val"},
+        splits=SAME,
         image="_leftImg8bit",
         label=(f"_gtFine{TRAIN_IDS}", "_gtFine_labelIds"),
         ignored=range(34),  # the labelIds; labels/cityscapes.txt lists the 19 that are evaluated
     ),
-    "folder": Layout(
-        root="the folder that holds images, labels and classes.txt",
-        images="images/{}",
-        labels="labels/{}",
-        splits={"train": "train", "val": "val"},
-    ),
-    "coco-panoptic": Layout(
-        root="coco",
-        images="{}",
-        labels="annotations/panoptic_{}",
-        splits={"train": "train2017", "val": "val2017"},
-        panoptic=True,
-    ),
+    "folder": Layout("the folder that holds images, labels and classes.txt", "images/{}", "labels/{}", SAME),
+    "coco-panoptic": Layout("coco", "{}", PANOPTIC, COCO, panoptic=True),
     "panoptic": Layout(
-        root="the folder that holds annotations, train and val",
-        images="{}",
-        labels="annotations/panoptic_{}",
-        splits={"train": "train", "val": "val"},
-        panoptic=True,
+        "the folder that holds annotations, train and val", "{}", PANOPTIC, SAME, panoptic=True
     ),
 }
 
@@ -150,37 +134,36 @@ IRREGULAR = {
 # ---- the data sets ---------------------------------------------------------------------------------------
 
 
+@dataclass(eq=False)
 class Dataset:
     """One split: `classes` as shown, `prompts` as a text tower reads them, `palette (K, 3)`, its images.
 
-    `categories` are the classes as things and stuff, None without instances; `image_ids` then name the images
-    in COCO's files.
+    `paths` are relative to the root, with "/": the keys of tag files. `categories` are the classes as things
+    and stuff, None without instances; `image_ids` then name the images in COCO's files.
     """
 
-    def __init__(
-        self,
-        name: str,
-        split: str,
-        classes: list[str],
-        palette: np.ndarray,
-        categories: Categories | None = None,
-        image_ids: Sequence[int | str] = (),
-    ):
-        self.name, self.split, self.classes, self.palette = name, split, classes, palette
-        self.categories, self.image_ids = categories, image_ids
-        self.prompts = [prompt(c, name) for c in classes]
+    name: str
+    split: str
+    classes: list[str]
+    palette: np.ndarray
+    paths: Sequence[str]
+    categories: Categories | None = None
+    image_ids: Sequence[int | str] = ()
+
+    def __post_init__(self) -> None:
+        self.prompts = [prompt(c, self.name) for c in self.classes]
         self.missing: list[str] = []  # a sentence for each image or label file without its counterpart
 
     def __len__(self) -> int:
-        raise NotImplementedError
+        return len(self.paths)
 
     def path(self, i: int) -> str:
-        """The path of image `i` relative to the root, with "/": the key of tag files."""
-        raise NotImplementedError
+        """The path of image `i`."""
+        return self.paths[i]
 
     def files(self, i: int) -> list[Path]:
         """The files of sample `i` that exist."""
-        raise NotImplementedError
+        return []
 
     def png(self, i: int) -> str:
         """The name of sample `i`'s PNG in COCO's panoptic files."""
@@ -202,7 +185,6 @@ class SemanticFiles(Dataset):
         layout = LAYOUTS[name]
         table = root / "classes.txt" if name == "folder" else Path(__file__).parent / "labels" / f"{name}.txt"
         classes, palette, raw = read_classes(table)
-        super().__init__(name, split, classes, palette)
         self.root, self.hint = root, layout.hint
         self.raw_ids, self.train_ids = label_table(raw, layout.ignored), label_table(range(len(classes)), ())
         folder = layout.images.format(layout.splits[split])
@@ -211,14 +193,9 @@ class SemanticFiles(Dataset):
         if not images:
             raise DataError(f"{root / folder} holds no image *{layout.image}.jpg, .png, ...: check --data")
         self.pairs = [(images[key], labels.get(key)) for key in sorted(images)]
+        super().__init__(name, split, classes, palette, [image for image, _ in self.pairs])
         self.missing = [self.unlabelled(i) for i, (_, label) in enumerate(self.pairs) if label is None]
         self.missing += [f"{root / labels[key]} has no image" for key in sorted(labels) if key not in images]
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def path(self, i: int) -> str:
-        return self.pairs[i][0]
 
     def unlabelled(self, i: int) -> str:
         return f"{self.root / self.path(i)} has no label file"
@@ -241,31 +218,23 @@ class PanopticFiles(Dataset):
     """A panoptic data set on disk, in order of its images' names. The JSON is read at once."""
 
     def __init__(self, name: str, root: Path, split: str):
-        self.root, self.folder = root, LAYOUTS[name].splits[split]
-        self.pngs = root / LAYOUTS[name].labels.format(self.folder)
+        folder = LAYOUTS[name].splits[split]
+        self.root, self.pngs = root, root / LAYOUTS[name].labels.format(folder)
         self.annotations = a = read_annotations(self.pngs.with_name(self.pngs.name + ".json"))
-        super().__init__(name, split, a.categories.names, a.categories.palette, a.categories, a.image_ids)
+        paths, kinds = [f"{folder}/{file}" for file in a.file_names], a.categories
+        super().__init__(name, split, kinds.names, kinds.palette, paths, kinds, a.image_ids)
         if name == "coco-panoptic":  # COCO-Stuff's names, where several of its classes are merged into one
             self.prompts = [prompt(c.removesuffix("-merged"), "cocostuff") for c in self.classes]
-        on_disk = {folder: set(os.listdir(folder)) for folder in (root / self.folder, self.pngs)}
+        on_disk = {place: set(os.listdir(place)) for place in (root / folder, self.pngs)}
         listed = [file for i in range(len(self)) for file in self.pair(i)]
-        self.lost = {
-            file
-            for file in listed
-            if not (file.name in on_disk[file.parent] if file.parent in on_disk else file.exists())
-        }
+        found = (x.name in on_disk[x.parent] if x.parent in on_disk else x.exists() for x in listed)
+        self.lost = {file for file, exists in zip(listed, found, strict=True) if not exists}
         self.missing = [self.without(file) for file in listed if file in self.lost]
         self.missing += [
-            f"{root / self.folder / name} has no annotation in {a.file}"
-            for name in sorted(on_disk[root / self.folder].difference(a.file_names))
+            f"{root / folder / name} has no annotation in {a.file}"
+            for name in sorted(on_disk[root / folder].difference(a.file_names))
             if name.lower().endswith(SUFFIXES) and not name.startswith(".")
         ]
-
-    def __len__(self) -> int:
-        return len(self.annotations)
-
-    def path(self, i: int) -> str:
-        return f"{self.folder}/{self.annotations.file_names[i]}"
 
     def png(self, i: int) -> str:
         return self.annotations.pngs[i]
@@ -301,16 +270,9 @@ class Scenes(Dataset):
         names, palette = list(scenes.CLASSES), np.array(scenes.PALETTE, np.uint8)
         things = np.array([name in scenes.THINGS for name in names])
         categories = Categories(names, [*range(1, len(names) + 1)], palette, things)
-        super().__init__("scenes", split, names, palette, categories, list(scenes.SPLITS[split]))
-
-    def __len__(self) -> int:
-        return len(self.image_ids)
-
-    def path(self, i: int) -> str:
-        return f"scenes/{self.image_ids[i]:06d}"
-
-    def files(self, i: int) -> list[Path]:
-        return []
+        indices = list(scenes.SPLITS[split])
+        paths = [f"scenes/{index:06d}" for index in indices]
+        super().__init__("scenes", split, names, palette, paths, categories, indices)
 
     def load(self, i: int, short: int | None = None, long: int | None = None) -> Sample:
         scene = scenes.draw(self.image_ids[i])
@@ -326,9 +288,8 @@ def require_size(file: Path, labels: np.ndarray, size: Size) -> None:
     """Raise DataError unless labels `(H, W)` have the size of their image."""
     if labels.shape != size:
         (H, W), (h, w) = size, labels.shape
-        raise DataError(
-            f"{file} is {w}x{h} and its image, turned as its EXIF tag says, {W}x{H}: both need the same size"
-        )
+        image = f"its image, turned as its EXIF tag says, {W}x{H}"
+        raise DataError(f"{file} is {w}x{h} and {image}: both need the same size")
 
 
 def open_dataset(name: str, root: str | Path, split: str) -> Dataset:
@@ -361,9 +322,8 @@ def open_dataset(name: str, root: str | Path, split: str) -> Dataset:
 
 def default_data(name: str) -> str:
     """The default folder of a data set; "" for one's own panoptic data, which has none."""
-    if name in ("scenes", "panoptic"):
-        return "scenes" if name == "scenes" else ""
-    return f"data/{LAYOUTS[name].root}"
+    own = {"scenes": "scenes", "panoptic": ""}
+    return own[name] if name in own else f"data/{LAYOUTS[name].root}"
 
 
 def prompt(name: str, dataset: str) -> str:
@@ -384,20 +344,17 @@ def read_classes(file: Path) -> tuple[list[str], np.ndarray, list[int]]:
     try:
         lines = file.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{file} cannot be read as UTF-8 text ({error}): give it one class name a line"
-        ) from None
+        raise DataError(f"{file} cannot be read as UTF-8 ({error}): give it one class name a line") from None
     names, palette, raw = [], [], []
     for i, line in enumerate(lines):
+        where = f"{file}, line {i + 1}"
         match = re.fullmatch(r"\s*([^,]*[^,\s])\s*(?:,\s*(\d+) (\d+) (\d+)\s*)?(?:,\s*(\d+)\s*)?", line)
         colour = [int(x) for x in match.group(2, 3, 4)] if match and match[2] else distinct_colour(i + 1)
         value = int(match[5]) if match and match[5] else i
         if not match or max(colour) > 255 or value >= IGNORE:
-            raise DataError(
-                f"{file}, line {i + 1}: expected a class as 'name' or 'name, r g b', not {line[:60]!r}"
-            )
+            raise DataError(f"{where}: expected a class as 'name' or 'name, r g b', not {line[:60]!r}")
         if match[1] in names or value in raw:
-            raise DataError(f"{file}, line {i + 1}: {line!r} repeats a name or a value")
+            raise DataError(f"{where}: {line!r} repeats a name or a value")
         names.append(match[1])
         palette.append(colour)
         raw.append(value)

@@ -3,9 +3,6 @@
 The recipe is mmsegmentation's, as in VPD (mmseg/datasets/pipelines/transforms.py of its 0.x); where we differ
 on purpose, the docstring states it. Images leave as uint8 `(3, H, W)`, RGB, labels as uint8 `(H, W)`, classes
 0..K-1 and 255 = ignore. All randomness comes from the generator that the caller gives.
-
-Top to bottom: `normalise` (bytes to the model's floats), `Augment`, `evaluation`, and their parts: the window
-that is cropped, resizing, colours.
 """
 
 from dataclasses import dataclass
@@ -92,9 +89,8 @@ def choose_window(labels: np.ndarray, size: Size, crop: Size, rng: np.random.Gen
     for _ in range(TRIES):
         window = draw_window(size, crop, rng)
         count = np.bincount(nearest(labels, size, window).ravel(), minlength=256)[:IGNORE]
-        if count.max() < LARGEST_SHARE * count.sum():
-            return window
-        if window == (0, 0, *size):  # the whole image is the only window
+        mixed = count.max() < LARGEST_SHARE * count.sum()
+        if mixed or window == (0, 0, *size):  # the whole image is the only window
             return window
     return draw_window(size, crop, rng)
 

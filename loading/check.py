@@ -1,21 +1,12 @@
 """The check of a data set before training: `print(check(dataset))`."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from data import Dataset
 from errors import DataError
 from images.read import IGNORE, SHOWN, Size
-
-
-class CheckError(DataError):
-    """The faults that `check` found; `report` holds the table and every fault."""
-
-    def __init__(self, message: str, report: "Report"):
-        super().__init__(message)
-        self.report = report
 
 
 @dataclass
@@ -50,6 +41,12 @@ class Report:
         return "\n".join(lines)
 
 
+class CheckError(DataError):
+    """The faults that `check` found; `report` holds the table and every fault."""
+
+    report: Report
+
+
 def check(dataset: Dataset, samples: int = 200) -> Report:
     """Check the size of every file, and decode `samples` evenly spaced images with their labels.
 
@@ -59,13 +56,15 @@ def check(dataset: Dataset, samples: int = 200) -> Report:
     faults, sizes, pixels, unreadable = list(dataset.missing), [], np.zeros(256, np.int64), set()
     for i in range(len(dataset)):
         for file in dataset.files(i):
-            if not has_content(file):
+            try:
+                empty = file.stat().st_size == 0
+            except OSError:
+                empty = True
+            if empty:
                 faults.append(f"{file} is empty or missing")
                 unreadable.add(i)
     chosen = np.linspace(0, len(dataset) - 1, min(samples, len(dataset))).astype(int).tolist()
-    for i in chosen:
-        if i in unreadable:
-            continue
+    for i in sorted({*chosen} - unreadable):
         try:
             labels = dataset.load(i).labels
         except DataError as error:
@@ -79,17 +78,9 @@ def check(dataset: Dataset, samples: int = 200) -> Report:
     title = f"{dataset.name} {dataset.split}: {len(dataset):,} images, {len(sizes):,} of them read"
     report = Report(title, dataset.classes, sizes, pixels, faults)
     if faults:
-        raise CheckError(
-            f"{dataset.name} {dataset.split} has {len(faults)} faults, repair or remove these files:"
-            + "".join(f"\n  {fault}" for fault in faults[:SHOWN])
-            + (f"\n  and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""),
-            report,
-        )
+        message = f"{dataset.name} {dataset.split} has {len(faults)} faults, repair or remove these files:"
+        more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
+        error = CheckError("\n  ".join([message, *faults[:SHOWN], *more]))
+        error.report = report
+        raise error
     return report
-
-
-def has_content(file: Path) -> bool:
-    try:
-        return file.stat().st_size > 0
-    except OSError:
-        return False

@@ -6,30 +6,29 @@
 Nothing here reads or moves a global random state: a sample is a function of (seed, epoch, index), the order
 one of (seed, position). Images and labels stay bytes; `normalise` in loading/augment.py makes the model's
 floats.
-
-Top to bottom: the order and each rank's share of it, a sample and a batch, training, evaluation, the loader
-that both use.
 """
 
 import atexit
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from itertools import chain
-from typing import Any, NamedTuple, Protocol
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from data import Dataset, Sample
+from data import Dataset
 from errors import DataError, DataWarning, Unreadable
 from images.panoptic import Segment
 from images.read import IGNORE, Size
-from loading.augment import View, evaluation
+from loading.augment import Augment, evaluation
+from loading.jitter import Jitter
 
 ORDER, SAMPLE = 1, 2  # keep the two uses of a seed apart
 
@@ -64,10 +63,8 @@ def shard(start: int, count: int, rank: int, world: int, accumulate: int = 1) ->
     """
     size, rest = divmod(count, world * accumulate)
     if rest or not size:
-        raise DataError(
-            f"a batch of {count} cannot be divided into {world} ranks x {accumulate} micro-batches: "
-            f"use a multiple of {world * accumulate}"
-        )
+        parts = f"{world} ranks x {accumulate} micro-batches: use a multiple of {world * accumulate}"
+        raise DataError(f"a batch of {count} cannot be divided into {parts}")
     firsts = [start + (a * world + rank) * size for a in range(accumulate)]
     return [range(first, first + size) for first in firsts]
 
@@ -102,16 +99,7 @@ class Batch(NamedTuple):
     sizes: list[Size] | None = None
 
 
-class Augmentation(Protocol):
-    """What makes a training image of a sample: `Augment` or `Jitter`."""
-
-    ratios: tuple[float, float]  # the range of the first number drawn
-
-    def box(self, ratio: float) -> tuple[int, int]: ...
-
-    def __call__(self, sample: Sample, ratio: float, rng: np.random.Generator) -> View: ...
-
-
+@dataclass
 class TrainStream:
     """The training samples of one rank in their global order, endlessly, starting at any position.
 
@@ -120,25 +108,21 @@ class TrainStream:
     label file with wrong content.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        augmentation: Augmentation,
-        *,
-        batch: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        accumulate: int = 1,
-        workers: int = 0,
-        device: str = "cpu",
-        tolerated: float = 0.01,
-    ):
-        shard(0, batch, rank, world, accumulate)  # refuses a batch that cannot be divided
-        self.dataset, self.augmentation = dataset, augmentation
-        self.batch, self.seed, self.order = batch, seed, Order(len(dataset), seed)
-        self.rank, self.world, self.accumulate = rank, world, accumulate
-        self.workers, self.device, self.tolerated = workers, device, tolerated
+    dataset: Dataset
+    augmentation: Augment | Jitter
+    _: KW_ONLY
+    batch: int
+    seed: int
+    rank: int = 0
+    world: int = 1
+    accumulate: int = 1
+    workers: int = 0
+    device: str = "cpu"
+    tolerated: float = 0.01
+
+    def __post_init__(self) -> None:
+        shard(0, self.batch, self.rank, self.world, self.accumulate)  # refuses a batch that cannot be divided
+        self.order = Order(len(self.dataset), self.seed)
         self.seen = self.replaced = 0
 
     def batches(self, position: int = 0) -> Iterator[Batch]:
@@ -149,10 +133,9 @@ class TrainStream:
                 self.replaced += 1
                 warnings.warn(f"{sentence}; another image takes its place", DataWarning, stacklevel=2)
                 if self.replaced > max(1, self.tolerated * self.seen):
-                    raise DataError(
-                        f"{self.replaced} of the first {self.seen} samples could not be read, more than "
-                        f"{self.tolerated:.0%}: repair the data set; the last one: {sentence}"
-                    )
+                    share = f"{self.replaced} of the first {self.seen} samples"
+                    limit = f"more than {self.tolerated:.0%}: repair the data set"
+                    raise DataError(f"{share} could not be read, {limit}; the last one: {sentence}")
             yield batch
 
     def micro_batches(self, position: int) -> Iterator[range]:
@@ -183,9 +166,8 @@ class TrainStream:
 
 def collate(items: list[Item | DataError]) -> Batch | DataError:
     """The items as one batch, or the first error."""
-    for item in items:
-        if isinstance(item, DataError):
-            return item
+    if errors := [item for item in items if isinstance(item, DataError)]:
+        return errors[0]
     images, labels, present, positions, paths, skipped, owners, classes, sizes, *_ = zip(*items, strict=True)
     maps, lists = (torch.stack(images), torch.stack(labels)), map(list, (present, positions, paths))
     batch = Batch(*maps, *lists, list(chain(*skipped)))
@@ -211,7 +193,7 @@ class EvaluationStream:
 
     def items(self, indices: Iterable[int]) -> Iterator[Item]:
         """One Item per index, in this order; a file that cannot be read is a DataError with its path."""
-        yield from load_in_order(self, ([i] for i in indices), only, self.workers, self.device)
+        yield from load_in_order(self, ([i] for i in indices), itemgetter(0), self.workers, self.device)
 
     def __getitem__(self, i: int) -> Item | DataError:
         try:
@@ -252,10 +234,8 @@ def load_in_order(
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise DataError(
-            f"a loading process died ({str(error).splitlines()[0]}): free memory or enlarge /dev/shm, "
-            "or give fewer --workers"
-        ) from None
+        cure = "free memory or enlarge /dev/shm, or give fewer --workers"
+        raise DataError(f"a loading process died ({str(error).splitlines()[0]}): {cure}") from None
     finally:
         atexit.unregister(end)
         end()
@@ -265,7 +245,3 @@ def ignore_signals(worker: int) -> None:
     """These reach the whole process group: the main process handles them, its workers end with it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-
-
-def only(items: list[Item | DataError]) -> Item | DataError:
-    return items[0]

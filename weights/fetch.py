@@ -18,6 +18,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from errors import WeightsError, run_command
@@ -43,6 +44,7 @@ CLIP = ("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc
 # checkpoint's size is that of its LFS pointer in the Space xinyu1205/recognize-anything, commit 60bca41.
 RAM = ("xinyu1205/recognize_anything_model", "a4f945fe0720892020c28309624df3bd1f3ad3dc")
 RAM_LISTS = ("CannotFindObject/RAM_ONNX", "059bc78e8f02489540a60b22099974354ed91ab3")
+AGAIN = "run the command again"
 SCRATCH = ".tmp-fetch"  # inside the destination: moving a complete file is a rename on one disk
 
 
@@ -57,14 +59,14 @@ def official(variant: str) -> tuple[File, ...]:
         "vae.fp16": (167335342, "4fbcf0ebe55a0984f5a5e00d8c4521d52359af7229bb4d81890039d2aa16dd7c"),
     }
     clip = (1710540580, "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb")
+    vocab = (1059962, "469be27c5c010538f845f518c4f5e8574c78f7c8")
+    merges = (524619, "76e821f1b6f0a9709293c3b6b51ed90980b3166b")
     return (
         File(*SD, unet, unet, *pinned["unet" + dot]),
         File(*SD, vae, vae, *pinned["vae" + dot]),
         File(*CLIP, "model.safetensors", "clip/model.safetensors", *clip),
-        File(
-            *CLIP, "vocab.json", "tokenizer/vocab.json", 1059962, "469be27c5c010538f845f518c4f5e8574c78f7c8"
-        ),
-        File(*CLIP, "merges.txt", "tokenizer/merges.txt", 524619, "76e821f1b6f0a9709293c3b6b51ed90980b3166b"),
+        File(*CLIP, "vocab.json", "tokenizer/vocab.json", *vocab),
+        File(*CLIP, "merges.txt", "tokenizer/merges.txt", *merges),
     )
 
 
@@ -76,8 +78,7 @@ def official_ram() -> tuple[File, ...]:
         names: (41904, "5d96d2f7225527480ad773aaac76b6e5c08a18adf6eae9ca7d2ab923d5e7bd8b"),
         thresholds: (22016, "b6f81d0de1bc7f9c251af512c413eae976c77dbfbadf700d4e3d90510f4c6447"),
     }
-    repositories = {model: RAM, names: RAM_LISTS, thresholds: RAM_LISTS}
-    return tuple(File(*repositories[name], name, name, *pinned[name]) for name in pinned)
+    return tuple(File(*(RAM if x == model else RAM_LISTS), x, x, *pin) for x, pin in pinned.items())
 
 
 def amount(size: int) -> str:
@@ -123,15 +124,11 @@ def download(file: File, folder: Path, endpoint: str | None) -> Path:
         if isinstance(error, OSError) and error.errno:  # the disk is full, read-only, ...
             raise
         reason = " ".join(str(error.__cause__ or error).split())  # one line
-        raise WeightsError(
-            f"cannot download {file.remote} of {file.repo} ({reason}): check the connection and run the "
-            "command again, or give files that you already have with --from DIR"
-        ) from error
+        cure = f"check the connection and {AGAIN}, or give files that you already have with --from DIR"
+        raise WeightsError(f"cannot download {file.remote} of {file.repo} ({reason}): {cure}") from error
     if difference := mismatch(path, file):
-        raise WeightsError(
-            f"the downloaded {file.local} has {difference}, and was deleted: run the command again; if this "
-            "repeats, compare the published file with the table in weights/fetch.py"
-        )
+        cure = f"{AGAIN}; if this repeats, compare the published file with the table in weights/fetch.py"
+        raise WeightsError(f"the downloaded {file.local} has {difference}, and was deleted: {cure}")
     return path
 
 
@@ -155,10 +152,8 @@ def fetch(files: Sequence[File], root: Path, source: Path | None = None, endpoin
             places[file] = [path for path in dict.fromkeys(paths) if path.is_file()]
         missing, free = sum(file.size for file in files if not places[file]), shutil.disk_usage(root).free
         if free < missing:
-            raise WeightsError(
-                f"{root} needs {amount(missing)} of free space and has {amount(free)}: "
-                "free some, or choose another disk with --to DIR"
-            )
+            space = f"needs {amount(missing)} of free space and has {amount(free)}"
+            raise WeightsError(f"{root} {space}: free some, or choose another disk with --to DIR")
         for file, paths in places.items():
             path, target = next((x for x in paths if mismatch(x, file) is None), None), root / file.local
             if path != target:
@@ -180,13 +175,12 @@ def fetch_ram(root: Path, source: Path | None = None) -> int:
     from weights.ram import MODEL, convert  # slow to import
 
     checkpoint, *lists = official_ram()
-    if (root / MODEL).is_file():
-        print(f"{root / MODEL}: complete", flush=True)
-        return fetch(lists, root, source)
-    fetch([checkpoint, *lists], root, source)
-    print(f"{root / MODEL}: converting {checkpoint.local}", flush=True)
-    convert(root / checkpoint.local, root / MODEL)
-    (root / checkpoint.local).unlink()  # ours: a download, a copy, or a link to the user's
+    present = (root / MODEL).is_file()
+    fetch(lists if present else [checkpoint, *lists], root, source)
+    if not present:
+        print(f"{root / MODEL}: converting {checkpoint.local}", flush=True)
+        convert(root / checkpoint.local, root / MODEL)
+        (root / checkpoint.local).unlink()  # ours: a download, a copy, or a link to the user's
     print(f"{root / MODEL}: complete", flush=True)
     return 0
 
@@ -204,16 +198,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     root = options.to or Path("weights/ram" if options.ram else "weights/sd15")
 
-    def work() -> int:
-        if options.ram:
-            return fetch_ram(root, options.source)
-        return fetch(official(options.variant), root, options.source)
-
-    return run_command(
-        "weights.fetch",
-        work,
-        "interrupted: complete files are kept; run the command again for the rest",
-    )
+    work = fetch_ram if options.ram else partial(fetch, official(options.variant))
+    interrupted = f"interrupted: complete files are kept; {AGAIN} for the rest"
+    return run_command("weights.fetch", partial(work, root, options.source), interrupted)
 
 
 if __name__ == "__main__":

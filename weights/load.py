@@ -26,7 +26,6 @@ Rename = tuple[str, str | Callable[[re.Match], str]]  # a pattern and its replac
 
 FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # file names in a component's folder
 FILES += tuple(name.replace(".safetensors", ".fp16.safetensors") for name in FILES)
-IGNORED = r"(^|\.)position_ids$"  # a buffer 0, 1, 2, ... in older CLIP files
 
 
 def part(block: int, kind: str) -> str:
@@ -36,7 +35,7 @@ def part(block: int, kind: str) -> str:
 
 # CompVis numbers blocks across levels, three per level. Down (after conv_in, number 0): two blocks, then the
 # downsampler. Up: three blocks, the third with the upsampler.
-UNET_NAMES: list[Rename] = [
+UNET_NAMES: tuple[Rename, ...] = (
     (r"^time_embed\.0\.", "time_embedding.linear_1."),
     (r"^time_embed\.2\.", "time_embedding.linear_2."),
     (r"^input_blocks\.0\.0\.", "conv_in."),
@@ -54,11 +53,11 @@ UNET_NAMES: list[Rename] = [
     (r"\.out_layers\.0\.", ".norm2."),
     (r"\.out_layers\.3\.", ".conv2."),
     (r"\.skip_connection\.", ".conv_shortcut."),
-]
+)
 
 # The decoder's levels are numbered from the finest in CompVis, from the coarsest in diffusers. The attention
 # has three spellings: CompVis (q), the official diffusers file (query), today's diffusers (to_q, as ours).
-VAE_NAMES: list[Rename] = [
+VAE_NAMES: tuple[Rename, ...] = (
     (r"^encoder\.down\.(\d)\.block\.", r"encoder.down_blocks.\1.resnets."),
     (r"^encoder\.down\.(\d)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
     (r"^decoder\.up\.(\d)\.block\.", lambda m: f"decoder.up_blocks.{3 - int(m[1])}.resnets."),
@@ -72,7 +71,7 @@ VAE_NAMES: list[Rename] = [
     (r"\.attentions\.0\.k(ey)?\.", ".attentions.0.to_k."),
     (r"\.attentions\.0\.v(alue)?\.", ".attentions.0.to_v."),
     (r"\.attentions\.0\.proj_(out|attn)\.", ".attentions.0.to_out.0."),
-]
+)
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class Official:
     file: str  # the official file, for messages
     prefixes: tuple[str, ...] = ()  # of its names in files that hold several modules
     names: tuple[Rename, ...] = ()
-    ignored: str = IGNORED
+    ignored: str = r"(^|\.)position_ids$"  # a buffer 0, 1, 2, ... in older CLIP files
     command: str = "python -m weights.fetch"
 
     @property
@@ -92,16 +91,15 @@ class Official:
 
 WEIGHTS = "diffusion_pytorch_model.safetensors of stable-diffusion-v1-5/stable-diffusion-v1-5"
 TEXT = "text_encoder/model.safetensors of stable-diffusion-v1-5/stable-diffusion-v1-5"
-# RAM's checkpoint also holds the two BERTs that write captions, and buffers that are computed from sizes.
-RAM_IGNORED = r"^(tag_encoder|text_decoder)\.|\.(relative_position_index|attn_mask)$"
 OFFICIAL: dict[type[nn.Module], Official] = {
-    UNet: Official(f"unet/{WEIGHTS}", ("model.diffusion_model.",), tuple(UNET_NAMES)),
-    VAE: Official(f"vae/{WEIGHTS}", ("first_stage_model.",), tuple(VAE_NAMES)),
+    UNet: Official(f"unet/{WEIGHTS}", ("model.diffusion_model.",), UNET_NAMES),
+    VAE: Official(f"vae/{WEIGHTS}", ("first_stage_model.",), VAE_NAMES),
     CLIP: Official("model.safetensors of openai/clip-vit-large-patch14"),
     RAM: Official(
         "ram_swin_large_14m.pth of xinyu1205/recognize_anything_model",
         names=((r"^vision_multi\.", "tagging_head."),),
-        ignored=RAM_IGNORED,
+        # Ignored: the two BERTs that write captions, and buffers that are computed from sizes.
+        ignored=r"^(tag_encoder|text_decoder)\.|\.(relative_position_index|attn_mask)$",
         command="python -m weights.fetch --ram",
     ),
     TextTower: Official(TEXT, ("cond_stage_model.transformer.text_model.", "text_model.")),
@@ -149,9 +147,7 @@ def find(path: Path, official: Official) -> Path:
 
 
 def refuse_foreign(file: Path, official: Official) -> None:
-    """Raise WeightsError unless `file` is a complete safetensors file: an 8-byte length, a JSON header, and
-    as many bytes as the header declares.
-    """
+    """Raise WeightsError unless `file` is whole: an 8-byte length, a JSON header, the bytes it declares."""
     size = file.stat().st_size
     with file.open("rb") as f:
         start = f.read(512)
