@@ -13,21 +13,9 @@ from torch import Tensor, nn
 from errors import ModelError
 
 from . import reference
-from .reference import IGNORE, RESIDENT, attention_maps
+from .reference import IGNORE, RESIDENT
+from .reference import attention_maps as attention_maps  # for those who import from here
 from .row_attention import row_attention
-
-__all__ = [
-    "IGNORE",
-    "ModelError",
-    "attention",
-    "attention_maps",
-    "describe",
-    "norm_silu",
-    "upsampled_argmax",
-    "upsampled_cross_entropy",
-    "use",
-    "wide_attention",
-]
 
 # (kernel, compute capability) -> the sizes at which it won `python -m lab.bench --suite kernels`. The size is
 # the head width for attention, the number of channels for group_norm_silu, and the number of classes for
@@ -69,32 +57,32 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) ->
         from .cross_attention import cross_attention
 
         return cross_attention(q, k, v, lengths)
-    if lengths is None:
-        return plain_attention(q, k, v)
-    return reference.attention(q, k, v, lengths)
+    return plain_attention(q, k, v) if lengths is None else reference.attention(q, k, v, lengths)
 
 
-def wide_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attention` of heads too wide for a kernel: the VAE has a single one of 512 channels."""
-    return plain_attention(q, k, v)
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention in plain torch; bfloat16 by `row_attention` on a CPU, and where it won on a GPU."""
+    many = k.shape[1] >= MANY
+    rows = many if q.device.type == "cpu" else won("row_attention", q, q.shape[-1])
+    if rows and q.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+        return row_attention(q, k, v)
+    return reference.attention(q, k, v)
+
+
+wide_attention = plain_attention  # of heads too wide for a kernel: the VAE has a single one of 512 channels
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """silu(norm(x)) of a map `(B, C, H, W)`, by `group_norm_silu`."""
-    return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
-
-
-def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """silu(group_norm(x)) of a map `(B, C, H, W)`, weight and bias `(C,)`.
+    """silu(norm(x)) of a map `(B, C, H, W)`.
 
     The kernel's result is channels-last in memory and of x's type, also under autocast, where torch's is
     float32.
     """
     if chosen("group_norm_silu", x, x.shape[1], x.dtype != torch.float32):
-        from . import group_norm
-
-        return group_norm.group_norm_silu(x, groups, weight, bias, eps)
-    return reference.group_norm_silu(x, groups, weight, bias, eps)
+        from .group_norm import group_norm_silu
+    else:
+        from .reference import group_norm_silu
+    return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
 
 def upsampled_cross_entropy(logits: Tensor, labels: Tensor, ignore: int = IGNORE) -> tuple[Tensor, Tensor]:
@@ -112,16 +100,7 @@ def upsampled_cross_entropy(logits: Tensor, labels: Tensor, ignore: int = IGNORE
 
 def upsampled_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """The most likely class of every pixel at `size` = (H, W): logits `(B, K, h, w)` -> `(B, H, W)` int64."""
-    return reference.upsample_argmax(logits, size)
-
-
-def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention in plain torch; bfloat16 by `row_attention` on a CPU, and where it won on a GPU."""
-    many = k.shape[1] >= MANY
-    rows = many if q.device.type == "cpu" else won("row_attention", q, q.shape[-1])
-    if rows and q.dtype == torch.bfloat16 and not torch.is_grad_enabled():
-        return row_attention(q, k, v)
-    return reference.attention(q, k, v)
+    return reference.upsample(logits, size).argmax(dim=1)
 
 
 def chosen(kernel: str, x: Tensor, size: int, worth: bool = True) -> bool:

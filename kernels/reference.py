@@ -60,11 +60,6 @@ def upsample_cross_entropy(logits: Tensor, labels: Tensor, ignore: int) -> tuple
     return total, (labels != ignore).sum()
 
 
-def upsample_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """The most likely class of every pixel at `size` = (H, W): logits `(B, K, h, w)` -> `(B, H, W)` int64."""
-    return upsample(logits, size).argmax(dim=1)
-
-
 def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """Logits `(B, K, h, w)` -> `(B, K, H, W)` float32, bilinearly, pixel centres aligned."""
     return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)

@@ -146,7 +146,7 @@ def test_the_reference_is_what_the_towers_compute():
     x = inputs[0].clone().requires_grad_()
     y = F.silu(norm(x), inplace=True)
     y.backward(dy)
-    ours = results(lambda x, w, b: kernels.group_norm_silu(x, 8, w, b, 1e-6), inputs, dy)
+    ours = results(lambda x, w, b: reference.group_norm_silu(x, 8, w, b, 1e-6), inputs, dy)
     for a, b in zip(ours, [y, x.grad, norm.weight.grad, norm.bias.grad], strict=True):
         assert torch.equal(a, b)
 
@@ -154,11 +154,11 @@ def test_the_reference_is_what_the_towers_compute():
 def test_the_kernel_is_asked_for_by_name(monkeypatch):
     inputs, _ = case(2, 32, 5, 7)
     x, weight, bias = inputs
-    assert torch.equal(
-        kernels.group_norm_silu(x, 8, weight, bias, EPS), reference.group_norm_silu(x, 8, weight, bias, EPS)
-    )
+    norm = nn.GroupNorm(8, 32, eps=EPS)
+    norm.weight, norm.bias = nn.Parameter(weight), nn.Parameter(bias)
+    assert torch.equal(kernels.norm_silu(norm, x), reference.group_norm_silu(x, 8, weight, bias, EPS))
     monkeypatch.setattr(kernels, "_asked", "triton")
-    assert torch.equal(kernels.group_norm_silu(x, 8, weight, bias, EPS), kernel(*inputs, groups=8))
+    assert torch.equal(kernels.norm_silu(norm, x), kernel(*inputs, groups=8))
 
 
 def test_wrong_inputs_are_refused():
