@@ -69,9 +69,6 @@ class Sample(NamedTuple):
     segments: Sequence[Segment] = ()
 
 
-# ---- the layouts -----------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Layout:
     """A data set's folders as published (mmsegmentation's docs/en/dataset_prepare.md; cocodataset.org)."""
@@ -129,9 +126,6 @@ IRREGULAR = {
     "playingfield": "playing field",
     "waterdrops": "water drops",
 }
-
-
-# ---- the data sets ---------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)

@@ -240,9 +240,6 @@ def confusion_matrix(confusion: Tensor, names: Sequence[str]) -> Image.Image:
     return drawn
 
 
-# ---- text
-
-
 def percent(share: float) -> str:
     return f"{share:.0%}" if share >= 0.01 else "<1%"
 

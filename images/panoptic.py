@@ -15,7 +15,7 @@ The measures are in metrics/quality.py.
 """
 
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -57,9 +57,6 @@ def classes_at(place: np.ndarray, segments: Sequence[Segment]) -> np.ndarray:
     return np.array([s.label for s in segments] + [IGNORE], np.uint8)[place]  # the last is that of -1
 
 
-# ---- the PNG ---------------------------------------------------------------------------------------------
-
-
 def from_colours(colours: np.ndarray) -> np.ndarray:
     """RGB `(H, W, 3)` uint8 -> ids `(H, W)` int32."""
     r, g, b = np.moveaxis(colours.astype(np.int32), 2, 0)
@@ -88,9 +85,6 @@ def read_ids(path: Path, segments: Sequence[Segment]) -> tuple[np.ndarray, np.nd
     if absent:
         raise DataError(f"{path} has no pixel of the id {absent[0]} that its segments_info lists: remove it")
     return ids, place
-
-
-# ---- the JSON --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -156,37 +150,24 @@ def read_annotations(file: str | Path, truth: Annotations | None = None) -> Anno
         names = zip(truth.image_ids, truth.file_names, strict=True)
         images = [{"id": id, "file_name": name} for id, name in names]
         content = {"categories": truth.categories.as_json(), "images": images} | content
-    lists = [content.get(key) if isinstance(content, dict) else None for key in TOP]
-    if not all(isinstance(x, list) for x in lists):
-        raise DataError(f"{file} must be an object with the lists {', '.join(TOP)}")
-    categories = read_categories(lists[0], file)
-    names = {}
-    for i, entry in enumerate(lists[1]):
-        match entry:
-            case {"id": int(id) | str(id), "file_name": str(name)}:
-                names[id] = name
-            case _:
-                raise DataError(f'{file}, images[{i}] must have "id" and "file_name": {str(entry)[:80]}')
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in FORMS):
+        raise DataError(f"{file} must be an object with the lists {', '.join(FORMS)}")
+    categories = read_categories(content, file)
+    names = {entry["id"]: entry["file_name"] for _, entry in entries_of(content, "images", file)}
     label_of = {id: k for k, id in enumerate(categories.ids)}
     rows, found = {}, []
-    for i, entry in enumerate(lists[2]):
-        try:
-            match entry:
-                case {"image_id": int(id) | str(id), "file_name": str(png), "segments_info": list(infos)}:
-                    if id not in names:
-                        raise ValueError(f"there is no image with the id {id!r}")
-                    if id in rows:
-                        raise ValueError(f"the image {id!r} has two annotations")
-                    if Path(png).is_absolute() or ".." in Path(png).parts:
-                        raise ValueError(
-                            f"the file_name {png!r} leads out of the PNGs' folder: give one inside it"
-                        )
-                    rows[id] = read_segments(infos, label_of)
-                    found.append((names[id], id, png))
-                case _:
-                    raise ValueError('give "image_id", "file_name" and "segments_info"')
-        except ValueError as error:
-            raise DataError(f"{file}, annotations[{i}]: {error}") from None
+    for where, entry in entries_of(content, "annotations", file):
+        id, png = entry["image_id"], entry["file_name"]
+        if id not in names:
+            raise DataError(f"{where}: there is no image with the id {id!r}")
+        if id in rows:
+            raise DataError(f"{where}: the image {id!r} has two annotations")
+        if Path(png).is_absolute() or ".." in Path(png).parts:
+            raise DataError(
+                f"{where}: the file_name {png!r} leads out of the PNGs' folder: give one inside it"
+            )
+        rows[id] = read_segments(entry["segments_info"], label_of, where)
+        found.append((names[id], id, png))
     if not found:
         raise DataError(f"{file} has no annotation: it needs one for each image")
     found.sort(key=lambda entry: (entry[0], str(entry[1])))
@@ -196,54 +177,64 @@ def read_annotations(file: str | Path, truth: Annotations | None = None) -> Anno
     return Annotations(file, categories, image_ids, file_names, pngs, np.concatenate(tables), starts)
 
 
-TOP = ("categories", "images", "annotations")
+FORMS = {  # list: (what its entries must have, what is said where they lack it)
+    "categories": ({"id": int, "name": str, "isthing": int}, ' must have "id", "name" and "isthing" 0 or 1'),
+    "images": ({"id": int | str, "file_name": str}, ' must have "id" and "file_name"'),
+    "annotations": (
+        {"image_id": int | str, "file_name": str, "segments_info": list},
+        ': give "image_id", "file_name" and "segments_info"',
+    ),
+}
 
 
-def read_categories(entries: list, file: Path) -> Categories:
+def entries_of(content: dict, key: str, file: Path) -> Iterator[tuple[str, dict]]:
+    """The entries of one list, each after its place as messages name it."""
+    fields, fault = FORMS[key]
+    for i, entry in enumerate(content[key]):
+        where = f"{file}, {key}[{i}]"
+        complete = isinstance(entry, dict) and all(isinstance(entry.get(k), t) for k, t in fields.items())
+        if not complete or entry.get("isthing", 0) not in (0, 1):
+            raise DataError(f"{where}{fault}: {str(entry)[:80]}")
+        yield where, entry
+
+
+def read_categories(content: dict, file: Path) -> Categories:
     """The `categories`; a class without a "color" gets its own."""
-    names, ids, palette, things = [], [], [], []
-    for i, entry in enumerate(entries):
-        match entry:
-            case {"id": int(id), "name": str(name), "isthing": (0 | 1) as thing}:
-                colour = entry.get("color") or distinct_colour(i + 1)
-            case _:
-                raise DataError(
-                    f'{file}, categories[{i}] must have "id", "name" and "isthing" 0 or 1: {str(entry)[:80]}'
-                )
+    classes, palette = {}, []
+    for where, entry in entries_of(content, "categories", file):
+        id, name, colour = entry["id"], entry["name"], entry.get("color") or distinct_colour(len(palette) + 1)
         match colour:
             case [int(r), int(g), int(b)] if 0 <= min(r, g, b) and max(r, g, b) <= 255:
                 palette.append([r, g, b])
             case _:
-                raise DataError(f'{file}, categories[{i}]: "color" must be [r, g, b] in 0..255, not {colour}')
-        if name in names or id in ids:
-            raise DataError(f"{file}, categories[{i}]: the id {id} or the name {name!r} is a duplicate")
-        names.append(name)
-        ids.append(id)
-        things.append(bool(thing))
-    if not 1 <= len(names) <= IGNORE:
-        raise DataError(f"{file} has {len(names)} categories: give 1 to {IGNORE}")
-    return Categories(names, ids, np.array(palette, np.uint8), np.array(things))
+                raise DataError(f'{where}: "color" must be [r, g, b] in 0..255, not {colour}')
+        if id in classes or name in [other for other, _ in classes.values()]:
+            raise DataError(f"{where}: the id {id} or the name {name!r} is a duplicate")
+        classes[id] = name, bool(entry["isthing"])
+    if not 1 <= len(classes) <= IGNORE:
+        raise DataError(f"{file} has {len(classes)} categories: give 1 to {IGNORE}")
+    names, things = zip(*classes.values(), strict=True)
+    return Categories([*names], [*classes], np.array(palette, np.uint8), np.array(things))
 
 
-def read_segments(infos: list, label_of: dict[int, int]) -> np.ndarray:
-    """`segments_info` as rows (id, label, crowd) int32; raises ValueError with the fault."""
-    rows, ids = [], set()
+def read_segments(infos: list, label_of: dict[int, int], where: str) -> np.ndarray:
+    """`segments_info` as rows (id, label, crowd) int32."""
+    rows = {}
     for info in infos:
         match info:
             case {"id": int(id), "category_id": int(category)} if 1 <= id <= LARGEST_ID:
                 if category not in label_of:
-                    raise ValueError(
-                        f"the segment {id} has the category_id {category}, which is not a category"
+                    raise DataError(
+                        f"{where}: the segment {id} has the category_id {category}, which is not a category"
                     )
-                if id in ids:
-                    raise ValueError(f"the id {id} is a duplicate")
-                ids.add(id)
-                rows.append((id, label_of[category], info.get("iscrowd", 0) == 1))
+                if id in rows:
+                    raise DataError(f"{where}: the id {id} is a duplicate")
+                rows[id] = id, label_of[category], info.get("iscrowd", 0) == 1
             case _:
-                raise ValueError(
-                    f'a segment needs "category_id" and an "id" in 1..{LARGEST_ID}: {str(info)[:80]}'
+                raise DataError(
+                    f'{where}: a segment needs "category_id" and an "id" in 1..{LARGEST_ID}: {str(info)[:80]}'
                 )
-    return np.array(rows, np.int32).reshape(-1, 3)
+    return np.array([*rows.values()], np.int32).reshape(-1, 3)
 
 
 def write_ids(ids: np.ndarray, path: Path) -> None:
@@ -264,9 +255,9 @@ def annotation(
 
     `segments` is anything with `id` and `label`, such as a decoder's segments; `crowds` are the crowds' ids.
     """
-    place, infos = positions(ids, segments), []
-    for i, s in enumerate(segments):
-        mask = place == i
+    infos = []
+    for s in segments:
+        mask = ids == s.id
         info = {"id": int(s.id), "category_id": int(category_ids[s.label]), "iscrowd": int(s.id in crowds)}
         infos.append(info | {"area": int(mask.sum()), "bbox": box(mask)})
     return {"image_id": image_id, "file_name": png, "segments_info": infos}
@@ -285,14 +276,8 @@ def write_annotations(
 
 def box(mask: np.ndarray) -> list[int]:
     """Left, top, width, height of what is true in `(H, W)`; zeros if nothing is."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
-        return [0, 0, 0, 0]
-    top, left, bottom, right = rows[0], columns[0], rows[-1] + 1, columns[-1] + 1
-    return [int(left), int(top), int(right - left), int(bottom - top)]
-
-
-# ---- segments from classes -------------------------------------------------------------------------------
+    left, top, right, bottom = Image.fromarray(mask).getbbox() or (0, 0, 0, 0)
+    return [left, top, right - left, bottom - top]
 
 
 def components(

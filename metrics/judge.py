@@ -22,10 +22,8 @@ from data import Dataset
 from errors import DataError
 from images.panoptic import annotation, write_annotations, write_ids
 from loading.stream import Item
-from metrics.quality import Quality, average_precision, coco_results, coco_truth, count, pycocotools
+from metrics.quality import GROUPS, Quality, average_precision, coco_results, coco_truth, count, pycocotools
 from run.ranks import Ranks
-
-GROUPS = ("all", "things", "stuff")
 
 
 @dataclass
@@ -41,11 +39,7 @@ class PanopticResult:
         """PQ, SQ and RQ of all classes, of things and of stuff, as lines of Markdown."""
         lines = [f"Segments: {self.how}", "", "| classes | PQ % | SQ % | RQ % | how many occur |"]
         lines.append("|---|--:|--:|--:|--:|")
-        for which in GROUPS:
-            *means, n = self.quality.mean(which).values()
-            cells = ("-" if math.isnan(x) else f"{100 * x:.2f}" for x in means)
-            lines.append(f"| {which} | {' | '.join(cells)} | {n} |")
-        return lines
+        return lines + [f"| {' | '.join(map(str, row))} |" for row in self.quality.rows()]
 
     def as_json(self) -> dict[str, str | float | None]:
         """PQ, SQ, RQ, PQ_things, ..., PQ_stuff, ..., AP, ...; None where nothing was counted."""
@@ -68,11 +62,7 @@ class PanopticEvaluator:
         self.dataset, self.how, self.folder = dataset, how, folder
         self.new = folder and folder.with_name(f".tmp-{folder.name}")
         self.counts = torch.zeros(len(dataset.classes), 4, dtype=torch.float64)
-        self.images: list[dict] = []
-        self.entries: list[dict] = []
-        self.truth: list[dict] = []
-        self.results: list[dict] = []
-        self.lacking = ""
+        self.images, self.entries, self.truth, self.results, self.lacking = [], [], [], [], ""
         try:
             if instances:
                 pycocotools("mask")
@@ -111,12 +101,9 @@ class PanopticEvaluator:
         images, entries, truth, results = (
             ranks.all_gather_object(x) for x in (self.images, self.entries, self.truth, self.results)
         )
-        precision = None
-        if self.instances:
-            precision = average_precision(images, truth, results, self.dataset.categories)
+        categories = self.dataset.categories
+        precision = average_precision(images, truth, results, categories) if self.instances else None
         if self.folder is not None and ranks.is_main:
             os.rename(self.new, self.folder)
-            write_annotations(self.folder.with_suffix(".json"), self.dataset.categories, images, entries)
-        return PanopticResult(
-            self.how, Quality(counts, self.dataset.categories.things), precision, self.lacking
-        )
+            write_annotations(self.folder.with_suffix(".json"), categories, images, entries)
+        return PanopticResult(self.how, Quality(counts, categories.things), precision, self.lacking)

@@ -27,7 +27,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,17 +34,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from errors import DataError, run_command
-from images.panoptic import VOID, Annotations, Categories, Segment, box, positions, read_annotations
-
-# ---- PQ --------------------------------------------------------------------------------------------------
+from images.panoptic import VOID, Annotations, Categories, Segment, annotation, positions, read_annotations
 
 
 def count(
-    truth: np.ndarray,
-    truths: Sequence[Segment],
-    predicted: np.ndarray,
-    predictions: Sequence,
-    K: int,
+    truth: np.ndarray, truths: Sequence[Segment], predicted: np.ndarray, predictions: Sequence, K: int
 ) -> Tensor:
     """One image's `(K, 4)` float64: sum of IoU, TP, FP, FN of each class. Sums of them are `Quality`'s.
 
@@ -88,6 +81,9 @@ def count(
     return torch.from_numpy(counts)
 
 
+GROUPS = ("all", "things", "stuff")
+
+
 @dataclass
 class Quality:
     """PQ, SQ and RQ from counts of any number of images. Fractions are in 0..1."""
@@ -111,6 +107,11 @@ class Quality:
         pq, sq, rq = rows.nanmean(0).tolist()
         return {"PQ": pq, "SQ": sq, "RQ": rq, "n": int((~rows[:, 0].isnan()).sum())}
 
+    def rows(self) -> list[tuple[str, str, str, str, int]]:
+        """(group, PQ, SQ, RQ, n) of each of GROUPS, in percent; "-" where nothing occurs."""
+        means = [(which, *self.mean(which).values()) for which in GROUPS]
+        return [(g, *("-" if math.isnan(x) else f"{100 * x:.2f}" for x in row), n) for g, *row, n in means]
+
     @property
     def PQ(self) -> float:
         return self.mean()["PQ"]
@@ -131,13 +132,8 @@ def compare(truth: Annotations, folder: Path, predicted: Annotations, predicted_
             raise DataError(f"{predicted.file} has no annotation for the image {id!r}: every one needs it")
         j = place[id]
         try:
-            counts += count(
-                truth.ids(i, folder),
-                truth.segments(i),
-                predicted.ids(j, predicted_folder),
-                predicted.segments(j),
-                len(counts),
-            )
+            ids, other = truth.ids(i, folder), predicted.ids(j, predicted_folder)
+            counts += count(ids, truth.segments(i), other, predicted.segments(j), len(counts))
         except DataError:
             raise
         except ValueError as error:
@@ -145,21 +141,10 @@ def compare(truth: Annotations, folder: Path, predicted: Annotations, predicted_
     return Quality(counts, truth.categories.things)
 
 
-# ---- AP of things ----------------------------------------------------------------------------------------
-
-
-class Instance(NamedTuple):
-    """One predicted thing; instances may overlap."""
-
-    score: float
-    label: int  # class 0..K-1
-    mask: np.ndarray  # (H, W) bool
-
-
 def coco_results(
-    image_id: int | str, instances: Iterable[Instance], category_ids: Sequence[int]
+    image_id: int | str, instances: Iterable[tuple[float, int, np.ndarray]], category_ids: Sequence[int]
 ) -> list[dict]:
-    """An image's instances, or plain (score, label, mask), as COCO's results; masks as run lengths."""
+    """An image's instances (score, label, mask `(H, W)` bool), which may overlap, as COCO's results."""
     return [
         {
             "image_id": image_id,
@@ -175,15 +160,10 @@ def coco_truth(
     image_id: int | str, ids: np.ndarray, segments: Sequence[Segment], category_ids: Sequence[int]
 ) -> list[dict]:
     """An image's things, crowds too, in COCO's format of instances, from its panoptic map."""
-    place = positions(ids, segments)
-    found = []
-    for i, s in enumerate(segments):
-        if s.thing:
-            mask = place == i
-            entry = {"image_id": image_id, "category_id": int(category_ids[s.label]), "iscrowd": int(s.crowd)}
-            entry |= {"area": int(mask.sum()), "bbox": box(mask), "segmentation": run_lengths(mask)}
-            found.append(entry)
-    return found
+    things = [s for s in segments if s.thing]
+    crowds = [s.id for s in things if s.crowd]
+    infos = annotation(image_id, "", ids, things, category_ids, crowds)["segments_info"]
+    return [info | {"image_id": image_id, "segmentation": run_lengths(ids == info["id"])} for info in infos]
 
 
 def run_lengths(mask: np.ndarray) -> dict:
@@ -232,9 +212,6 @@ def pycocotools(module: str):
         raise DataError("AP needs pycocotools: pip install pycocotools") from None
 
 
-# ---- the command line ------------------------------------------------------------------------------------
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the quality of a written prediction, in percent; 2 if it cannot be compared."""
     parser = argparse.ArgumentParser(
@@ -255,10 +232,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         other = png_folder(predicted, options.prediction_folder, "--prediction-folder")
         quality = compare(truth, folder, predicted, other)
         print("            PQ      SQ      RQ  classes")
-        for which in ("all", "things", "stuff"):
-            *means, n = quality.mean(which).values()
-            numbers = ("-" if math.isnan(x) else f"{100 * x:.2f}" for x in means)
-            print(f"{which:6}{''.join(f'{x:>8}' for x in numbers)}{n:9}")
+        for which, *numbers, n in quality.rows():
+            print(f"{which:6}{''.join(f'{x:>8}' for x in numbers)}{n:>9}")
         return 0
 
     return run_command("metrics.quality", work)

@@ -105,8 +105,6 @@ class Result:
         pq = dict(zip(self.classes, map(none_if_nan, quality), strict=True))
         return {**numbers, **self.segments.as_json(), **self.about, "classes": classes, "classes_PQ": pq}
 
-    # ---- the report
-
     def as_markdown(self) -> str:
         """The warnings, the table of classes, the ten worst, the segments' summary, and the line to paste."""
         about, iou = self.about, self.iou.tolist()
@@ -190,9 +188,6 @@ class Result:
             for name, row in zip(self.classes, self.confusion.tolist(), strict=True):
                 table.writerow([name, *row])
         confusion_matrix(self.confusion, self.classes).save(out / "confusion.png")
-
-
-# ---- the measures
 
 
 def confusion(truth: Tensor, predicted: Tensor, K: int) -> Tensor:

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from collections import namedtuple
 
 import numpy as np
 import pytest
@@ -30,7 +31,6 @@ from images.panoptic import (
     write_ids,
 )
 from metrics.quality import (
-    Instance,
     Quality,
     average_precision,
     coco_results,
@@ -40,6 +40,7 @@ from metrics.quality import (
     main,
 )
 
+Instance = namedtuple("Instance", "score label mask")
 THINGS = np.array([True, True, False])  # of the small examples
 CATEGORIES = Categories(["cat", "dog", "grass"], [7, 3, 100], np.eye(3, dtype=np.uint8) * 200, THINGS)
 
