@@ -95,7 +95,7 @@ class Tada(nn.Module):
         self.config, self.tokenizer = config, tokenizer
         self.vae, self.unet, self.clip, self.adapter, self.decoder = vae, unet, clip, adapter, decoder
         self.register_buffer("names", names)
-        # Images -> the scored tags of each; run/tagging.py sets RAM.
+        # Images -> the scored tags of each; assemble.py sets that of other sources.
         self.tagger: Callable[[Tensor], list] | None = None if names is None else self.zero_shot_tags
         self.vectors: dict[str, Tensor] = {}
         # train.py may replace this with a compiled version.

@@ -61,7 +61,7 @@ def tag(options: argparse.Namespace, ranks: Ranks) -> int:
     files = {dataset.path(i): image_file(dataset, i) for dataset in sets for i in range(len(dataset))}
     if not sets:
         files = {path: Path(path) for path in find_images(options.inputs, options.out, {})}
-    tagger, side, filter, by = open_tagger(options, sets, ranks)
+    tagger, side, filter, by = make_tagger(options, sets, ranks)
 
     def images(todo: list[str]) -> Iterator[list[tuple[str, Tensor | DataError]]]:
         photos = Photos([(path, files[path]) for path in todo], side, filter)
@@ -77,7 +77,7 @@ def tag(options: argparse.Namespace, ranks: Ranks) -> int:
     return 1 if broken else 0
 
 
-def open_tagger(
+def make_tagger(
     options: argparse.Namespace, sets: Sequence[Dataset], ranks: Ranks
 ) -> tuple[Tagger, int, Image.Resampling, str]:
     """The tagger, the side and filter of its square, and its name for the lines of the file."""
