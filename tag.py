@@ -14,6 +14,7 @@ absolute for photos of your own. `train.py`, `eval.py` and `predict.py` take the
 import argparse
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,8 +29,9 @@ from errors import DataError, TadaError, Unreadable, run_command
 from images.read import find_images, read_image
 from loading.augment import to_tensor
 from loading.stream import EvaluationStream, load_in_order
-from loading.tags import LONGEST_CAPTION, clean, read_tags, split_words
+from loading.tags import LONGEST_CAPTION, LONGEST_TAG, clean, read_tags, split_words, unique
 from metrics.tagging import judge
+from ram import RAMConfig
 from run.checkpoint import replace_text
 from run.ranks import Ranks, cleanup, init_distributed
 from run.tagging import tag_images
@@ -84,8 +86,8 @@ def make_tagger(
     asked = "" if options.threshold is None else f" at {options.threshold:g}"
     if options.by == "ram":
         tagger = ram_tagger(options.weights, ranks.device, options.threshold)
-        return tagger, 384, Image.Resampling.BILINEAR, f"ram{asked}"
-    names = split_words(options.names, "tagging") if options.names else sets[0].prompts if sets else []
+        return tagger, RAMConfig.image_size, Image.Resampling.BILINEAR, f"ram{asked}"
+    names = read_names(options.names) if options.names else sets[0].prompts if sets else []
     if not names:
         raise TadaError('--by clip needs the names it chooses from: give --names "sea, boat" or --dataset')
     clip, tokenizer = load_clip(part_configs(options.model, options.weights)[2], options.weights)
@@ -93,6 +95,17 @@ def make_tagger(
     key = hashlib.sha256(repr((names, options.model)).encode()).hexdigest()[:8]
     by = f"clip of {len(names)} names {key}{asked}"
     return tagger, clip.config.image_size, Image.Resampling.BICUBIC, by
+
+
+def read_names(given: str) -> list[str]:
+    """The names in a file, one a line, or between the commas of `given`."""
+    if not os.path.isfile(given):
+        return split_words(given, "tagging")
+    try:
+        lines = Path(given).read_text(encoding="utf-8").splitlines()
+        return [name for name, _ in unique((clean(line, LONGEST_TAG), 1.0) for line in lines if line.strip())]
+    except (OSError, ValueError) as error:
+        raise DataError(f"--names {given} is not a list of names, one a line ({error})") from None
 
 
 def open_sets(options: argparse.Namespace) -> list[Dataset]:
@@ -201,7 +214,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="X",
         help="the lowest score (default: RAM's per tag; CLIP's 1/names)",
     )
-    add("--names", metavar="WORDS", help="what CLIP chooses from (default: the classes of --dataset)")
+    add("--names", metavar="WORDS", help="CLIP's choice, or its file (default: the classes of --dataset)")
     add("--model", choices=["sd15", "tiny"], default="sd15", help="whose CLIP (default: sd15)")
     add(
         "--weights",

@@ -159,6 +159,17 @@ def test_two_processes_share_the_images(photos, expected, tmp_path):
     assert agree(lines_of(file), expected)
 
 
+def test_names_may_stand_in_a_file(photos, expected, tmp_path, capsys):
+    """One a line, as many as one likes; each once."""
+    names, file = tmp_path / "names.txt", tmp_path / "tags.jsonl"
+    names.write_text("\n".join([*WORDS.split(", "), "SEA", ""]) + "\n")
+    assert tag.main([*CLIP[:-1], str(names), str(photos), "--out", str(file)]) == 0
+    assert agree(lines_of(file), expected)
+    names.write_bytes(b"caf\xe9\n")
+    assert tag.main([*CLIP[:-1], str(names), str(photos), "--out", str(file)]) == 2
+    assert "is not a list of names, one a line" in capsys.readouterr().err
+
+
 def test_a_threshold_takes_the_place_of_chance(photos, tmp_path):
     """CLIP's own is 1 / names; the best name stays a tag."""
     for least, count in ((0.0, 4), (0.999, 1)):
