@@ -27,8 +27,6 @@ likewise: 77 are 64 + 16, 150 are 64 + 64 + 32. Offsets that could overflow 32 b
 In this order: the public function, block sizes by shape, the launches, the kernels.
 """
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
@@ -50,20 +48,9 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = No
     1..M (not checked: reading them would synchronise the GPU); None means all. Keys and values that are not
     real are not read. The same inputs give the same bits, also in the gradients.
     """
-    q, k, v = cast_for_autocast(q, k, v)
-    check(q, k, v, lengths)
-    return CrossAttention.apply(q, k, v, lengths)
-
-
-def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    device = tensors[0].device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-        return tensors
-    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
-
-
-def check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
-    """Check shapes, types, strides and devices only: reading values would synchronise the GPU."""
+    device = q.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     (B, N, n, d), M = q.shape, k.shape[1]
     assert k.shape == v.shape == (B, M, n, d) and min(B, N, M, n) > 0, (
         f"q, k and v are {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}: "
@@ -85,27 +72,11 @@ def check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
     assert q.device.type != "cpu" or INTERPRETED, (
         'q is on the CPU: set TRITON_INTERPRET=1 before Triton is imported, or choose use("torch")'
     )
-    if lengths is not None:
-        assert lengths.shape == (B,) and lengths.dtype in (torch.int32, torch.int64), (
-            f"lengths is {lengths.dtype} {tuple(lengths.shape)}: give int32 or int64, ({B},)"
-        )
-        assert lengths.device == q.device, f"lengths is on {lengths.device}, not on {q.device}"
-
-
-class CrossAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
-        o, sums = forward(q, k, v, lengths)
-        ctx.save_for_backward(q, k, v, lengths, o, sums)
-        return o
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, do: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, lengths, o, sums = ctx.saved_tensors
-        do = do if do.stride(-1) == 1 else do.contiguous()  # the gradient of .sum() has stride 0
-        dq, dkv = backward(q, k, v, lengths, o, sums, do)
-        return dq, dkv[0], dkv[1], None
+    assert lengths is None or (lengths.shape == (B,) and lengths.dtype in (torch.int32, torch.int64)), (
+        f"lengths is {lengths.dtype} {tuple(lengths.shape)}: give int32 or int64, ({B},)"
+    )
+    assert lengths is None or lengths.device == q.device, f"lengths is on {lengths.device}, not on {q.device}"
+    return forward(q, k, v, lengths)[0]
 
 
 # Block sizes by shape.
@@ -113,10 +84,7 @@ class CrossAttention(torch.autograd.Function):
 
 def power_of_two(size: int) -> int:
     """The smallest one that is neither below `size` nor below 16, the least side of a tile."""
-    power = 16
-    while power < size:
-        power *= 2
-    return power
+    return next(x for x in (16, 32, 64, 128, 256) if x >= size)
 
 
 def split(size: int) -> tuple[int, int]:
@@ -135,11 +103,8 @@ def key_tiles(M: int) -> dict[str, int]:
     """
     if M > RESIDENT:
         return {"TILE": KEY_TILE, "WHOLE": -1, "REST": 0}
-    whole = M // KEY_TILE * KEY_TILE
-    rest = power_of_two(M - whole) if whole < M else 0
-    if rest == KEY_TILE:
-        whole, rest = whole + rest, 0
-    return {"TILE": KEY_TILE, "WHOLE": whole, "REST": rest}
+    whole = (M + KEY_TILE // 2 - 1) // KEY_TILE * KEY_TILE  # a rest of more than half a tile has a whole one
+    return {"TILE": KEY_TILE, "WHOLE": whole, "REST": power_of_two(M - whole) if whole < M else 0}
 
 
 # Rows per block of queries and warps, by the first part of the head's width: these compile for sm_90 without
@@ -165,82 +130,80 @@ def query_parts(B: int, N: int, n: int, M: int, rows: int) -> tuple[int, int]:
     return triton.cdiv(blocks, each), each * rows
 
 
-def constants(**tensors: Tensor) -> dict[str, int]:
-    """What a kernel is compiled for: heads, their width, its two parts, and from one head to the next.
+def layout(**tensors: Tensor) -> dict[str, int | float]:
+    """The kernels' arguments that follow from shapes and strides: from one image, row or head to the next.
 
-    The last is a constant and not an argument: loads of 16 bytes require that 8 divides it, and for arguments
-    Triton only checks whether 16 does, which does not divide 40.
+    From head to head it is a constant and not an argument: loads of 16 bytes require that 8 divides it, and
+    for arguments Triton only checks whether 16 does, which does not divide 40.
     """
-    n, d = tensors["Q"].shape[2:]
+    (N, n, d), M = tensors["q"].shape[1:], tensors["k"].shape[1]
     d1, d2 = split(d)
-    heads = {f"{name}_HEAD": x.stride(2) for name, x in tensors.items()}
-    return {"HEADS": n, "D": d, "D1": d1, "D2": d2, **heads}
+    arguments = {"N": N, "M": M, "scale": d**-0.5 * LOG2E, "HEADS": n, "D": d, "D1": d1, "D2": d2}
+    for name, x in tensors.items():
+        image, row, head, _ = x.stride()
+        arguments |= {f"{name}_image": image, f"{name}_row": row, f"{name.upper()}_HEAD": head}
+    return arguments
 
 
-def strides(*tensors: Tensor) -> list[int]:
-    """From one image to the next, and from one row of an image to the next."""
-    return [x.stride(i) for x in tensors for i in (0, 1)]
+# The launches, operators that torch.compile can trace.
 
 
-# The launches. Each is an operator that torch.compile can trace; the interpreter cannot run inside one.
-
-
-def launches(function: Callable) -> Callable:
-    """Wrap the function as the operator `tada::...`; on a CPU, for the interpreter, call it directly."""
-    operator = triton_op(f"tada::cross_attention_{function.__name__}", function, mutates_args={})
-
-    def launch(q: Tensor, *rest: Tensor | None):
-        return (function if q.is_cpu else operator)(q, *rest)
-
-    return launch
-
-
-def on(x: Tensor, kernel: Callable) -> Callable:
-    """The kernel, wrapped for torch.compile; on a CPU as it is."""
-    return kernel if x.is_cpu else wrap_triton(kernel)
-
-
-@launches
+@triton_op("tada::cross_attention", mutates_args=())
 def forward(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     """O `(B, N, n, d)` and L `(B, n, N)` float32."""
-    (B, N, n, d), M = q.shape, k.shape[1]
+    B, N, n, d = q.shape
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     sums = torch.empty(B, n, N, dtype=torch.float32, device=q.device)
     rows, warps = FORWARD[split(d)[0]]
-    on(q, forward_kernel)[(n, triton.cdiv(N, rows), B)](
-        q, k, v, lengths, o, sums, N, M, d**-0.5 * LOG2E, *strides(q, k, v),
-        **constants(Q=q, K=k, V=v), **key_tiles(M), ROWS=rows, num_warps=warps, num_stages=STAGES,
+    wrap_triton(forward_kernel)[(n, triton.cdiv(N, rows), B)](
+        q, k, v, lengths, o, sums, **layout(q=q, k=k, v=v), **key_tiles(k.shape[1]),
+        ROWS=rows, num_warps=warps, num_stages=STAGES,
     )  # fmt: skip
     return o, sums
 
 
-@launches
+@triton_op("tada::cross_attention_backward", mutates_args=())
 def backward(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, o: Tensor, sums: Tensor, do: Tensor
 ) -> tuple[Tensor, Tensor]:
     """dQ `(B, N, n, d)`, and dK and dV in one tensor `(2, B, M, n, d)`."""
     (B, N, n, d), M = q.shape, k.shape[1]
-    slope, compiled = d**-0.5, constants(Q=q, K=k, V=v, DO=do)
+    width, arguments = split(d)[0], layout(q=q, k=k, v=v, do=do) | {"slope": d**-0.5}
 
     dq, delta = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty_like(sums)
-    rows, warps = QUERIES[compiled["D1"]]
-    on(q, queries_kernel)[(n, triton.cdiv(N, rows), B)](
-        q, k, v, lengths, o, sums, do, delta, dq, N, M, slope * LOG2E, slope, *strides(q, k, v, do),
-        **compiled, **key_tiles(M), ROWS=rows, num_warps=warps, num_stages=STAGES,
+    rows, warps = QUERIES[width]
+    wrap_triton(queries_kernel)[(n, triton.cdiv(N, rows), B)](
+        q, k, v, lengths, o, sums, do, delta, dq, **arguments, **key_tiles(M),
+        ROWS=rows, num_warps=warps, num_stages=STAGES,
     )  # fmt: skip
 
-    rows, warps = KEYS[compiled["D1"]]
+    rows, warps = KEYS[width]
     parts, each = query_parts(B, N, n, M, rows)
     dkv = torch.empty(2, B, M, n, d, dtype=k.dtype, device=q.device)
     partial = dkv if parts == 1 else torch.empty(parts, *dkv.shape, dtype=torch.float32, device=q.device)
-    on(q, keys_kernel)[(triton.cdiv(M, KEY_TILE) * n, parts, B)](
-        q, k, v, lengths, sums, do, delta, partial, N, M, each, slope * LOG2E, slope, *strides(q, k, v, do),
-        **compiled, TILE=KEY_TILE, ROWS=rows, num_warps=warps, num_stages=STAGES,
+    wrap_triton(keys_kernel)[(triton.cdiv(M, KEY_TILE) * n, parts, B)](
+        q, k, v, lengths, sums, do, delta, partial, **arguments, each=each, TILE=KEY_TILE,
+        ROWS=rows, num_warps=warps, num_stages=STAGES,
     )  # fmt: skip
     if parts > 1:
         size, block = dkv.numel(), 1024
-        on(q, sum_kernel)[(triton.cdiv(size, block),)](partial, dkv, size, parts, BLOCK=block)
+        wrap_triton(sum_kernel)[(triton.cdiv(size, block),)](partial, dkv, size, parts, BLOCK=block)
     return dq, dkv
+
+
+def keep(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+@once_differentiable
+def differentiate(ctx, do: Tensor, _) -> tuple[Tensor, Tensor, Tensor, None]:
+    do = do if do.stride(-1) == 1 else do.contiguous()  # the gradient of .sum() has stride 0
+    dq, dkv = backward(*ctx.saved_tensors, do)
+    return dq, dkv[0], dkv[1], None
+
+
+forward.register_autograd(differentiate, setup_context=keep)
 
 
 # The kernels. Q, K, ... are pointers; q, k, ... are pairs of tiles, the two parts of a head's width. A
@@ -272,7 +235,7 @@ def forward_kernel(
 
     top, total, o = state
     O += ((image * N + first) * HEADS + head) * D
-    store(O, HEADS * D, N - first, o, 1 / total[:, None], ROWS, D, D1, D2)
+    store(O, HEADS * D, N - first, o, 1 / total[:, None], D)
     row = tl.arange(0, ROWS)
     tl.store(SUMS + (image * HEADS + head) * N + first + row, top + tl.log2(total), mask=row < N - first)
 
@@ -286,9 +249,11 @@ def attend(
     top, total, o = state
     k = load(K + tl.cast(key, tl.int64) * k_row, k_row, length - key, TILE, D, D1, D2)
     v = load(V + tl.cast(key, tl.int64) * v_row, v_row, length - key, TILE, D, D1, D2)
-    p, shrink, top, total = soften(scores(q, k, scale, length - key, TILE), top, total)
+    s = scores(q, k, scale, length - key, TILE)
+    higher = tl.maximum(top, tl.max(s, 1))
+    p, shrink = tl.exp2(s - higher[:, None]), tl.exp2(top - higher)  # shrink is the factor of earlier powers
     o = (o[0] * shrink[:, None], o[1] * shrink[:, None])
-    return top, total, add_product(o, p, v)
+    return higher, total * shrink + tl.sum(p, 1), add_product(o, p, v)
 
 
 @triton.jit
@@ -326,7 +291,7 @@ def queries_kernel(
         dq = descend(dq, q, do, sums, delta, K, V, key, length, scale, k_row, v_row, D, D1, D2, TILE)
     if REST > 0:
         dq = descend(dq, q, do, sums, delta, K, V, WHOLE, length, scale, k_row, v_row, D, D1, D2, REST)
-    store(DQ, HEADS * D, N - first, dq, slope, ROWS, D, D1, D2)
+    store(DQ, HEADS * D, N - first, dq, slope, D)
 
 
 @triton.jit
@@ -379,8 +344,8 @@ def keys_kernel(
     images = tl.num_programs(2).to(tl.int64)
     DK = PARTIAL + (((2 * part * images + image) * M + key) * HEADS + head) * D
     DV = DK + images * M * HEADS * D
-    store(DK, HEADS * D, M - key, dk, slope, TILE, D, D1, D2)
-    store(DV, HEADS * D, M - key, dv, 1.0, TILE, D, D1, D2)
+    store(DK, HEADS * D, M - key, dk, slope, D)
+    store(DV, HEADS * D, M - key, dv, 1.0, D)
 
 
 @triton.jit
@@ -397,24 +362,13 @@ def sum_kernel(PARTIAL, OUT, size, parts, BLOCK: tl.constexpr):
 @triton.jit
 def real_keys(LENGTHS, image, M):
     """The number of real keys of the image."""
-    if LENGTHS is None:
-        return M
-    else:
-        return tl.minimum(tl.load(LENGTHS + image).to(tl.int32), M)
+    return M if LENGTHS is None else tl.minimum(tl.load(LENGTHS + image).to(tl.int32), M)
 
 
 @triton.jit
 def scores(q, k, scale, count, TILE: tl.constexpr):
     """S of a block of queries and a tile of keys; -inf for keys from `count` on."""
     return tl.where(tl.arange(0, TILE)[None, :] < count, product(q, k) * scale, float("-inf"))
-
-
-@triton.jit
-def soften(s, top, total):
-    """2^(s - the largest score so far), the factor of earlier powers, that score, the sum of all powers."""
-    higher = tl.maximum(top, tl.max(s, 1))
-    p, shrink = tl.exp2(s - higher[:, None]), tl.exp2(top - higher)
-    return p, shrink, higher, total * shrink + tl.sum(p, 1)
 
 
 @triton.jit
@@ -452,12 +406,10 @@ def load(X, stride, count, ROWS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr
 
 
 @triton.jit
-def store(
-    X, stride, count, x, factor, ROWS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr
-):  # fmt: skip
+def store(X, stride, count, x, factor, D: tl.constexpr):
     """Store x times the factor, in the layout of `load`."""
-    row, left = tl.arange(0, ROWS)[:, None], tl.arange(0, D1)[None, :]
-    right = D1 + tl.arange(0, D2)[None, :]
+    row, left = tl.arange(0, x[0].shape[0])[:, None], tl.arange(0, x[0].shape[1])[None, :]
+    right = x[0].shape[1] + tl.arange(0, x[1].shape[1])[None, :]
     X += row.to(tl.int64) * stride
     tl.store(X + left, (x[0] * factor).to(X.dtype.element_ty), mask=(row < count) & (left < D))
     tl.store(X + right, (x[1] * factor).to(X.dtype.element_ty), mask=(row < count) & (right < D))

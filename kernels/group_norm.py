@@ -69,15 +69,15 @@ def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: f
     return forward(x, groups, weight, bias, eps)[0]
 
 
-def tiling(x: Tensor) -> tuple[dict[str, int], tuple[int, int, int]]:
-    """The block sizes for a map, and the grid of programs: (channels, pixels, B)."""
-    B, C, H, W = x.shape
+def tiling(x: Tensor, groups: int) -> tuple[tuple[int, int, int], dict[str, int], dict[str, int]]:
+    """The grid (channels, pixels, B) of programs, their sizes, and those of the programs that merge."""
+    (B, C, H, W), D = x.shape, x.shape[1] // groups
     channels = min(CHANNELS, triton.next_power_of_2(C))
-    tiles = 1
-    while tiles < MOST_TILES and 4096 * (tiles + 1) <= H * W:  # comparisons: H and W may be symbols
-        tiles += 1
+    tiles = int(max(1, min(MOST_TILES, H * W // 4096)))  # int: H and W may be symbols
     grid = (triton.cdiv(C, channels), triton.cdiv(H * W, tiles * PIXELS), B)
-    return {"PIXELS": PIXELS, "CHANNELS": channels, "TILES": tiles, "num_warps": WARPS}, grid
+    sizes = {"P": H * W, "C": C, "PIXELS": PIXELS, "CHANNELS": channels, "TILES": tiles, "num_warps": WARPS}
+    merged = {"P": H * W, "C": C, "S": grid[1], "D": D, "WIDTH": triton.next_power_of_2(D), "MERGED": MERGED}
+    return grid, sizes, merged
 
 
 @triton_op("tada::group_norm_silu", mutates_args=())
@@ -85,18 +85,15 @@ def forward(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, and each group's mean and rstd `(B, G)` float32 for the backward pass."""
-    B, C, P = *x.shape[:2], x.shape[2] * x.shape[3]
-    blocks, grid = tiling(x)
-    D, S = C // groups, grid[1]
-    merged = {"D": D, "WIDTH": triton.next_power_of_2(D), "MERGED": MERGED}
+    (B, C), (grid, sizes, merged) = x.shape[:2], tiling(x, groups)
     y = torch.empty_like(x)
-    tile_mean, tile_m2 = (torch.empty(B, S, C, dtype=torch.float32, device=x.device) for _ in range(2))
+    tile_mean, tile_m2 = (torch.empty(B, grid[1], C, dtype=torch.float32, device=x.device) for _ in range(2))
     mean, rstd = (torch.empty(B, groups, dtype=torch.float32, device=x.device) for _ in range(2))
 
-    wrap_triton(measure)[grid](x, tile_mean, tile_m2, P, C, **blocks)
-    span = blocks["TILES"] * PIXELS
-    wrap_triton(merge)[(groups, B)](tile_mean, tile_m2, mean, rstd, P, C, S, eps, SPAN=span, **merged)
-    wrap_triton(normalize)[grid](x, y, mean, rstd, weight, bias, P, C, groups, D=D, **blocks)
+    wrap_triton(measure)[grid](x, tile_mean, tile_m2, **sizes)
+    span = sizes["TILES"] * PIXELS
+    wrap_triton(merge)[(groups, B)](tile_mean, tile_m2, mean, rstd, eps=eps, SPAN=span, **merged)
+    wrap_triton(normalize)[grid](x, y, mean, rstd, weight, bias, groups=groups, D=merged["D"], **sizes)
     return y, mean, rstd
 
 
@@ -105,22 +102,17 @@ def backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
     """dx, and dbias and dweight in one float32 tensor `(2, C)`; dy is channels-last as x is."""
-    B, C, P, groups = *x.shape[:2], x.shape[2] * x.shape[3], mean.shape[1]
-    blocks, grid = tiling(x)
-    D, S = C // groups, grid[1]
-    merged = {"D": D, "WIDTH": triton.next_power_of_2(D), "MERGED": MERGED}
+    (B, C), groups = x.shape[:2], mean.shape[1]
+    grid, sizes, merged = tiling(x, groups)
+    sizes |= {"groups": groups, "D": merged["D"]}
     dx = torch.empty_like(x)
-    tile_sums = torch.empty(2, B, S, C, dtype=torch.float32, device=x.device)  # of dz, and of dz xhat
+    tile_sums = torch.empty(2, B, grid[1], C, dtype=torch.float32, device=x.device)  # of dz, and of dz xhat
     sums = torch.empty(2, B, C, dtype=torch.float32, device=x.device)  # over all pixels of an image
     means = torch.empty(2, B, groups, dtype=torch.float32, device=x.device)  # of weight dz (xhat)
 
-    wrap_triton(measure_backward)[grid](
-        dy, x, mean, rstd, weight, bias, tile_sums, P, C, groups, D=D, **blocks
-    )  # fmt: skip
-    wrap_triton(merge_backward)[(groups, B)](tile_sums, weight, sums, means, P, C, S, **merged)
-    wrap_triton(normalize_backward)[grid](
-        dy, x, mean, rstd, weight, bias, means, dx, P, C, groups, D=D, **blocks
-    )  # fmt: skip
+    wrap_triton(measure_backward)[grid](dy, x, mean, rstd, weight, bias, tile_sums, **sizes)
+    wrap_triton(merge_backward)[(groups, B)](tile_sums, weight, sums, means, **merged)
+    wrap_triton(normalize_backward)[grid](dy, x, mean, rstd, weight, bias, means, dx, **sizes)
     return dx, sums.sum(dim=1)
 
 
@@ -164,9 +156,7 @@ def joined(n1, mean1, m2_1, n2, mean2, m2_2):
 def measure(X, MEAN, M2, P, C, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr):
     """Each channel's mean and sum of squares around it, over this program's TILES tiles: (B, S, C)."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    n = 0.0
-    mean = tl.zeros([CHANNELS], tl.float32)
-    m2 = tl.zeros([CHANNELS], tl.float32)
+    n, mean, m2 = 0.0, tl.zeros([CHANNELS], tl.float32), tl.zeros([CHANNELS], tl.float32)
     for i in range(TILES):
         tile = tl.program_id(1) * TILES + i
         start, offsets, real = tile_at(tile, P, C, PIXELS, CHANNELS)
@@ -234,8 +224,10 @@ def normalize(
 
 
 @triton.jit
-def dz_xhat(dy, x, mean, rstd, weight, bias):
-    """The gradient of z, and xhat."""
+def dz_xhat(DY, X, start, offsets, real, mean, rstd, weight, bias):
+    """The gradient of z (0 where not real), and xhat."""
+    x = tl.load(X + start + offsets, mask=real, other=0).to(tl.float32)
+    dy = tl.load(DY + start + offsets, mask=real, other=0).to(tl.float32)
     xhat = (x - mean) * rstd
     z = xhat * weight + bias
     sigma = 1 / (1 + tl.exp(-z))
@@ -249,13 +241,10 @@ def measure_backward(
 ):  # fmt: skip
     """Each channel's sum of dz and sum of dz xhat, over this program's TILES tiles: (2, B, S, C)."""
     mean, rstd, weight, bias = channel_values(MEAN, RSTD, WEIGHT, BIAS, C, groups, D, CHANNELS)
-    sum_dz = tl.zeros([CHANNELS], tl.float32)
-    sum_dz_xhat = tl.zeros([CHANNELS], tl.float32)
+    sum_dz, sum_dz_xhat = tl.zeros([CHANNELS], tl.float32), tl.zeros([CHANNELS], tl.float32)
     for i in range(TILES):
         start, offsets, real = tile_at(tl.program_id(1) * TILES + i, P, C, PIXELS, CHANNELS)
-        x = tl.load(X + start + offsets, mask=real, other=0).to(tl.float32)
-        dy = tl.load(DY + start + offsets, mask=real, other=0).to(tl.float32)  # where not real, dz is 0
-        dz, xhat = dz_xhat(dy, x, mean, rstd, weight, bias)
+        dz, xhat = dz_xhat(DY, X, start, offsets, real, mean, rstd, weight, bias)
         sum_dz += tl.sum(dz, axis=0)
         sum_dz_xhat += tl.sum(dz * xhat, axis=0)
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -299,8 +288,6 @@ def normalize_backward(
     of_dz_xhat = tl.load(MEANS + tl.num_programs(2) * groups + g, mask=c < C, other=0)[None, :]
     for i in range(TILES):
         start, offsets, real = tile_at(tl.program_id(1) * TILES + i, P, C, PIXELS, CHANNELS)
-        x = tl.load(X + start + offsets, mask=real, other=0).to(tl.float32)
-        dy = tl.load(DY + start + offsets, mask=real, other=0).to(tl.float32)
-        dz, xhat = dz_xhat(dy, x, mean, rstd, weight, bias)
+        dz, xhat = dz_xhat(DY, X, start, offsets, real, mean, rstd, weight, bias)
         dx = rstd * (weight * dz - of_dz - xhat * of_dz_xhat)
         tl.store(DX + start + offsets, dx.to(DX.dtype.element_ty), mask=real)

@@ -54,17 +54,6 @@ def upsample_cross_entropy(logits: Tensor, labels: Tensor, ignore: int = IGNORE)
     Any other label makes the sum NaN: raising an error would synchronise the GPU. Differentiable once, in the
     logits; the gradient has their type.
     """
-    check(logits)
-    assert labels.dtype == torch.int64 and labels.ndim == 3 and len(labels) == len(logits), (
-        f"the labels are {labels.dtype} {tuple(labels.shape)}: "
-        f"give one int64 map per image, ({len(logits)}, H, W)"
-    )
-    total, _ = forward(rows(logits), labels.contiguous(), logits.shape[1], ignore)
-    return total, (labels != ignore).sum()
-
-
-def check(logits: Tensor) -> None:
-    """Check type, shape and device of the logits."""
     assert logits.ndim == 4 and logits.dtype in DTYPES and logits.numel() > 0, (
         f"the logits are {logits.dtype} {tuple(logits.shape)}: "
         "give (B, K, h, w) of bfloat16, float16 or float32, not empty"
@@ -72,6 +61,12 @@ def check(logits: Tensor) -> None:
     assert logits.device.type != "cpu" or not isinstance(sum_losses, triton.JITFunction), (
         "the logits are on the CPU: Triton's kernels run there only under TRITON_INTERPRET=1"
     )
+    assert labels.dtype == torch.int64 and labels.ndim == 3 and len(labels) == len(logits), (
+        f"the labels are {labels.dtype} {tuple(labels.shape)}: "
+        f"give one int64 map per image, ({len(logits)}, H, W)"
+    )
+    total, _ = forward(rows(logits), labels.contiguous(), logits.shape[1], ignore)
+    return total, (labels != ignore).sum()
 
 
 def rows(logits: Tensor) -> Tensor:
@@ -89,11 +84,8 @@ def tiling(h: int, w: int, H: int, W: int) -> dict[str, int]:
     Two pixels per lane share the work of the corners: with one, sum_losses has 28 instructions for each logit
     of a lane instead of 10 (sm_90).
     """
-    rows = columns = 1
-    while rows < SIDE and rows * h < H:  # comparisons: the sizes may be symbols
-        rows *= 2
-    while columns < SIDE and columns * w < W:
-        columns *= 2
+    rows = triton.next_power_of_2(int(min(SIDE, triton.cdiv(H, h))))  # int: the sizes may be symbols
+    columns = triton.next_power_of_2(int(min(SIDE, triton.cdiv(W, w))))
     warps = max(1, rows * columns // 64)
     return {"ROWS": rows, "COLUMNS": columns, "CLASSES": CLASSES, "num_warps": warps}
 
@@ -116,15 +108,13 @@ def backward(dtotal: Tensor, logits: Tensor, labels: Tensor, logsumexp: Tensor, 
     (B, h, w, stride), (H, W) = logits.shape, labels.shape[1:]
     shares = torch.empty(B, h, w, 4, stride, dtype=torch.float32, device=logits.device)  # of the corners
     dlogits = torch.empty_like(logits)
-    blocks = stride // CLASSES
-    wrap_triton(share_gradients)[(w * blocks, h, B)](
+    wrap_triton(share_gradients)[(w * (stride // CLASSES), h, B)](
         logits, labels, logsumexp, shares, ignore, stride, h, w, H, W,
         COLUMNS=min(8, tiling(h, w, H, W)["COLUMNS"]),  # 16 do not fit a lane's registers
         CLASSES=CLASSES, num_warps=1,
     )  # fmt: skip
-    wrap_triton(add_shares)[(w, h, B)](
-        shares, dtotal, dlogits, stride, CLASSES=triton.next_power_of_2(stride), num_warps=1
-    )  # fmt: skip
+    classes = triton.next_power_of_2(stride)
+    wrap_triton(add_shares)[(w, h, B)](shares, dtotal, dlogits, stride, CLASSES=classes, num_warps=1)
     return dlogits
 
 
@@ -213,9 +203,7 @@ def sum_losses(
             for first in range(0, stride, CLASSES):
                 k = first + tl.arange(0, CLASSES)
                 c00, c01, c10, c11 = load_corners(LOGITS, i, j, k, stride, h, w)
-                logit = mixed(
-                    c00[:, None], c01[:, None], c10[:, None], c11[:, None], f_row[None, :], f_column[None, :],
-                )  # fmt: skip
+                logit = mixed(c00[:, None], c01[:, None], c10[:, None], c11[:, None], f_row, f_column)
                 larger = tl.maximum(largest, tl.max(logit, axis=0))
                 total = total * exp(largest - larger) + tl.sum(exp(logit - larger[None, :]), axis=0)
                 largest = larger
@@ -240,10 +228,8 @@ def share_gradients(
     k = tl.program_id(0) % blocks * CLASSES + tl.arange(0, CLASSES)
     c00, c01, c10, c11 = load_corners(LOGITS, i, j, k, stride, h, w)
     right = first_of(j + 1, w, W)
-    d00 = tl.zeros([CLASSES], tl.float32)
-    d01 = tl.zeros([CLASSES], tl.float32)
-    d10 = tl.zeros([CLASSES], tl.float32)
-    d11 = tl.zeros([CLASSES], tl.float32)
+    zeros = tl.zeros([CLASSES], tl.float32)
+    d00, d01, d10, d11 = zeros, zeros, zeros, zeros
     for left in range(first_of(j, w, W), right, COLUMNS):
         x = left + tl.arange(0, COLUMNS)
         f_column = fraction(x, j, w, W)[:, None]
