@@ -48,17 +48,7 @@ from PIL import Image
 from errors import DataError
 from images import scenes
 from images.panoptic import Categories, Segment, classes_at, read_annotations, read_ids
-from images.read import (
-    IGNORE,
-    LOSSLESS,
-    SUFFIXES,
-    Size,
-    distinct_colour,
-    label_table,
-    read_image,
-    read_labels,
-    scan,
-)
+from images.read import IGNORE, SUFFIXES, Size, distinct_colour, label_table, read_image, read_labels, scan
 
 TRAIN_IDS = "_labelTrainIds"  # label files with this ending already hold 0..K-1
 
@@ -72,14 +62,18 @@ class Sample(NamedTuple):
     segments: Sequence[Segment] = ()
 
 
+OWN = {"train": "train", "val": "val"}
+OF_2017 = {"train": "train2017", "val": "val2017"}
+
+
 @dataclass(frozen=True)
 class Layout:
     """A data set's folders as published (mmsegmentation's docs/en/dataset_prepare.md; cocodataset.org)."""
 
     root: str  # its official name
-    images: str  # folders below the root, with {} for the split
-    labels: str
     splits: dict[str, str]  # our name of a split -> theirs
+    images: str = "images/{}"  # folders below the root, with {} for the split
+    labels: str = "labels/{}"
     image: str = ""  # the ending of an image's name before its extension
     label: tuple[str, ...] = ("",)  # the endings of a label's name, the preferred one first
     ignored: range = range(0)  # raw values that are legal although no class has them
@@ -87,60 +81,34 @@ class Layout:
     panoptic: bool = False  # a JSON and PNGs of COCO's panoptic format
 
 
+PANOPTIC = {"images": "{}", "labels": "annotations/panoptic_{}", "panoptic": True}
 LAYOUTS = {
     "ade20k": Layout(
-        root="ADEChallengeData2016",
-        images="images/{}",
+        "ADEChallengeData2016",
+        {"train": "training", "val": "validation"},
         labels="annotations/{}",
-        splits={"train": "training", "val": "validation"},
         ignored=range(1),  # 0: other objects
         hint="; the RGB *_seg.png of the full ADE20K are another format, use ADEChallengeData2016",
     ),
     "cocostuff": Layout(
-        root="coco_stuff164k",
-        images="images/{}",
+        "coco_stuff164k",
+        OF_2017,
         labels="annotations/{}",
-        splits={"train": "train2017", "val": "val2017"},
         label=("", TRAIN_IDS),
         hint="; the 10k version and the API's examples number otherwise, use stuffthingmaps_trainval2017.zip",
     ),
     "cityscapes": Layout(
-        root="cityscapes",
+        "cityscapes",
+        OWN,
         images="leftImg8bit/{}",
         labels="gtFine/{}",
-        splits={"train": "train", "val": "val"},
         image="_leftImg8bit",
         label=(f"_gtFine{TRAIN_IDS}", "_gtFine_labelIds"),
         ignored=range(34),  # the labelIds; labels/cityscapes.txt lists the 19 that are evaluated
     ),
-    "folder": Layout(
-        root="the folder that holds images, labels and classes.txt",
-        images="images/{}",
-        labels="labels/{}",
-        splits={"train": "train", "val": "val"},
-    ),
-    "coco-panoptic": Layout(
-        root="coco",
-        images="{}",
-        labels="annotations/panoptic_{}",
-        splits={"train": "train2017", "val": "val2017"},
-        panoptic=True,
-    ),
-    "panoptic": Layout(
-        root="the folder that holds annotations, train and val",
-        images="{}",
-        labels="annotations/panoptic_{}",
-        splits={"train": "train", "val": "val"},
-        panoptic=True,
-    ),
-}
-
-# COCO-Stuff's compounds are "thing-kind"; these are not, or would read badly.
-IRREGULAR = {
-    "window-blind": "window blind",
-    "structural-other": "structure",
-    "playingfield": "playing field",
-    "waterdrops": "water drops",
+    "folder": Layout("the folder that holds images, labels and classes.txt", OWN),
+    "coco-panoptic": Layout("coco", OF_2017, **PANOPTIC),
+    "panoptic": Layout("the folder that holds annotations, train and val", OWN, **PANOPTIC),
 }
 
 
@@ -200,8 +168,8 @@ class SemanticFiles(Dataset):
         self.root, self.hint = root, layout.hint
         self.raw_ids, self.train_ids = label_table(raw, layout.ignored), label_table(range(len(classes)), ())
         folder = layout.images.format(layout.splits[split])
-        images = scan(root, folder, SUFFIXES, (layout.image,))
-        labels = scan(root, layout.labels.format(layout.splits[split]), LOSSLESS, layout.label)
+        images = scan(root, folder, (layout.image,), SUFFIXES)
+        labels = scan(root, layout.labels.format(layout.splits[split]), layout.label)
         if not images:
             raise DataError(f"{root / folder} holds no image *{layout.image}.jpg, .png, ...: check --data")
         self.pairs = [(images[key], labels.get(key)) for key in sorted(images)]
@@ -243,11 +211,7 @@ class PanopticFiles(Dataset):
             self.prompts = [prompt(c.removesuffix("-merged"), "cocostuff") for c in self.classes]
         on_disk = {folder: set(os.listdir(folder)) for folder in (root / self.folder, self.pngs)}
         listed = [file for i in range(len(self)) for file in self.pair(i)]
-        self.lost = {
-            file
-            for file in listed
-            if not (file.name in on_disk[file.parent] if file.parent in on_disk else file.exists())
-        }
+        self.lost = {f for f in listed if f.name not in on_disk.get(f.parent, ()) and not f.exists()}
         self.missing = [self.without(file) for file in listed if file in self.lost]
         self.missing += [
             f"{root / self.folder / name} has no annotation in {a.file}"
@@ -362,12 +326,18 @@ def default_data(name: str) -> str:
 
 def prompt(name: str, dataset: str) -> str:
     """A class name as a text tower should read it: "floor-wood" -> "wood floor", "sky-other" -> "sky"."""
-    if dataset == "cocostuff" and name in IRREGULAR:
-        return IRREGULAR[name]
-    if dataset == "cocostuff" and "-" in name:
-        thing, kind = name.split("-")
-        return thing if kind in ("other", "stuff") else f"{kind} {thing}"
+    if dataset == "cocostuff":
+        thing, _, kind = name.partition("-")
+        name = IRREGULAR.get(name, thing if kind in ("", "other", "stuff") else f"{kind} {thing}")
     return name.replace("_", " ")
+
+
+# COCO-Stuff's compounds are "thing-kind"; these are not, or would read badly.
+IRREGULAR = {"window-blind": "window blind", "structural-other": "structure"}
+IRREGULAR |= {"playingfield": "playing field", "waterdrops": "water drops"}
+
+
+ONE_A_LINE = "give it one class name a line"
 
 
 def read_classes(file: Path) -> tuple[list[str], np.ndarray, list[int]]:
@@ -378,23 +348,20 @@ def read_classes(file: Path) -> tuple[list[str], np.ndarray, list[int]]:
     try:
         lines = file.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{file} cannot be read as UTF-8 text ({error}): give it one class name a line"
-        ) from None
+        raise DataError(f"{file} cannot be read as UTF-8 text ({error}): {ONE_A_LINE}") from None
     names, palette, raw = [], [], []
     for i, line in enumerate(lines):
         match = re.fullmatch(r"\s*([^,]*[^,\s])\s*(?:,\s*(\d+) (\d+) (\d+)\s*)?(?:,\s*(\d+)\s*)?", line)
         colour = [int(x) for x in match.group(2, 3, 4)] if match and match[2] else distinct_colour(i + 1)
         value = int(match[5]) if match and match[5] else i
+        where = f"{file}, line {i + 1}: "
         if not match or max(colour) > 255 or value >= IGNORE:
-            raise DataError(
-                f"{file}, line {i + 1}: expected a class as 'name' or 'name, r g b', not {line[:60]!r}"
-            )
+            raise DataError(f"{where}expected a class as 'name' or 'name, r g b', not {line[:60]!r}")
         if match[1] in names or value in raw:
-            raise DataError(f"{file}, line {i + 1}: {line!r} repeats a name or a value")
+            raise DataError(f"{where}{line!r} repeats a name or a value")
         names.append(match[1])
         palette.append(colour)
         raw.append(value)
     if not names:
-        raise DataError(f"{file} lists no class: give it one class name a line")
+        raise DataError(f"{file} lists no class: {ONE_A_LINE}")
     return names, np.array(palette, np.uint8), raw

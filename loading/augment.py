@@ -65,7 +65,7 @@ class Augment:
         labels = sample.labels
         size = fit(labels.shape, *self.box(ratio))
         window = choose_window(labels, size, self.crop, rng)
-        pixels = to_tensor(resize(sample.image, labels.shape, size, window))
+        pixels = resize(sample.image, labels.shape, size, window)
         target = torch.from_numpy(nearest(labels, size, window))
         if coin(rng):
             pixels, target = pixels.flip(2), target.flip(1)
@@ -79,12 +79,12 @@ def evaluation(
 ) -> tuple[Tensor, Tensor]:
     """Image `(3, h, w)` uint8 resized into the box (not if `short` is None); labels `(H, W)` as they are."""
     size = fit(labels.shape, short, long) if short else labels.shape
-    return to_tensor(resize(image, labels.shape, size, (0, 0, *size))), torch.from_numpy(labels)
+    return resize(image, labels.shape, size, (0, 0, *size)), torch.from_numpy(labels)
 
 
 def model_input(image: Image.Image, size: Size) -> Tensor:
     """The image at `size` (H, W) as the model takes it, `(1, 3, H, W)` in [-1, 1]."""
-    return normalise(to_tensor(resize(image, image.size[::-1], size, (0, 0, *size)))[None])
+    return normalise(resize(image, image.size[::-1], size, (0, 0, *size))[None])
 
 
 def choose_window(labels: np.ndarray, size: Size, crop: Size, rng: np.random.Generator) -> Window:
@@ -92,9 +92,8 @@ def choose_window(labels: np.ndarray, size: Size, crop: Size, rng: np.random.Gen
     for _ in range(TRIES):
         window = draw_window(size, crop, rng)
         count = np.bincount(nearest(labels, size, window).ravel(), minlength=256)[:IGNORE]
-        if count.max() < LARGEST_SHARE * count.sum():
-            return window
-        if window == (0, 0, *size):  # the whole image is the only window
+        only = window == (0, 0, *size)  # the whole image
+        if only or count.max() < LARGEST_SHARE * count.sum():
             return window
     return draw_window(size, crop, rng)
 
@@ -117,8 +116,9 @@ def nearest(labels: np.ndarray, size: Size, window: Window) -> np.ndarray:
     return labels[rows][:, columns]
 
 
-def resize(image: Image.Image, original: Size, size: Size, window: Window) -> Image.Image:
-    """The window of the image resized to `size`, bilinear and antialiased (mmcv's aliases when it shrinks).
+def resize(image: Image.Image, original: Size, size: Size, window: Window) -> Tensor:
+    """The window of the RGB image resized to `size`, bilinear and antialiased (mmcv's aliases when it
+    shrinks), as uint8 `(3, H, W)`.
 
     Only the window is computed; Pillow's filter reads beyond its box, so this is that part of the whole, to
     rounding. `original` (H, W) is the image's own size, of which `image` may be a half, a quarter or an
@@ -129,12 +129,8 @@ def resize(image: Image.Image, original: Size, size: Size, window: Window) -> Im
     y, x = (whole / (shown * reductions[0]) for whole, shown in zip(original, size, strict=True))
     top, left, bottom, right = window
     box = left * x, top * y, min(right * x, image.width), min(bottom * y, image.height)
-    return image.resize((right - left, bottom - top), Image.Resampling.BILINEAR, box=box)
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """RGB -> uint8 `(3, H, W)`."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    shown = image.resize((right - left, bottom - top), Image.Resampling.BILINEAR, box=box)
+    return torch.from_numpy(np.array(shown)).permute(2, 0, 1).contiguous()
 
 
 def photometric(image: Tensor, rng: np.random.Generator) -> Tensor:

@@ -1,7 +1,7 @@
 """The check of a data set before training: `print(check(dataset))`."""
 
+import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -42,8 +42,8 @@ class Report:
         order = [k for k in np.argsort(-counts, kind="stable") if counts[k]]
         cells = [f"{counts[k] / counts.sum():7.2%} {self.classes[k]}" for k in order]
         width = max(map(len, cells), default=0) + 2
-        for i in range(0, len(cells), 3):
-            lines.append("".join(cell.ljust(width) for cell in cells[i : i + 3]).rstrip())
+        rows = [cells[i : i + 3] for i in range(0, len(cells), 3)]
+        lines += ["".join(cell.ljust(width) for cell in row).rstrip() for row in rows]
         absent = [name for name, count in zip(self.classes, counts, strict=True) if not count]
         if absent:
             lines.append(f"  absent ({len(absent)}): {', '.join(absent)}")
@@ -59,13 +59,11 @@ def check(dataset: Dataset, samples: int = 200) -> Report:
     faults, sizes, pixels, unreadable = list(dataset.missing), [], np.zeros(256, np.int64), set()
     for i in range(len(dataset)):
         for file in dataset.files(i):
-            if not has_content(file):
+            if not (os.path.exists(file) and os.path.getsize(file)):
                 faults.append(f"{file} is empty or missing")
                 unreadable.add(i)
     chosen = np.linspace(0, len(dataset) - 1, min(samples, len(dataset))).astype(int).tolist()
-    for i in chosen:
-        if i in unreadable:
-            continue
+    for i in [i for i in chosen if i not in unreadable]:
         try:
             labels = dataset.load(i).labels
         except DataError as error:
@@ -79,17 +77,7 @@ def check(dataset: Dataset, samples: int = 200) -> Report:
     title = f"{dataset.name} {dataset.split}: {len(dataset):,} images, {len(sizes):,} of them read"
     report = Report(title, dataset.classes, sizes, pixels, faults)
     if faults:
-        raise CheckError(
-            f"{dataset.name} {dataset.split} has {len(faults)} faults, repair or remove these files:"
-            + "".join(f"\n  {fault}" for fault in faults[:SHOWN])
-            + (f"\n  and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""),
-            report,
-        )
+        more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
+        title = f"{dataset.name} {dataset.split} has {len(faults)} faults, repair or remove these files:"
+        raise CheckError("\n  ".join([title, *faults[:SHOWN], *more]), report)
     return report
-
-
-def has_content(file: Path) -> bool:
-    try:
-        return file.stat().st_size > 0
-    except OSError:
-        return False

@@ -16,7 +16,7 @@ from torch import Tensor
 from data import Sample
 from images.panoptic import positions
 from images.read import IGNORE, Size
-from loading.augment import PAD, View, coin, nearest, resize, to_tensor
+from loading.augment import PAD, View, coin, nearest, resize
 
 SCALES = (0.1, 2.0)  # Mask2Former's MIN_SCALE, MAX_SCALE (Base-COCO-PanopticSegmentation.yaml)
 UNOWNED = -1  # the owner of void, crowds and padding
@@ -48,7 +48,7 @@ class Jitter:
             left = size[1] - left - width
         window = top, left, top + height, left + width
 
-        pixels = to_tensor(resize(sample.image, ids.shape, size, window))
+        pixels = resize(sample.image, ids.shape, size, window)
         ids = nearest(ids, size, window)
         visible = set(np.unique(ids).tolist())
         owned = [s for s in sample.segments if not s.crowd and s.id in visible]

@@ -15,21 +15,23 @@ import atexit
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
-from itertools import chain
-from typing import Any, NamedTuple, Protocol
+from itertools import chain, count
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from data import Dataset, Sample
+from data import Dataset
 from errors import DataError, DataWarning, Unreadable
 from images.panoptic import Segment
 from images.read import IGNORE, Size
-from loading.augment import View, evaluation
+from loading.augment import Augment, evaluation
+from loading.jitter import Jitter
 
 ORDER, SAMPLE = 1, 2  # keep the two uses of a seed apart
 
@@ -102,16 +104,7 @@ class Batch(NamedTuple):
     sizes: list[Size] | None = None
 
 
-class Augmentation(Protocol):
-    """What makes a training image of a sample: `Augment` or `Jitter`."""
-
-    ratios: tuple[float, float]  # the range of the first number drawn
-
-    def box(self, ratio: float) -> tuple[int, int]: ...
-
-    def __call__(self, sample: Sample, ratio: float, rng: np.random.Generator) -> View: ...
-
-
+@dataclass
 class TrainStream:
     """The training samples of one rank in their global order, endlessly, starting at any position.
 
@@ -120,30 +113,26 @@ class TrainStream:
     label file with wrong content.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        augmentation: Augmentation,
-        *,
-        batch: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        accumulate: int = 1,
-        workers: int = 0,
-        device: str = "cpu",
-        tolerated: float = 0.01,
-    ):
-        shard(0, batch, rank, world, accumulate)  # refuses a batch that cannot be divided
-        self.dataset, self.augmentation = dataset, augmentation
-        self.batch, self.seed, self.order = batch, seed, Order(len(dataset), seed)
-        self.rank, self.world, self.accumulate = rank, world, accumulate
-        self.workers, self.device, self.tolerated = workers, device, tolerated
-        self.seen = self.replaced = 0
+    dataset: Dataset
+    augmentation: Augment | Jitter
+    _: KW_ONLY
+    batch: int
+    seed: int
+    rank: int = 0
+    world: int = 1
+    accumulate: int = 1
+    workers: int = 0
+    device: str = "cpu"
+    tolerated: float = 0.01
+
+    def __post_init__(self):
+        self.order, self.seen, self.replaced = Order(len(self.dataset), self.seed), 0, 0
+        self.step(0)  # refuses a batch that cannot be divided
 
     def batches(self, position: int = 0) -> Iterator[Batch]:
         """Micro-batches, `accumulate` per step, from the step that starts at global sample `position`."""
-        for batch in load_in_order(self, self.micro_batches(position), collate, self.workers, self.device):
+        steps = (self.step(start) for start in count(position, self.batch))
+        for batch in load_in_order(self, chain.from_iterable(steps), collate, self.workers, self.device):
             self.seen += len(batch.paths)
             for sentence in batch.skipped:
                 self.replaced += 1
@@ -155,10 +144,8 @@ class TrainStream:
                     )
             yield batch
 
-    def micro_batches(self, position: int) -> Iterator[range]:
-        while True:
-            yield from shard(position, self.batch, self.rank, self.world, self.accumulate)
-            position += self.batch
+    def step(self, start: int) -> list[range]:
+        return shard(start, self.batch, self.rank, self.world, self.accumulate)
 
     def __getitem__(self, position: int) -> Item | DataError:
         epoch, index = self.order(position)
@@ -211,7 +198,7 @@ class EvaluationStream:
 
     def items(self, indices: Iterable[int]) -> Iterator[Item]:
         """One Item per index, in this order; a file that cannot be read is a DataError with its path."""
-        yield from load_in_order(self, ([i] for i in indices), only, self.workers, self.device)
+        yield from load_in_order(self, ([i] for i in indices), itemgetter(0), self.workers, self.device)
 
     def __getitem__(self, i: int) -> Item | DataError:
         try:
@@ -265,7 +252,3 @@ def ignore_signals(worker: int) -> None:
     """These reach the whole process group: the main process handles them, its workers end with it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-
-
-def only(items: list[Item | DataError]) -> Item | DataError:
-    return items[0]

@@ -57,7 +57,7 @@ def test_a_window_is_that_part_of_the_whole(original, size, draw):
 
     picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (*original, 3), dtype=np.uint8))
     whole = np.asarray(picture.resize(size[::-1], Image.Resampling.BILINEAR)).astype(int)
-    part = np.asarray(resize(picture, original, size, window)).astype(int)
+    part = np.asarray(resize(picture, original, size, window).permute(1, 2, 0)).astype(int)
     assert part.shape == (bottom - top, right - left, 3)
     difference = np.abs(part - whole[top:bottom, left:right])
     assert difference.max() <= 2  # noise, rounded twice; at most 1 in all but a millionth of the pixels
