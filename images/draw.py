@@ -29,12 +29,11 @@ PAPER, INK, GREY = (250, 249, 246), (28, 32, 40), (112, 116, 124)
 HEAT = (8, 8, 24), (84, 18, 110), (188, 55, 84), (246, 136, 30), (253, 240, 170)  # rising in lightness
 
 
+Names = Sequence[str]
+
+
 def overlay(
-    image: np.ndarray,
-    labels: np.ndarray,
-    palette: np.ndarray,
-    classes: Sequence[str],
-    words: Sequence[str] | None = None,
+    image: np.ndarray, labels: np.ndarray, palette: np.ndarray, classes: Names, words: Names | None = None
 ) -> Image.Image:
     """The image under the colours of its labels `(H, W)`, over a legend; at most 1600 pixels wide and high.
 
@@ -44,7 +43,7 @@ def overlay(
     blended, shown = covered(image, labels, palette)
     blended[borders(shown)] *= 0.6
     drawn = Image.fromarray(blended.round().astype(np.uint8))
-    return with_legend(drawn, Image.fromarray(labels).histogram(), palette, classes, words)
+    return with_legend(drawn, labels, palette, classes, words)
 
 
 def segment_overlay(
@@ -52,8 +51,8 @@ def segment_overlay(
     ids: np.ndarray,
     segments: Sequence,
     palette: np.ndarray,
-    classes: Sequence[str],
-    words: Sequence[str] | None = None,
+    classes: Names,
+    words: Names | None = None,
 ) -> Image.Image:
     """As `overlay`, with a light line around each segment, and its class written on it where there is room.
 
@@ -72,10 +71,9 @@ def segment_overlay(
         name = plain(classes[segment.label])
         y, x, room = widest(shown == segment.id)
         if font.getlength(name) <= room:
-            draw.text(
-                (x, min(max(y, text), h - text)), name, "white", font, "mm", stroke_width=2, stroke_fill=INK
-            )
-    return with_legend(drawn, Image.fromarray(labels).histogram(), palette, classes, words)
+            middle = x, min(max(y, text), h - text)
+            draw.text(middle, name, "white", font, "mm", stroke_width=2, stroke_fill=INK)
+    return with_legend(drawn, labels, palette, classes, words)
 
 
 def covered(image: np.ndarray, labels: np.ndarray, palette: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -111,20 +109,15 @@ def drawn_size(H: int, W: int) -> tuple[int, int]:
 
 def borders(labels: np.ndarray) -> np.ndarray:
     """Where the pixel to the right or below has another label, `(H, W)` bool."""
-    line = np.zeros(labels.shape, bool)
-    line[:, :-1] |= labels[:, :-1] != labels[:, 1:]
-    line[:-1] |= labels[:-1] != labels[1:]
-    return line
+    below = np.pad(labels, ((0, 1), (0, 1)), "edge")
+    return (labels != below[1:, :-1]) | (labels != below[:-1, 1:])
 
 
 def with_legend(
-    drawn: Image.Image,
-    counts: Sequence[int],
-    palette: np.ndarray,
-    classes: Sequence[str],
-    words: Sequence[str] | None,
+    drawn: Image.Image, labels: np.ndarray, palette: np.ndarray, classes: Names, words: Names | None
 ) -> Image.Image:
-    """The image over a table of its classes and the words; `counts` has the pixels of each label 0..255."""
+    """The image over a table of the classes of its `labels`, and the words."""
+    counts = Image.fromarray(labels).histogram()
     width = max(drawn.width, SMALLEST)
     text = min(max(width // 40, 14), 24)
     font, line, margin, box = ImageFont.load_default(text), round(1.6 * text), text, text
@@ -177,7 +170,7 @@ def heat(image: np.ndarray, strength: np.ndarray, title: str) -> Image.Image:
 
 
 def attention_mosaic(
-    image: Image.Image, maps: np.ndarray, classes: Sequence[str], words: Sequence[str] | None
+    image: Image.Image, maps: np.ndarray, classes: Names, words: Names | None
 ) -> Image.Image:
     """A tile for each word (class without `words`) with its share of all attention `maps (T, h, w)`; of many,
     those with the most.
@@ -207,7 +200,7 @@ def mosaic(images: Sequence[Image.Image], columns: int) -> Image.Image:
     return canvas
 
 
-def confusion_matrix(confusion: Tensor, names: Sequence[str]) -> Image.Image:
+def confusion_matrix(confusion: Tensor, names: Names) -> Image.Image:
     """The share of each row, from white to dark blue as its root, so that rare confusions show.
 
     confusion `(K, K)` pixels [truth, prediction]. Up to 40 classes have their names, and percentages in the

@@ -41,13 +41,11 @@ def find_images(inputs: Iterable[str], out: Path, taken: dict[str, str]) -> dict
         new = [os.path.abspath(path) for root in roots for path in below(root, exists)]
         new = [path for path in new if not Path(os.path.realpath(path)).is_relative_to(out)]
         if not new:
-            raise DataError(
-                f"{given} has no image ({' '.join(SUFFIXES)}) outside of --out {out}: change one of them"
-            )
+            kinds = " ".join(SUFFIXES)
+            raise DataError(f"{given} has no image ({kinds}) outside of --out {out}: change one of them")
         paths += new
-        folder = (
-            given if os.path.isdir(given) else os.path.dirname(given if exists else given[: wild.start()])
-        )
+        folder = given if exists else given[: wild.start()]
+        folder = folder if os.path.isdir(given) else os.path.dirname(folder)
         bases += [os.path.abspath(folder), *map(os.path.dirname, new)]  # a glob may lead out by ".."
     base, names, taken = os.path.commonpath(bases), {}, dict(taken)
     for path in dict.fromkeys(paths):
@@ -88,9 +86,8 @@ def scan(root: Path, folder: str, suffixes: tuple[str, ...], endings: tuple[str,
             new = (endings.index(ending), f"{below}/{name}")
             old = paths.setdefault(key, new)
             if old[0] == new[0] and old != new:
-                raise DataError(
-                    f"{root / old[1]} and {root / new[1]} differ only in their extension: rename one"
-                )
+                files = f"{root / old[1]} and {root / new[1]}"
+                raise DataError(f"{files} differ only in their extension: rename one")
             paths[key] = min(old, new)
     return {key: path for key, (_, path) in paths.items()}
 
@@ -128,9 +125,8 @@ def opened(path: Path, limit: int) -> Iterator[Image.Image]:
     except Image.DecompressionBombError as error:
         raise Unreadable(f"{path} is too large ({error}): at most {limit:,} pixels are read") from None
     except UnidentifiedImageError:
-        raise Unreadable(
-            f"{path} is not an image, or its first bytes are corrupt: replace or remove it"
-        ) from None
+        fault = "is not an image, or its first bytes are corrupt"
+        raise Unreadable(f"{path} {fault}: replace or remove it") from None
     except (OSError, SyntaxError, ValueError) as error:  # SyntaxError: a broken PNG
         reason = getattr(error, "strerror", None) or error
         raise Unreadable(f"{path} cannot be read ({reason}): replace or remove it") from None
@@ -179,18 +175,14 @@ def read_labels(path: str | Path, table: np.ndarray, hint: str = "", limit: int 
     """A label file as train ids `(H, W)` uint8, by `table` (see `label_table`). Raises DataError."""
     with opened(Path(path), limit) as image:
         if image.mode not in ("L", "P", "I") and not image.mode.startswith("I;16"):
-            raise DataError(
-                f"{path} has mode {image.mode}: labels are class numbers in a grey or palette PNG "
-                f"(mode L, P or I;16){hint}"
-            )
+            form = "labels are class numbers in a grey or palette PNG (mode L, P or I;16)"
+            raise DataError(f"{path} has mode {image.mode}: {form}{hint}")
         raw = np.asarray(image)
     found = np.flatnonzero(np.bincount(raw.ravel())) if raw.dtype == np.uint8 else np.unique(raw)
     wrong = [int(x) for x in found if not 0 <= x <= 255 or table[x] < 0]
     if wrong:
-        raise DataError(
-            f"{path} holds the value {', '.join(map(str, wrong[:SHOWN]))}: "
-            f"labels here are {spans(table)}{hint}"
-        )
+        values = ", ".join(map(str, wrong[:SHOWN]))
+        raise DataError(f"{path} holds the value {values}: labels here are {spans(table)}{hint}")
     return np.take(table.astype(np.uint8), raw)
 
 

@@ -17,14 +17,8 @@ from images.draw import confusion_matrix
 from images.read import IGNORE
 from metrics.judge import PanopticResult
 
-MEASURES = (
-    ("PQ", "PQ"),
-    ("SQ", "SQ"),
-    ("RQ", "RQ"),
-    ("PQ of things", "PQ_things"),
-    ("PQ of stuff", "PQ_stuff"),
-    ("AP of things", "AP"),
-)
+OF_GROUPS = {"PQ_things": "PQ of things", "PQ_stuff": "PQ of stuff", "AP": "AP of things"}
+OF_TAGS = {"tag_mAP": "tag mAP", "words_precision": "words' precision", "words_recall": "recall"}
 WORST = 10  # classes that the report names again
 
 
@@ -156,16 +150,16 @@ class Result:
         about, numbers = self.about, self.as_json()
         occur = sum(x is not None for x in numbers["classes"].values())
         version = f" version {about['scenes_version']}" if "scenes_version" in about else ""
-        tags = [("tag mAP", "tag_mAP"), ("words' precision", "words_precision"), ("recall", "words_recall")]
+        quality = {key: key for key in ("PQ", "SQ", "RQ")} | OF_GROUPS
         size = "{}x{}".format
         parts = [
             f"{about['dataset']}{version} {about['split']} mIoU {percent(numbers['mIoU'])}",
             f"{occur} of {len(self.classes)} classes occur",
-            *(f"{name} {percent(numbers[key])}" for name, key in MEASURES if key in numbers),
+            *(f"{name} {percent(numbers[key])}" for key, name in quality.items() if key in numbers),
             *([numbers["segments"]] if "segments" in numbers else []),
             f"pixel accuracy {percent(numbers['pixel_accuracy'])}",
             f"class accuracy {percent(numbers['class_accuracy'])}",
-            *(f"{name} {percent(numbers[key])}" for name, key in tags if numbers[key] is not None),
+            *(f"{name} {percent(numbers[key])}" for key, name in OF_TAGS.items() if numbers[key] is not None),
             f"{numbers['images']} images",
             " ".join(["scale", *(f"{x:g}" for x in about["scales"])]) + " + flip" * about["flip"],
             f"windows {size(*about['window'])} by {size(*about['stride'])}" if about["window"] else "whole",
