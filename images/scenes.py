@@ -35,19 +35,13 @@ SPLITS = {
 
 # fmt: off
 PAINTED = ((0, 0, 0), (0, 0, 0))  # the colour is one of PAINTS
-LOOKS = {  # class: (two ends of its colour RGB, texture, its strength, colour in label maps)
-    "sea": (((88, 142, 194), (138, 182, 216)), "waves", 0.03, (28, 84, 160)),
-    "sky": (((88, 142, 194), (138, 182, 216)), "waves", 0.03, (150, 205, 245)),
-    "cloud": (((226, 226, 230), (244, 242, 238)), "fluff", 0.03, (255, 255, 255)),
-    "sheep": (((226, 226, 230), (244, 242, 238)), "fluff", 0.03, (255, 190, 215)),
-    "snow": (((218, 210, 198), (240, 236, 230)), "drift", 0.025, (205, 225, 235)),
-    "sand": (((218, 210, 198), (240, 236, 230)), "drift", 0.025, (240, 210, 120)),
-    "road": (((98, 106, 120), (124, 134, 148)), "ripple", 0.05, (70, 70, 80)),
-    "river": (((98, 106, 120), (124, 134, 148)), "ripple", 0.05, (60, 150, 200)),
-    "bush": (((48, 98, 46), (82, 126, 58)), "leaves", 0.11, (120, 190, 60)),
-    "tree": (((48, 98, 46), (82, 126, 58)), "leaves", 0.11, (20, 100, 40)),
-    "boat": (PAINTED, "planks", 0.05, (200, 40, 40)),
-    "shed": (PAINTED, "planks", 0.05, (130, 80, 40)),
+STYLES = {  # class or pair: (ends of its colour RGB, texture, its strength, colour in label maps of each)
+    "sea sky": (((88, 142, 194), (138, 182, 216)), "waves", 0.03, (28, 84, 160), (150, 205, 245)),
+    "cloud sheep": (((226, 226, 230), (244, 242, 238)), "fluff", 0.03, (255, 255, 255), (255, 190, 215)),
+    "snow sand": (((218, 210, 198), (240, 236, 230)), "drift", 0.025, (205, 225, 235), (240, 210, 120)),
+    "road river": (((98, 106, 120), (124, 134, 148)), "ripple", 0.05, (70, 70, 80), (60, 150, 200)),
+    "bush tree": (((48, 98, 46), (82, 126, 58)), "leaves", 0.11, (120, 190, 60), (20, 100, 40)),
+    "boat shed": (PAINTED, "planks", 0.05, (200, 40, 40), (130, 80, 40)),
     "grass": (((122, 162, 72), (152, 182, 84)), "blades", 0.06, (150, 220, 130)),
     "mountain": (((124, 118, 132), (150, 142, 146)), "stone", 0.05, (150, 130, 160)),
     "pavement": (((176, 164, 152), (198, 188, 176)), "stone", 0.03, (200, 180, 170)),
@@ -65,10 +59,6 @@ UNLIKE = {  # the second members of the pairs at ambiguity 0
     "sky": (238, 206, 176), "sheep": (150, 104, 60), "sand": (226, 176, 84),
     "river": (64, 168, 158), "tree": (196, 128, 40), "shed": (116, 74, 134),
 }
-PAIRS = (
-    ("sea", "sky"), ("cloud", "sheep"), ("snow", "sand"),
-    ("road", "river"), ("bush", "tree"), ("boat", "shed"),
-)
 GRAINS = {  # texture: height and width of its cells, at least 3, which a small autoencoder can still draw
     "waves": (3, 16), "fluff": (5, 5), "drift": (5, 9), "ripple": (3, 8), "leaves": (4, 4), "planks": (4, 24),
     "blades": (6, 3), "stone": (6, 7),
@@ -112,54 +102,50 @@ class Place(NamedTuple):
     odds: float
     horizon: tuple[float, float]  # as a fraction of the image's height
     above: float  # how often it is seen from above, without sky
+    ground: str  # far to near: class, outline, begin 0..1, odds
     back: str  # what stands along the horizon
-    ground: tuple[tuple[str, str, float, float], ...]  # far to near: (class, outline, begin 0..1, odds)
     must: str  # things that are always put
     may: str  # things that fill up to 3..8; a repeated name is more likely
 
 
 PLACES = {
-    "beach": Place(1.2, (0.2, 0.5), 0.45, "", (("sea", "flat", 0, 1), ("sand", "shore", 0.4, 1)),
-        "umbrella boat", "umbrella umbrella person person boat shed rock tree cloud cloud sun"),
-    "islands": Place(0.9, (0.15, 0.6), 0.55, "", (("sea", "flat", 0, 1), ("sand", "isles", 0, 1)),
-        "boat", "boat boat tree tree shed rock rock person cloud cloud sun bush"),
-    "harbour": Place(1.1, (0.25, 0.5), 0.45, "", (("sea", "flat", 0, 1), ("pavement", "quay", 0.45, 1)),
-        "boat shed", "boat boat shed shed lamp person cloud sun rock"),
-    "coast": Place(1.0, (0.2, 0.5), 0.4, "", (("sea", "flat", 0, 1), ("grass", "shore", 0.35, 1)),
-        "boat sheep", "sheep sheep shed rock bush house cloud cloud tree person"),
-    "winter shore": Place(0.9, (0.2, 0.45), 0.4, "",
-        (("sea", "flat", 0, 1), ("sand", "shore", 0.25, 1), ("snow", "shore", 0.6, 1)),
-        "boat", "boat shed shed rock person tree bush cloud sheep"),
-    "meadow": Place(1.1, (0.25, 0.75), 0.3, "", (("grass", "hills", 0, 1), ("river", "strip", 0, 0.5)),
-        "sheep", "sheep sheep sheep cow tree bush bush cloud cloud sun"),
-    "farm": Place(1.0, (0.3, 0.6), 0.25, "", (("grass", "hills", 0, 1), ("road", "strip", 0, 0.6)),
-        "shed cow", "shed house cow cow sheep tree bush car person cloud sun"),
-    "valley": Place(1.1, (0.35, 0.55), 0, "peaks",
-        (("grass", "hills", 0, 1), ("river", "strip", 0, 0.9), ("road", "strip", 0, 0.35)),
-        "tree", "tree bush rock boat boat cow sheep car cloud cloud house person"),
-    "park": Place(1.0, (0.3, 0.5), 0.3, "building",
-        (("grass", "hills", 0, 1), ("pavement", "strip", 0, 0.4), ("river", "strip", 0, 0.5)),
-        "bush person", "tree tree bush bush person person lamp cloud umbrella boat"),
-    "street": Place(1.1, (0.45, 0.6), 0.2, "house", (("pavement", "flat", 0, 1), ("road", "strip", 0, 1)),
-        "car", "car car person person lamp tree bush cloud sun umbrella"),
-    "night town": Place(0.9, (0.45, 0.62), 0, "building",
-        (("pavement", "flat", 0, 1), ("river", "strip", 0, 0.6), ("road", "strip", 0, 0.6)),
-        "lamp", "lamp car car boat boat person tree bush shed cloud"),
-    "ski slope": Place(1.0, (0.3, 0.6), 0.3, "peaks", (("snow", "slope", 0, 1),),
-        "tree person", "tree tree tree person person shed rock bush cloud cloud sun"),
-    "winter village": Place(1.0, (0.35, 0.6), 0.25, "",
-        (("snow", "hills", 0, 1), ("river", "strip", 0, 0.4), ("road", "strip", 0, 0.5)),
-        "house", "house tree tree bush person car lamp shed sheep cloud"),
-    "desert": Place(1.1, (0.3, 0.65), 0.15, "mesas",
-        (("sand", "hills", 0, 1), ("river", "strip", 0, 0.3), ("road", "strip", 0, 0.5)),
-        "tree rock", "rock rock bush tree car person shed cow sun cloud sheep"),
+    "beach": Place(1.2, (0.2, 0.5), 0.45, "sea flat 0 1, sand shore .4 1",
+        "", "umbrella boat", "umbrella umbrella person person boat shed rock tree cloud cloud sun"),
+    "islands": Place(0.9, (0.15, 0.6), 0.55, "sea flat 0 1, sand isles 0 1",
+        "", "boat", "boat boat tree tree shed rock rock person cloud cloud sun bush"),
+    "harbour": Place(1.1, (0.25, 0.5), 0.45, "sea flat 0 1, pavement quay .45 1",
+        "", "boat shed", "boat boat shed shed lamp person cloud sun rock"),
+    "coast": Place(1.0, (0.2, 0.5), 0.4, "sea flat 0 1, grass shore .35 1",
+        "", "boat sheep", "sheep sheep shed rock bush house cloud cloud tree person"),
+    "winter shore": Place(0.9, (0.2, 0.45), 0.4, "sea flat 0 1, sand shore .25 1, snow shore .6 1",
+        "", "boat", "boat shed shed rock person tree bush cloud sheep"),
+    "meadow": Place(1.1, (0.25, 0.75), 0.3, "grass hills 0 1, river strip 0 .5",
+        "", "sheep", "sheep sheep sheep cow tree bush bush cloud cloud sun"),
+    "farm": Place(1.0, (0.3, 0.6), 0.25, "grass hills 0 1, road strip 0 .6",
+        "", "shed cow", "shed house cow cow sheep tree bush car person cloud sun"),
+    "valley": Place(1.1, (0.35, 0.55), 0, "grass hills 0 1, river strip 0 .9, road strip 0 .35",
+        "peaks", "tree", "tree bush rock boat boat cow sheep car cloud cloud house person"),
+    "park": Place(1.0, (0.3, 0.5), 0.3, "grass hills 0 1, pavement strip 0 .4, river strip 0 .5",
+        "building", "bush person", "tree tree bush bush person person lamp cloud umbrella boat"),
+    "street": Place(1.1, (0.45, 0.6), 0.2, "pavement flat 0 1, road strip 0 1",
+        "house", "car", "car car person person lamp tree bush cloud sun umbrella"),
+    "night town": Place(0.9, (0.45, 0.62), 0, "pavement flat 0 1, river strip 0 .6, road strip 0 .6",
+        "building", "lamp", "lamp car car boat boat person tree bush shed cloud"),
+    "ski slope": Place(1.0, (0.3, 0.6), 0.3, "snow slope 0 1",
+        "peaks", "tree person", "tree tree tree person person shed rock bush cloud cloud sun"),
+    "winter village": Place(1.0, (0.35, 0.6), 0.25, "snow hills 0 1, river strip 0 .4, road strip 0 .5",
+        "", "house", "house tree tree bush person car lamp shed sheep cloud"),
+    "desert": Place(1.1, (0.3, 0.65), 0.15, "sand hills 0 1, river strip 0 .3, road strip 0 .5",
+        "mesas", "tree rock", "rock rock bush tree car person shed cow sun cloud sheep"),
 }
 # Sway and lean of the edges of bands.
 OUTLINES = {"flat": (0, 0), "quay": (0, 34), "hills": (5, 8), "slope": (3, 50), "shore": (4, 40)}
 # fmt: on
 
+PAIRS = tuple(tuple(names.split()) for names in STYLES if " " in names)
+LOOKS = {name: style[:3] for names, style in STYLES.items() for name in names.split()}
 CLASSES = tuple(LOOKS)
-PALETTE = np.array([look[3] for look in LOOKS.values()], np.uint8)
+PALETTE = np.array([colour for style in STYLES.values() for colour in style[3:]], np.uint8)
 THINGS = frozenset(FOOTING) | {"cloud", "sun", "building"}
 
 
@@ -281,7 +267,8 @@ class Brush:
 def paint_ground(b: Brush) -> None:
     """Paint the sky with sun and clouds, the row along the horizon, then the ground from far to near."""
     place = PLACES[b.place]
-    band(b, place.ground[0][0] if b.above else "sky", -40, 0, 0)
+    layers = [layer.split() for layer in place.ground.split(", ")]
+    band(b, layers[0][0] if b.above else "sky", -40, 0, 0)
     if not b.above:
         if "sun" in b.names and not b.night:
             sun(b)
@@ -291,15 +278,15 @@ def paint_ground(b: Brush) -> None:
             mountains(b, place.back)
         elif place.back:
             terrace(b, place.back)
-    for name, outline, begin, odds in place.ground:
-        if b.r.random() >= odds:
+    for name, outline, begin, odds in layers:
+        if b.r.random() >= float(odds):
             continue
         if outline == "isles":
             isles(b, name)
         elif outline == "strip":
             strip(b, name)
         else:
-            band(b, name, b.top + begin * (SIZE - b.top), *OUTLINES[outline])
+            band(b, name, b.top + float(begin) * (SIZE - b.top), *OUTLINES[outline])
 
 
 def band(b: Brush, name: str, y: float, sway: float, lean: float) -> None:
