@@ -15,7 +15,7 @@ The measures are in metrics/quality.py.
 """
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -72,9 +72,8 @@ def read_ids(path: Path, segments: Sequence[Segment]) -> tuple[np.ndarray, np.nd
     """The ids `(H, W)` int32 of a PNG, and their `positions`. Raises DataError if `segments` differ."""
     with opened(path, MAX_PIXELS) as image:
         if image.mode != "RGB":
-            raise DataError(
-                f"{path} has mode {image.mode}: a panoptic PNG is RGB, its id is R + 256 G + 65536 B"
-            )
+            form = "a panoptic PNG is RGB, its id is R + 256 G + 65536 B"
+            raise DataError(f"{path} has mode {image.mode}: {form}")
         ids = from_colours(np.asarray(image))
     place = positions(ids, segments)
     unlisted = np.unique(ids[(place < 0) & (ids != VOID)])
@@ -219,21 +218,19 @@ def read_categories(content: dict, file: Path) -> Categories:
 
 def read_segments(infos: list, label_of: dict[int, int], where: str) -> np.ndarray:
     """`segments_info` as rows (id, label, crowd) int32."""
-    rows = {}
+    rows, form = {}, f'a segment needs "category_id" and an "id" in 1..{LARGEST_ID}'
     for info in infos:
         match info:
-            case {"id": int(id), "category_id": int(category)} if 1 <= id <= LARGEST_ID:
-                if category not in label_of:
+            case {"id": int(id), "category_id": int(k)} if 1 <= id <= LARGEST_ID:
+                if k not in label_of:
                     raise DataError(
-                        f"{where}: the segment {id} has the category_id {category}, which is not a category"
+                        f"{where}: the segment {id} has the category_id {k}, which is not a category"
                     )
                 if id in rows:
                     raise DataError(f"{where}: the id {id} is a duplicate")
-                rows[id] = id, label_of[category], info.get("iscrowd", 0) == 1
+                rows[id] = id, label_of[k], info.get("iscrowd", 0) == 1
             case _:
-                raise DataError(
-                    f'{where}: a segment needs "category_id" and an "id" in 1..{LARGEST_ID}: {str(info)[:80]}'
-                )
+                raise DataError(f"{where}: {form}: {str(info)[:80]}")
     return np.array([*rows.values()], np.int32).reshape(-1, 3)
 
 
@@ -244,21 +241,20 @@ def write_ids(ids: np.ndarray, path: Path) -> None:
 
 
 def annotation(
-    image_id: int | str,
-    png: str,
-    ids: np.ndarray,
-    segments: Sequence,
-    category_ids: Sequence[int],
-    crowds: Collection[int] = (),
+    image_id: int | str, png: str, ids: np.ndarray, segments: Sequence, category_ids: Sequence[int]
 ) -> dict:
     """The JSON entry of one image whose ids `write_ids` wrote as `png`.
 
-    `segments` is anything with `id` and `label`, such as a decoder's segments; `crowds` are the crowds' ids.
+    `segments` is anything with `id` and `label`, such as a decoder's segments, where nothing is a crowd.
     """
     infos = []
     for s in segments:
         mask = ids == s.id
-        info = {"id": int(s.id), "category_id": int(category_ids[s.label]), "iscrowd": int(s.id in crowds)}
+        info = {
+            "id": int(s.id),
+            "category_id": int(category_ids[s.label]),
+            "iscrowd": int(getattr(s, "crowd", 0)),
+        }
         infos.append(info | {"area": int(mask.sum()), "bbox": box(mask)})
     return {"image_id": image_id, "file_name": png, "segments_info": infos}
 

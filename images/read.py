@@ -181,16 +181,12 @@ def read_labels(path: str | Path, table: np.ndarray, hint: str = "", limit: int 
     found = np.flatnonzero(np.bincount(raw.ravel())) if raw.dtype == np.uint8 else np.unique(raw)
     wrong = [int(x) for x in found if not 0 <= x <= 255 or table[x] < 0]
     if wrong:
+        legal = np.flatnonzero(table >= 0)
+        runs = np.split(legal, np.flatnonzero(np.diff(legal) > 1) + 1)
+        spans = ", ".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
         values = ", ".join(map(str, wrong[:SHOWN]))
-        raise DataError(f"{path} holds the value {values}: labels here are {spans(table)}{hint}")
+        raise DataError(f"{path} holds the value {values}: labels here are {spans}{hint}")
     return np.take(table.astype(np.uint8), raw)
-
-
-def spans(table: np.ndarray) -> str:
-    """The legal raw values of a table: "0..18, 255"."""
-    legal = np.flatnonzero(table >= 0)
-    runs = np.split(legal, np.flatnonzero(np.diff(legal) > 1) + 1)
-    return ", ".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 def label_table(raw: Iterable[int], ignored: Iterable[int]) -> np.ndarray:

@@ -160,8 +160,8 @@ class TrainStream:
         ratio = rng.uniform(*self.augmentation.ratios)
         sample = self.dataset.load(index, *self.augmentation.box(ratio))
         image, labels, *targets = self.augmentation(sample, ratio, rng)
-        about = classes_in(sample.labels), position, self.dataset.path(index), skipped
-        return Item(image, labels, *about, *targets)
+        present, path = classes_in(sample.labels), self.dataset.path(index)
+        return Item(image, labels, present, position, path, skipped, *targets)
 
 
 def collate(items: list[Item | DataError]) -> Batch | DataError:

@@ -145,15 +145,11 @@ def coco_results(
     image_id: int | str, instances: Iterable[tuple[float, int, np.ndarray]], category_ids: Sequence[int]
 ) -> list[dict]:
     """An image's instances (score, label, mask `(H, W)` bool), which may overlap, as COCO's results."""
-    return [
-        {
-            "image_id": image_id,
-            "category_id": int(category_ids[label]),
-            "score": float(score),
-            "segmentation": run_lengths(mask),
-        }
-        for score, label, mask in instances
-    ]
+    results = []
+    for score, label, mask in instances:
+        scored = {"category_id": int(category_ids[label]), "score": float(score)}
+        results.append({"image_id": image_id, "segmentation": run_lengths(mask)} | scored)
+    return results
 
 
 def coco_truth(
@@ -161,8 +157,7 @@ def coco_truth(
 ) -> list[dict]:
     """An image's things, crowds too, in COCO's format of instances, from its panoptic map."""
     things = [s for s in segments if s.thing]
-    crowds = [s.id for s in things if s.crowd]
-    infos = annotation(image_id, "", ids, things, category_ids, crowds)["segments_info"]
+    infos = annotation(image_id, "", ids, things, category_ids)["segments_info"]
     return [info | {"image_id": image_id, "segmentation": run_lengths(ids == info["id"])} for info in infos]
 
 

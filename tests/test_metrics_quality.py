@@ -68,8 +68,7 @@ def write(folder, truth: Annotations, source) -> Annotations:
 
 
 def entry(image_id, png: str, ids, segments: list[Segment], categories: Categories) -> dict:
-    crowds = {s.id for s in segments if s.crowd}
-    return annotation(image_id, png, ids, segments, categories.ids, crowds)
+    return annotation(image_id, png, ids, segments, categories.ids)
 
 
 # ---- the format ------------------------------------------------------------------------------------------
