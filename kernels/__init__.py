@@ -86,8 +86,7 @@ def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
 
 
 def upsampled_cross_entropy(logits: Tensor, labels: Tensor, ignore: int = IGNORE) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of logits `(B, K, h, w)`, upsampled to labels `(B, H, W)`: its float32 sum, the int64
-    pixel count.
+    """Cross-entropy of logits `(B, K, h, w)`, upsampled to labels `(B, H, W)`: float32 sum, int64 count.
 
     Pixels labelled `ignore` count in neither; if all are, the sum is 0 and its gradients are zeros.
     """

@@ -79,29 +79,20 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = No
     return forward(q, k, v, lengths)[0]
 
 
-# Block sizes by shape.
-
-
 def power_of_two(size: int) -> int:
     """The smallest one that is neither below `size` nor below 16, the least side of a tile."""
     return next(x for x in (16, 32, 64, 128, 256) if x >= size)
 
 
 def split(size: int) -> tuple[int, int]:
-    """Two sides of tiles that cover `size` together: 40 -> 32 + 16, 80 -> 64 + 16, 160 -> 128 + 32.
-
-    The second one is wasted where the size is 8 or 16, which only the miniature has.
-    """
+    """Two sides of tiles that cover `size` together: 40 -> 32 + 16, 80 -> 64 + 16, 160 -> 128 + 32."""
     first = max(16, power_of_two(size) // 2)
     return first, power_of_two(size - first)
 
 
 def key_tiles(M: int) -> dict[str, int]:
-    """How many keys are in whole tiles, and the side of one more tile for the rest: 77 -> 64 and 16.
-
-    Contexts longer than RESIDENT share one kernel, whose number of keys is a run-time value (WHOLE = -1).
-    """
-    if M > RESIDENT:
+    """How many keys are in whole tiles, and the side of one more tile for the rest: 77 -> 64 and 16."""
+    if M > RESIDENT:  # all such contexts share one kernel, whose number of keys is a run-time value
         return {"TILE": KEY_TILE, "WHOLE": -1, "REST": 0}
     whole = (M + KEY_TILE // 2 - 1) // KEY_TILE * KEY_TILE  # a rest of more than half a tile has a whole one
     return {"TILE": KEY_TILE, "WHOLE": whole, "REST": power_of_two(M - whole) if whole < M else 0}
@@ -119,11 +110,7 @@ PROGRAMS = 132  # multiprocessors of an H100 or H200: at most so many programs s
 
 
 def query_parts(B: int, N: int, n: int, M: int, rows: int) -> tuple[int, int]:
-    """The number of parts into which dK and dV split the queries, and the queries of each.
-
-    Both depend on the shape alone: the order of the sums, and so the bits of the result, must not depend on
-    the GPU or on its load.
-    """
+    """Parts of the queries for dK and dV, and the queries of each: by shape alone, which fixes the bits."""
     blocks = triton.cdiv(N, rows)
     parts = max(1, PROGRAMS // (B * n * triton.cdiv(M, KEY_TILE)))
     each = triton.cdiv(blocks, min(parts, blocks))
@@ -143,9 +130,6 @@ def layout(**tensors: Tensor) -> dict[str, int | float]:
         image, row, head, _ = x.stride()
         arguments |= {f"{name}_image": image, f"{name}_row": row, f"{name.upper()}_HEAD": head}
     return arguments
-
-
-# The launches, operators that torch.compile can trace.
 
 
 @triton_op("tada::cross_attention", mutates_args=())

@@ -118,9 +118,8 @@ def backward(
 
 def keep(ctx, inputs, output) -> None:
     x, _, weight, bias, _ = inputs
-    _, mean, rstd = output
-    ctx.save_for_backward(x, weight, bias, mean, rstd)
-    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, weight, bias, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
 
 
 def differentiate(ctx, dy: Tensor, *_) -> tuple[Tensor | None, ...]:

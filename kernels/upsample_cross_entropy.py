@@ -46,8 +46,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def upsample_cross_entropy(logits: Tensor, labels: Tensor, ignore: int = IGNORE) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of logits `(B, K, h, w)`, upsampled to labels `(B, H, W)`: its float32 sum, the int64
-    pixel count.
+    """Cross-entropy of logits `(B, K, h, w)`, upsampled to labels `(B, H, W)`: float32 sum, int64 count.
 
     logits are bfloat16, float16 or float32, and are copied once unless they are channels-last in memory and
     have whole blocks of 32 classes; labels int64 in 0..K-1 or `ignore`, whose pixels count in neither result.
@@ -70,23 +69,16 @@ def upsample_cross_entropy(logits: Tensor, labels: Tensor, ignore: int = IGNORE)
 
 
 def rows(logits: Tensor) -> Tensor:
-    """`(B, K, h, w)` -> `(B, h, w, stride)`: the classes of a pixel contiguous, in whole blocks.
-
-    The padding is the lowest finite logit, whose exponential is 0, so the kernels need no masks.
-    """
-    padding = -logits.shape[1] % CLASSES
-    return F.pad(logits.permute(0, 2, 3, 1), (0, padding), value=torch.finfo(logits.dtype).min).contiguous()
+    """`(B, K, h, w)` -> `(B, h, w, stride)`: the classes of a pixel contiguous, in whole blocks."""
+    padding, lowest = -logits.shape[1] % CLASSES, torch.finfo(logits.dtype).min  # exp(lowest) is 0: no masks
+    return F.pad(logits.permute(0, 2, 3, 1), (0, padding), value=lowest).contiguous()
 
 
 def tiling(h: int, w: int, H: int, W: int) -> dict[str, int]:
-    """The tile of pixels that a program computes at once: a cell's, each side rounded up to a power of two.
-
-    Two pixels per lane share the work of the corners: with one, sum_losses has 28 instructions for each logit
-    of a lane instead of 10 (sm_90).
-    """
+    """The tile of pixels that a program computes at once: a cell's, a side rounded up to a power of two."""
     rows = triton.next_power_of_2(int(min(SIDE, triton.cdiv(H, h))))  # int: the sizes may be symbols
     columns = triton.next_power_of_2(int(min(SIDE, triton.cdiv(W, w))))
-    warps = max(1, rows * columns // 64)
+    warps = max(1, rows * columns // 64)  # two pixels a lane: with one, 28 instructions a logit instead of 10
     return {"ROWS": rows, "COLUMNS": columns, "CLASSES": CLASSES, "num_warps": warps}
 
 
@@ -120,9 +112,8 @@ def backward(dtotal: Tensor, logits: Tensor, labels: Tensor, logsumexp: Tensor, 
 
 def keep(ctx, inputs, output) -> None:
     logits, labels, _, ctx.ignore = inputs
-    _, logsumexp = output
-    ctx.save_for_backward(logits, labels, logsumexp)
-    ctx.mark_non_differentiable(logsumexp)
+    ctx.save_for_backward(logits, labels, output[1])
+    ctx.mark_non_differentiable(output[1])
 
 
 def differentiate(ctx, dtotal: Tensor, _) -> tuple[Tensor, None, None, None]:
@@ -201,8 +192,7 @@ def sum_losses(
             largest = tl.full([ROWS * COLUMNS], float("-inf"), tl.float32)
             total = tl.zeros([ROWS * COLUMNS], tl.float32)
             for first in range(0, stride, CLASSES):
-                k = first + tl.arange(0, CLASSES)
-                c00, c01, c10, c11 = load_corners(LOGITS, i, j, k, stride, h, w)
+                c00, c01, c10, c11 = load_corners(LOGITS, i, j, first + tl.arange(0, CLASSES), stride, h, w)
                 logit = mixed(c00[:, None], c01[:, None], c10[:, None], c11[:, None], f_row, f_column)
                 larger = tl.maximum(largest, tl.max(logit, axis=0))
                 total = total * exp(largest - larger) + tl.sum(exp(logit - larger[None, :]), axis=0)
