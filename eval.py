@@ -217,8 +217,8 @@ def run(
             f"was trained on {len(config.classes)}, such as {config.classes[0]}: give another --data"
         )
     protocol = protocol_of(config, **flags)
-    source, given = choose_source(tags, words, config.tags, config.condition)
-    threshold = config.tag_threshold if tag_threshold is None else tag_threshold
+    trained = {"condition": config.condition, "trained": (config.tags, config.tag_threshold)}
+    source, given, threshold = choose_source(tags, words, tag_threshold, **trained)
     paths = [dataset.path(i) for i in range(len(dataset))]
     if given is None:
         source_words = open_words(config.condition, source, dataset.prompts, root, paths, threshold)
@@ -241,6 +241,8 @@ def run(
         ranks.barrier()  # only now may files appear
         shares = {"workers": workers, "rank": ranks.rank, "world": ranks.world, "show": ranks.is_main}
         result = evaluate(tada, dataset, source_words, **protocol, **shares)
+        steering = {"tag_threshold": threshold, "words": given}
+        result.about |= {name: x for name, x in steering.items() if x is not None}
         if ranks.is_main:
             print(result.as_markdown())
             result.write(out, checkpoint=file, sha256=sha256)

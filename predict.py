@@ -229,8 +229,8 @@ def run(
     if attention and config.condition in ("none", "caption", "implicit"):
         raise TadaError(f"--attention: condition {config.condition} has no words to attend to; leave it out")
     reading = segment_options(segments, config.decoder, {"flip": flip, "scales": scales != [1.0]})
-    source, given = choose_source(tags, words, config.tags, config.condition)
-    threshold = config.tag_threshold if tag_threshold is None else tag_threshold
+    trained = {"condition": config.condition, "trained": (config.tags, config.tag_threshold)}
+    source, given, threshold = choose_source(tags, words, tag_threshold, **trained)
     own = given is not None or (source, threshold) == (config.tags, config.tag_threshold)
     tagger = {} if own else {"tagger": source, "tag_threshold": threshold}
     settings = Settings(digest(file), tagger, scales, flip, attention, reading)

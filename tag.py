@@ -12,11 +12,11 @@ absolute for photos of your own. `train.py`, `eval.py` and `predict.py` take the
 """
 
 import argparse
-import hashlib
 import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from PIL import Image
@@ -33,8 +33,9 @@ from loading.tags import LONGEST_CAPTION, LONGEST_TAG, clean, read_tags, split_w
 from metrics.tagging import judge
 from ram import RAMConfig
 from run.checkpoint import replace_text
+from run.folder import lock
 from run.ranks import Ranks, cleanup, init_distributed
-from run.tagging import tag_images
+from run.tagging import read_lines, tag_images, tagger_key
 
 BATCH = 8  # images at once
 
@@ -70,8 +71,9 @@ def tag(options: argparse.Namespace, ranks: Ranks) -> int:
         groups = (range(i, min(i + BATCH, len(todo))) for i in range(0, len(todo), BATCH))
         yield from load_in_order(photos, groups, list, options.workers, ranks.device.type)
 
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    broken = tag_images(options.out, [*files], images, tagger, ranks, by)
+    hidden = f".{options.out.name}.lock"
+    with lock(options.out.parent, "--out", hidden) if ranks.is_main else nullcontext():
+        broken = tag_images(options.out, [*files], images, tagger, ranks, by)
     if ranks.is_main:
         for sentence in broken:
             print(f"skipped: {sentence}", file=sys.stderr)
@@ -86,21 +88,21 @@ def make_tagger(
     asked = "" if options.threshold is None else f" at {options.threshold:g}"
     if options.by == "ram":
         tagger = ram_tagger(options.weights, ranks.device, options.threshold)
-        return tagger, RAMConfig.image_size, Image.Resampling.BILINEAR, f"ram{asked}"
+        by = f"ram {tagger_key('ram', options.weights)}{asked}"
+        return tagger, RAMConfig.image_size, Image.Resampling.BILINEAR, by
     names = read_names(options.names) if options.names else sets[0].prompts if sets else []
     if not names:
         raise TadaError('--by clip needs the names it chooses from: give --names "sea, boat" or --dataset')
     clip, tokenizer = load_clip(part_configs(options.model, options.weights)[2], options.weights)
     tagger = clip_tagger(str(options.weights), clip.to(ranks.device), tokenizer, names, options.threshold)
-    key = hashlib.sha256(repr((names, options.model)).encode()).hexdigest()[:8]
-    by = f"clip of {len(names)} names {key}{asked}"
+    by = f"clip of {len(names)} names {tagger_key('clip', options.weights, names)}{asked}"
     return tagger, clip.config.image_size, Image.Resampling.BICUBIC, by
 
 
 def read_names(given: str) -> list[str]:
     """The names in a file, one a line, or between the commas of `given`."""
     if not os.path.isfile(given):
-        return split_words(given, "tagging")
+        return split_words(given, "tagging", "--names")
     try:
         lines = Path(given).read_text(encoding="utf-8").splitlines()
         return [name for name, _ in unique((clean(line, LONGEST_TAG), 1.0) for line in lines if line.strip())]
@@ -134,7 +136,10 @@ def convert(options: argparse.Namespace) -> int:
     (file,) = options.inputs
     try:
         entries = json.loads(Path(file).read_text(encoding="utf-8"))
-        captions = {name: clean(entry["captions"][0], LONGEST_CAPTION) for name, entry in entries.items()}
+        lists = {name: entry["captions"] for name, entry in entries.items()}
+        if any(not isinstance(x, list) for x in lists.values()):
+            raise TypeError("captions must be lists")
+        captions = {name: clean(x[0], LONGEST_CAPTION) for name, x in lists.items()}
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -152,6 +157,7 @@ def convert(options: argparse.Namespace) -> int:
             )
     if not lines:
         raise DataError(f"{file} has none of the {len(paths)} images, such as {next(iter(paths))}")
+    read_lines(options.out, "tadp")  # refuses to replace a file of another tagger
     replace_text(options.out, "".join(lines))
     print(f"{options.out}: captions of {len(lines):,} of {len(paths):,} images")
     return 0
@@ -162,14 +168,17 @@ def convert(options: argparse.Namespace) -> int:
 
 def judge_file(options: argparse.Namespace) -> int:
     """Print how well a file of tags names the classes of each image."""
-    for dataset in open_sets(options):
+    sets = open_sets(options)
+    every = [dataset.path(i) for dataset in sets for i in range(len(dataset))]
+    tags = read_tags(options.judge, sets[0].root, every).tags
+    for dataset in sets:
         paths = [dataset.path(i) for i in range(len(dataset))]
-        tags = read_tags(options.judge, dataset.root, paths).tags
         tagged = [i for i, path in enumerate(paths) if path in tags]
         items = EvaluationStream(dataset, 1, 1, options.workers).items(tagged)
         present = {item.path: item.present for item in tqdm(items, "labels", len(tagged), disable=None)}
         print(f"{options.judge}, {dataset.name} {dataset.split}: {len(tagged):,} of {len(paths):,} images")
-        print(judge(tags, present, dataset.prompts))
+        if tagged:
+            print(judge(tags, present, dataset.prompts))
     return 0
 
 
@@ -180,10 +189,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
 
     def work() -> int:
-        if options.judge:
-            return judge_file(options)
-        if options.by == "tadp":
-            return convert(options)
+        if options.judge or options.by == "tadp":
+            work = judge_file if options.judge else convert
+            return work(options) if os.environ.get("RANK", "0") == "0" else 0  # the work of one process
         code = tag(options, init_distributed())
         cleanup()
         return code
@@ -233,6 +241,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--by tadp needs one file of captions and the --dataset of its images")
     if options.by in ("ram", "clip") and bool(options.inputs) == bool(options.dataset):
         parser.error("give either images or --dataset")
+    if options.names and options.by != "clip":
+        parser.error("--names are what --by clip chooses from: leave them out")
+    if options.out and options.out.is_dir():
+        parser.error(f"--out {options.out} is a folder: give a file, as --out {options.out}/tags.jsonl")
     if options.threshold is not None and not 0 <= options.threshold <= 1:
         parser.error(f"--threshold {options.threshold:g}: give a score in 0..1")
     return options

@@ -27,19 +27,19 @@ class Tags(NamedTuple):
     unknown: list[str]  # images in the file that the data set does not have
 
 
-def read_tags(file: str | Path, root: str | Path, known: Collection[str]) -> Tags:
+def read_tags(file: str | Path, root: str | Path, known: Collection[str], some: bool = True) -> Tags:
     """Read JSON lines `{"image": "relative.jpg", "tags": [["car", 0.93], "sky"], "caption": "optional"}`.
 
     `root` is the data set's, `known` its paths, compared in Unicode's NFC. Scores are in 0..1, that of a bare
     tag is 1; the file's order stays. No image is opened. Raises DataError with the line's number; images that
-    the data set lacks are counted in a DataWarning.
+    the data set lacks are counted in a DataWarning, and if `some`, at least one must be known.
     """
     root, known = os.path.abspath(root), {unicodedata.normalize("NFC", path): path for path in known}
     try:
         lines = Path(file).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")  # UTF-8's byte order mark
     except OSError as error:
         raise DataError(
-            f"{file} cannot be read ({error.strerror}): --tags needs a file of JSON lines"
+            f"{file} cannot be read ({error.strerror}): give a file of JSON lines as --tags"
         ) from None
     result, line_of = Tags({}, {}, []), {}
     for number, line in enumerate(lines, 1):
@@ -57,7 +57,7 @@ def read_tags(file: str | Path, root: str | Path, known: Collection[str]) -> Tag
         result.tags[known[path]] = tags
         if caption:
             result.captions[known[path]] = caption
-    if not result.tags:
+    if some and not result.tags:
         raise DataError(f'{file} has none of the {len(known)} images: "image" must be relative to {root}')
     if result.unknown:
         names = ", ".join(result.unknown[:SHOWN]) + (", ..." if len(result.unknown) > SHOWN else "")
@@ -97,13 +97,18 @@ def open_words(
     """
     if tags in SOURCES:
         return TagSource(tags, prompts, {path: [] for path in paths} if tags == "none" else None)
-    table = words_of(read_tags(tags, root, paths), condition, threshold)
+    entries = read_tags(tags, root, paths)
+    table = words_of(entries, condition, threshold)
     lacking = sorted(set(paths) - set(table))
     if lacking:
         what = "caption" if condition == "caption" else "line"
         raise DataError(
             f"{tags} has no {what} for {len(lacking)} of {len(paths)} images, such as {lacking[0]}"
         )
+    if paths and not any(table.values()):
+        least = "" if threshold is None else f" of at least {threshold:g}"
+        cure = "captions need --condition caption" if entries.captions else "give another file"
+        raise DataError(f"{tags} has no tag{least} for any image: {cure}")
     return TagSource(tags, prompts, table)
 
 
@@ -118,7 +123,7 @@ def words_of(entries: Tags, condition: str, threshold: float | None) -> dict[str
 # ---- the words of new images
 
 
-def split_words(text: str, condition: str) -> list[str]:
+def split_words(text: str, condition: str, flag: str = "--words") -> list[str]:
     """The words of `--words "sea, boat"`; of condition "caption" one sentence. Raises DataError."""
     caption = condition == "caption"
     try:
@@ -126,25 +131,31 @@ def split_words(text: str, condition: str) -> list[str]:
         longest = LONGEST_CAPTION if caption else LONGEST_TAG
         words = [word for word, _ in unique((clean(x, longest), 1.0) for x in parts)]
     except ValueError as error:
-        raise DataError(f"--words: {error}") from None
+        raise DataError(f"{flag}: {error}") from None
     if not 1 <= len(words) <= MOST_TAGS:
-        raise DataError(f"--words {text[:80]!r} has {len(words)} words: give 1 to {MOST_TAGS}")
+        raise DataError(f"{flag} {text[:80]!r} has {len(words)} words: give 1 to {MOST_TAGS}")
+    if any(word.endswith((".json", ".jsonl")) for word in words):
+        raise DataError(f"{flag} {text[:80]!r} names a file: give a file of tags as --tags")
     return words
 
 
 def choose_source(
-    tags: str | None, words: str | None, trained: str, condition: str
-) -> tuple[str, str | None]:
-    """The source of the words of an evaluation or a prediction, and the words themselves if they are given.
+    tags: str | None, words: str | None, threshold: float | None, *, condition: str, trained: tuple
+) -> tuple[str, str | None, float | None]:
+    """The source of the words of an evaluation or a prediction, the words if they are given, the threshold.
 
-    `tags` and `words` are the flags' values, `trained` the source of training. `--tags "sea, boat"`, with a
-    comma, means `--words "sea, boat"`. Raises DataError for what cannot be meant.
+    `tags`, `words` and `threshold` are the flags' values, `trained` the source and threshold of training.
+    `--tags "sea, boat"`, with a comma, means `--words "sea, boat"`. Raises DataError where nothing can be
+    meant.
     """
     if words is None and tags is not None and "," in tags and not os.path.exists(tags):
-        tags, words = None, tags
+        tags, words = None, tags  # `split_words` refuses the name of a missing file
     flag = "--words" if words is not None else f"--tags {tags}"
-    if (tags, words) == (None, None):
-        return trained, None
+    source = tags or ("words" if words is not None else trained[0])
+    if threshold is not None and source in ("classes", "oracle", "none", "words"):
+        raise DataError(f"--tag-threshold {threshold:g}: {source} have no scores; leave it out")
+    if source == trained[0] and words is None:
+        return source, None, trained[1] if threshold is None else threshold
     if tags is not None and words is not None:
         raise DataError("--words and --tags exclude each other: give one of them")
     if condition not in PER_IMAGE:
@@ -153,10 +164,10 @@ def choose_source(
         raise DataError(f"--tags classes: condition {condition} needs the words of each image; leave it out")
     if words is None and tags not in SOURCES and not os.path.isfile(tags):
         raise DataError(
-            f"--tags {tags}: there is no such file; choose {', '.join(SOURCES)}, a file of JSON lines, "
+            f"--tags {tags}: no such file; choose {', '.join(SOURCES)}, a file of JSON lines, "
             f"or give words as --words {tags[:80]!r}"
         )
-    return tags or "words", words
+    return source, words, threshold
 
 
 def choose_words(
@@ -179,7 +190,7 @@ def look_up(
     ends = {path: [path[i + 1 :] for i in range(len(path)) if path[i] == os.sep] for path in paths}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DataWarning)  # it has lines for many other images
-        entries = read_tags(file, "/", {end for tails in ends.values() for end in tails})
+        entries = read_tags(file, "/", {end for tails in ends.values() for end in tails}, some=False)
     table = words_of(entries, condition, threshold)
     words = {path: next((table[end] for end in ends[path] if end in table), None) for path in paths}
     lacking = [path for path in paths if words[path] is None]
@@ -207,12 +218,13 @@ def parse_tags(line: bytes, root: str) -> tuple[str, Scored, str]:
             path = Path(os.path.normpath(os.path.join(root, image)))
         case _:
             raise ValueError('each line must be an object with "image", "tags" and perhaps "caption"')
-    for base in (root, os.path.realpath(root)):  # an absolute path may follow a link to the data or not
-        if path.is_relative_to(base):
-            path = path.relative_to(base)
-            break
-    else:
+    if not path.is_relative_to(root):  # an absolute path may lead to the data through links
+        path, root = Path(os.path.realpath(path.parent), path.name), os.path.realpath(root)
+    if not path.is_relative_to(root):
         raise ValueError(f"the image {image[:80]!r} is outside of {root}")
+    path = path.relative_to(root)
+    if not {"tags", "caption"} & {*entry}:
+        raise ValueError('each line must have "tags" or a "caption"')
     match entry.get("tags", []):
         case list(pairs) if len(pairs) <= MOST_TAGS:
             scored = [parse_tag(pair) for pair in pairs]
@@ -228,7 +240,7 @@ def parse_tag(pair: object) -> tuple[str, float]:
     match pair:
         case str(tag):
             return clean(tag, LONGEST_TAG), 1.0
-        case [tag, int(score) | float(score)] if 0 <= score <= 1:
+        case [tag, int(score) | float(score)] if 0 <= score <= 1 and not isinstance(score, bool):
             return clean(tag, LONGEST_TAG), float(score)
     raise ValueError(f'a tag must be a pair like ["car", 0.93] with a score in 0..1, not {str(pair)[:80]}')
 
@@ -249,8 +261,9 @@ def same(tag: str) -> str:
 
 
 def unique(scored: Iterable[tuple[str, float]]) -> Scored:
-    """The tags in their order, each once, with its first spelling and score."""
+    """The tags in their order, each once, with its first spelling and its highest score."""
     first: dict[str, tuple[str, float]] = {}
     for tag, score in scored:
-        first.setdefault(same(tag), (tag, score))
+        spelling, best = first.get(same(tag), (tag, score))
+        first[same(tag)] = spelling, max(best, score)
     return list(first.values())

@@ -152,6 +152,7 @@ class Result:
         version = f" version {about['scenes_version']}" if "scenes_version" in about else ""
         quality = {key: key for key in ("PQ", "SQ", "RQ")} | OF_GROUPS
         size = "{}x{}".format
+        tags = about.get("words") or about["tags"]
         parts = [
             f"{about['dataset']}{version} {about['split']} mIoU {percent(numbers['mIoU'])}",
             f"{occur} of {len(self.classes)} classes occur",
@@ -163,7 +164,8 @@ class Result:
             f"{numbers['images']} images",
             " ".join(["scale", *(f"{x:g}" for x in about["scales"])]) + " + flip" * about["flip"],
             f"windows {size(*about['window'])} by {size(*about['stride'])}" if about["window"] else "whole",
-            f"{about['model']} {about['decoder']} {about['condition']}, tags {about['tags']}"
+            f"{about['model']} {about['decoder']} {about['condition']}, tags {tags}"
+            + (f" of at least {least:g}" if (least := about.get("tag_threshold")) is not None else "")
             + (f" (trained with {about['trained_tags']})" if "trained_tags" in about else ""),
             *(["ORACLE"] if about["oracle"] else []),
             *(["RANDOM WEIGHTS"] if about["random_weights"] else []),

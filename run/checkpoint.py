@@ -91,7 +91,9 @@ def load_model(
     if weights and not random:
         config = replace(config, weights=str(weights))
     folder = Path(config.weights)
-    source, threshold = source or config.tags, config.tag_threshold if threshold is None else threshold
+    if threshold is None and source in (None, config.tags):
+        threshold = config.tag_threshold
+    source = source or config.tags
     for name, expected in about["frozen"].items():
         place, ram = frozen_file(config.weights, name), name.startswith("ram/")
         present = place.is_file()

@@ -29,11 +29,11 @@ from run.ranks import Ranks
 from weights.words import digest
 
 
-def lock(folder: Path, flag: str) -> TextIO:
+def lock(folder: Path, flag: str, name: str = ".lock") -> TextIO:
     """Make a folder, and lock it until the returned file is closed; RunError names the `flag` to change."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
+        file = (folder / name).open("w")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()

@@ -232,6 +232,8 @@ def refuse_nonsense(p: argparse.ArgumentParser, o: Options) -> None:
         p.error(f"--tags {o.tags}: choose {', '.join(sources)}, or a file of JSON lines that exists")
     if o.tag_threshold is not None and not 0 <= o.tag_threshold <= 1:
         p.error(f"--tag-threshold {o.tag_threshold:g}: give a score in 0..1")
+    if o.tag_threshold is not None and o.tags in ("classes", "oracle"):
+        p.error(f"--tag-threshold {o.tag_threshold:g}: {o.tags} have no scores; leave it out")
     if o.condition == "oracle" and o.tags != "oracle":
         p.error(f"--condition oracle takes the ground-truth tags: leave --tags {o.tags} out")
     if o.condition == "tags" and o.tags == "classes":

@@ -24,7 +24,8 @@ from run.checkpoint import replace_text
 from run.folder import Run
 from run.options import Options
 from run.ranks import Ranks
-from weights.words import word_vectors
+from weights.ram import ram_folder, require_files
+from weights.words import digest_once, prior_files, word_vectors
 
 
 def open_tags(
@@ -42,8 +43,9 @@ def open_tags(
     if train_words.table:
         lists = [*train_words.table.values()]
         report_cut(run, tada, lists)
-        if tada.config.condition != "caption" and tada.config.tag_tokens == "pooled":
-            cache_vectors(tada, sorted({word for words in lists for word in words} - {""}))
+        known = sorted({word for words in lists for word in words} - {""})
+        if known and tada.config.condition != "caption" and tada.config.tag_tokens == "pooled":
+            cache_vectors(tada, known)
     return train_words, words
 
 
@@ -82,8 +84,8 @@ def tag_all(run: Run, tada: Tada, dataset: Dataset, workers: int, resumed: bool)
 
     file = run.folder / "tags-train.jsonl"
     config = tada.config
-    key = config.tags, config.tag_threshold, config.prompts, config.weights, box, dataset.files(0)
-    by = f"{config.tags} {hashlib.sha256(repr(key).encode()).hexdigest()[:8]}"
+    settings = config.tag_threshold, config.prompts, box, dataset.files(0)
+    by = f"{config.tags} {tagger_key(config.tags, config.weights, *settings)}"
     if resumed and file.is_file():  # its options are those of this run
         by = made_by(file)
     elif run.ranks.is_main and file.is_file() and made_by(file) != by:
@@ -95,6 +97,17 @@ def tag_all(run: Run, tada: Tada, dataset: Dataset, workers: int, resumed: bool)
 
 
 # ---- the file of tags
+
+
+def tagger_key(source: str, weights: str | Path, *settings: object) -> str:
+    """Eight hex digits of the hash of a tagger's files and settings: "clip" or "ram"."""
+    if source == "ram":
+        files = [ram_folder(weights) / name for name in require_files(ram_folder(weights))]
+    else:
+        names = [] if str(weights) == "random" else prior_files(str(weights), ("clip", "tokenizer"))
+        files = [Path(weights, name) for name in names]
+    hashes = [digest_once(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr((hashes, settings)).encode()).hexdigest()[:8]
 
 
 def tag_images(
@@ -124,7 +137,7 @@ def tag_images(
                 x = normalise(torch.stack([image for _, image in good]).to(ranks.device))
                 entries = [(path, tags) for (path, _), tags in zip(good, tagger(x), strict=True)]
                 lines = [{"image": path, "tags": tags} | ({"by": by} if by else {}) for path, tags in entries]
-                append(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+                append(file, "".join(json.dumps(line) + "\n" for line in lines))
             bar.update(len(batch))
     broken = ranks.all_gather_object(broken)
     if ranks.is_main:
@@ -171,8 +184,10 @@ def read_lines(file: Path, by: str = "") -> dict[str, str]:
             path, made = entry["image"], entry.get("by", "")
             assert isinstance(path, str) and isinstance(entry["tags"], list)
         except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
-            raise TadaError(f"{file}, line {number}, is not of a tagger: give another file") from None
+            cure = "delete the line, or give another file"
+            raise TadaError(f"{file}, line {number}, is not of a tagger: {cure}") from None
         if made != by:
-            raise TadaError(f"{file}, line {number}, was made by {made}, not by {by}: give another file")
+            maker = made or "another program"
+            raise TadaError(f"{file}, line {number}, was made by {maker}, not by {by}: give another file")
         lines[path] = line.decode("utf-8") + "\n"
     return lines

@@ -503,7 +503,12 @@ def test_flags_change_the_protocol(tada, dataset, finished, tmp_path):
         ("", ["--tags", "oracle"], {"tags": "oracle", "oracle": True, "words_recall": 1.0}),
         ("", ["--tags", "clip"], {"tags": "clip", "trained_tags": "classes"}),
         ("", ["--tags", "none"], {"tags": "none", "trained_tags": "classes", "words_recall": 0.0}),
-        ("", ["--words", "sky, a Road"], {"tags": "words", "trained_tags": "classes"}),
+        (
+            "",
+            ["--words", "sky, a Road"],
+            {"tags": "words", "words": "sky, a Road"},
+        ),
+        ("", ["--tags", "clip", "--tag-threshold", "0.5"], {"tags": "clip", "tag_threshold": 0.5}),
     ]
     out = ["--out", str(tmp_path / "out"), "--limit", "1", "--workers", "0"]
     for path, flags, expected in cases:
@@ -627,7 +632,7 @@ def test_bad_input_is_one_sentence(root, finished, tada, tmp_path, capsys):
         ([run, "--data", str(other)], "other has 2 classes, such as road, but .* trained on 4, such as sky"),
         ([run, "--data", str(unlabelled)], "has 1 faults.*\n.*images/val/1.png has no label file"),
         ([run, "--split", "holiday"], "folder has no labelled split 'holiday'"),
-        ([run, "--tags", str(tmp_path / "gone.jsonl")], "gone.jsonl: there is no such file"),
+        ([run, "--tags", str(tmp_path / "gone.jsonl")], "gone.jsonl: no such file"),
         ([run, "--tags", str(few)], "few.jsonl has no line for 1 of 4"),
         ([run, "--tags", "ram"], "ram.* `python -m weights.fetch --ram`"),
         ([run, "--tags", "sky"], "or give words as --words 'sky'"),

@@ -43,12 +43,12 @@ def test_tags_and_captions_are_read(tag_file, tmp_path):
 
 
 def test_spellings_that_clip_encodes_alike_are_one_tag(tag_file, tmp_path):
-    """Case, blanks and composition; the first spelling and score stay. A bare tag has the score 1."""
+    """Case, blanks and composition: the first spelling, the highest score. A bare tag has the score 1."""
     nfd = "cafe\u0301"
-    tags = [["Traffic  Light", 0.4], "traffic light", ["TRAFFIC LIGHT", 0.9], "caf\u00e9", [nfd, 0.2], "sky"]
+    tags = [["Traffic  Light", 0.4], ["TRAFFIC LIGHT", 0.9], "caf\u00e9", [nfd, 0.2], "sky"]
     line = json.dumps({"image": "images/a.jpg", "tags": tags})
     found = read_tags(tag_file(line), tmp_path, KNOWN).tags["images/a.jpg"]
-    assert found == [("Traffic Light", 0.4), ("caf\u00e9", 1.0), ("sky", 1.0)]
+    assert found == [("Traffic Light", 0.9), ("caf\u00e9", 1.0), ("sky", 1.0)]
     tokenizer = Tokenizer("weights/tiny/tokenizer")
     ids = tokenizer(["Traffic Light", "traffic  light", "caf\u00e9", nfd])
     assert torch.equal(ids[0], ids[1]) and torch.equal(ids[2], ids[3])
@@ -69,7 +69,7 @@ def test_paths_match_through_links_and_in_either_composition(tag_file, tmp_path)
     link.symlink_to(real)
     lines = [json.dumps({"image": str(base / "images/a.jpg"), "tags": ["car"]}) for base in (real, link)]
     for root in (real, link):
-        for line in lines if root == link else lines[:1]:
+        for line in lines:
             assert read_tags(tag_file(line), root, KNOWN).tags == {"images/a.jpg": [("car", 1.0)]}
     nfc, nfd = "images/b c/\u00e4.jpg", "images/b c/a\u0308.jpg"
     for written, known in ((nfc, nfd), (nfd, nfc), (nfd, nfd)):
@@ -111,6 +111,8 @@ GOOD = '{"image": "images/a.jpg", "tags": [["car", 0.93]]}'
         ('{"image": "images/../../x.jpg", "tags": []}', "is outside of"),
         ('{"tags": []}', 'an object with "image"'),
         ('["images/a.jpg"]', 'an object with "image"'),
+        ('{"image": "images/d.jpg", "Tags": ["sky"]}', 'must have "tags" or a "caption"'),
+        ('{"image": "images/d.jpg", "tags": [["sky", true]]}', r"score in 0\.\.1"),
         ('{"image": 3}', 'an object with "image"'),
         ('{"image": "images/d.jpg", "tags": [["car", 0.93]]', "one whole JSON object"),
         ("[" * 100_000, "one whole JSON object"),

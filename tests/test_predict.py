@@ -679,10 +679,10 @@ def test_two_processes_share_the_images(steered, tmp_path):
         (
             {"condition": "tagging"},
             ["--tags", "sea"],
-            "no such file; choose classes, clip, ram, oracle, none",
+            "no such file; choose classes, clip, ram, oracle",
         ),
         ({"condition": "tagging"}, ["--tags", "sea"], "or give words as --words 'sea'"),
-        ({"condition": "tagging"}, ["--tags", "gone.jsonl"], "--tags gone.jsonl: there is no such file"),
+        ({"condition": "tagging"}, ["--tags", "gone.jsonl"], "--tags gone.jsonl: no such file"),
         ({"condition": "tagging"}, ["--tags", "clip", "--words", "sea"], "exclude each other"),
         ({"condition": "tagging"}, ["--words", " , "], "--words ' , ' has 0 words"),
         ({"condition": "tagging"}, ["--words", "x" * (LONGEST_TAG + 1)], "1 to 200 printable characters"),
@@ -728,7 +728,7 @@ def test_words_from_the_file_of_training(tmp_path, monkeypatch):
     assert words(paths[:1], " a dog, on  grass") == {paths[0]: ["a dog, on grass"]}
     with pytest.raises(DataError, match=r"lacks 1 of 2 images, such as .*new.jpg: tag them with tag.py, or"):
         words([paths[0], str(tmp_path / "new.jpg")])
-    with pytest.raises(DataError, match=r"tags.jsonl has none of the"):
+    with pytest.raises(DataError, match=r"tags.jsonl lacks 1 of 1 images"):
         words(["/a/new.jpg"])
 
 

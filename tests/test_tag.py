@@ -26,10 +26,11 @@ from data import open_dataset, prompt, read_classes
 from errors import DataError
 from images import scenes
 from loading.augment import normalise, to_tensor
-from loading.tags import choose_source, same
+from loading.tags import choose_source, read_tags, same, split_words
 from metrics.tagging import SYNONYMS, classes_named, judge
 from ram import RAM, likely_tags
 from run.checkpoint import read_about
+from run.folder import lock
 from run.tagging import report_cut
 from weights.ram import MODEL, NAMES, THRESHOLDS, load_ram, ram_folder
 from weights.words import word_vectors
@@ -182,7 +183,7 @@ def test_a_threshold_takes_the_place_of_chance(photos, tmp_path):
     ("line", "message"),
     [
         ('{"image": "a.png", "tags": [], "by": "ram"}', "line 1, was made by ram, not by clip of 4 names"),
-        ('{"image": "a.png", "tags": []}', "line 1, was made by , not by clip of 4 names"),
+        ('{"image": "a.png", "tags": []}', "line 1, was made by another program, not by clip of 4 names"),
         (
             '{"image": "a.png", "tags": [], "by": "clip of 4 names 00000000"}',
             "was made by clip of 4 names 0",
@@ -229,6 +230,8 @@ def test_bad_input_is_one_sentence(photos, tmp_path, capsys, arguments, message)
         (["--judge", "tags.jsonl"], "give --dataset"),
         (["--by", "ram", "--out", "x", "--dataset", "ade20k", "x.png"], "give either images or --dataset"),
         (["--by", "ram", "--out", "x"], "give either images or --dataset"),
+        (["--by", "ram", "--out", "x", "y.png", "--names", "sea"], "--names are what --by clip chooses from"),
+        (["--by", "ram", "--out", ".", "y.png"], "--out . is a folder"),
         (["--by", "ram", "--out", "x", "y.png", "--threshold", "2"], "--threshold 2: give a score in 0..1"),
         (["--by", "tadp", "--out", "x"], "needs one file of captions"),
     ],
@@ -453,9 +456,73 @@ def test_what_is_cut_is_counted_and_said(folder):
 
 
 def test_words_and_sources():
-    """A comma means words; a name of a source is never read as a word."""
-    assert choose_source(None, None, "clip", "tagging") == ("clip", None)
-    assert choose_source("sea, boat", None, "clip", "tagging") == ("words", "sea, boat")
-    assert choose_source(None, "clip", "ram", "tagging") == ("words", "clip")
-    assert choose_source("ram", None, "clip", "tagging") == ("ram", None)
-    assert choose_source("none", None, "clip", "tagging") == ("none", None)
+    """A comma means words; a name of a source is never read as a word, nor the name of a missing file."""
+
+    def choose(
+        tags: str | None, words: str | None = None, least: float | None = None, trained=("clip", None)
+    ):
+        return choose_source(tags, words, least, condition="tagging", trained=trained)
+
+    assert choose(None) == ("clip", None, None)
+    assert choose("sea, boat") == ("words", "sea, boat", None)
+    assert choose(None, "clip", trained=("ram", None)) == ("words", "clip", None)
+    assert choose("ram") == ("ram", None, None) and choose("none") == ("none", None, None)
+    assert choose(None, trained=("clip", 0.3)) == choose("clip", trained=("clip", 0.3)) == ("clip", None, 0.3)
+    assert choose("ram", trained=("clip", 0.3)) == ("ram", None, None), "another tagger has another scale"
+    assert choose(None, None, 0.5) == ("clip", None, 0.5)
+    for given in ((None, "sea", 0.5), ("classes", None, 0.5), ("none", None, 0.5)):
+        with pytest.raises(DataError, match="have no scores; leave it out"):
+            choose(*given)
+    for name in ("my,tags.jsonl", "tags.jsonl"):
+        with pytest.raises(DataError, match="names a file: give a file of tags as --tags"):
+            split_words(name, "tagging")
+
+
+def test_a_file_without_any_tag_is_refused(folder, tmp_path, capsys):
+    """Captions alone, or a threshold above every score: one sentence before training."""
+    file, run = tmp_path / "tags.jsonl", tmp_path / "run"
+    paths = [f"images/{split}/{i}.png" for split, n in (("train", range(6)), ("val", (6, 7))) for i in n]
+    flags = f"--dataset folder --data {folder} --model tiny --weights random --run {run} --workers 0"
+    for entry, more, message in (
+        ({"caption": "a boat"}, "", "has no tag for any image: captions need --condition caption"),
+        ({"tags": [["sea", 0.4]]}, " --tag-threshold 0.5", "has no tag of at least 0.5 for any image"),
+    ):
+        file.write_text("".join(json.dumps({"image": path} | entry) + "\n" for path in paths))
+        assert train.main(f"{flags} --tags {file}{more}".split()) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_second_tagger_waits_for_its_own_file(photos, tmp_path, capsys):
+    """Two commands never write one file; captions never replace tags."""
+    file = tmp_path / "tags.jsonl"
+    with lock(tmp_path, "--out", ".tags.jsonl.lock"):
+        assert tag.main([*CLIP, str(photos), "--out", str(file)]) == 2
+    assert "is being written by another process: wait, or give another --out" in capsys.readouterr().err
+    assert tag.main([*CLIP, str(photos / "00.png"), "--out", str(file)]) == 0
+    before = file.read_bytes()
+    captions = tmp_path / "captions.json"
+    captions.write_text(json.dumps({"train/0.png": {"captions": ["a boat"]}}))
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(tag, "open_sets", lambda _: [Listed(["images/train/0.png"])])
+        flags = ["--dataset", "folder", "--out", str(file)]
+        assert tag.main(["--by", "tadp", str(captions), *flags]) == 2
+    assert "was made by clip of 4 names" in capsys.readouterr().err and file.read_bytes() == before
+
+
+class Listed:
+    """A data set of which only the paths are asked for."""
+
+    def __init__(self, paths: list[str]):
+        self.path, self.n = paths.__getitem__, len(paths)
+
+    def __len__(self) -> int:
+        return self.n
+
+
+def test_a_name_that_is_not_utf8_is_tagged(photos, tmp_path):
+    name = os.fsdecode(b"z\xff.png")
+    shutil.copy(photos / "00.png", tmp_path / name)
+    file = tmp_path / "tags.jsonl"
+    assert tag.main([*CLIP, str(tmp_path), "--out", str(file)]) == 0
+    assert [*lines_of(file)] == [str(tmp_path / name)]
+    assert len(read_tags(file, tmp_path, [name]).tags[name]) >= 1

@@ -56,6 +56,8 @@ def load_ram(
     lines = read_lines(folder / THRESHOLDS, config.tags)
     try:
         thresholds = torch.tensor([float(line) for line in lines], device=device)
+        if not ((thresholds >= 0) & (thresholds <= 1)).all():
+            raise ValueError("a threshold is not in 0..1")
     except ValueError as error:
         raise WeightsError(f"{folder / THRESHOLDS} is corrupt ({error}); {cure(THRESHOLDS)}") from None
     with torch.device("meta"):
@@ -68,7 +70,7 @@ def require_files(folder: Path) -> tuple[str, ...]:
     """The names of the three files; raise WeightsError if one is missing."""
     for name in (MODEL, NAMES, THRESHOLDS):
         if not (folder / name).is_file():
-            raise WeightsError(f"{folder / name} does not exist; {OFFICIAL[RAM].cure}, or give other --tags")
+            raise WeightsError(f"{folder / name} does not exist; {OFFICIAL[RAM].cure}, or use other tags")
     return MODEL, NAMES, THRESHOLDS
 
 
