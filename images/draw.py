@@ -88,8 +88,7 @@ def covered(image: np.ndarray, labels: np.ndarray, palette: np.ndarray) -> tuple
 
 
 def widest(mask: np.ndarray) -> tuple[float, float, int]:
-    """The middle (y, x) and the length of a long run in a row of `mask (h, w)`, as near to its middle row as
-    nine tenths of the longest allow; length 0 if it is empty."""
+    """The middle (y, x) and length of a long run in `mask (h, w)`, near to its middle row; zeros without."""
     steps = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
     rows, begins = np.nonzero(steps == 1)
     ends = np.nonzero(steps == -1)[1]
@@ -121,7 +120,6 @@ def with_legend(
     width = max(drawn.width, SMALLEST)
     text = min(max(width // 40, 14), 24)
     font, line, margin, box = ImageFont.load_default(text), round(1.6 * text), text, text
-
     seen = sorted((k for k in range(len(classes)) if counts[k]), key=lambda k: -counts[k])
     entries = [f"{classes[k]}  {percent(counts[k] / sum(counts))}" for k in seen]
     room = width - 2 * margin

@@ -1,7 +1,5 @@
 """Decode one image or label file; list the files of a folder, in order. Independent of data sets and models.
 
-Images are 8-bit RGB; labels are uint8 `(H, W)` with classes 0..K-1 and 255 = ignore.
-
 Top to bottom: folders, images, label maps, the colours of classes without one.
 """
 
@@ -93,10 +91,7 @@ def scan(root: Path, folder: str, suffixes: tuple[str, ...], endings: tuple[str,
 
 
 def walk(top: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """`os.walk` in order, without hidden names. A folder that links lead to again is skipped.
-
-    Raises DataError where a folder cannot be listed.
-    """
+    """`os.walk` in order, without hidden names; a folder that links lead to again is skipped."""
     seen = set()
     for where, folders, names in os.walk(top, followlinks=True, onerror=stop):
         real = os.path.realpath(where)

@@ -8,6 +8,7 @@ equal labels.
 
 Randomness comes from two generators with guaranteed streams (Python's `Random.random`, the raw bits of
 numpy's PCG64), and the arithmetic on pixels is elementwise: a version draws the same bytes everywhere.
+Top to bottom: tables, the brush, sky and ground, things, from the canvas to the scene, the command.
 """
 
 import argparse
@@ -261,9 +262,6 @@ class Brush:
         self.pen.line(self.points(points), self.ink(colour, shade, False), width)
 
 
-# ---- sky and ground
-
-
 def paint_ground(b: Brush) -> None:
     """Paint the sky with sun and clouds, the row along the horizon, then the ground from far to near."""
     place = PLACES[b.place]
@@ -370,9 +368,6 @@ def terrace(b: Brush, name: str) -> None:
         colour = b.thing(name, x + width / 2, b.horizon + (10 if tall else 2), height)
         MAKERS[name](b, colour)
         x += width * (1.5 if r.random() < 0.2 else 1)
-
-
-# ---- things
 
 
 def paint_things(b: Brush) -> None:
@@ -607,9 +602,6 @@ MAKERS = {
 }  # fmt: skip
 
 
-# ---- from the canvas to the scene
-
-
 def develop(b: Brush, index: int) -> Scene:
     """Paint over regions that are too small, then add texture, distance, shadow, glow and noise."""
     bits = np.random.PCG64([VERSION, index])
@@ -620,7 +612,6 @@ def develop(b: Brush, index: int) -> Scene:
     ids = canvas[::2, ::2, 3]
     labels = classes[ids]
     counts = np.bincount(labels.ravel(), minlength=len(CLASSES))
-
     rows, columns = np.arange(SIZE)[:, None], np.arange(SIZE)
     oy, ox = (int(n) for n in bits.random_raw(2) % SIZE)
     kind = np.array([list(GRAINS).index(look[1]) for look in LOOKS.values()])
@@ -641,7 +632,6 @@ def develop(b: Brush, index: int) -> Scene:
     sigma = np.float32(1 + 1.5 * b.r.random())
     rgb += (first.astype(np.int16) + second - 255) * (sigma / 104.5)  # a triangle; its own deviation is 104.5
     image = (rgb + 0.5).clip(0, 255).astype(np.uint8)
-
     visible = np.unique(ids[ids >= len(CLASSES)])
     number = np.zeros(len(classes), np.int32)
     number[visible] = np.arange(1, len(visible) + 1)

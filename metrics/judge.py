@@ -77,9 +77,7 @@ class PanopticEvaluator:
         segments: Sequence,
         instances: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> None:
-        """Count one image: ids `(H, W)` with their segments; `instances` are labels, scores and masks of
-        things that may overlap.
-        """
+        """Count one image: ids `(H, W)`, their segments; labels, scores, masks of things that may overlap."""
         self.counts += count(item.ids, item.segments, ids, segments, len(self.counts))
         image_id, (H, W) = self.dataset.image_ids[item.position], ids.shape
         categories = self.dataset.categories.ids

@@ -61,7 +61,6 @@ def count(
     shared = np.bincount((rows * (P + 1) + columns).ravel(), minlength=(T + 2) * (P + 1))
     shared = shared.reshape(T + 2, P + 1)
     areas, void = shared.sum(0), shared[T]
-
     counts = np.zeros((K, 4))
     matched, partners = set(), set()
     for i, j in np.argwhere(shared[:T, :P]).tolist():
@@ -120,8 +119,8 @@ class Quality:
 def compare(truth: Annotations, folder: Path, predicted: Annotations, predicted_folder: Path) -> Quality:
     """The quality of a written prediction: JSON and PNGs in `predicted_folder`, the truth's in `folder`.
 
-    Images are matched by `image_id`, classes by `category_id`. Raises DataError if the
-    prediction lacks an image of the truth, has other categories or another size.
+    Images are matched by `image_id`, classes by `category_id`. Raises DataError if the prediction lacks an
+    image of the truth, has other categories or another size.
     """
     if truth.categories.ids != predicted.categories.ids:
         raise DataError(f"{predicted.file} has other categories than {truth.file}: use the same")
@@ -131,11 +130,9 @@ def compare(truth: Annotations, folder: Path, predicted: Annotations, predicted_
         if id not in place:
             raise DataError(f"{predicted.file} has no annotation for the image {id!r}: every one needs it")
         j = place[id]
+        ids, other = truth.ids(i, folder), predicted.ids(j, predicted_folder)
         try:
-            ids, other = truth.ids(i, folder), predicted.ids(j, predicted_folder)
             counts += count(ids, truth.segments(i), other, predicted.segments(j), len(counts))
-        except DataError:
-            raise
         except ValueError as error:
             raise DataError(f"{predicted_folder / predicted.pngs[j]}: {error}") from None
     return Quality(counts, truth.categories.things)
@@ -209,10 +206,8 @@ def pycocotools(module: str):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the quality of a written prediction, in percent; 2 if it cannot be compared."""
-    parser = argparse.ArgumentParser(
-        prog="python -m metrics.quality",
-        description="The panoptic quality of a prediction in COCO's format, as panopticapi counts.",
-    )
+    description = "The panoptic quality of a prediction in COCO's format, as panopticapi counts."
+    parser = argparse.ArgumentParser(prog="python -m metrics.quality", description=description)
     parser.add_argument("truth", metavar="TRUTH.json", help="a panoptic JSON, such as panoptic_val2017.json")
     parser.add_argument("prediction", metavar="PREDICTION.json", help="such as the panoptic.json of eval.py")
     pngs = "the folder of its PNGs (default: that of its name, without .json)"

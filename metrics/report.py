@@ -113,7 +113,6 @@ class Result:
             numbers += self.segments.quality.classes.mT.tolist()
         for k, row in enumerate(zip(*numbers, strict=True)):
             lines.append(f"| {k} | {self.name(k)} | {' | '.join(map(percent, row))} | {self.confused(k)} |")
-
         worst = sorted((k for k, x in enumerate(iou) if not math.isnan(x)), key=iou.__getitem__)[:WORST]
         named = ", ".join(f"{self.name(k)} {percent(iou[k])}" for k in worst)
         lines.append(f"\nThe {len(worst)} worst by IoU %: {named}")
@@ -179,10 +178,8 @@ class Result:
         signed = f"{self.as_markdown()}\nCheckpoint {checkpoint}, sha256 {sha256}\n"
         (out / "result.md").write_text(signed, encoding="utf-8")
         with (out / "confusion.csv").open("w", newline="", encoding="utf-8") as f:
-            table = csv.writer(f)
-            table.writerow(["truth \\ prediction", *self.classes])
-            for name, row in zip(self.classes, self.confusion.tolist(), strict=True):
-                table.writerow([name, *row])
+            rows = [[k, *row] for k, row in zip(self.classes, self.confusion.tolist(), strict=True)]
+            csv.writer(f).writerows([["truth \\ prediction", *self.classes], *rows])
         confusion_matrix(self.confusion, self.classes).save(out / "confusion.png")
 
 
