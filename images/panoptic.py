@@ -15,7 +15,7 @@ The measures are in metrics/quality.py.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from errors import DataError
-from images.read import IGNORE, MAX_PIXELS, distinct_colour, opened
+from images.read import IGNORE, distinct_colour, opened
 
 VOID = 0  # the id of pixels without a segment
 LARGEST_ID = 256**3 - 1  # that a colour can hold
@@ -70,7 +70,7 @@ def to_colours(ids: np.ndarray) -> np.ndarray:
 
 def read_ids(path: Path, segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
     """The ids `(H, W)` int32 of a PNG, and their `positions`. Raises DataError if `segments` differ."""
-    with opened(path, MAX_PIXELS) as image:
+    with opened(path) as image:
         if image.mode != "RGB":
             form = "a panoptic PNG is RGB, its id is R + 256 G + 65536 B"
             raise DataError(f"{path} has mode {image.mode}: {form}")
@@ -154,24 +154,21 @@ def read_annotations(file: str | Path, truth: Annotations | None = None) -> Anno
     categories = read_categories(content, file)
     names = {entry["id"]: entry["file_name"] for _, entry in entries_of(content, "images", file)}
     label_of = {id: k for k, id in enumerate(categories.ids)}
-    rows, found = {}, []
+    found = {}  # the id of an image -> its name, PNG and segments
     for where, entry in entries_of(content, "annotations", file):
         id, png = entry["image_id"], entry["file_name"]
         if id not in names:
             raise DataError(f"{where}: there is no image with the id {id!r}")
-        if id in rows:
+        if id in found:
             raise DataError(f"{where}: the image {id!r} has two annotations")
         if Path(png).is_absolute() or ".." in Path(png).parts:
-            raise DataError(
-                f"{where}: the file_name {png!r} leads out of the PNGs' folder: give one inside it"
-            )
-        rows[id] = read_segments(entry["segments_info"], label_of, where)
-        found.append((names[id], id, png))
+            out = "leads out of the PNGs' folder: give one inside it"
+            raise DataError(f"{where}: the file_name {png!r} {out}")
+        found[id] = names[id], png, read_segments(entry["segments_info"], label_of, where)
     if not found:
         raise DataError(f"{file} has no annotation: it needs one for each image")
-    found.sort(key=lambda entry: (entry[0], str(entry[1])))
-    file_names, image_ids, pngs = map(list, zip(*found, strict=True))
-    tables = [rows[id] for id in image_ids]
+    image_ids = sorted(found, key=lambda id: (found[id][0], str(id)))
+    file_names, pngs, tables = map(list, zip(*(found[id] for id in image_ids), strict=True))
     starts = np.cumsum([0, *map(len, tables)])
     return Annotations(file, categories, image_ids, file_names, pngs, np.concatenate(tables), starts)
 
@@ -223,9 +220,8 @@ def read_segments(infos: list, label_of: dict[int, int], where: str) -> np.ndarr
         match info:
             case {"id": int(id), "category_id": int(k)} if 1 <= id <= LARGEST_ID:
                 if k not in label_of:
-                    raise DataError(
-                        f"{where}: the segment {id} has the category_id {k}, which is not a category"
-                    )
+                    wrong = f"the category_id {k}, which is not a category"
+                    raise DataError(f"{where}: the segment {id} has {wrong}")
                 if id in rows:
                     raise DataError(f"{where}: the id {id} is a duplicate")
                 rows[id] = id, label_of[k], info.get("iscrowd", 0) == 1
@@ -259,14 +255,12 @@ def annotation(
     return {"image_id": image_id, "file_name": png, "segments_info": infos}
 
 
-def write_annotations(
-    file: Path, categories: Categories, images: Iterable[dict], entries: Iterable[dict]
-) -> None:
+def write_annotations(file: Path, categories: Categories, images: list[dict], entries: list[dict]) -> None:
     """A panoptic JSON: `images` {"id", "file_name", "height", "width"}, `entries` from `annotation`.
 
     This and the folder of PNGs with the JSON's name are what COCO's server takes.
     """
-    content = {"images": [*images], "annotations": [*entries], "categories": categories.as_json()}
+    content = {"images": images, "annotations": entries, "categories": categories.as_json()}
     Path(file).write_text(json.dumps(content), encoding="utf-8")
 
 

@@ -108,7 +108,7 @@ def stop(error: OSError) -> None:
 
 
 @contextmanager
-def opened(path: Path, limit: int) -> Iterator[Image.Image]:
+def opened(path: Path, limit: int = MAX_PIXELS) -> Iterator[Image.Image]:
     """The file, open and not yet decoded; whatever goes wrong with it becomes an Unreadable that names it."""
     try:
         with Image.open(path) as image:
@@ -166,9 +166,9 @@ def fit(size: Size, short: int, long: int) -> Size:
     return max(int(size[0] * scale + 0.5), 1), max(int(size[1] * scale + 0.5), 1)
 
 
-def read_labels(path: str | Path, table: np.ndarray, hint: str = "", limit: int = MAX_PIXELS) -> np.ndarray:
+def read_labels(path: str | Path, table: np.ndarray, hint: str = "") -> np.ndarray:
     """A label file as train ids `(H, W)` uint8, by `table` (see `label_table`). Raises DataError."""
-    with opened(Path(path), limit) as image:
+    with opened(Path(path)) as image:
         if image.mode not in ("L", "P", "I") and not image.mode.startswith("I;16"):
             form = "labels are class numbers in a grey or palette PNG (mode L, P or I;16)"
             raise DataError(f"{path} has mode {image.mode}: {form}{hint}")
