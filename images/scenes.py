@@ -315,7 +315,7 @@ def strip(b: Brush, name: str) -> None:
     b.along = r.random() < 0.65 if b.along is None else not b.along  # a second strip crosses the first
     phases, lean = [2 * pi * r.random() for _ in range(3)], 2 * r.random() - 1
     width, near, far = 0.17 + 0.1 * r.random(), 0.2 + 0.6 * r.random(), 0.2 + 0.6 * r.random()
-    room, left, right = SIZE - b.top, [], []
+    room, edges = SIZE - b.top, []
     for t in [i / 32 for i in range(33)]:
         sway = wild * (0.6 * sin(7 * t + phases[0]) + 0.3 * sin(13 * t + phases[1]))
         sway += 0.35 * lean * sin(pi * t)
@@ -324,12 +324,11 @@ def strip(b: Brush, name: str) -> None:
             y = b.top - 1 + (room + 2) * t**1.5
             x = SIZE * (far + (near - far) * t + 0.35 * sway * (0.25 + 0.75 * t))
             half *= SIZE * max(0.05, (y - b.horizon) / (SIZE - b.horizon))
-            left.append((x - half, y))
-            right.append((x + half, y))
+            edges.append(((x - half, y), (x + half, y)))
         else:
             y = b.top + room * (0.3 + 0.35 * near + 0.16 * sway + 0.15 * lean * t)
-            left.append((SIZE * t, y - 0.5 * half * room))
-            right.append((SIZE * t, y + 0.5 * half * room))
+            edges.append(((SIZE * t, y - 0.5 * half * room), (SIZE * t, y + 0.5 * half * room)))
+    left, right = zip(*edges)
     b.poly(colour, left + right[::-1])
     b.line(colour, left, 0.8, 1.25)
     b.line(colour, right, 0.8, 1.25)

@@ -111,10 +111,6 @@ class Quality:
         means = [(which, *self.mean(which).values()) for which in GROUPS]
         return [(g, *("-" if math.isnan(x) else f"{100 * x:.2f}" for x in row), n) for g, *row, n in means]
 
-    @property
-    def PQ(self) -> float:
-        return self.mean()["PQ"]
-
 
 def compare(truth: Annotations, folder: Path, predicted: Annotations, predicted_folder: Path) -> Quality:
     """The quality of a written prediction: JSON and PNGs in `predicted_folder`, the truth's in `folder`.
