@@ -174,7 +174,10 @@ def read_annotations(file: str | Path, truth: Annotations | None = None) -> Anno
 
 
 FORMS = {  # list: (what its entries must have, what is said where they lack it)
-    "categories": ({"id": int, "name": str, "isthing": int}, ' must have "id", "name" and "isthing" 0 or 1'),
+    "categories": (
+        {"id": int, "name": str, "isthing": int | float},
+        ' must have "id", "name" and "isthing" 0 or 1',
+    ),
     "images": ({"id": int | str, "file_name": str}, ' must have "id" and "file_name"'),
     "annotations": (
         {"image_id": int | str, "file_name": str, "segments_info": list},

@@ -298,7 +298,7 @@ def test_short_tables_use_the_seeds_that_all_their_rows_have():
 
 
 def test_rows_are_the_papers_and_the_controls():
-    assert [row.seeds for row in tables.TABLE_5] == [5] * 8 and len(ROWS) == 8 + 10 + 1 + 3 + 4
+    assert [row.seeds for row in tables.TABLE_5] == [5] * 9 and len(ROWS) == 9 + 10 + 1 + 3 + 4
     assert [row.config["tag_loss_weight"] for row in tables.TABLE_6] == [5, 10, 15]
     assert [row.config["blocks"] for row in tables.TABLE_7] == [4, 6, 8, 10]
     assert {row.name: row.longer for row in CONTROLS}["none, 10 times longer"] == 10
