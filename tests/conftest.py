@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,10 @@ MISSING = pytest.StashKey[set[str]]()  # names of the reference data for which a
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[MISSING] = set()
+    # A killed compilation leaves half a library in torch's shared cache; later runs end in an ImportError.
+    cache = tempfile.TemporaryDirectory(prefix="tada-inductor-")
+    config.add_cleanup(cache.cleanup)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache.name
     selected = config.option.markexpr
     if "gpu" not in selected or "not gpu" in selected:
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported; kernels then run on the CPU
