@@ -184,7 +184,7 @@ def open_tagger(tada: Tada, source: str, threshold: float | None = None) -> Tagg
 
 
 def ram_tagger(weights: str | Path, device: torch.device, threshold: float | None = None) -> Tagger:
-    """RAM, from the folder beside the prior's; without a threshold each tag has its own."""
+    """RAM, from the folder next to the prior's; without a threshold each tag has its own."""
     ram, names, thresholds = load_ram(ram_folder(weights), device)
     return partial(likely_tags, ram, names=names, thresholds=thresholds, threshold=threshold)
 

@@ -37,7 +37,7 @@ from inference import Prediction, stride_of
 from loading.augment import normalise
 from loading.check import check
 from loading.stream import EvaluationStream, Item
-from loading.tags import TagSource, choose_source, open_words, same, split_words
+from loading.tags import TagSource, choose_source, open_words, split_words, tag_key
 from mask2former import OVERLAP, SCORE, Instances, Mask2Former
 from metrics.judge import PanopticEvaluator
 from metrics.report import Result, confusion
@@ -120,8 +120,8 @@ def evaluate(
             if evaluator is not None:
                 evaluator.add(item, *segments_of(prediction, dataset))
             if tags is not None:
-                tags = {same(tag) for tag in tags}
-                right = {same(config.prompts[k]) for k in item.present} & tags
+                tags = {tag_key(tag) for tag in tags}
+                right = {tag_key(config.prompts[k]) for k in item.present} & tags
                 tag_counts += tag_counts.new_tensor([len(right), len(tags), len(item.present)])
     except DataError as caught:
         error = caught

@@ -237,12 +237,12 @@ def run(
     folder = Path(out).absolute()
     taken = {labels.removesuffix(".png").lower(): x["path"] for labels, x in read_list(folder).items()}
     names = find_images(inputs, folder, taken)
-    words_of = choose_words(source, given, config.condition, [*names], threshold)
+    words_by_path = choose_words(source, given, config.condition, [*names], threshold)
     with lock(folder, "--out") if ranks.is_main else nullcontext():
         if ranks.is_main:
             tidy(folder)
         ranks.barrier()
-        todo = to_do(names, words_of, folder, settings)
+        todo = to_do(names, words_by_path, folder, settings)
         ranks.barrier()  # only now may files appear
         tada = load_model(file, weights, ranks.device, source, threshold) if todo else None
         if ranks.is_main:
@@ -252,9 +252,9 @@ def run(
         failed, mine = 0, todo[ranks.rank :: ranks.world]
         with tqdm(mine, "predicting", disable=None if ranks.is_main else True) as bar:
             for path in bar:
-                made = {"path": path, "labels": f"{names[path]}.png"} | settings.of(path, words_of[path])
+                made = {"path": path, "labels": f"{names[path]}.png"} | settings.of(path, words_by_path[path])
                 try:
-                    record, results = predict(tada, path, words_of[path], settings=settings)
+                    record, results = predict(tada, path, words_by_path[path], settings=settings)
                 except Unreadable as error:
                     failed += 1
                     tqdm.write(f"skipped: {error}", file=sys.stderr)

@@ -7,7 +7,7 @@
     torchrun --nproc-per-node 8 tag.py --by ram photos --out tags.jsonl       # the processes share the images
 
 The file has a JSON line per image, `{"image": path, "tags": [["sea", 0.93], ...], "by": tagger}`, written as
-soon as it is tagged: after an interruption the same command goes on. The path is relative to --data, or
+soon as it is tagged: after an interruption the same command resumes. The path is relative to --data, or
 absolute for photos of your own. `train.py`, `eval.py` and `predict.py` take the file as `--tags FILE.jsonl`.
 """
 
@@ -29,13 +29,13 @@ from errors import DataError, TadaError, Unreadable, run_command
 from images.read import find_images, read_image
 from loading.augment import to_tensor
 from loading.stream import EvaluationStream, load_in_order
-from loading.tags import LONGEST_CAPTION, LONGEST_TAG, clean, read_tags, split_words, unique
-from metrics.tagging import judge
+from loading.tags import LONGEST_CAPTION, LONGEST_TAG, checked_text, read_tags, split_words, unique_words
+from metrics.tagging import measure_tags
 from ram import RAMConfig
 from run.checkpoint import replace_text
 from run.folder import lock
 from run.ranks import Ranks, cleanup, init_distributed
-from run.tagging import read_lines, tag_images, tagger_key
+from run.tagging import read_tag_lines, tag_images, tagger_key
 
 BATCH = 8  # images at once
 
@@ -105,7 +105,7 @@ def read_names(given: str) -> list[str]:
         return split_words(given, "tagging", "--names")
     try:
         lines = Path(given).read_text(encoding="utf-8").splitlines()
-        return [name for name, _ in unique((clean(line, LONGEST_TAG), 1.0) for line in lines if line.strip())]
+        return unique_words(checked_text(line, LONGEST_TAG) for line in lines if line.strip())
     except (OSError, ValueError) as error:
         raise DataError(f"--names {given} is not a list of names, one a line ({error})") from None
 
@@ -128,7 +128,7 @@ def image_file(dataset: Dataset, i: int) -> Path:
 # ---- captions of TADP
 
 
-def convert(options: argparse.Namespace) -> int:
+def convert_captions(options: argparse.Namespace) -> int:
     """Write the captions of a file of TADP (captions/*.json) as lines for `--condition caption`.
 
     It has `{"file below the image folder": {"captions": ["..."]}}`; the first caption counts.
@@ -139,7 +139,7 @@ def convert(options: argparse.Namespace) -> int:
         lists = {name: entry["captions"] for name, entry in entries.items()}
         if any(not isinstance(x, list) for x in lists.values()):
             raise TypeError("captions must be lists")
-        captions = {name: clean(x[0], LONGEST_CAPTION) for name, x in lists.items()}
+        captions = {name: checked_text(x[0], LONGEST_CAPTION) for name, x in lists.items()}
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -157,7 +157,7 @@ def convert(options: argparse.Namespace) -> int:
             )
     if not lines:
         raise DataError(f"{file} has none of the {len(paths)} images, such as {next(iter(paths))}")
-    read_lines(options.out, "tadp")  # refuses to replace a file of another tagger
+    read_tag_lines(options.out, "tadp")  # refuses to replace a file of another tagger
     replace_text(options.out, "".join(lines))
     print(f"{options.out}: captions of {len(lines):,} of {len(paths):,} images")
     return 0
@@ -178,7 +178,7 @@ def judge_file(options: argparse.Namespace) -> int:
         present = {item.path: item.present for item in tqdm(items, "labels", len(tagged), disable=None)}
         print(f"{options.judge}, {dataset.name} {dataset.split}: {len(tagged):,} of {len(paths):,} images")
         if tagged:
-            print(judge(tags, present, dataset.prompts))
+            print(measure_tags(tags, present, dataset.prompts))
     return 0
 
 
@@ -190,13 +190,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         if options.judge or options.by == "tadp":
-            work = judge_file if options.judge else convert
-            return work(options) if os.environ.get("RANK", "0") == "0" else 0  # the work of one process
+            alone = judge_file if options.judge else convert_captions
+            return alone(options) if os.environ.get("RANK", "0") == "0" else 0  # the work of one process
         code = tag(options, init_distributed())
         cleanup()
         return code
 
-    return run_command("tag.py", work, "interrupted: tagged images are in the file, the same command goes on")
+    return run_command("tag.py", work, "interrupted: tagged images are in the file, the same command resumes")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -206,9 +206,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--by", choices=["ram", "clip", "tadp"], help="the tagger, or TADP's file of captions")
-    what.add_argument(
-        "--judge", metavar="FILE.jsonl", help="compare a file of tags with the labels of --dataset"
-    )
+    what.add_argument("--judge", metavar="FILE.jsonl", help="compare its tags with the labels of --dataset")
     add = parser.add_argument
     add("inputs", nargs="*", metavar="INPUT", help="an image, a folder, a quoted glob; of tadp its JSON file")
     add("--dataset", choices=[*LAYOUTS], help="tag the images of a data set instead")
@@ -216,20 +214,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     splits = ["train", "val"]
     add("--split", nargs="+", choices=splits, default=splits, help="of the data set (default: train val)")
     add("--out", type=Path, metavar="FILE.jsonl", help="the file of tags; images that it has are skipped")
-    add(
-        "--threshold",
-        type=float,
-        metavar="X",
-        help="the lowest score (default: RAM's per tag; CLIP's 1/names)",
-    )
+    least = "the lowest score (default: RAM's per tag; CLIP's 1 / names, and its best name always is a tag)"
+    add("--threshold", type=float, metavar="X", help=least)
     add("--names", metavar="WORDS", help="CLIP's choice, or its file (default: the classes of --dataset)")
     add("--model", choices=["sd15", "tiny"], default="sd15", help="whose CLIP (default: sd15)")
-    add(
-        "--weights",
-        type=Path,
-        metavar="DIR",
-        help="its folder, RAM's lies beside it (default: weights/<model>)",
-    )
+    folder = "its folder, RAM's lies next to it (default: weights/<model>)"
+    add("--weights", type=Path, metavar="DIR", help=folder)
     add("--workers", type=int, default=2, metavar="N", help="processes that load images (default: 2)")
     options = parser.parse_intermixed_args(argv)
     options.weights = options.weights or Path("weights", options.model)

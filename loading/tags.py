@@ -98,7 +98,7 @@ def open_words(
     if tags in SOURCES:
         return TagSource(tags, prompts, {path: [] for path in paths} if tags == "none" else None)
     entries = read_tags(tags, root, paths)
-    table = words_of(entries, condition, threshold)
+    table = table_of(entries, condition, threshold)
     lacking = sorted(set(paths) - set(table))
     if lacking:
         what = "caption" if condition == "caption" else "line"
@@ -112,7 +112,7 @@ def open_words(
     return TagSource(tags, prompts, table)
 
 
-def words_of(entries: Tags, condition: str, threshold: float | None) -> dict[str, list[str]]:
+def table_of(entries: Tags, condition: str, threshold: float | None) -> dict[str, list[str]]:
     """Path -> the caption, or the tags with a score of at least `threshold`."""
     if condition == "caption":
         return {path: [caption] for path, caption in entries.captions.items()}
@@ -129,7 +129,7 @@ def split_words(text: str, condition: str, flag: str = "--words") -> list[str]:
     try:
         parts = [text] if caption else [x for x in text.split(",") if x.strip()]
         longest = LONGEST_CAPTION if caption else LONGEST_TAG
-        words = [word for word, _ in unique((clean(x, longest), 1.0) for x in parts)]
+        words = unique_words(checked_text(x, longest) for x in parts)
     except ValueError as error:
         raise DataError(f"{flag}: {error}") from None
     if not 1 <= len(words) <= MOST_TAGS:
@@ -191,7 +191,7 @@ def look_up(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DataWarning)  # it has lines for many other images
         entries = read_tags(file, "/", {end for tails in ends.values() for end in tails}, some=False)
-    table = words_of(entries, condition, threshold)
+    table = table_of(entries, condition, threshold)
     words = {path: next((table[end] for end in ends[path] if end in table), None) for path in paths}
     lacking = [path for path in paths if words[path] is None]
     if lacking:
@@ -231,7 +231,7 @@ def parse_tags(line: bytes, root: str) -> tuple[str, Scored, str]:
         case _:
             raise ValueError(f'"tags" must be a list of at most {MOST_TAGS} pairs like ["car", 0.93]')
     caption = entry.get("caption")
-    caption = "" if caption is None else clean(caption, LONGEST_CAPTION)
+    caption = "" if caption is None else checked_text(caption, LONGEST_CAPTION)
     return unicodedata.normalize("NFC", path.as_posix()), unique(scored), caption
 
 
@@ -239,13 +239,13 @@ def parse_tag(pair: object) -> tuple[str, float]:
     """A tag and its score, 1 for a bare tag. Raises ValueError."""
     match pair:
         case str(tag):
-            return clean(tag, LONGEST_TAG), 1.0
+            return checked_text(tag, LONGEST_TAG), 1.0
         case [tag, int(score) | float(score)] if 0 <= score <= 1 and not isinstance(score, bool):
-            return clean(tag, LONGEST_TAG), float(score)
+            return checked_text(tag, LONGEST_TAG), float(score)
     raise ValueError(f'a tag must be a pair like ["car", 0.93] with a score in 0..1, not {str(pair)[:80]}')
 
 
-def clean(value: object, longest: int) -> str:
+def checked_text(value: object, longest: int) -> str:
     """`value` with single blanks, if it is 1 to `longest` printable characters. Raises ValueError."""
     words = " ".join(value.split()) if isinstance(value, str) else ""
     if not 1 <= len(words) <= longest or not words.translate(JOINERS).isprintable():
@@ -255,15 +255,20 @@ def clean(value: object, longest: int) -> str:
     return words
 
 
-def same(tag: str) -> str:
+def tag_key(tag: str) -> str:
     """What all spellings of a tag share: CLIP's tokenizer ignores case, blanks and composition."""
     return " ".join(unicodedata.normalize("NFC", tag).lower().split())
+
+
+def unique_words(words: Iterable[str]) -> list[str]:
+    """The words in their order, each once, with its first spelling."""
+    return [word for word, _ in unique((word, 1.0) for word in words)]
 
 
 def unique(scored: Iterable[tuple[str, float]]) -> Scored:
     """The tags in their order, each once, with its first spelling and its highest score."""
     first: dict[str, tuple[str, float]] = {}
     for tag, score in scored:
-        spelling, best = first.get(same(tag), (tag, score))
-        first[same(tag)] = spelling, max(best, score)
+        spelling, best = first.get(tag_key(tag), (tag, score))
+        first[tag_key(tag)] = spelling, max(best, score)
     return list(first.values())

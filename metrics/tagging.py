@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from errors import DataError
-from loading.tags import Scored, same
+from loading.tags import Scored, tag_key
 from metrics.report import average_precision
 
 SYNONYMS = Path(__file__).parents[1] / "labels" / "synonyms.txt"
@@ -19,9 +19,9 @@ SHOWN = 30  # classes in a sentence
 
 
 def classes_named(prompts: Sequence[str], synonyms: Path = SYNONYMS) -> dict[str, set[int]]:
-    """Tag, as `same` normalises it -> the classes that it names: those of this name or with this synonym."""
+    """`tag_key` of a tag -> the classes that it names: those of this name or with this synonym."""
     named: dict[str, set[int]] = {}
-    classes = {same(name): k for k, name in enumerate(prompts)}
+    classes = {tag_key(name): k for k, name in enumerate(prompts)}
     for name, k in classes.items():
         named.setdefault(name, set()).add(k)
     for number, line in enumerate(synonyms.read_text(encoding="utf-8").splitlines(), 1):
@@ -30,9 +30,9 @@ def classes_named(prompts: Sequence[str], synonyms: Path = SYNONYMS) -> dict[str
         name, colon, tags = line.partition(":")
         if not colon:
             raise DataError(f"{synonyms}, line {number}: write `class: tag, tag`, not {line[:80]!r}")
-        if same(name) in classes:
+        if tag_key(name) in classes:
             for tag in tags.split(","):
-                named.setdefault(same(tag), set()).add(classes[same(name)])
+                named.setdefault(tag_key(tag), set()).add(classes[tag_key(name)])
     return named
 
 
@@ -89,7 +89,7 @@ class TagReport:
         )
 
 
-def judge(
+def measure_tags(
     tags: Mapping[str, Scored], present: Mapping[str, Sequence[int]], prompts: Sequence[str]
 ) -> TagReport:
     """Compare the tags of images with the classes `present` in their label maps, both by `Dataset.path`."""
@@ -99,7 +99,7 @@ def judge(
     for i, (path, classes) in enumerate(present.items()):
         truth[i, list(classes)] = True
         for tag, score in tags[path]:
-            if named_classes := named.get(same(tag)):
+            if named_classes := named.get(tag_key(tag)):
                 naming += 1
                 right += any(k in classes for k in named_classes)
                 for k in named_classes:

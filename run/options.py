@@ -135,20 +135,21 @@ def parse(argv: Sequence[str] | None) -> Options:
     if "crop" in given:
         given["crop"] = tuple(given["crop"]) * (2 if len(given["crop"]) == 1 else 1)
     values = defaults(given) | given
-    if "tags" not in given and not values["fresh"] and (tags := tags_of_run(Path(values["run"]))):
-        values["tags"] = tags
+    if "tags" not in given and not values["fresh"]:
+        values["tags"] = tags_of_run(Path(values["run"]), values["condition"]) or values["tags"]
     options = Options(**values)
     refuse_nonsense(p, options)
     return options
 
 
-def tags_of_run(folder: Path) -> str | None:
-    """The tags of the run that would be resumed: it keeps them when the default changes."""
+def tags_of_run(folder: Path, condition: str) -> str | None:
+    """The tags of the run of this condition that would be resumed: it keeps them when the default changes."""
     try:
-        found = json.loads((folder / "config.json").read_text())["options"]["tags"]
+        options = json.loads((folder / "config.json").read_text())["options"]
+        same = options["condition"] == condition and (folder / "last").exists()
+        return str(options["tags"]) if same else None
     except (OSError, ValueError, KeyError, TypeError):  # no run, or one that open_run will refuse
         return None
-    return found if isinstance(found, str) and (folder / "last").exists() else None
 
 
 def defaults(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -93,7 +93,8 @@ def tag_all(run: Run, tada: Tada, dataset: Dataset, workers: int, resumed: bool)
     run.ranks.barrier()
     run.print0(f"{file}: tags of {len(paths):,} training images by {config.tags}")
     tag_images(file, [*paths], images, tada.tagger, run.ranks, by)
-    return {path: [tag for tag, _ in json.loads(line)["tags"]] for path, line in read_lines(file, by).items()}
+    entries = map(json.loads, read_tag_lines(file, by).values())
+    return {entry["image"]: [tag for tag, _ in entry["tags"]] for entry in entries}
 
 
 # ---- the file of tags
@@ -122,9 +123,9 @@ def tag_images(
 
     `images` yields batches of paths and uint8 images `(3, H, W)` of one size, or the error of a file. The
     ranks share the work; all return the sentences of all. Finally the lines are in the order of `paths`.
-    Raises OSError when the disk is full: finished lines stay, and another call goes on from them.
+    Raises OSError when the disk is full: finished lines stay, and another call resumes from them.
     """
-    done = read_lines(file, by)
+    done = read_tag_lines(file, by)
     if ranks.is_main and file.is_file():
         replace_text(file, "".join(done.values()))  # without a cut line
     todo, broken = [path for path in paths if path not in done][ranks.rank :: ranks.world], []
@@ -141,7 +142,7 @@ def tag_images(
             bar.update(len(batch))
     broken = ranks.all_gather_object(broken)
     if ranks.is_main:
-        lines = read_lines(file, by)
+        lines = read_tag_lines(file, by)
         order = {path: i for i, path in enumerate(paths)}
         ordered = sorted(lines, key=lambda path: order.get(path, len(order)))
         if ordered != [*lines]:
@@ -171,7 +172,7 @@ def made_by(file: Path) -> str:
     return ""
 
 
-def read_lines(file: Path, by: str = "") -> dict[str, str]:
+def read_tag_lines(file: Path, by: str = "") -> dict[str, str]:
     """Path -> its line. A last line that a kill or a full disk cut is left out.
 
     Raises TadaError for a line that another tagger than `by` made.

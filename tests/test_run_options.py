@@ -104,12 +104,14 @@ def test_a_run_that_is_resumed_keeps_its_tags(tmp_path, monkeypatch):
     plain = ["--dataset", "ade20k"]
     run = Path(parse(plain).run)
     run.mkdir(parents=True)
-    (run / "config.json").write_text(json.dumps({"options": {"tags": "classes"}}))
+    (run / "config.json").write_text(json.dumps({"options": {"condition": "tagging", "tags": "classes"}}))
     assert parse(plain).tags == "ram", "without a checkpoint nothing is resumed"
     (run / "last").symlink_to("step-000010")
     (run / "step-000010").mkdir()
     assert (parse(plain).tags, parse(plain).run) == ("classes", str(run))
     assert parse([*plain, "--fresh"]).tags == "ram"
+    assert parse([*plain, "--condition", "none", "--run", str(run)]).tags == "classes"
+    assert parse([*plain, "--condition", "tags", "--run", str(run)]).tags == "ram", "of another condition"
     assert parse([*plain, "--tags", "ram"]).tags == "ram"
 
 

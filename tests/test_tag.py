@@ -26,8 +26,8 @@ from data import open_dataset, prompt, read_classes
 from errors import DataError
 from images import scenes
 from loading.augment import normalise, to_tensor
-from loading.tags import choose_source, read_tags, same, split_words
-from metrics.tagging import SYNONYMS, classes_named, judge
+from loading.tags import choose_source, read_tags, split_words, tag_key
+from metrics.tagging import SYNONYMS, classes_named, measure_tags
 from ram import RAM, likely_tags
 from run.checkpoint import read_about
 from run.folder import lock
@@ -285,25 +285,25 @@ def test_the_quality_of_tags_by_hand():
         "b": [("sea", 0.6), ("SOFA", 0.5)],  # right, wrong
         "c": [],
     }
-    report = judge(tags, {"a": [0], "b": [2], "c": [0, 2]}, ["sofa", "rug", "sea"])
+    report = measure_tags(tags, {"a": [0], "b": [2], "c": [0, 2]}, ["sofa", "rug", "sea"])
     assert (report.tags, report.naming, report.right, report.untagged) == (5, 4, 2, 1)
     assert (report.precision, report.recall) == (2 / 4, 2 / 4)
     # sofa: ranks a 0.9, b 0.5, c none; a and c show it: (1 + 2/3) / 2. sea: b first, then a and c tie.
     assert report.mAP == pytest.approx(((1 + 2 / 3) / 2 + (1 + 2 / 3) / 2) / 2)
     assert report.never == []
     assert "images without a tag: 1 of 3" in str(report)
-    report = judge({"a": [("sea", 1.0)]}, {"a": [1, 2]}, ["sofa", "rug", "sea"])
+    report = measure_tags({"a": [("sea", 1.0)]}, {"a": [1, 2]}, ["sofa", "rug", "sea"])
     assert report.never == ["rug"] and "never found: 1 of 2 classes: rug" in str(report)
 
 
 def test_synonyms_are_of_classes_that_exist(tmp_path):
-    """Every line names a class of the three sets; each of RAM's missing names is covered where it can be."""
+    """Every line names a class of the three sets; a synonym names it as its own name does."""
     known = set()
     for name in ("ade20k", "cocostuff", "cityscapes"):
         classes, _, _ = read_classes(ROOT / "labels" / f"{name}.txt")
-        known |= {same(prompt(x, name)) for x in classes}
+        known |= {tag_key(prompt(x, name)) for x in classes}
     lines = [line for line in SYNONYMS.read_text().splitlines() if line and not line.startswith("#")]
-    assert {same(line.partition(":")[0]) for line in lines} <= known
+    assert {tag_key(line.partition(":")[0]) for line in lines} <= known
     named = classes_named(["sidewalk", "road"])
     assert named["pavement"] == {0} and named["street"] == {1} and named["sidewalk"] == {0}
     (tmp_path / "wrong.txt").write_text("sofa couch\n")

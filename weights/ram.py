@@ -24,11 +24,11 @@ THRESHOLDS = "ram_tag_list_threshold.txt"
 
 
 def ram_folder(weights: str | Path) -> Path:
-    """RAM's folder, beside that of the prior; weights/ram of random weights."""
+    """RAM's folder, next to that of the prior; weights/ram of random weights."""
     return Path("weights" if str(weights) == "random" else Path(weights).parent, "ram")
 
 
-class Tagger(NamedTuple):
+class LoadedRAM(NamedTuple):
     """RAM, its K tags in the order of its logits, and the probability `(K,)` that each tag must exceed.
 
     A tag whose threshold is 1 is never reported: RAM's authors switched ten of them off.
@@ -44,7 +44,7 @@ def load_ram(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     config: RAMConfig | None = None,
-) -> Tagger:
+) -> LoadedRAM:
     """Load the three files of `python -m weights.fetch --ram`: a frozen RAM of `dtype`, names, thresholds.
 
     `config`: the sizes, None = the official ones. The thresholds stay in float32. Raise WeightsError if a
@@ -63,7 +63,7 @@ def load_ram(
     with torch.device("meta"):
         model = RAM(config).to(dtype)
     load(model, folder)
-    return Tagger(model.to(device).eval().requires_grad_(False), names, thresholds)
+    return LoadedRAM(model.to(device).eval().requires_grad_(False), names, thresholds)
 
 
 def require_files(folder: Path) -> tuple[str, ...]:
