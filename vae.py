@@ -10,7 +10,6 @@ diffusers' `AutoencoderKL` (tests/test_vae.py), whose encoder and decoder come f
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -87,8 +86,6 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:
-        if image.dtype == torch.bfloat16:  # for float32, channels-last GroupNorm is inexact on a CPU
-            image = image.contiguous(memory_format=torch.channels_last)
         x = self.conv_in(image)
         for block in self.down_blocks:
             x = block(x)

@@ -1,11 +1,13 @@
-"""Choose how attention, norms and the loss are computed: in plain torch, or by a Triton kernel.
+"""Choose how attention, norms, linear layers and the loss are computed: in plain torch, or another way.
 
-A kernel is the default only where WINS lists it for that class of GPU; everything else, and every CPU, runs
-the plain torch of reference.py. After `use("triton")` the kernels always run, or raise an error; nothing
-falls back silently. Triton is imported when a kernel first runs.
+The other way, a Triton kernel on a GPU or another use of torch on a CPU, is the default only where WINS lists
+it for that class of processor; everything else runs the plain torch of reference.py. After `use("triton")`
+the kernels always run, or raise an error; nothing falls back silently. Triton is imported when a kernel first
+runs.
 """
 
 import os
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +19,16 @@ from .reference import IGNORE, RESIDENT
 from .reference import attention_maps as attention_maps  # for those who import from here
 from .row_attention import row_attention
 
-# (kernel, compute capability) -> the sizes at which it won `python -m lab.bench --suite kernels`. The size is
-# the head width for attention, the number of channels for group_norm_silu, and the number of classes for
-# upsample_cross_entropy. Empty: no GPU has been measured yet (BENCH.md).
-WINS: dict[tuple[str, tuple[int, int]], frozenset[int]] = {}
+# (what, class of processor) -> where it won. GPUs, by compute capability: `python -m lab.bench --suite
+# kernels`; the size is the head width for attention, the number of channels for group_norm_silu, and the
+# number of classes for upsample_cross_entropy. No GPU has been measured yet. CPUs, by `processor()`: `python
+# -m lab.bench --suite cpu-choices`. The numbers are in BENCH.md.
+WINS: dict[tuple[str, tuple[int, int] | str], frozenset[int | str]] = {
+    ("row_attention", "avx512_bf16"): frozenset({40, 80, 512}),
+    ("linear_as_convolution", "avx512_bf16"): frozenset({"forward"}),
+    ("channels_last", "avx512_bf16"): frozenset({"VAE bfloat16"}),
+    ("channels_last", "amx"): frozenset({"UNet bfloat16", "VAE bfloat16"}),
+}
 MANY = 1024  # keys from which row_attention is worth a megabyte for each shape of its products on a CPU
 
 _asked = "auto"
@@ -40,12 +48,27 @@ def describe(device: torch.device | str) -> str:
     device = torch.device(device)
     if _asked != "auto":
         return f"kernels: {_asked}, as asked"
+    found = processor(device)
     if device.type != "cuda":
-        return "kernels: plain torch, as on every CPU"
-    capability = torch.cuda.get_device_capability(device)
-    winners = [f"{kernel} at {sorted(sizes)}" for (kernel, gpu), sizes in WINS.items() if gpu == capability]
-    name = f"sm_{capability[0]}{capability[1]}"
+        return f"kernels: torch's own, as fastest on {found}"
+    winners = [f"{kernel} at {sorted(sizes)}" for (kernel, gpu), sizes in WINS.items() if gpu == found]
+    name = "sm_{}{}".format(*found)
     return f"kernels: {', '.join(winners) or 'plain torch: no kernel has won a benchmark yet'} on {name}"
+
+
+def processor(device: torch.device) -> tuple[int, int] | str:
+    """The class of a processor in WINS: a GPU's compute capability; amx, avx512_bf16, avx2, arm or other."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else cpu_class()
+
+
+@cache
+def cpu_class() -> str:
+    """The best of the instructions for matrix products that this CPU has."""
+    able = torch.cpu.get_capabilities()
+    if able["architecture"] in ("aarch64", "arm64"):
+        return "arm"
+    names = {"amx_bf16": "amx", "avx512_bf16": "avx512_bf16", "avx2": "avx2"}
+    return next((name for flag, name in names.items() if able.get(flag)), "other")
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -61,10 +84,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) ->
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention in plain torch; bfloat16 by `row_attention` on a CPU, and where it won on a GPU."""
-    many = k.shape[1] >= MANY
-    rows = many if q.device.type == "cpu" else won("row_attention", q, q.shape[-1])
-    if rows and q.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+    """Attention in plain torch; without gradients in bfloat16 by `row_attention` where it won."""
+    worth = q.dtype == torch.bfloat16 and not torch.is_grad_enabled() and (q.is_cuda or k.shape[1] >= MANY)
+    if worth and won("row_attention", q, q.shape[-1]):
         return row_attention(q, k, v)
     return reference.attention(q, k, v)
 
@@ -107,6 +129,16 @@ def chosen(kernel: str, x: Tensor, size: int, worth: bool = True) -> bool:
     return _asked == "triton" or (_asked == "auto" and worth and won(kernel, x, size))
 
 
-def won(kernel: str, x: Tensor, size: int) -> bool:
-    """Whether WINS lists this kernel for x's GPU and this size."""
-    return x.is_cuda and size in WINS.get((kernel, torch.cuda.get_device_capability(x.device)), ())
+def won(what: str, x: Tensor, size: int | str) -> bool:
+    """Whether WINS lists this way for x's processor and this size; never if "torch" was chosen."""
+    return _asked != "torch" and size in WINS.get((what, processor(x.device)), ())
+
+
+def arrange(part: nn.Module) -> nn.Module:
+    """Lay out a part's convolution weights, in place, as is fastest for its type on its processor.
+
+    To be called after the part is cast or moved. The maps of a convolution follow its weights.
+    """
+    weight = next(part.parameters())
+    last = won("channels_last", weight, f"{type(part).__name__} {str(weight.dtype).removeprefix('torch.')}")
+    return part.to(memory_format=torch.channels_last) if last else part

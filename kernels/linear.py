@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import won
+
 
 class Linear(nn.Linear):
     """`nn.Linear`, by `linear`."""
@@ -13,14 +15,20 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x `(B, N, C)`, weight `(D, C)`, bias `(D,)` -> `(B, N, D)`; on a CPU in float32 as a 1x1 convolution.
+    """x `(B, N, C)`, weight `(D, C)`, bias `(D,)` -> `(B, N, D)`; as a 1x1 convolution where that won.
 
     The results agree to rounding. torch computes convolutions by oneDNN and float32 products by its BLAS,
-    which takes up to twice as long, depending on the processor (BENCH.md; `python -m lab.bench --only unet
-    clip`). A single thread uses the product: there torch has a slow 1x1 convolution of its own (ATen
-    Convolution.cpp).
+    which takes up to twice as long on some processors; the gradients of a product are never slower. A single
+    thread uses the product: there torch has a slow 1x1 convolution of its own (ATen Convolution.cpp).
     """
-    if x.device.type != "cpu" or x.dtype != torch.float32 or x.ndim != 3 or torch.get_num_threads() == 1:
+    if x.dtype != torch.float32 or x.ndim != 3 or torch.is_grad_enabled() or torch.get_num_threads() == 1:
         return F.linear(x, weight, bias)
+    if not won("linear_as_convolution", x, "forward"):
+        return F.linear(x, weight, bias)
+    return as_convolution(x, weight, bias)
+
+
+def as_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear` by oneDNN."""
     pixels = x[:, :, None].permute(0, 3, 1, 2)  # (B, C, N, 1): a view, channels-last in memory
     return F.conv2d(pixels, weight[:, :, None, None], bias)[..., 0].mT

@@ -20,7 +20,7 @@ def row_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     (B, N, n, d), M = q.shape, k.shape[1]
     rows = min(N, ROWS) if q.device.type == "cpu" else N
     y, buffer = torch.empty_like(q), q.new_empty(B * n, rows, M)
-    q, k, v = (x.transpose(1, 2).reshape(B * n, -1, d) for x in (q, k, v))
+    q, k, v = (x.transpose(1, 2).reshape(B * n, -1, d).contiguous() for x in (q, k, v))  # else copied per row
     for top in range(0, N, rows):
         part = q[:, top : top + rows]
         scores = buffer[:, : part.shape[1]]

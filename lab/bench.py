@@ -3,6 +3,7 @@
     python -m lab.bench --suite cpu                                      # every row, float32 and bfloat16
     python -m lab.bench --suite cpu --only unet --dtype float32          # one row
     python -m lab.bench --suite cpu --only mask2former mask2former-loss  # forward; forward, loss and backward
+    python -m lab.bench --suite cpu-choices                              # for kernels.WINS, on this processor
     python -m lab.bench --suite kernels                                  # on a GPU: see bench_kernels.py
 
 Both models have the same weights and the same input. Their results are compared first: a row whose error is
@@ -35,6 +36,8 @@ from torch import Tensor, nn
 
 from clip import CLIP, pixels
 from errors import run_command
+from kernels import arrange
+from lab import bench_choices
 from lab import bench_mask2former as masks
 from mask2former import Mask2Former
 from ram import RAMConfig, Swin
@@ -170,7 +173,7 @@ def compare(name: str, dtype: str, size: int, rounds: int) -> dict:
     ours, peer = case.ours.build(), case.peer.build()
     ours.load_state_dict(case.names(peer.state_dict()))
     inputs = cast(case.inputs(size), dtype)
-    models = (model.to(getattr(torch, dtype)).eval() for model in (ours, peer))
+    models = (arrange(model.to(getattr(torch, dtype)).eval()) for model in (ours, peer))
     runs = [partial(side.run, model, inputs) for side, model in zip((case.ours, case.peer), models)]
     row = {"case": case.title, "image": size, "dtype": dtype}
     with case.mode():
@@ -219,7 +222,7 @@ def peak_of_run(name: str, who: str, dtype: str, size: int) -> float:
     with torch.device("meta"):
         side.build()  # imports the peer
     before = memory("VmRSS")
-    model = side.build().to(getattr(torch, dtype)).eval()
+    model = arrange(side.build().to(getattr(torch, dtype)).eval())
     inputs = cast(case.inputs(size), dtype)
     ctypes.CDLL(None).malloc_trim(0)  # free what construction left in the heap
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (proc(5))
@@ -306,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--suite", choices=["cpu", "kernels"], default="cpu", help="what to measure")
+    add("--suite", choices=["cpu", "cpu-choices", "kernels"], default="cpu", help="what to measure")
     add("--only", choices=list(CASES), nargs="+", default=list(CASES), help="rows")
     add("--dtype", choices=list(BOUND), nargs="+", default=list(BOUND), help="precisions")
     add("--size", type=int, default=512, help="of the image, a multiple of 64; mask2former-loss: 256 or more")
@@ -324,6 +327,8 @@ def main(argv: list[str] | None = None) -> int:
         from lab.bench_kernels import Sizes, gpu_clock, suite  # Triton has wheels for Linux only
 
         return run_command("bench", lambda: suite(Sizes(), gpu_clock, options.out))
+    if options.suite == "cpu-choices":
+        return run_command("bench", bench_choices.suite)
     numbers = options.only, options.dtype, options.size, options.rounds, options.out
     return run_command("bench", lambda: cpu_suite(*numbers))
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 import eval as module
 import inference
+import kernels
 from assemble import build
 from data import open_dataset
 from errors import DataError, TadaError
@@ -600,7 +601,7 @@ def test_two_processes_share_the_images(tada, root, dataset, finished, tmp_path)
     output, errors = (
         [(tmp_path / f"{rank}.{kind}").read_text() for rank in (0, 1)] for kind in ("out", "err")
     )
-    first = "kernels: plain torch, as on every CPU\n"
+    first = f"{kernels.describe('cpu')}\n"
     assert output[0].startswith(first + result.as_markdown())
     assert output[0].endswith(f"\n0\n{first}moved the earlier evaluation to {tmp_path / 'out.1'}\n2\n")
     assert output[1] == "0\n2\n"  # the return values alone

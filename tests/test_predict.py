@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import inference
+import kernels
 import predict as module
 from assemble import build
 from errors import DataError, ModelError
@@ -787,7 +788,7 @@ def test_the_model_is_the_one_whose_hash_was_taken(steered, tmp_path, monkeypatc
         main([str(run), str(save(tmp_path / "x.jpg")), "--out", str(tmp_path / "out"), "--words", "sea"]) == 0
     )
     assert loaded == [run / "step-1" / "model.safetensors"]
-    assert capsys.readouterr().out.startswith("kernels: plain torch, as on every CPU\n")
+    assert capsys.readouterr().out.startswith(f"{kernels.describe('cpu')}\n")
 
 
 def test_names_that_the_terminal_cannot_show_stop_nothing(monkeypatch, tmp_path):
