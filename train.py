@@ -92,7 +92,9 @@ def train_step(
             sums[name] = sums.get(name, 0) + part.detach()
 
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(trained, clip or math.inf)
+    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    if clip:
+        nn.utils.clip_grads_with_norm_(trained, clip, norm)
     reduced = ranks.all_reduce(torch.stack([*sums.values(), norm.new_tensor(float(stopping))]).double())
     *losses, stop = reduced.tolist()
     step = {"loss": sum(losses), **dict(zip(sums, losses, strict=True)), "grad_norm": float(norm)}
@@ -391,7 +393,7 @@ def prepare(run: Run, options: Options) -> Training:
     data |= {"train_words": train_words, "val_words": val_words}
     scales = {"weight_decay": options.weight_decay, "unet_scale": options.unet_lr_scale}
     groups = parameter_groups(tada, options.lr, **scales)
-    optimizer = torch.optim.AdamW([{**group, "full_lr": group["lr"]} for group in groups])
+    optimizer = torch.optim.AdamW([{**group, "full_lr": group["lr"]} for group in groups], fused=True)
     training = Training(run, options, tada=tada, **data, optimizer=optimizer, frozen=frozen)
 
     torch.manual_seed(options.seed + 1 + ranks.rank)  # dropout differs between ranks

@@ -200,7 +200,7 @@ def restore_training(tensors: dict[str, Tensor], optimizer: torch.optim.Optimize
         for name, p in zip(group["names"], group["params"], strict=True):
             keys = ("step", "exp_avg", "exp_avg_sq")
             state = {key: tensors[f"optimizer/{name}/{key}"] for key in keys}
-            optimizer.state[p] = {key: x if key == "step" else x.to(p.device) for key, x in state.items()}
+            optimizer.state[p] = {key: x.to(p.device) for key, x in state.items()}
     if f"rng/{ranks.rank}/cpu" not in tensors:
         return False
     torch.set_rng_state(tensors[f"rng/{ranks.rank}/cpu"])
