@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+import tracemalloc
 from collections import namedtuple
 
 import numpy as np
@@ -392,6 +393,26 @@ def test_the_sum_of_the_ranks_is_the_whole(some, world):
     parts = [[count(*p, 2) for p in some[rank::world]] for rank in range(world)]
     ranks = [sum(part, torch.zeros(2, 4, dtype=torch.float64)) for part in parts]
     torch.testing.assert_close(sum(ranks), whole, rtol=1e-12, atol=0)
+
+
+def peak_bytes(function, *arguments) -> int:
+    """The most memory that a call held at once, of Python and numpy."""
+    tracemalloc.start()
+    function(*arguments)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def test_counting_takes_memory_for_segments_and_not_for_their_pairs():
+    """Four times the segments, as many as there are pixels: four times the bytes, not sixteen."""
+
+    def peak(side: int) -> int:
+        ids = np.arange(1, side**2 + 1).reshape(side, side)
+        segments = [Segment(id, 0, True) for id in range(1, side**2 + 1)]
+        return peak_bytes(count, ids, segments, ids, segments, 1)
+
+    assert peak(64) < 6 * peak(32)
 
 
 def test_comparing_files_that_do_not_belong_together(golden, tmp_path):
