@@ -270,15 +270,18 @@ def annotation(
 
     `segments` is anything with `id` and `label`, such as a decoder's segments, where nothing is a crowd.
     """
-    infos = []
-    for s in segments:
-        mask = ids == s.id
+    from scipy.ndimage import find_objects
+
+    infos, place, nothing = [], positions(ids, segments) + 1, (slice(0), slice(0))
+    areas = np.bincount(place.ravel(), minlength=len(segments) + 1)[1:].tolist()
+    for s, area, box in zip(segments, areas, find_objects(place, len(segments)), strict=True):
+        (top, bottom), (left, right) = ((side.start or 0, side.stop) for side in box or nothing)
         info = {
             "id": int(s.id),
             "category_id": int(category_ids[s.label]),
             "iscrowd": int(getattr(s, "crowd", 0)),
         }
-        infos.append(info | {"area": int(mask.sum()), "bbox": box(mask)})
+        infos.append(info | {"area": area, "bbox": [left, top, right - left, bottom - top]})
     return {"image_id": image_id, "file_name": png, "segments_info": infos}
 
 
@@ -291,12 +294,6 @@ def write_annotations(file: Path, categories: Categories, images: list[dict], en
     Path(file).write_text(json.dumps(content), encoding="utf-8")
 
 
-def box(mask: np.ndarray) -> list[int]:
-    """Left, top, width, height of what is true in `(H, W)`; zeros if nothing is."""
-    left, top, right, bottom = Image.fromarray(mask).getbbox() or (0, 0, 0, 0)
-    return [left, top, right - left, bottom - top]
-
-
 def components(
     labels: np.ndarray, things: Sequence[bool], smallest: int = 1
 ) -> tuple[np.ndarray, list[Segment]]:
@@ -305,16 +302,19 @@ def components(
     Stuff is one segment a class; pixels of 255, and parts below `smallest` pixels, become void. This is what
     a semantic decoder can say, and what a panoptic one must beat. Things that touch are one to it.
     """
+    from scipy.ndimage import find_objects
     from scipy.ndimage import label as connected
 
     ids, segments = np.zeros(labels.shape, np.int32), []
-    for k in np.unique(labels[labels != IGNORE]).tolist():
-        mask = labels == k
+    for k, box in enumerate(find_objects(np.where(labels == IGNORE, 0, labels.astype(np.int32) + 1))):
+        if box is None:
+            continue
+        mask = labels[box] == k
         parts = connected(mask)[0] if things[k] else mask.astype(np.int32)  # 0 outside, then 1, 2, ...
         sizes = np.bincount(parts.ravel())
         kept = np.flatnonzero(sizes[1:] >= smallest) + 1
         id_of = np.zeros(len(sizes), np.int32)
         id_of[kept] = len(segments) + np.arange(1, len(kept) + 1)
-        ids += id_of[parts]
+        ids[box] += id_of[parts]
         segments += [Segment(id, k, bool(things[k])) for id in id_of[kept].tolist()]
     return ids, segments

@@ -155,7 +155,8 @@ def coco_results(
     results = []
     for score, label, mask in instances:
         scored = {"category_id": int(category_ids[label]), "score": float(score)}
-        results.append({"image_id": image_id, "segmentation": run_lengths(mask)} | scored)
+        encoded = pycocotools("mask").encode(np.asfortranarray(mask, np.uint8))
+        results.append({"image_id": image_id, "segmentation": as_json(encoded)} | scored)
     return results
 
 
@@ -165,11 +166,20 @@ def coco_truth(
     """An image's things, crowds too, in COCO's format of instances, from its panoptic map."""
     things = [s for s in segments if s.thing]
     infos = annotation(image_id, "", ids, things, category_ids)["segments_info"]
-    return [info | {"image_id": image_id, "segmentation": run_lengths(ids == info["id"])} for info in infos]
+    # A mask of COCO is the lengths of runs along the columns, outside and inside in turn: here of all things.
+    values, lengths = runs(ids.T)
+    place, ends = index(values, things), lengths.cumsum()
+    first = np.bincount(place + 1, minlength=len(things) + 1).cumsum()[:-1]
+    for info, part in zip(infos, np.split(place.argsort(kind="stable"), first)[1:], strict=True):
+        edges = np.stack([ends[part] - lengths[part], ends[part]], axis=1).ravel()
+        counts = np.diff(edges, prepend=0, append=ids.size)
+        mask = {"size": [*ids.shape], "counts": counts if counts[-1] else counts[:-1]}
+        encoded = pycocotools("mask").frPyObjects(mask, *ids.shape)
+        info |= {"image_id": image_id, "segmentation": as_json(encoded)}
+    return infos
 
 
-def run_lengths(mask: np.ndarray) -> dict:
-    encoded = pycocotools("mask").encode(np.asfortranarray(mask, np.uint8))
+def as_json(encoded: dict) -> dict:
     return {"size": encoded["size"], "counts": encoded["counts"].decode("ascii")}
 
 

@@ -20,7 +20,6 @@ from images.panoptic import (
     Categories,
     Segment,
     annotation,
-    box,
     components,
     from_colours,
     positions,
@@ -111,9 +110,9 @@ def test_positions_and_classes():
     assert positions(ids, segments).tolist() == [[0, 0, -1], [1, -1, 0]]
     assert semantic(ids, segments).tolist() == [[2, 2, 255], [1, 255, 2]]
     assert (positions(ids, []) == -1).all()
-    assert box(ids == 9) == [0, 0, 3, 2]
-    assert box(ids == 4) == [0, 1, 1, 1]
-    assert box(ids == 1) == [0, 0, 0, 0]
+    infos = entry(1, "x.png", ids, [*segments, Segment(1, 0, True)], CATEGORIES)["segments_info"]
+    assert [x["bbox"] for x in infos] == [[0, 0, 3, 2], [0, 1, 1, 1], [0, 0, 0, 0]]
+    assert [x["area"] for x in infos] == [3, 1, 0]
 
 
 def test_what_is_written_is_read_back_with_the_same_quality(golden, tmp_path):
@@ -498,6 +497,50 @@ def test_without_pycocotools_one_sentence_says_so(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(DataError, match="AP needs pycocotools: pip install pycocotools"):
         coco_results(1, [Instance(1.0, 0, np.ones((2, 2), bool))], [1])
+
+
+def test_things_as_instances_are_their_masks_encoded_one_by_one():
+    """Things cut by others and by the edges, the last pixel too, and one without a pixel."""
+    from pycocotools import mask
+
+    ids = np.random.default_rng(0).integers(0, 5, (7, 9)).repeat(2, axis=0)
+    ids[:, -1] = 4
+    segments = [Segment(id, 0, True) for id in (3, 1, 9, 4)]
+    for thing, s in zip(coco_truth(1, ids, segments, [1]), segments, strict=True):
+        encoded = mask.encode(np.asfortranarray(ids == s.id, np.uint8))
+        assert thing["segmentation"] == {"size": [14, 9], "counts": encoded["counts"].decode()}
+
+
+class Counted(np.ndarray):
+    """An array that counts the elements of all elementwise operations on it."""
+
+    elements = 0
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **options):
+        Counted.elements += max(map(np.size, inputs))
+        plain = (x.view(np.ndarray) if isinstance(x, Counted) else x for x in inputs)
+        return getattr(ufunc, method)(*plain, **options)
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda ids, segments: annotation(1, "x.png", ids, segments, [1]),
+        lambda ids, segments: coco_truth(1, ids, segments, [1]),
+        lambda ids, segments: components((ids - 1).view(Counted), [True] * len(segments)),
+    ],
+    ids=["annotation", "coco_truth", "components"],
+)
+def test_no_segment_scans_the_whole_map(work):
+    """Ten times the segments in as many pixels are nearly the same work."""
+
+    def elements(n: int) -> int:
+        ids = np.arange(1, n + 1, dtype=np.int32).repeat(800 // n)[:, None].repeat(16, axis=1)
+        before = Counted.elements
+        work(ids.view(Counted), [Segment(id, 0, True) for id in range(1, n + 1)])
+        return Counted.elements - before
+
+    assert elements(80) < 1.5 * elements(8)
 
 
 # ---- segments from classes -------------------------------------------------------------------------------
