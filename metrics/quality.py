@@ -205,7 +205,8 @@ def average_precision(
         reference = coco.COCO()
         reference.dataset = dataset
         reference.createIndex()
-        evaluation = cocoeval.COCOeval(reference, reference.loadRes([*results]), "segm")
+        copies = [{**entry} for entry in results]  # pycocotools writes into them
+        evaluation = cocoeval.COCOeval(reference, reference.loadRes(copies), "segm")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

@@ -475,6 +475,16 @@ def test_average_precision_by_hand():
     assert np.isnan(numbers["APl"])
 
 
+def test_measuring_leaves_the_results_as_they_are():
+    """A file for COCO's server can be written of them after it, too."""
+    ids, segments = scene_of_things()
+    results = coco_results(5, [Instance(0.9, s.label, ids == s.id) for s in segments], CATEGORIES.ids)
+    before = json.dumps(results)
+    images, truth = [{"id": 5, "height": 40, "width": 60}], coco_truth(5, ids, segments, CATEGORIES.ids)
+    average_precision(images, truth, results, CATEGORIES)
+    assert json.dumps(results) == before
+
+
 def test_things_as_instances_are_cocos_own_conversion(golden, panopticapi_samples):
     """The samples in COCO's detection format, made by panopticapi: classes, areas, boxes, pixels."""
     from pycocotools import mask
