@@ -146,11 +146,9 @@ class Annotations:
         return len(self.file_names)
 
     def segments(self, i: int) -> list[Segment]:
-        rows, things = (
-            self.table[self.starts[i] : self.starts[i + 1]].tolist(),
-            self.categories.things.tolist(),
-        )
-        return [Segment(id, k, things[k], bool(crowd)) for id, k, crowd in rows]
+        ids, labels, crowds = self.table[self.starts[i] : self.starts[i + 1]].T
+        columns = ids, labels, self.categories.things[labels], crowds > 0
+        return [*map(Segment, *(x.tolist() for x in columns))]
 
     def ids(self, i: int, folder: Path) -> np.ndarray:
         """The map of ids of image i, `(H, W)` int32."""
