@@ -65,8 +65,8 @@ def count(
     if ids != set(listed) or len(listed) != len(set(listed)):
         odd = sorted(ids.symmetric_difference(listed)) or listed
         raise ValueError(f"the ids of the prediction and of its segments differ, such as {odd[0]}")
-    # A pair as indices (t, p) of segments. After the listed ones come void and, in the truth alone, what is
-    # neither listed nor void. Sums of IoU depend on the order of the pairs in their last bits.
+    # A pair as indices (t, p) of segments; after the listed ones come void and, in the truth alone, what is
+    # neither listed nor void. The order is fixed: the last bits of sums of IoU depend on it.
     T, P = len(truths), len(predictions)
     t, p = index(values, truths), index(others, predictions)
     t = np.where(t < 0, np.where(values == VOID, T, T + 1), t)
@@ -74,22 +74,22 @@ def count(
     order = np.lexsort((p, t))
     t, p, pixels = t[order], p[order], pixels[order]
 
-    label = np.array([s.label for s in truths] + [-2, -2])
+    labels = np.array([s.label for s in truths] + [-2, -2])  # those of no segment match nothing
+    predicted_labels = np.array([s.label for s in predictions] + [-1])
     crowd = np.array([s.crowd for s in truths] + [False, False])
-    other = np.array([s.label for s in predictions] + [-1])
     areas, void = np.bincount(p, pixels, P + 1), np.bincount(p, pixels * (t == T), P + 1)
     union = np.bincount(t, pixels, T)[t] + areas[p] - pixels - void[p]
-    match = (label[t] == other[p]) & ~crowd[t] & (pixels > 0.5 * union)
-    matched, iou = label[t[match]], pixels[match] / union[match]
+    match = (labels[t] == predicted_labels[p]) & ~crowd[t] & (pixels > 0.5 * union)
+    matched, iou = labels[t[match]], pixels[match] / union[match]
 
-    excuse = np.full(K, -1)  # the crowd of each class, the last one as in panopticapi
-    excuse[label[crowd]] = np.flatnonzero(crowd)
-    excused = void + np.bincount(p, pixels * (t == excuse[other[p]]), P + 1)
-    wrong = excused <= 0.5 * areas
-    missed = ~crowd
-    missed[t[match]] = wrong[p[match]] = False
-    kinds = (matched, iou), (matched, None), (other[:P][wrong[:P]], None), (label[:T][missed[:T]], None)
-    return torch.from_numpy(np.stack([np.bincount(*kind, K) for kind in kinds], axis=1).astype(np.float64))
+    crowd_of = np.full(K, -1)  # each class, the last one as in panopticapi
+    crowd_of[labels[crowd]] = np.flatnonzero(crowd)
+    excused = void + np.bincount(p, pixels * (t == crowd_of[predicted_labels[p]]), P + 1)
+    positive, negative = excused <= 0.5 * areas, ~crowd
+    positive[p[match]] = negative[t[match]] = False
+    fp, fn = predicted_labels[:P][positive[:P]], labels[:T][negative[:T]]
+    columns = [np.bincount(matched, iou, K), *(np.bincount(x, minlength=K) for x in (matched, fp, fn))]
+    return torch.from_numpy(np.stack(columns, axis=1).astype(np.float64))
 
 
 GROUPS = ("all", "things", "stuff")
