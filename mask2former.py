@@ -19,7 +19,7 @@ matching and sampled losses, from a prediction to segments.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -170,6 +170,7 @@ class Mask2Former(nn.Module):
             )
         rands = [rand] * B if callable(rand) else rand
         order = [-1, *range(len(prediction.classes) - 1)]
+        targets = [x._replace(masks=x.masks.float()) for x in targets]  # once for all layers
         with torch.autocast(prediction.masks[-1].device.type, enabled=False):
             layers = [(prediction.classes[i].float(), prediction.masks[i].float()) for i in order]
             parts = [self.layer_loss(*layer, targets, rands) for layer in layers]
@@ -219,7 +220,7 @@ class Mask2Former(nn.Module):
         points = uncertain_points(matched.detach(), limits, P, rand)  # (S, P, 2)
         labels = torch.cat(
             [
-                sample(target.masks[segments].float(), part)
+                sample(target.masks[segments], part)
                 for target, (_, segments), part in zip(targets, matches, points.split(sizes))
             ]
         )
@@ -247,8 +248,13 @@ class Mask2Former(nn.Module):
         for classes, masks in zip(prediction.classes[-1].float(), prediction.masks[-1].float()):
             scores, labels = classes.softmax(-1).max(-1)
             kept = (labels != len(self.things)) & (scores > score)
-            probabilities = resize_masks(masks[kept, None], padded, real, size)[:, 0].sigmoid()
-            results.append(panoptic_segments(scores[kept], labels[kept], probabilities, self.things, overlap))
+            probabilities = (
+                resize_masks(x[None, None], padded, real, size)[0, 0].sigmoid() for x in masks[kept]
+            )
+            final = size or real or padded
+            results.append(
+                panoptic_segments(scores[kept], labels[kept], probabilities, final, self.things, overlap)
+            )
         return results
 
     def instances(
@@ -629,21 +635,31 @@ def resize_masks(masks: Tensor, padded: Size, real: Size | None, size: Size | No
     return masks if size in (None, real) else resize(masks, size)
 
 
+@torch.no_grad()
 def panoptic_segments(
-    scores: Tensor, labels: Tensor, probabilities: Tensor, things: Sequence[bool], overlap: float
+    scores: Tensor,
+    labels: Tensor,
+    probabilities: Iterable[Tensor],
+    size: Size,
+    things: Sequence[bool],
+    overlap: float,
 ) -> Panoptic:
-    """Assign each pixel to the query with the highest score `(Q,)` times mask probability `(Q, H, W)`.
+    """Assign each pixel to the query with the highest score `(Q,)` times mask probability `(H, W)` each.
 
     As Mask2Former's `panoptic_inference`: void where that query's mask is below 1/2 or the query is dropped.
+    One query after the other: 20 of 64 megapixels at once would need 17 GiB.
     """
     if not len(labels):
-        return Panoptic(labels.new_zeros(probabilities.shape[1:]), [])
-    owner = (scores[:, None, None] * probabilities).argmax(0)  # (H, W)
-    inside = probabilities >= 0.5
-    hit = inside.gather(0, owner[None])[0]  # (H, W): the pixel is in its owner's mask
-    owned, covered = (x.bincount(minlength=len(labels)) for x in (owner.flatten(), owner[hit]))
-    areas = inside.sum(dim=(1, 2))
-    valid = (covered > 0) & (owned >= overlap * areas)
+        return Panoptic(labels.new_zeros(size), [])
+    best, areas = scores.new_full(size, -1), torch.zeros_like(labels)
+    owner = torch.zeros(size, dtype=torch.int32, device=labels.device)  # 2 q, + 1 inside of its mask
+    for q, probability in enumerate(probabilities):
+        inside, likely = probability >= 0.5, scores[q] * probability
+        owner = torch.where(likely > best, inside.int().add_(2 * q), owner)  # of equal ones, the first
+        torch.maximum(best, likely, out=best)
+        areas[q] = inside.sum()
+    counts = owner.flatten().bincount(minlength=2 * len(labels)).view(-1, 2)
+    valid = (counts[:, 1] > 0) & (counts.sum(1) >= overlap * areas)
 
     segments, ids, stuff = [], [], {}
     for label, probability, keep in zip(labels.tolist(), scores.tolist(), valid.tolist()):
@@ -656,5 +672,5 @@ def panoptic_segments(
             segments.append(PredictedSegment(id, label, probability))
             if not things[label]:
                 stuff[label] = id
-        ids.append(id if keep else 0)
-    return Panoptic(owner.new_tensor(ids)[owner] * hit, segments)
+        ids += 0, id if keep else 0
+    return Panoptic(labels.new_tensor(ids)[owner.long()], segments)

@@ -97,10 +97,12 @@ class PanopticEvaluator:
         """The measures of all processes' images; rank 0 renames the folder and writes the JSON next to it."""
         counts = ranks.all_reduce(self.counts.to(ranks.device)).cpu()
         images, entries, truth, results = (
-            ranks.all_gather_object(x) for x in (self.images, self.entries, self.truth, self.results)
+            ranks.gather_object(x) for x in (self.images, self.entries, self.truth, self.results)
         )
-        categories = self.dataset.categories
-        precision = average_precision(images, truth, results, categories) if self.instances else None
+        categories, precision = self.dataset.categories, None
+        if self.instances:
+            measured = [average_precision(images, truth, results, categories)] if ranks.is_main else []
+            (precision,) = ranks.all_gather_object(measured)
         if self.folder is not None and ranks.is_main:
             os.rename(self.new, self.folder)
             write_annotations(self.folder.with_suffix(".json"), categories, images, entries)

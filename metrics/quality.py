@@ -34,7 +34,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from errors import DataError, run_command
-from images.panoptic import VOID, Annotations, Categories, Segment, annotation, positions, read_annotations
+from images.panoptic import (
+    VOID,
+    Annotations,
+    Categories,
+    Segment,
+    annotation,
+    index,
+    read_annotations,
+    read_map,
+    runs,
+)
 
 
 def count(
@@ -47,37 +57,39 @@ def count(
     """
     if truth.shape != predicted.shape:
         raise ValueError(f"the prediction is {predicted.shape}, but the truth {truth.shape}")
-    listed = [s.id for s in predictions]
-    ids = set(np.unique(predicted).tolist()) - {VOID}
+    values, others, lengths = runs(truth, predicted)
+    pairs, pair = np.unique(values.astype(np.int64) << 32 | others, return_inverse=True)
+    pixels = np.bincount(pair, lengths)  # of each pair of ids that overlap
+    values, others = pairs >> 32, pairs & 0xFFFFFFFF
+    listed, ids = [s.id for s in predictions], set(others.tolist()) - {VOID}
     if ids != set(listed) or len(listed) != len(set(listed)):
         odd = sorted(ids.symmetric_difference(listed)) or listed
         raise ValueError(f"the ids of the prediction and of its segments differ, such as {odd[0]}")
-    # Pixels by [segment of the truth, of the prediction]. After the listed segments come void and, in the
-    # truth alone, what is neither listed nor void.
-    rows, columns = positions(truth, truths).astype(np.int64), positions(predicted, predictions)
+    # A pair as indices (t, p) of segments; after the listed ones come void and, in the truth alone, what is
+    # neither listed nor void. The order is fixed: the last bits of sums of IoU depend on it.
     T, P = len(truths), len(predictions)
-    rows[rows < 0] = np.where(truth[rows < 0] == VOID, T, T + 1)
-    columns = np.where(columns < 0, P, columns)
-    shared = np.bincount((rows * (P + 1) + columns).ravel(), minlength=(T + 2) * (P + 1))
-    shared = shared.reshape(T + 2, P + 1)
-    areas, void = shared.sum(0), shared[T]
-    counts = np.zeros((K, 4))
-    matched, partners = set(), set()
-    for i, j in np.argwhere(shared[:T, :P]).tolist():
-        if truths[i].crowd or truths[i].label != predictions[j].label:
-            continue
-        iou = shared[i, j] / (shared[i].sum() + areas[j] - shared[i, j] - void[j])
-        if iou > 0.5:
-            counts[truths[i].label, :2] += iou, 1
-            matched.add(i)
-            partners.add(j)
-    crowds = {s.label: i for i, s in enumerate(truths) if s.crowd}  # the last one of a class, as panopticapi
-    for j, s in enumerate(predictions):
-        excused = void[j] + (shared[crowds[s.label], j] if s.label in crowds else 0)
-        counts[s.label, 2] += j not in partners and excused <= 0.5 * areas[j]
-    for i, s in enumerate(truths):
-        counts[s.label, 3] += i not in matched and not s.crowd
-    return torch.from_numpy(counts)
+    t, p = index(values, truths), index(others, predictions)
+    t = np.where(t < 0, np.where(values == VOID, T, T + 1), t)
+    p = np.where(p < 0, P, p)
+    order = np.lexsort((p, t))
+    t, p, pixels = t[order], p[order], pixels[order]
+
+    labels = np.array([s.label for s in truths] + [-2, -2])  # those of no segment match nothing
+    predicted_labels = np.array([s.label for s in predictions] + [-1])
+    crowd = np.array([s.crowd for s in truths] + [False, False])
+    areas, void = np.bincount(p, pixels, P + 1), np.bincount(p, pixels * (t == T), P + 1)
+    union = np.bincount(t, pixels, T)[t] + areas[p] - pixels - void[p]
+    match = (labels[t] == predicted_labels[p]) & ~crowd[t] & (pixels > 0.5 * union)
+    matched, iou = labels[t[match]], pixels[match] / union[match]
+
+    crowd_of = np.full(K, -1)  # each class, the last one as in panopticapi
+    crowd_of[labels[crowd]] = np.flatnonzero(crowd)
+    excused = void + np.bincount(p, pixels * (t == crowd_of[predicted_labels[p]]), P + 1)
+    positive, negative = excused <= 0.5 * areas, ~crowd
+    positive[p[match]] = negative[t[match]] = False
+    fp, fn = predicted_labels[:P][positive[:P]], labels[:T][negative[:T]]
+    columns = [np.bincount(matched, iou, K), *(np.bincount(x, minlength=K) for x in (matched, fp, fn))]
+    return torch.from_numpy(np.stack(columns, axis=1).astype(np.float64))
 
 
 GROUPS = ("all", "things", "stuff")
@@ -126,9 +138,11 @@ def compare(truth: Annotations, folder: Path, predicted: Annotations, predicted_
         if id not in place:
             raise DataError(f"{predicted.file} has no annotation for the image {id!r}: every one needs it")
         j = place[id]
-        ids, other = truth.ids(i, folder), predicted.ids(j, predicted_folder)
+        truths, others = truth.segments(i), predicted.segments(j)
+        ids = read_map(folder / truth.pngs[i], truths)
+        other = read_map(predicted_folder / predicted.pngs[j], others)
         try:
-            counts += count(ids, truth.segments(i), other, predicted.segments(j), len(counts))
+            counts += count(ids, truths, other, others, len(counts))
         except ValueError as error:
             raise DataError(f"{predicted_folder / predicted.pngs[j]}: {error}") from None
     return Quality(counts, truth.categories.things)
@@ -141,7 +155,8 @@ def coco_results(
     results = []
     for score, label, mask in instances:
         scored = {"category_id": int(category_ids[label]), "score": float(score)}
-        results.append({"image_id": image_id, "segmentation": run_lengths(mask)} | scored)
+        encoded = pycocotools("mask").encode(np.asfortranarray(mask, np.uint8))
+        results.append({"image_id": image_id, "segmentation": as_json(encoded)} | scored)
     return results
 
 
@@ -151,11 +166,20 @@ def coco_truth(
     """An image's things, crowds too, in COCO's format of instances, from its panoptic map."""
     things = [s for s in segments if s.thing]
     infos = annotation(image_id, "", ids, things, category_ids)["segments_info"]
-    return [info | {"image_id": image_id, "segmentation": run_lengths(ids == info["id"])} for info in infos]
+    # A mask of COCO is the lengths of runs along the columns, outside and inside in turn: here of all things.
+    values, lengths = runs(ids.T)
+    place, ends = index(values, things), lengths.cumsum()
+    first = np.bincount(place + 1, minlength=len(things) + 1).cumsum()[:-1]
+    for info, part in zip(infos, np.split(place.argsort(kind="stable"), first)[1:], strict=True):
+        edges = np.stack([ends[part] - lengths[part], ends[part]], axis=1).ravel()
+        counts = np.diff(edges, prepend=0, append=ids.size)
+        mask = {"size": [*ids.shape], "counts": counts if counts[-1] else counts[:-1]}
+        encoded = pycocotools("mask").frPyObjects(mask, *ids.shape)
+        info |= {"image_id": image_id, "segmentation": as_json(encoded)}
+    return infos
 
 
-def run_lengths(mask: np.ndarray) -> dict:
-    encoded = pycocotools("mask").encode(np.asfortranarray(mask, np.uint8))
+def as_json(encoded: dict) -> dict:
     return {"size": encoded["size"], "counts": encoded["counts"].decode("ascii")}
 
 
@@ -181,7 +205,8 @@ def average_precision(
         reference = coco.COCO()
         reference.dataset = dataset
         reference.createIndex()
-        evaluation = cocoeval.COCOeval(reference, reference.loadRes([*results]), "segm")
+        copies = [{**entry} for entry in results]  # pycocotools writes into them
+        evaluation = cocoeval.COCOeval(reference, reference.loadRes(copies), "segm")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

@@ -39,6 +39,13 @@ class Ranks(NamedTuple):
             dist.all_gather_object(parts, part)
         return [x for part in parts for x in part]
 
+    def gather_object(self, part: list) -> list:
+        """The lists of all ranks, concatenated, on rank 0; [] on the others, whose memory does not grow."""
+        parts = [part] * self.world if self.is_main else None
+        if self.world > 1:
+            dist.gather_object(part, parts)
+        return [x for part in parts or [] for x in part]
+
     def barrier(self) -> None:
         """Return when every rank has called this."""
         if self.world > 1:

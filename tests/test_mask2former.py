@@ -19,6 +19,7 @@ from oracle import reference_mask2former as reference
 from oracle import shake, wake
 from proof import error
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
@@ -420,6 +421,31 @@ def test_learns_in_bfloat16_as_in_float32(monkeypatch):
     assert error(another, gradient) <= 0.05
 
 
+class Made(TorchDispatchMode):
+    """The tensors that every operation made: its name, their sizes and dtypes."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        if isinstance(result, Tensor):
+            self.made.append((func.overloadpacket.__name__, result.shape, result.dtype))
+        return result
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+def test_masks_become_numbers_once(layers):
+    """For all layers together, however many."""
+    decoder, targets = Mask2Former(**SMALL | {"layers": layers}), segments(3, 4)
+    prediction = decoder(pyramid())
+    with Made() as operations:
+        decoder.loss(prediction, targets, steady)
+    copies = [shape[0] for name, shape, _ in operations.made if name == "_to_copy" and shape[1:] == (H, W)]
+    assert copies == [3, 4]
+
+
 def compiled(layers: int, pixel_layers: int, **how) -> None:
     """The decoder compiled in place, as train.py does it, has the same gradients."""
     sizes = SMALL | {"layers": layers, "pixel_layers": pixel_layers}
@@ -559,6 +585,16 @@ def test_panoptic_by_hand():
     assert not read.segments and (read.ids == 0).all()
     (read,) = decoder.panoptic(Queries((classes,), (masks,)), (4, 8), (3, 5), (6, 10), score=1.0)
     assert read == (read.ids, []) and read.ids.tolist() == [[0] * 10] * 6
+
+
+def test_panoptic_makes_no_tensor_of_all_masks():
+    """The largest one has the pixels of one mask, with 4 queries and with 40."""
+    decoder = Mask2Former(**SMALL)
+    for Q in (4, 40):
+        classes = 9.0 * F.one_hot(torch.arange(Q) % K, K + 1)
+        with Made() as operations:
+            decoder.panoptic(Queries((classes[None],), (torch.randn(1, Q, 8, 8),)), (32, 32), size=(96, 96))
+        assert max(shape.numel() for _, shape, _ in operations.made) == 96 * 96
 
 
 def test_panoptic_equals_transformers():

@@ -1,6 +1,7 @@
 """metrics/judge.py: perfect and imperfect segments, the files of a prediction, AP without pycocotools."""
 
 import json
+import pickle
 import sys
 
 import numpy as np
@@ -85,6 +86,37 @@ def test_an_image_without_predicted_segments_is_counted(dataset):
     counts = evaluator.finish(HERE).quality.counts
     assert counts[:, :3].sum() == 0
     assert counts[:, 3].sum() == sum(not s.crowd for s in item.segments)
+
+
+class Second(Ranks):
+    """Rank 1 of two with the same images; what collectives bring it is counted in bytes."""
+
+    received = 0
+
+    def all_reduce(self, x):
+        return 2 * x
+
+    def gather_object(self, part):
+        return []
+
+    def all_gather_object(self, part):
+        whole = 2 * part or [{"AP": 1.0}]
+        Second.received += len(pickle.dumps(whole))
+        return whole
+
+
+def test_another_rank_receives_no_segments_of_others(dataset):
+    """However many images are measured, it gets AP alone."""
+    sizes = []
+    for n in (1, 4):
+        evaluator = PanopticEvaluator(dataset, "by hand", instances=True)
+        for item in items(dataset)[:n]:
+            evaluator.add(item, item.ids, item.segments, things_of(item))
+        Second.received = 0
+        result = evaluator.finish(Second(1, 2, torch.device("cpu")))
+        sizes.append(Second.received)
+        assert result.precision == {"AP": 1.0} and result.quality.mean()["PQ"] == 1
+    assert sizes[0] == sizes[1]
 
 
 def test_the_table_by_hand():

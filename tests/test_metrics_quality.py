@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+import tracemalloc
 from collections import namedtuple
 
 import numpy as np
@@ -19,7 +20,6 @@ from images.panoptic import (
     Categories,
     Segment,
     annotation,
-    box,
     components,
     from_colours,
     positions,
@@ -110,9 +110,9 @@ def test_positions_and_classes():
     assert positions(ids, segments).tolist() == [[0, 0, -1], [1, -1, 0]]
     assert semantic(ids, segments).tolist() == [[2, 2, 255], [1, 255, 2]]
     assert (positions(ids, []) == -1).all()
-    assert box(ids == 9) == [0, 0, 3, 2]
-    assert box(ids == 4) == [0, 1, 1, 1]
-    assert box(ids == 1) == [0, 0, 0, 0]
+    infos = entry(1, "x.png", ids, [*segments, Segment(1, 0, True)], CATEGORIES)["segments_info"]
+    assert [x["bbox"] for x in infos] == [[0, 0, 3, 2], [0, 1, 1, 1], [0, 0, 0, 0]]
+    assert [x["area"] for x in infos] == [3, 1, 0]
 
 
 def test_what_is_written_is_read_back_with_the_same_quality(golden, tmp_path):
@@ -394,6 +394,26 @@ def test_the_sum_of_the_ranks_is_the_whole(some, world):
     torch.testing.assert_close(sum(ranks), whole, rtol=1e-12, atol=0)
 
 
+def peak_bytes(function, *arguments) -> int:
+    """The most memory that a call held at once, of Python and numpy."""
+    tracemalloc.start()
+    function(*arguments)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def test_counting_takes_memory_for_segments_and_not_for_their_pairs():
+    """Four times the segments, as many as there are pixels: four times the bytes, not sixteen."""
+
+    def peak(side: int) -> int:
+        ids = np.arange(1, side**2 + 1).reshape(side, side)
+        segments = [Segment(id, 0, True) for id in range(1, side**2 + 1)]
+        return peak_bytes(count, ids, segments, ids, segments, 1)
+
+    assert peak(64) < 6 * peak(32)
+
+
 def test_comparing_files_that_do_not_belong_together(golden, tmp_path):
     truth, folder, predicted, predicted_folder, _ = golden
     with pytest.raises(DataError, match="has other categories than .*gt.json"):
@@ -455,6 +475,16 @@ def test_average_precision_by_hand():
     assert np.isnan(numbers["APl"])
 
 
+def test_measuring_leaves_the_results_as_they_are():
+    """A file for COCO's server can be written of them after it, too."""
+    ids, segments = scene_of_things()
+    results = coco_results(5, [Instance(0.9, s.label, ids == s.id) for s in segments], CATEGORIES.ids)
+    before = json.dumps(results)
+    images, truth = [{"id": 5, "height": 40, "width": 60}], coco_truth(5, ids, segments, CATEGORIES.ids)
+    average_precision(images, truth, results, CATEGORIES)
+    assert json.dumps(results) == before
+
+
 def test_things_as_instances_are_cocos_own_conversion(golden, panopticapi_samples):
     """The samples in COCO's detection format, made by panopticapi: classes, areas, boxes, pixels."""
     from pycocotools import mask
@@ -477,6 +507,50 @@ def test_without_pycocotools_one_sentence_says_so(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(DataError, match="AP needs pycocotools: pip install pycocotools"):
         coco_results(1, [Instance(1.0, 0, np.ones((2, 2), bool))], [1])
+
+
+def test_things_as_instances_are_their_masks_encoded_one_by_one():
+    """Things cut by others and by the edges, the last pixel too, and one without a pixel."""
+    from pycocotools import mask
+
+    ids = np.random.default_rng(0).integers(0, 5, (7, 9)).repeat(2, axis=0)
+    ids[:, -1] = 4
+    segments = [Segment(id, 0, True) for id in (3, 1, 9, 4)]
+    for thing, s in zip(coco_truth(1, ids, segments, [1]), segments, strict=True):
+        encoded = mask.encode(np.asfortranarray(ids == s.id, np.uint8))
+        assert thing["segmentation"] == {"size": [14, 9], "counts": encoded["counts"].decode()}
+
+
+class Counted(np.ndarray):
+    """An array that counts the elements of all elementwise operations on it."""
+
+    elements = 0
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **options):
+        Counted.elements += max(map(np.size, inputs))
+        plain = (x.view(np.ndarray) if isinstance(x, Counted) else x for x in inputs)
+        return getattr(ufunc, method)(*plain, **options)
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda ids, segments: annotation(1, "x.png", ids, segments, [1]),
+        lambda ids, segments: coco_truth(1, ids, segments, [1]),
+        lambda ids, segments: components((ids - 1).view(Counted), [True] * len(segments)),
+    ],
+    ids=["annotation", "coco_truth", "components"],
+)
+def test_no_segment_scans_the_whole_map(work):
+    """Ten times the segments in as many pixels are nearly the same work."""
+
+    def elements(n: int) -> int:
+        ids = np.arange(1, n + 1, dtype=np.int32).repeat(800 // n)[:, None].repeat(16, axis=1)
+        before = Counted.elements
+        work(ids.view(Counted), [Segment(id, 0, True) for id in range(1, n + 1)])
+        return Counted.elements - before
+
+    assert elements(80) < 1.5 * elements(8)
 
 
 # ---- segments from classes -------------------------------------------------------------------------------

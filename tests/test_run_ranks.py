@@ -1,4 +1,5 @@
-"""run/ranks.py: a model alone is not wrapped; DDP is called with the argument that this torch has."""
+"""run/ranks.py: a model alone is not wrapped; DDP is called with the argument that this torch has;
+objects are gathered on rank 0."""
 
 import pytest
 import torch
@@ -29,3 +30,15 @@ def test_buffers_are_not_synchronised_by_old_and_new_torch(argument, monkeypatch
     assert Ranks(0, 1, torch.device("cpu")).data_parallel(model) is model
     Ranks(1, 2, torch.device("cuda", 1)).data_parallel(model)
     assert calls == [(argument, False, None), (argument, False, [1])]
+
+
+def test_only_rank_0_has_what_is_gathered(monkeypatch):
+    def gather(part, parts):
+        if parts is not None:
+            parts[:] = [part, ["theirs"]]
+
+    monkeypatch.setattr(run.ranks.dist, "gather_object", gather)
+    alone, first, second = (Ranks(*x, torch.device("cpu")) for x in ((0, 1), (0, 2), (1, 2)))
+    assert alone.gather_object(["ours"]) == ["ours"]
+    assert first.gather_object(["ours"]) == ["ours", "theirs"]
+    assert second.gather_object(["theirs"]) == []
