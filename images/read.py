@@ -111,7 +111,7 @@ def stop(error: OSError) -> None:
 def opened(path: Path, limit: int = MAX_PIXELS) -> Iterator[Image.Image]:
     """The file, open and not yet decoded; whatever goes wrong with it becomes an Unreadable that names it."""
     try:
-        with Image.open(path) as image:
+        with path.open("rb", 1 << 18) as file, Image.open(file) as image:  # fewer, larger reads
             if image.width * image.height > limit:
                 raise Image.DecompressionBombError(f"{image.width}x{image.height}")
             yield image
@@ -173,7 +173,7 @@ def read_labels(path: str | Path, table: np.ndarray, hint: str = "") -> np.ndarr
             form = "labels are class numbers in a grey or palette PNG (mode L, P or I;16)"
             raise DataError(f"{path} has mode {image.mode}: {form}{hint}")
         raw = np.asarray(image)
-    found = np.flatnonzero(np.bincount(raw.ravel())) if raw.dtype == np.uint8 else np.unique(raw)
+    found = np.flatnonzero(histogram(raw)) if raw.dtype == np.uint8 else np.unique(raw)
     wrong = [int(x) for x in found if not 0 <= x <= 255 or table[x] < 0]
     if wrong:
         legal = np.flatnonzero(table >= 0)
@@ -181,7 +181,13 @@ def read_labels(path: str | Path, table: np.ndarray, hint: str = "") -> np.ndarr
         spans = ", ".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
         values = ", ".join(map(str, wrong[:SHOWN]))
         raise DataError(f"{path} holds the value {values}: labels here are {spans}{hint}")
-    return np.take(table.astype(np.uint8), raw)
+    train_ids = bytearray(raw.astype(np.uint8)).translate(table.astype(np.uint8))
+    return np.frombuffer(train_ids, np.uint8).reshape(raw.shape)
+
+
+def histogram(labels: np.ndarray) -> np.ndarray:
+    """How many of the pixels `(H, W)` uint8 have each value, (256,); in a third of `np.bincount`'s time."""
+    return np.array(Image.fromarray(labels).histogram())
 
 
 def label_table(raw: Iterable[int], ignored: Iterable[int]) -> np.ndarray:

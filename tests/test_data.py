@@ -519,7 +519,7 @@ def test_label_modes(tmp_path):
         "32.tif": Image.fromarray(ids.astype(np.int32)),
     }.items():
         found = read_labels(save(picture, tmp_path / name), ANY)
-        assert found.dtype == np.uint8
+        assert found.dtype == np.uint8 and found.flags.writeable
         assert (found == ids).all(), name
     for mode in ("1", "LA", "RGB", "RGBA"):
         path = save(Image.fromarray(ids).convert(mode), tmp_path / f"{mode}.png")
