@@ -71,23 +71,28 @@ def scan(root: Path, folder: str, suffixes: tuple[str, ...], endings: tuple[str,
 
     Of several files with one key, the one whose ending comes first is used; two of one ending are refused.
     """
-    paths: dict[str, tuple[int, str]] = {}
+    found: list[dict[str, str]] = [{} for _ in endings]
+    longest_first = sorted(range(len(endings)), key=lambda place: -len(endings[place]))
     for where, _, names in walk(root / folder):
-        below = Path(where).relative_to(root).as_posix()
+        below = Path(where).relative_to(root).as_posix() + "/"
+        start = below.removeprefix(folder)
         for name in names:
-            stem, suffix = os.path.splitext(name)
-            fits = [ending for ending in endings if stem.endswith(ending)]
-            if suffix.lower() not in suffixes or not fits:
+            stem, dot, suffix = name.rpartition(".")
+            if dot + suffix.lower() not in suffixes:
                 continue
-            ending = max(fits, key=len)
-            key = f"{below}/{stem.removesuffix(ending)}".removeprefix(folder)
-            new = (endings.index(ending), f"{below}/{name}")
-            old = paths.setdefault(key, new)
-            if old[0] == new[0] and old != new:
-                files = f"{root / old[1]} and {root / new[1]}"
-                raise DataError(f"{files} differ only in their extension: rename one")
-            paths[key] = min(old, new)
-    return {key: path for key, (_, path) in paths.items()}
+            for place in longest_first:
+                if stem.endswith(endings[place]):
+                    key, path = start + stem.removesuffix(endings[place]), below + name
+                    if place and any(key in better for better in found[:place]):
+                        break
+                    if (other := found[place].setdefault(key, path)) is not path:
+                        files = f"{root / other} and {root / path}"
+                        raise DataError(f"{files} differ only in their extension: rename one")
+                    break
+    paths = found.pop()
+    while found:
+        paths |= found.pop()
+    return paths
 
 
 def walk(top: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
@@ -99,7 +104,7 @@ def walk(top: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:], names[:] = (sorted(x for x in some if not x.startswith(".")) for some in (folders, names))
+        folders[:], names[:] = (sorted([x for x in some if x[0] != "."]) for some in (folders, names))
         yield where, folders, names
 
 
