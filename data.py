@@ -34,7 +34,7 @@ the check before training in loading/check.py, augmentation in loading/augment.p
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -159,6 +159,10 @@ class Dataset:
         """The files of sample `i` that exist."""
         return []
 
+    def all_files(self) -> Iterator[tuple[int, str]]:
+        """Every file of `files`, as text, with its `i`: a Path takes longer to make than to look up."""
+        return iter(())
+
     def png(self, i: int) -> str:
         """The name of sample `i`'s PNG in COCO's panoptic files."""
         return "/".join(self.path(i).split("/")[1:]) + ".png"
@@ -186,19 +190,27 @@ class SemanticFiles(Dataset):
         labels = scan(root, layout.labels.format(layout.splits[split]), LOSSLESS, layout.label)
         if not images:
             raise DataError(f"{root / folder} holds no image *{layout.image}.jpg, .png, ...: check --data")
-        self.pairs = [(images[key], labels.get(key)) for key in sorted(images)]
-        super().__init__(name, split, classes, palette, [image for image, _ in self.pairs])
-        self.missing = [self.unlabelled(i) for i, (_, label) in enumerate(self.pairs) if label is None]
+        keys = sorted(images)
+        self.labels = [labels.get(key) for key in keys]
+        super().__init__(name, split, classes, palette, [images[key] for key in keys])
+        self.missing = [self.unlabelled(i) for i, label in enumerate(self.labels) if label is None]
         self.missing += [f"{root / labels[key]} has no image" for key in sorted(labels) if key not in images]
 
     def unlabelled(self, i: int) -> str:
         return f"{self.root / self.path(i)} has no label file"
 
     def files(self, i: int) -> list[Path]:
-        return [self.root / file for file in self.pairs[i] if file]
+        return [self.root / file for file in (self.paths[i], self.labels[i]) if file]
+
+    def all_files(self) -> Iterator[tuple[int, str]]:
+        root = os.path.join(self.root, "")
+        for i, (image, label) in enumerate(zip(self.paths, self.labels, strict=True)):
+            yield i, root + image
+            if label:
+                yield i, root + label
 
     def load(self, i: int, short: int | None = None, long: int | None = None) -> Sample:
-        path, label = self.pairs[i]
+        path, label = self.paths[i], self.labels[i]
         if label is None:
             raise DataError(self.unlabelled(i))
         image, size = read_image(self.root / path, short, long)
@@ -220,7 +232,10 @@ class PanopticFiles(Dataset):
         if name == "coco-panoptic":  # COCO-Stuff's names, where several of its classes are merged into one
             self.prompts = [prompt(c.removesuffix("-merged"), "cocostuff") for c in self.classes]
         on_disk = {place: set(os.listdir(place)) for place in (root / folder, self.pngs)}
-        listed = [file for i in range(len(self)) for file in self.pair(i)]
+        images, pngs = on_disk.values()
+        names = enumerate(zip(a.file_names, a.pngs, strict=True))
+        unseen = [i for i, (image, png) in names if image not in images or png not in pngs]
+        listed = [file for i in unseen for file in self.pair(i)]  # these may be in subfolders
         found = (x.name in on_disk[x.parent] if x.parent in on_disk else x.exists() for x in listed)
         self.lost = {file for file, exists in zip(listed, found, strict=True) if not exists}
         self.missing = [self.without(file) for file in listed if file in self.lost]
@@ -242,6 +257,12 @@ class PanopticFiles(Dataset):
 
     def files(self, i: int) -> list[Path]:
         return [file for file in self.pair(i) if file not in self.lost]
+
+    def all_files(self) -> Iterator[tuple[int, str]]:
+        lost = {*map(str, self.lost)}
+        for i, pair in enumerate(zip(self.paths, self.annotations.pngs, strict=True)):
+            files = map(os.path.join, (self.root, self.pngs), pair)
+            yield from ((i, file) for file in files if not lost or str(Path(file)) not in lost)
 
     def load(self, i: int, short: int | None = None, long: int | None = None) -> Sample:
         path, png = self.pair(i)

@@ -1,6 +1,8 @@
 """The check of a data set before training: `print(check(dataset))`."""
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -54,15 +56,14 @@ def check(dataset: Dataset, samples: int = 200) -> Report:
     decoded, labels of a wrong mode, value or size, no labelled pixel at all.
     """
     faults, sizes, pixels, unreadable = list(dataset.missing), [], np.zeros(256, np.int64), set()
-    for i in range(len(dataset)):
-        for file in dataset.files(i):
-            try:
-                empty = file.stat().st_size == 0
-            except OSError:
-                empty = True
-            if empty:
-                faults.append(f"{file} is empty or missing")
-                unreadable.add(i)
+    for i, file in dataset.all_files():
+        try:
+            empty = os.stat(file).st_size == 0
+        except OSError:
+            empty = True
+        if empty:
+            faults.append(f"{Path(file)} is empty or missing")
+            unreadable.add(i)
     chosen = np.linspace(0, len(dataset) - 1, min(samples, len(dataset))).astype(int).tolist()
     for i in sorted({*chosen} - unreadable):
         try:

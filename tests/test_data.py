@@ -244,7 +244,7 @@ def test_cocostuff_reads_every_value(official):
     converted = np.resize(np.arange(171), (20, 30)).astype(np.uint8)
     save(converted, label.with_name("x_labelTrainIds.png"))
     again = open_dataset("cocostuff", dataset.root, "val")
-    assert again.pairs == dataset.pairs  # the raw file stays preferred
+    assert (again.paths, again.labels) == (dataset.paths, dataset.labels)  # the raw file stays preferred
     label.unlink()
     assert (open_dataset("cocostuff", dataset.root, "val").load(0)[1] == converted).all()
 
@@ -519,7 +519,7 @@ def test_label_modes(tmp_path):
         "32.tif": Image.fromarray(ids.astype(np.int32)),
     }.items():
         found = read_labels(save(picture, tmp_path / name), ANY)
-        assert found.dtype == np.uint8
+        assert found.dtype == np.uint8 and found.flags.writeable
         assert (found == ids).all(), name
     for mode in ("1", "LA", "RGB", "RGBA"):
         path = save(Image.fromarray(ids).convert(mode), tmp_path / f"{mode}.png")

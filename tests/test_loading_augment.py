@@ -132,8 +132,9 @@ def test_crops_that_show_one_class_are_drawn_again():
     labels[:10] = 255
     share = []
     for seed in range(100):
-        window = choose_window(labels, (100, 100), (30, 30), np.random.default_rng(seed))
-        count = np.bincount(nearest(labels, (100, 100), window).ravel(), minlength=256)[:255]
+        window, cut = choose_window(labels, (100, 100), (30, 30), np.random.default_rng(seed))
+        assert (cut == nearest(labels, (100, 100), window)).all()
+        count = np.bincount(cut.ravel(), minlength=256)[:255]
         share.append(count.max() / count.sum())
     # A fifth of all windows would do: ten tries miss with 0.79 ** 10 = 9 %.
     assert np.mean(np.array(share) < 0.75) > 0.8
@@ -147,10 +148,10 @@ def test_crops_that_show_one_class_are_drawn_again():
 
     for only in (labels * 0, labels * 0 + 255):
         rng = Counting()
-        assert choose_window(only, (100, 100), (30, 30), rng) == (0, 0, 30, 30)
+        assert choose_window(only, (100, 100), (30, 30), rng)[0] == (0, 0, 30, 30)
         assert rng.drawn == 22
     rng = Counting()
-    assert choose_window(labels * 0, (20, 30), (30, 30), rng) == (0, 0, 20, 30)
+    assert choose_window(labels * 0, (20, 30), (30, 30), rng)[0] == (0, 0, 20, 30)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 4000), (4000, 1), (37, 53), (7, 300)])
@@ -268,9 +269,44 @@ def test_recolour_is_hsv(seed, saturation, hue):
     """Against colorsys, with greys, black, white and pure colours among the pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (3, 4, 5)).astype(np.float32)
     pixels[:, 0] = np.array([[0, 255, 77, 255, 0], [0, 255, 77, 0, 255], [0, 255, 77, 0, 255]])
-    found = recolour(torch.from_numpy(pixels), saturation, 2 * hue).numpy()
+    found = pixels.copy()
+    recolour(found, saturation, 2 * hue)
     for y in range(4):
         for x in range(5):
             h, s, v = colorsys.rgb_to_hsv(*(pixels[:, y, x] / 255))
             expected = colorsys.hsv_to_rgb((h + 2 * hue / 360) % 1, min(s * saturation, 1), v)
             assert found[:, y, x] == pytest.approx(255 * np.array(expected), abs=0.02)
+
+
+def plain_photometric(image, rng):
+    """The definition, without strips and with a branch at every pixel."""
+
+    def distort(x, low, high, step):
+        return step(x, rng.uniform(low, high)).clamp(0, 255) if rng.random() < 0.5 else x
+
+    x = distort(image.float(), -32, 32, torch.add)
+    early = rng.random() < 0.5
+    x = distort(x, 0.5, 1.5, torch.mul) if early else x
+    saturation = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0
+    turn = int(rng.integers(-18, 18)) if rng.random() < 0.5 else 0
+    if saturation != 1 or turn != 0:
+        r, g, b = x
+        value, chroma = x.amax(0), x.amax(0) - x.amin(0)
+        unit = chroma.clamp(min=1e-6)
+        hue = torch.where(value == g, 2 + (b - r) / unit, 4 + (r - g) / unit)
+        hue = torch.where(value == r, (g - b) / unit, hue) + 2 * turn / 60
+        chroma = torch.minimum(chroma * saturation, value)
+        away = [(hue + n).remainder(6) for n in (5, 3, 1)]
+        x = torch.stack([value - chroma * torch.minimum(k, 4 - k).clamp(0, 1) for k in away])
+    x = x if early else distort(x, 0.5, 1.5, torch.mul)
+    return x.round().to(torch.uint8)
+
+
+@pytest.mark.parametrize("step", [1, 51, 85])
+def test_photometric_equals_its_definition_to_the_last_bit(step):
+    """Runs resume with the pixels of before. A step of 51 or 85 has many pixels of two equal channels."""
+    image = np.random.default_rng(step).integers(0, 255 // step + 1, (3, 150, 90)) * step
+    image = torch.from_numpy(image.astype(np.uint8))
+    for seed in range(60):
+        found, expected = (f(image, np.random.default_rng(seed)) for f in (photometric, plain_photometric))
+        assert torch.equal(found, expected), seed

@@ -3,6 +3,7 @@
 import os
 import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,3 +79,38 @@ def test_check_decodes_a_sample_and_looks_at_everything(tmp_path, monkeypatch):
     assert 777 not in read
     with pytest.raises(CheckError, match=r"0777\.png is empty"):
         check(dataset, samples=50)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often `os.stat` and `os.scandir` were called and a Path was joined."""
+    counts = dict.fromkeys(("stat", "scandir", "__truediv__"), 0)
+
+    def count(owner, name: str) -> None:
+        real = getattr(owner, name)
+
+        def counted(*arguments, **options):
+            counts[name] += 1
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    for owner, name in zip((os, os, Path), counts, strict=True):
+        count(owner, name)
+    return counts
+
+
+def test_a_start_looks_up_each_file_once(tmp_path, calls):
+    """At ten times as many pairs ten times as many `stat`, and no more listed folders or Path objects."""
+    found = []
+    for pairs in (30, 300):
+        root = folder(tmp_path / str(pairs), pictures=1)
+        for i in range(1, pairs):
+            for part in ("images", "labels"):
+                os.link(root / part / "train/000.png", root / part / f"train/{i:04}.png")
+        calls.update(dict.fromkeys(calls, 0))
+        assert check(open_dataset("folder", root, "train"), samples=10).faults == []
+        found.append(dict(calls))
+    few, many = found
+    assert many["stat"] - few["stat"] == 2 * (300 - 30)
+    assert (many["scandir"], many["__truediv__"]) == (few["scandir"], few["__truediv__"])
