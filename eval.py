@@ -146,8 +146,8 @@ def predict_item(
     image = normalise(item.image[None].to(device))  # (1, 3, h, w)
     given = words(item.path, item.present)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        tags = tada.resolve_tags(image, None if given is None else [given])
-        prediction = predict(image, tags, size=tuple(item.labels.shape))
+        tags, seen = tada.resolve_tags(image, None if given is None else [given])
+        prediction = predict(image, tags, seen=seen, size=tuple(item.labels.shape))
     return prediction, tags and tags[0]
 
 

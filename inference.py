@@ -18,7 +18,7 @@ from adapter import Tagging
 from decoders import resize
 from errors import ModelError
 from mask2former import OVERLAP, SCORE, Instances, Panoptic
-from model import Size, Tada, Tags
+from model import Features, Size, Tada, Tags
 
 STRIP = 2**24  # softmax values in memory at once: 64 MiB
 
@@ -38,6 +38,7 @@ def predict(
     image: Tensor,
     tags: Tags | None = None,
     *,
+    seen: Features | None = None,
     size: Size | None = None,
     base: Size | None = None,
     window: Size | None = None,
@@ -50,16 +51,20 @@ def predict(
     Each scale resizes the image to scale times `base` (H, W), by default its own size, and runs the model on
     the whole image or on windows whose logits are averaged where they overlap; `flip` adds the mirrored
     image. The softmax of all passes is averaged at `size` (the protocol of VPD and mmsegmentation). If the
-    model uses CLIP's tags and none are given, every pass gets the tags of the whole image.
+    model uses CLIP's tags and none are given, every pass gets the tags of the whole image. `tags` and `seen`
+    are those of `resolve_tags`.
     """
-    tags, own = tada.resolve_tags(image, tags), tuple(image.shape[-2:])
+    if tags is None:
+        tags, seen = tada.resolve_tags(image, None)
+    own = tuple(image.shape[-2:])
     maps, tag_logits = [], []
     for scale in scales:
         target = tuple(max(int(scale * side + 0.5), 1) for side in base or own)
         scaled = image if target == own else F.interpolate(image, target, mode="bilinear", antialias=True)
         for mirrored in (False, True)[: 1 + flip]:
             view = scaled.flip(3) if mirrored else scaled
-            logits, highest = slide(tada, view, tags, window or target, stride or window or target)
+            known = seen if view is image else None
+            logits, highest = slide(tada, view, tags, window or target, stride or window or target, known)
             maps.append(logits.flip(3) if mirrored else logits)
             tag_logits.append(highest)
     mean = None if tag_logits[0] is None else torch.stack(tag_logits).mean(0)
@@ -72,6 +77,7 @@ def segment(
     image: Tensor,
     tags: Tags | None = None,
     *,
+    seen: Features | None = None,
     size: Size | None = None,
     score: float = SCORE,
     overlap: float = OVERLAP,
@@ -79,10 +85,12 @@ def segment(
 ) -> Prediction:
     """Segment images `(B, 3, H, W)` in [-1, 1] with Mask2Former at `size` (H, W), by default their own size.
 
-    One pass over the whole image: windows would cut objects. The labels equal those of `predict`. `score` and
-    `overlap` are thresholds, see `Mask2Former.panoptic`.
+    One pass over the whole image: windows would cut objects. The labels equal those of `predict`, whose
+    arguments these are. `score` and `overlap` are thresholds, see `Mask2Former.panoptic`.
     """
-    output = tada(image, tada.resolve_tags(image, tags))
+    if tags is None:
+        tags, seen = tada.resolve_tags(image, None)
+    output = tada(image, tags, seen)
     sizes = tuple(tada.padded(image).shape[-2:]), tuple(image.shape[-2:]), size
     H, W = image.shape[-2:]
     logits = tada.decoder.logits(output.prediction, sizes[0])[..., :H, :W]
@@ -137,7 +145,7 @@ def attention_in_windows(tada: Tada, image: Tensor, tags: Tags | None = None) ->
 
 
 def slide(
-    tada: Tada, image: Tensor, tags: Tags | None, window: Size, stride: Size
+    tada: Tada, image: Tensor, tags: Tags | None, window: Size, stride: Size, seen: Features | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Run the model on sliding windows: logits `(B, K, H, W)`, averaged where windows overlap, and tag logits
     `(B, K)`, the maximum over the windows.
@@ -148,9 +156,10 @@ def slide(
     total = image.new_zeros(B, len(tada.config.classes), H, W, dtype=torch.float32)
     count = image.new_zeros(1, 1, H, W)
     tag_logits = []
-    for top, left, bottom, right in windows((H, W), window, stride):
+    places = windows((H, W), window, stride)
+    for top, left, bottom, right in places:
         part = image[..., top:bottom, left:right]
-        output = tada(part, tags)
+        output = tada(part, tags, seen if len(places) == 1 else None)
         logits = tada.decoder.logits(output.prediction, tuple(tada.padded(part).shape[-2:]))
         total[..., top:bottom, left:right] += logits[..., : bottom - top, : right - left]
         count[..., top:bottom, left:right] += 1

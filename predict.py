@@ -102,11 +102,12 @@ def predict(
     original = x if settings.scales == [1.0] else model_input(image, size).to(device)  # as in eval.py
     how = {"window": config.crop, "stride": config.stride, "scales": settings.scales, "flip": settings.flip}
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        tags = tada.resolve_tags(x, None if words is None else [words])
+        tags, seen = tada.resolve_tags(x, None if words is None else [words])
         if config.decoder == "mask2former":
-            prediction = inference.segment(tada, x, tags, size=size, **settings.reading)
+            prediction = inference.segment(tada, x, tags, seen=seen, size=size, **settings.reading)
         else:
-            prediction = inference.predict(tada, original, tags, size=size, base=small, **how)
+            seen = seen if original is x else None
+            prediction = inference.predict(tada, original, tags, seen=seen, size=size, base=small, **how)
         maps = inference.attention_in_windows(tada, x, tags)[0] if settings.attention else None  # (T, h, w)
     labels = prediction.labels[0].byte().cpu().numpy()  # (H, W)
 

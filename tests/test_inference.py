@@ -99,7 +99,7 @@ def scores(image: Tensor) -> Tensor:
 def test_padding_never_leaks(tagging, image, window, monkeypatch):
     """A model that classifies colours, and gives class 0 a huge logit in the padding, is right everywhere."""
 
-    def classify_colours(part: Tensor, tags: object) -> Output:
+    def classify_colours(part: Tensor, tags: object, seen: object) -> Output:
         return Output(Logits(tagging.padded(scores(part), 1e9), None), Condition(None))
 
     monkeypatch.setattr(tagging, "forward", classify_colours)
@@ -174,9 +174,9 @@ def test_tags_from_clip_are_those_of_the_whole_image(image, monkeypatch):
 
     calls, forward = [], tada.forward
 
-    def record(part: Tensor, tags: list[list[str]]) -> Output:
+    def record(part: Tensor, tags: list[list[str]], *seen: object) -> Output:
         calls.append(tags)
-        return forward(part, tags)
+        return forward(part, tags, *seen)
 
     monkeypatch.setattr(tada, "forward", record)
     words = [[name for name, _ in tags] for tags in scored]
@@ -185,3 +185,19 @@ def test_tags_from_clip_are_those_of_the_whole_image(image, monkeypatch):
     calls.clear()
     predict(tada, image, TAGS)
     assert calls == [TAGS]  # given tags take precedence
+
+
+@torch.no_grad()
+def test_clip_reads_an_image_once(image, monkeypatch):
+    """For the tags and the adapter together, where the model reads the whole image; results do not change."""
+    tada, calls = make(tags="clip"), []
+    words, encode = [[name for name, _ in tags] for tags in tada.zero_shot_tags(image)], tada.clip.image
+    expected = predict(tada, image, words)
+    monkeypatch.setattr(tada.clip, "image", lambda x: calls.append(tuple(x.shape)) or encode(x))
+    result = predict(tada, image)
+    assert calls == [(2, 3, H, W)]
+    assert torch.equal(result.labels, expected.labels)
+    assert torch.equal(result.tag_logits, expected.tag_logits)
+    calls.clear()
+    predict(tada, image, flip=True)
+    assert len(calls) == 2  # CLIP sees a mirrored image differently
