@@ -188,28 +188,62 @@ def vote(maps: Sequence[Tensor], size: Size) -> Tensor:
 
     In strips of rows: an image of 14 megapixels and 150 classes would need 8 GB at once.
     """
-    (H, W), (B, K) = size, maps[0].shape[:2]
-    rows = max(STRIP // (B * K * W), 1)
-    labels = torch.empty(B, H, W, dtype=torch.int64, device=maps[0].device)
-    for top in range(0, H, rows):
-        bottom = min(top + rows, H)
-        strips = [resize_rows(x, size, top, bottom) for x in maps]
-        if len(strips) > 1:  # of a single map the highest logit has the highest probability
-            strips = [sum(x.softmax(dim=1) for x in strips)]
-        labels[:, top:bottom] = strips[0].max(dim=1).indices
+    if len(maps) == 1:  # its highest logit has the highest probability
+        return resized_argmax(maps[0], size)
+    labels = torch.empty(len(maps[0]), *size, dtype=torch.int64, device=maps[0].device)
+    for top, bottom in strips(maps[0], size):
+        total = sum(resize_rows(x, size, top, bottom).softmax(dim=1) for x in maps)
+        labels[:, top:bottom] = total.max(dim=1).indices
     return labels
+
+
+def resized_argmax(x: Tensor, size: Size) -> Tensor:
+    """The argmax over K of `resize(x, size)`: `(B, K, h, w)` -> `(B, H, W)`.
+
+    A pixel is an average of four logits; where those have one argmax, so has the pixel. Only the others,
+    along borders, are interpolated: at 12 megapixels of 24 classes in a tenth of the time.
+    """
+    coarse = x.max(dim=1).indices
+    if coarse.shape[1:] == size:
+        return coarse
+    mixed = coarse != coarse.roll(-1, 1)  # the last row's next one has no weight
+    mixed |= (coarse != coarse.roll(-1, 2)) | (coarse != coarse.roll((-1, -1), (1, 2)))
+    above, below, down = taps(x.shape[2], size[0], x.device)
+    left, right, along = taps(x.shape[3], size[1], x.device)
+    labels = coarse[:, :, left][:, above]
+    for top, bottom in strips(x, size):
+        b, i, j = mixed[:, above[top:bottom]][:, :, left].nonzero().unbind(dim=1)
+        if len(b) > labels[:, top:bottom].numel() / 8:  # then picking them costs more than it saves
+            labels[:, top:bottom] = resize_rows(x, size, top, bottom).max(dim=1).indices
+            continue
+        first, last, i = int(above[top]), int(below[bottom - 1]), i + top
+        near = x[:, :, first : last + 1].permute(0, 2, 3, 1).contiguous()  # (B, rows, w, K)
+        ends = [(near[b, above[i] - first, x], near[b, below[i] - first, x]) for x in (left[j], right[j])]
+        start, end = (torch.lerp(*pair, down[i, None]) for pair in ends)  # (N, K)
+        labels[b, i, j] = torch.lerp(start, end, along[j, None]).max(dim=1).indices
+    return labels
+
+
+def strips(x: Tensor, size: Size) -> list[tuple[int, int]]:
+    """First and last row + 1 of strips in which a resized `x (B, K, h, w)` has at most `STRIP` values."""
+    rows = max(STRIP // (x.shape[0] * x.shape[1] * size[1]), 1)
+    return [(top, min(top + rows, size[0])) for top in range(0, size[0], rows)]
 
 
 def resize_rows(x: Tensor, size: Size, top: int, bottom: int) -> Tensor:
     """Rows top..bottom-1 of `resize(x, size)`: `(B, K, h, w)` -> `(B, K, bottom - top, W)`."""
-    h, (H, W) = x.shape[2], size
-    if (top, bottom) == (0, H):
+    if (top, bottom) == (0, size[0]):
         return resize(x, size)
-    y = ((torch.arange(top, bottom, device=x.device) + 0.5) * (h / H) - 0.5).clamp(0, h - 1)
-    above = y.floor().long()
-    share = (y - above)[:, None]  # the weight of the row below
-    rows = x[:, :, above] * (1 - share) + x[:, :, (above + 1).clamp(max=h - 1)] * share
-    return resize(rows, (bottom - top, W))
+    above, below, share = (y[top:bottom] for y in taps(x.shape[2], size[0], x.device))
+    rows = x[:, :, above] * (1 - share)[:, None] + x[:, :, below] * share[:, None]
+    return resize(rows, (bottom - top, size[1]))
+
+
+def taps(side: int, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The two of `side` values that `resize` averages for each of `size`, and the share of the second."""
+    place = ((torch.arange(size, device=device) + 0.5) * (side / size) - 0.5).clamp(0, side - 1)
+    first = place.floor().long()
+    return first, (first + 1).clamp(max=side - 1), place - first
 
 
 def stride_of(side: int) -> int:

@@ -149,6 +149,21 @@ def test_strips_are_the_whole(small, size, rows, monkeypatch):
         assert error(part, whole[:, :, top : top + rows]) <= BAR
 
 
+@pytest.mark.parametrize("size", [(50, 31), (5, 9), (7, 40), (30, 6), (7, 11), (64, 88)])
+@pytest.mark.parametrize("blocks", [1, 3, 11])
+@pytest.mark.parametrize("rows", [4, 1000])
+def test_only_borders_are_interpolated(size, blocks, rows, monkeypatch):
+    """Of blocks of classes, or noise: the labels of interpolating every pixel, from one pixel a block on."""
+    x = F.interpolate(5 * torch.randn(2, K, blocks, blocks), (7, 11)) + 0.1 * torch.randn(2, K, 7, 11)
+    expected = F.interpolate(x, size, mode="bilinear").topk(2, dim=1)
+    sure = expected.values.diff(dim=1)[:, 0].abs() > 1e-5
+    calls, resize = [], inference.resize
+    monkeypatch.setattr(inference, "STRIP", rows * 2 * K * size[1])
+    monkeypatch.setattr(inference, "resize", lambda *args: calls.append(1) or resize(*args))
+    assert torch.equal(vote([x], size)[sure], expected.indices[:, 0][sure]) and sure.float().mean() > 0.99
+    assert not calls or (blocks > 1 and size != (7, 11))
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 130), (65, 3), (64, 128), (63, 129)])
 def test_any_size(tagging, size):
     """From one pixel up, whole and in windows."""
