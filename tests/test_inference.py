@@ -89,6 +89,20 @@ def test_overlapping_windows_are_averaged(tagging, image):
     assert (predicted.labels != predict(tada, image, TAGS).labels).any()
 
 
+@pytest.mark.parametrize(("pixels", "calls"), [(2 * 30 * 45, 6), (9 * 30 * 45, 2), (2**18, 1)])
+def test_windows_are_read_together(tagging, image, pixels, calls, monkeypatch):
+    """As many as `BATCH` lets; each window's tags are its image's, so results stay."""
+    how = {"window": (30, 45), "stride": (20, 45)}
+    monkeypatch.setitem(inference.BATCH, "cpu", 1)
+    labels, tag_logits, *_ = predict(tagging, image, TAGS, **how)
+    sizes, forward = [], tagging.forward
+    monkeypatch.setitem(inference.BATCH, "cpu", pixels)
+    monkeypatch.setattr(tagging, "forward", lambda x, *rest: sizes.append(len(x)) or forward(x, *rest))
+    result = predict(tagging, image, TAGS, **how)
+    assert len(sizes) == calls and sum(sizes) == 2 * 6
+    assert torch.equal(result.labels, labels) and error(result.tag_logits, tag_logits) <= BAR
+
+
 def scores(image: Tensor) -> Tensor:
     """Logits `(B, K, H, W)`, a function of each pixel's own colour."""
     mixed = torch.linspace(-9, 9, 3 * K).reshape(3, K)
@@ -196,7 +210,7 @@ def test_tags_from_clip_are_those_of_the_whole_image(image, monkeypatch):
     monkeypatch.setattr(tada, "forward", record)
     words = [[name for name, _ in tags] for tags in scored]
     predict(tada, image, window=(50, 60), scales=(1.0, 1.25), flip=True)
-    assert len(calls) == 2 * (1 * 2 + 1 * 3) and all(call == words for call in calls)
+    assert calls == 2 * [2 * words] + 2 * [3 * words]  # two windows at once, then three
     calls.clear()
     predict(tada, image, TAGS)
     assert calls == [TAGS]  # given tags take precedence
