@@ -174,9 +174,9 @@ def slide(
     return total.div_(count), torch.stack(tag_logits).amax(dim=0) if tag_logits else None
 
 
-def at_once(size: Size, device: torch.device) -> int:
+def at_once(size: tuple[float, float], device: torch.device) -> int:
     """How many images or windows of `size` the model reads at once, at least 1."""
-    return max(BATCH["cpu" if device.type == "cpu" else "gpu"] // (size[0] * size[1]), 1)
+    return max(int(BATCH["cpu" if device.type == "cpu" else "gpu"] / (size[0] * size[1])), 1)
 
 
 def windows(size: Size, window: Size, stride: Size) -> list[tuple[int, int, int, int]]:
