@@ -112,7 +112,7 @@ def evaluate(
     tada.eval()
     try:
         places = iter(range(rank, n, world))
-        for group in groups(bar, ranks.device):
+        for group in groups(bar, lambda item: (item.image.shape[1:], item.labels.shape), ranks.device):
             labels = torch.stack([item.labels for item in group])
             base = {} if once else {"base": fit(labels.shape[1:], *config.box)}
             prediction, tags = predict_items(tada, group, words=words, predict=partial(predict, **base))
@@ -142,12 +142,14 @@ def evaluate(
     return Result(config.classes, about, *counts, time.perf_counter() - start, segments)
 
 
-def groups(items: Iterable[Item], device: torch.device) -> Iterator[list[Item]]:
-    """The items in order, those that follow each other with one size together, as many as `at_once` lets.
+def groups(
+    items: Iterable[Any], sizes: Callable[[Any], tuple[Size, Size]], device: torch.device
+) -> Iterator[list]:
+    """The items in order, those that follow each other with equal sizes together, as many as `at_once` lets.
 
-    Their labels, at the original size, count by a quarter of their sides: they need less memory.
+    `sizes` (H, W): of the model's image, and of the labels, which count by a quarter of their sides.
     """
-    for (image, labels), run in groupby(items, lambda item: (item.image.shape[1:], item.labels.shape)):
+    for (image, labels), run in groupby(items, sizes):
         most = min(at_once(image, device), at_once((labels[0] / 4, labels[1] / 4), device))
         while group := list(islice(run, most)):
             yield group
