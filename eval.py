@@ -90,7 +90,7 @@ def evaluate(
     config, ranks = tada.config, Ranks(rank, world, tada.unet.conv_in.weight.device)
     indices = range(len(dataset)) if indices is None else indices
     mine, n, K = indices[rank::world], len(indices), len(config.classes)
-    once = tuple(scales) == (1.0,) or config.box is None
+    once, passes = tuple(scales) == (1.0,) or config.box is None, len(scales) * (1 + flip)
     box = config.box if once and config.box else (None, None)
     items = EvaluationStream(dataset, *box, workers, ranks.device.type).items(mine)
     bar = tqdm(items, f"{dataset.name} {dataset.split}", len(mine), disable=None if show else True)
@@ -112,7 +112,7 @@ def evaluate(
     tada.eval()
     try:
         places = iter(range(rank, n, world))
-        for group in groups(bar, lambda item: (item.image.shape[1:], item.labels.shape), ranks.device):
+        for group in groups(bar, lambda x: (x.image.shape[1:], x.labels.shape), ranks.device, passes):
             labels = torch.stack([item.labels for item in group])
             base = {} if once else {"base": fit(labels.shape[1:], *config.box)}
             prediction, tags = predict_items(tada, group, words=words, predict=partial(predict, **base))
@@ -143,14 +143,16 @@ def evaluate(
 
 
 def groups(
-    items: Iterable[Any], sizes: Callable[[Any], tuple[Size, Size]], device: torch.device
+    items: Iterable[Any], sizes: Callable[[Any], tuple[Size, Size]], device: torch.device, passes: int = 1
 ) -> Iterator[list]:
     """The items in order, those that follow each other with equal sizes together, as many as `at_once` lets.
 
-    `sizes` (H, W): of the model's image, and of the labels, which count by a quarter of their sides.
+    `sizes` (H, W): of the model's image, whose logits are kept from all `passes`, and of the labels, which
+    count by a quarter of their sides.
     """
     for (image, labels), run in groupby(items, sizes):
-        most = min(at_once(image, device), at_once((labels[0] / 4, labels[1] / 4), device))
+        areas = (passes * image[0], image[1]), (labels[0] / 4, labels[1] / 4)
+        most = min(at_once(area, device) for area in areas)
         while group := list(islice(run, most)):
             yield group
 

@@ -220,7 +220,7 @@ def run(
         given = {"words": words_by_path, "settings": settings}
         with bar, ThreadPoolExecutor(AHEAD) as pool:
             photos = in_order(pool, partial(read, box=config.box, **given), mine, AHEAD)
-            together = groups(readable(photos), sizes, ranks.device)
+            together = groups(readable(photos), sizes, ranks.device, len(scales) * (1 + flip))
             found = (x for group in together for x in predict(tada, group, **given))
             drawn = in_order(pool, partial(draw, config=config, settings=settings), found, AHEAD)
             for record, results in drawn:

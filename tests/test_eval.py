@@ -235,6 +235,9 @@ def test_images_of_one_size_are_read_together(tmp_path, monkeypatch):
     monkeypatch.setitem(inference.BATCH, "cpu", 3 * 128 * 128)
     evaluate(tada, dataset, words)
     assert calls["model"] == [3, 2, 1, 3, 3, 1]
+    calls["model"].clear()
+    evaluate(tada, dataset, words, flip=True, indices=range(3))  # the logits of both passes are kept
+    assert calls["model"] == [1] * 6
     monkeypatch.setitem(inference.BATCH, "cpu", 1)
     alone = evaluate(tada, dataset, words)
     moved = int((result.confusion - alone.confusion).abs().sum())
