@@ -229,6 +229,13 @@ def zero_shot_tags(
     """
     with torch.autocast(image.device.type, enabled=False):  # so that training and test have the same tags
         _, embedding = clip.image(image)
+    return likely_names(clip, embedding, names, vectors, threshold)
+
+
+def likely_names(
+    clip: CLIP, embedding: Tensor, names: Sequence[str], vectors: Tensor, threshold: float | None
+) -> list[list[tuple[str, float]]]:
+    """As `zero_shot_tags`, of images whose embeddings `(B, E)` are at hand."""
     tags = []
     for p in zero_shot(clip, embedding, vectors).cpu():
         order = p.argsort(descending=True, stable=True).tolist()

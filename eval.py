@@ -16,9 +16,10 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from errors import DataError, ModelError, TadaError, run_command
 from images.panoptic import components
 from images.read import fit
 from images.scenes import VERSION
-from inference import Prediction, stride_of
+from inference import Prediction, at_once, stride_of
 from loading.augment import normalise
 from loading.check import check
 from loading.stream import EvaluationStream, Item
@@ -41,7 +42,7 @@ from loading.tags import TagSource, choose_source, open_words, split_words, tag_
 from mask2former import OVERLAP, SCORE, Instances, Mask2Former
 from metrics.judge import PanopticEvaluator
 from metrics.report import Result, confusion
-from model import Size, Tada, TadaConfig
+from model import Size, Tada, TadaConfig, Tags
 from run.checkpoint import find_model, load_model, read_about, read_config
 from run.folder import lock
 from run.ranks import Ranks, cleanup, init_distributed
@@ -75,7 +76,7 @@ def evaluate(
     folder: Path | None = None,
     instances: bool = False,
 ) -> Result:
-    """Predict the images `indices` (None: all) one by one, each at its own size, and count.
+    """Predict the images `indices` (None: all) in order, each at its own size, and count.
 
     Each is resized into `config.box` once; for other scales than 1 every size is made from the original
     image. It is read in windows of `window`, whole if None. `world` processes share the images; each calls
@@ -89,7 +90,7 @@ def evaluate(
     config, ranks = tada.config, Ranks(rank, world, tada.unet.conv_in.weight.device)
     indices = range(len(dataset)) if indices is None else indices
     mine, n, K = indices[rank::world], len(indices), len(config.classes)
-    once = tuple(scales) == (1.0,) or config.box is None
+    once, passes = tuple(scales) == (1.0,) or config.box is None, len(scales) * (1 + flip)
     box = config.box if once and config.box else (None, None)
     items = EvaluationStream(dataset, *box, workers, ranks.device.type).items(mine)
     bar = tqdm(items, f"{dataset.name} {dataset.split}", len(mine), disable=None if show else True)
@@ -110,19 +111,22 @@ def evaluate(
     error, training = None, [module for module in tada.modules() if module.training]
     tada.eval()
     try:
-        for place, item in zip(range(rank, n, world), bar, strict=True):
-            base = {} if once else {"base": fit(item.labels.shape, *config.box)}
-            prediction, tags = predict_item(tada, item, words=words, predict=partial(predict, **base))
-            total += confusion(item.labels.to(ranks.device), prediction.labels[0], K)
-            present[place, item.present] = 1
-            if prediction.tag_logits is not None:
-                scores[place] = prediction.tag_logits[0]
-            if evaluator is not None:
-                evaluator.add(item, *segments_of(prediction, dataset))
-            if tags is not None:
-                tags = {tag_key(tag) for tag in tags}
-                right = {tag_key(config.prompts[k]) for k in item.present} & tags
-                tag_counts += tag_counts.new_tensor([len(right), len(tags), len(item.present)])
+        places = iter(range(rank, n, world))
+        for group in groups(bar, lambda x: (x.image.shape[1:], x.labels.shape), ranks.device, passes):
+            labels = torch.stack([item.labels for item in group])
+            base = {} if once else {"base": fit(labels.shape[1:], *config.box)}
+            prediction, tags = predict_items(tada, group, words=words, predict=partial(predict, **base))
+            total += confusion(labels.to(ranks.device), prediction.labels, K)
+            for i, (item, place) in enumerate(zip(group, places)):
+                present[place, item.present] = 1
+                if prediction.tag_logits is not None:
+                    scores[place] = prediction.tag_logits[i]
+                if evaluator is not None:
+                    evaluator.add(item, *segments_of(prediction, i, dataset))
+                if tags is not None:
+                    unique = {tag_key(tag) for tag in tags[i]}
+                    right = {tag_key(config.prompts[k]) for k in item.present} & unique
+                    tag_counts += tag_counts.new_tensor([len(right), len(unique), len(item.present)])
     except DataError as caught:
         error = caught
     finally:
@@ -138,26 +142,42 @@ def evaluate(
     return Result(config.classes, about, *counts, time.perf_counter() - start, segments)
 
 
-def predict_item(
-    tada: Tada, item: Item, words: TagSource, predict: Callable[..., Prediction]
-) -> tuple[Prediction, list[str] | None]:
-    """The prediction for one image at its own size, and the tags it was made with."""
+def groups(
+    items: Iterable[Any], sizes: Callable[[Any], tuple[Size, Size]], device: torch.device, passes: int = 1
+) -> Iterator[list]:
+    """The items in order, those that follow each other with equal sizes together, as many as `at_once` lets.
+
+    `sizes` (H, W): of the model's image, whose logits are kept from all `passes`, and of the labels, which
+    count by a quarter of their sides.
+    """
+    for (image, labels), run in groupby(items, sizes):
+        areas = (passes * image[0], image[1]), (labels[0] / 4, labels[1] / 4)
+        most = min(at_once(area, device) for area in areas)
+        while group := list(islice(run, most)):
+            yield group
+
+
+def predict_items(
+    tada: Tada, items: Sequence[Item], words: TagSource, predict: Callable[..., Prediction]
+) -> tuple[Prediction, Tags | None]:
+    """The prediction for images of one size at that of their labels, and the tags it was made with."""
     device = tada.unet.conv_in.weight.device
-    image = normalise(item.image[None].to(device))  # (1, 3, h, w)
-    given = words(item.path, item.present)
+    image = normalise(torch.stack([item.image for item in items]).to(device))  # (B, 3, h, w)
+    given = [words(item.path, item.present) for item in items]
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        tags = tada.resolve_tags(image, None if given is None else [given])
-        prediction = predict(image, tags, size=tuple(item.labels.shape))
-    return prediction, tags and tags[0]
+        tags, seen = tada.resolve_tags(image, None if given[0] is None else given)
+        return predict(image, tags, seen=seen, size=tuple(items[0].labels.shape)), tags
 
 
-def segments_of(prediction: Prediction, dataset: Dataset) -> tuple[np.ndarray, Sequence, Instances | None]:
-    """The ids `(H, W)` of one image, their segments, and the things that may overlap if requested."""
+def segments_of(
+    prediction: Prediction, i: int, dataset: Dataset
+) -> tuple[np.ndarray, Sequence, Instances | None]:
+    """The ids `(H, W)` of image i, their segments, and the things that may overlap if requested."""
     if prediction.panoptic is None:
-        labels = prediction.labels[0].byte().cpu().numpy()
+        labels = prediction.labels[i].byte().cpu().numpy()
         return *components(labels, dataset.categories.things), None
-    ids, segments = prediction.panoptic[0]
-    return ids.cpu().numpy(), segments, prediction.instances and prediction.instances[0]
+    ids, segments = prediction.panoptic[i]
+    return ids.cpu().numpy(), segments, prediction.instances and prediction.instances[i]
 
 
 def raise_on_all_ranks(error: DataError | None, ranks: Ranks) -> None:

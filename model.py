@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapter import Condition, Implicit, Tagging, Text, Words, asymmetric_loss, multi_hot
-from clip import CLIP, PROMPT, TEMPLATES, Tokenizer, name_vectors, zero_shot_tags
+from clip import CLIP, PROMPT, TEMPLATES, Tokenizer, likely_names, name_vectors, zero_shot_tags
 from decoders import Logits, SemanticDecoder
 from kernels import IGNORE
 from mask2former import Mask2Former, Queries, Rand, Target
@@ -26,6 +26,7 @@ from vae import VAE
 
 Size = tuple[int, int]  # height, width
 Tags = Sequence[Sequence[str]]  # the words of each image; for captions one sentence each
+Features = tuple[Tensor, Tensor] | tuple[None, None]  # CLIP's image tokens (B, M, C) and embedding (B, E)
 
 NOISE_SEED = 42  # our choice; like ODISE, one noise for all images
 
@@ -114,16 +115,17 @@ class Tada(nn.Module):
             adapter.log_scale.requires_grad_(False)
             adapter.bias.requires_grad_(False)
 
-    def forward(self, image: Tensor, tags: Tags | None = None) -> Output:
+    def forward(self, image: Tensor, tags: Tags | None = None, seen: Features | None = None) -> Output:
         """Return Figure 2's output for images `(B, 3, H, W)` in [-1, 1] of any size and the words of each.
 
-        Without tags the adapter uses the class names. The prediction covers the image padded with grey on the
-        right and below to multiples of 64; `loss` pads the labels, inference.py crops the prediction.
+        Without tags the adapter uses the class names. `seen`: the `image_features`, if they are at hand. The
+        prediction covers the image padded with grey on the right and below to multiples of 64; `loss` pads
+        the labels, inference.py crops the prediction.
         """
         # fmt: off
         with torch.no_grad():  # the frozen parts
             latent = self.noised(self.vae.encode(self.padded(image)))  # (B, 4, h, w)
-            tokens, embedding = self.image_features(image)             # (B, M, C), (B, E)
+            tokens, embedding = seen or self.image_features(image)     # (B, M, C), (B, E)
             text = self.text(tags)                                     # (B, T, C)
         condition = self.adapter(tokens, embedding, text)              # context (B, L, C), tag logits (B, K)
         features = self.unet_features(latent, condition)               # four maps (B, C_i, h_i, w_i)
@@ -141,8 +143,8 @@ class Tada(nn.Module):
         alpha = float(alphas_cumprod()[self.config.timestep])
         return alpha**0.5 * latent + (1 - alpha) ** 0.5 * noise
 
-    def image_features(self, image: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """CLIP's image tokens `(B, M, C)` and embedding `(B, E)`; None if the adapter uses neither."""
+    def image_features(self, image: Tensor) -> Features:
+        """CLIP's tokens and embedding of images; None if the adapter uses neither."""
         return self.clip.image(image) if self.uses_image else (None, None)
 
     def unet_features(self, latent: Tensor, condition: Condition) -> list[Tensor]:
@@ -223,11 +225,20 @@ class Tada(nn.Module):
         if "" in words and "" not in self.vectors:
             self.vectors[""] = name_vectors(self.clip, self.tokenizer, [""], ["{}"])[0]
 
-    def resolve_tags(self, image: Tensor, tags: Tags | None) -> Tags | None:
-        """Return `tags`, or those of the model's tagger if `tags` is None."""
-        if tags is None and self.tagger is not None and self.uses_words:
-            return [[name for name, _ in scored] for scored in self.tagger(image)]
-        return tags
+    @torch.no_grad()
+    def resolve_tags(self, image: Tensor, tags: Tags | None) -> tuple[Tags | None, Features | None]:
+        """Return `tags`, or those of the model's tagger if `tags` is None; and for `forward` the features of
+        the image if the tags were made from them: None, or CLIP's.
+        """
+        if tags is not None or self.tagger is None or not self.uses_words:
+            return tags, None
+        if self.tagger != self.zero_shot_tags or not self.uses_image:
+            return [[name for name, _ in scored] for scored in self.tagger(image)], None
+        with torch.autocast(image.device.type, enabled=False):  # as in `zero_shot_tags`
+            features = self.clip.image(image)
+        names, least = self.config.prompts, self.config.tag_threshold
+        scored_tags = likely_names(self.clip, features[1], names, self.names, least)
+        return [[name for name, _ in scored] for scored in scored_tags], features
 
     def zero_shot_tags(self, image: Tensor) -> list[list[tuple[str, float]]]:
         """CLIP's tags of images `(B, 3, H, W)` among the class names, each with its probability."""

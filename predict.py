@@ -20,17 +20,14 @@ image is skipped if its line has the same model, settings, size and time, and it
 """
 
 import argparse
-import fcntl
-import json
-import os
-import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,162 +37,120 @@ from tqdm import tqdm
 import inference
 import kernels
 from errors import TadaError, Unreadable, run_command
-from eval import add_segment_flags, add_word_flags, scale, segment_options
+from eval import add_segment_flags, add_word_flags, groups, scale, segment_options
 from images.draw import attention_mosaic, overlay, percent, segment_overlay
 from images.panoptic import to_colours
 from images.read import distinct_colour, find_images, fit, read_image
-from loading.augment import model_input
+from loading.augment import model_input, resize
+from loading.stream import in_order
 from loading.tags import choose_source, choose_words
-from model import Tada
-from run.checkpoint import find_model, load_model, read_about, read_config, replace_text
+from model import Size, Tada, TadaConfig
+from run.checkpoint import find_model, load_model, read_about, read_config
 from run.folder import lock
+from run.predictions import SEGMENTS, Settings, read_list, tidy, to_do, write
 from run.ranks import Ranks, cleanup, init_distributed
 from weights.words import digest
 
-LIST, SEGMENTS = "predictions.jsonl", ".segments.png"
-ENDINGS = (".png", ".overlay.jpg", ".attention.jpg", SEGMENTS)  # of all results
+AHEAD = 4  # images that threads read, and as many that they draw, beside the model
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a result depends on, besides its image and its words."""
-
-    checkpoint: str  # its sha256
-    tagger: dict[str, Any]  # the source of the words and its threshold, if not those of training
-    scales: Sequence[float]
-    flip: bool
-    attention: bool
-    reading: dict[str, float]  # score and overlap of mask2former's segments; {} for other decoders
-
-    def of(self, path: str, words: list[str] | None) -> dict:
-        """The entries of a line by which an existing result is recognised; {} without the image's file."""
-        if not os.path.exists(path):
-            return {}
-        file = os.stat(path)
-        made = {"checkpoint": self.checkpoint, "asked": words, "scales": self.scales, "flip": self.flip}
-        return made | self.tagger | self.reading | {"bytes": file.st_size, "mtime_ns": file.st_mtime_ns}
-
-    @property
-    def owned(self) -> list[str]:
-        """The endings of all files that belong to an image."""
-        return [ending for ending in ENDINGS if ending != SEGMENTS or self.reading]
-
-    @property
-    def endings(self) -> list[str]:
-        """Of the files of one image, the label map last: where it exists, all others do."""
-        optional = [SEGMENTS] * bool(self.reading) + [".attention.jpg"] * self.attention
-        return [".overlay.jpg", *optional, ".png"]
+# ---- one image: read in a thread, predicted in this one, drawn in a thread
 
 
-# ---- one image
+class Photo(NamedTuple):
+    """An image as it was read; its line so far, of the file before that."""
+
+    path: str
+    made: dict
+    image: Image.Image  # upright
+    small: Image.Image  # at the size that the model reads
+
+
+class Found(NamedTuple):
+    """What the model found in an image."""
+
+    photo: Photo
+    tags: list[str] | None
+    labels: np.ndarray  # (H, W) uint8
+    panoptic: tuple[np.ndarray, Sequence] | None  # ids (H, W) and segments of mask2former
+    maps: np.ndarray | None  # (T, h, w) attention
+
+
+def read(path: str, words: dict[str, list[str] | None], box: Size | None, settings: Settings) -> Photo | str:
+    """The image, or the reason why it cannot be read."""
+    made = {"path": path} | settings.of(path, words[path])
+    try:
+        image, size = read_image(path)
+    except Unreadable as error:
+        return str(error)
+    small = fit(size, *box) if box else size
+    return Photo(path, made, image, resize(image, size, small, (0, 0, *small)))
+
+
+def sizes(photo: Photo) -> tuple[Size, Size]:
+    """(H, W) that the model reads, and of the result."""
+    return photo.small.size[::-1], photo.image.size[::-1]
 
 
 @torch.no_grad()
 def predict(
-    tada: Tada, path: str, words: list[str] | None, *, settings: Settings
-) -> tuple[dict, dict[str, Image.Image]]:
-    """The entries of an image's line, and its results by their `endings`. Raises Unreadable."""
-    config, device = tada.config, tada.unet.conv_in.weight.device
-    image, size = read_image(path)
-    small = fit(size, *config.box) if config.box else size
-    x = model_input(image, small).to(device)  # (1, 3, h, w)
-    original = x if settings.scales == [1.0] else model_input(image, size).to(device)  # as in eval.py
+    tada: Tada, photos: Sequence[Photo], words: dict[str, list[str] | None], settings: Settings
+) -> list[Found]:
+    """Predict images of one size together."""
+    config, device, (small, size) = tada.config, tada.unet.conv_in.weight.device, sizes(photos[0])
+    x = torch.cat([model_input(photo.small, small) for photo in photos]).to(device)  # (B, 3, h, w)
+    original = x  # as in eval.py
+    if settings.scales != [1.0]:
+        original = torch.cat([model_input(photo.image, size) for photo in photos]).to(device)
     how = {"window": config.crop, "stride": config.stride, "scales": settings.scales, "flip": settings.flip}
+    given = [words[photo.path] for photo in photos]
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        tags = tada.resolve_tags(x, None if words is None else [words])
+        tags, seen = tada.resolve_tags(x, None if given[0] is None else given)
         if config.decoder == "mask2former":
-            prediction = inference.segment(tada, x, tags, size=size, **settings.reading)
+            prediction = inference.segment(tada, x, tags, seen=seen, size=size, **settings.reading)
         else:
-            prediction = inference.predict(tada, original, tags, size=size, base=small, **how)
-        maps = inference.attention_in_windows(tada, x, tags)[0] if settings.attention else None  # (T, h, w)
-    labels = prediction.labels[0].byte().cpu().numpy()  # (H, W)
+            seen = seen if original is x else None
+            prediction = inference.predict(tada, original, tags, seen=seen, size=size, base=small, **how)
+        maps = inference.attention_in_windows(tada, x, tags) if settings.attention else None  # (B, T, h, w)
+    found = []
+    for i, (photo, labels) in enumerate(zip(photos, prediction.labels.byte().cpu().numpy(), strict=True)):
+        own, panoptic, attended = tags and tags[i], None, None
+        if prediction.panoptic:
+            ids, segments = prediction.panoptic[i]
+            panoptic = ids.cpu().numpy(), segments
+        if maps is not None:  # (T, h, w), without the padding of shorter lists
+            attended = maps[i, : max(len(own), 1) if tags else None].cpu().numpy()
+        found.append(Found(photo, own, labels, panoptic, attended))
+    return found
 
-    tags = tags and tags[0]
+
+def draw(found: Found, config: TadaConfig, settings: Settings) -> tuple[dict, dict[str, bytes]]:
+    """An image's line, and its files by their `endings`, in their order."""
+    (_, made, image, _), tags, labels, panoptic, maps = found
     counts = Image.fromarray(labels).histogram()
     order = sorted((k for k in range(len(config.classes)) if counts[k]), key=lambda k: -counts[k])
     shares = {config.classes[k]: counts[k] / labels.size for k in order}
-    record = {"size": [*size], "tags": tags, "shares": shares}
+    record = made | {"size": [*labels.shape], "tags": tags, "shares": shares}
     palette = np.array(config.palette or [*map(distinct_colour, range(1, len(config.classes) + 1))], np.uint8)
     names, results = {"palette": palette, "classes": config.classes, "words": tags}, {}
-    if config.decoder == "mask2former":
-        ids, segments = prediction.panoptic[0]
-        ids = ids.cpu().numpy()
+    if panoptic is not None:
+        ids, segments = panoptic
         entries = [{"id": s.id, "class": config.classes[s.label], "score": s.score} for s in segments]
         record["segments"] = entries
-        results[".overlay.jpg"] = segment_overlay(np.asarray(image), ids, segments, **names)
+        results[".overlay.jpg"] = segment_overlay(image, ids, segments, **names)
         results[SEGMENTS] = Image.fromarray(to_colours(ids))
     else:
-        results[".overlay.jpg"] = overlay(np.asarray(image), labels, **names)
+        results[".overlay.jpg"] = overlay(image, labels, **names)
     if maps is not None:
-        results[".attention.jpg"] = attention_mosaic(image, maps.cpu().numpy(), config.classes, words=tags)
-    return record, results | {".png": Image.fromarray(labels)}
+        results[".attention.jpg"] = attention_mosaic(image, maps, config.classes, words=tags)
+    results[".png"] = Image.fromarray(labels)
+    return record, {ending: encoded(x, ending) for ending, x in results.items()}
 
 
-# ---- what is written
-
-
-def read_list(out: Path) -> dict[str, dict]:
-    """Label map -> its line, the last if there are several, of images that have any result."""
-    file = out / LIST
-    lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
-    records = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            records[record["labels"]] = record | {"path": record["path"]}
-        except (ValueError, KeyError, TypeError):
-            if line.endswith(b"\n") or not b'{"path"'.startswith(line[:7]):  # else a crash truncated it
-                raise TadaError(f"{file}, line {number}, is not of predict.py: give another --out") from None
-    return {
-        labels: record
-        for labels, record in sorted(records.items())
-        if any((out / f"{labels.removesuffix('.png')}{ending}").exists() for ending in ENDINGS)
-    }
-
-
-def tidy(out: Path) -> None:
-    """Delete files that an interrupted process left half-written, and lines without a result."""
-    try:
-        for left in out.rglob(".tmp-*"):
-            if re.fullmatch(rf"\.tmp-(\d+|{re.escape(LIST)})", left.name) and left.is_file():
-                left.unlink()
-        replace_text(out / LIST, "".join(json.dumps(record) + "\n" for record in read_list(out).values()))
-    except OSError as error:
-        raise TadaError(f"{out} cannot be written ({error.strerror}): give another --out") from None
-
-
-def to_do(names: dict[str, str], words: dict, out: Path, settings: Settings) -> list[str]:
-    """The images without such a result. Raises TadaError where a file belongs to another image or program."""
-    records, todo = {name.removesuffix(".png"): x for name, x in read_list(out).items()}, []
-    taken = {name.lower() for name in (*records, *names.values())}
-    for path, name in names.items():
-        record = records.get(name, {})
-        if settings.reading and f"{name}{SEGMENTS}".removesuffix(".png").lower() in taken:
-            raise TadaError(f"{out / name}{SEGMENTS} is another image's label map: give another --out")
-        for file in [out / f"{name}{ending}" for ending in settings.owned]:
-            if not record and file.exists():
-                raise TadaError(f"{file} exists and {LIST} has no line for it: give another --out")
-        made, files = settings.of(path, words[path]), [out / f"{name}{x}" for x in settings.endings]
-        if not made or not made.items() <= record.items() or not all(file.is_file() for file in files):
-            todo.append(path)
-    return todo
-
-
-def write(out: Path, name: str, record: dict, results: dict[str, Image.Image], rank: int) -> None:
-    """Append the line, then write the files, each whole or not at all, the label map last. Raises OSError."""
-    file = out / LIST
-    try:
-        with file.open("a") as f:
-            fcntl.flock(f, fcntl.LOCK_EX)  # of the ranks one at a time
-            f.write(json.dumps(record) + "\n")
-        for ending, image in results.items():
-            file = out / f"{name}{ending}"
-            new = file.with_name(f".tmp-{rank}")
-            file.parent.mkdir(parents=True, exist_ok=True)
-            image.save(new, "PNG" if ending.endswith(".png") else "JPEG", quality=92)
-            os.replace(new, file)
-    except OSError as error:
-        raise OSError(f"{file} cannot be written ({error.strerror or error}): earlier results stay") from None
+def encoded(image: Image.Image, ending: str) -> bytes:
+    file = BytesIO()
+    image.save(file, "PNG" if ending.endswith(".png") else "JPEG", quality=92)
+    return file.getvalue()
 
 
 # ---- the command
@@ -250,21 +205,34 @@ def run(
             if config.weights == "random":
                 print("random weights: without a prior")
         failed, mine = 0, todo[ranks.rank :: ranks.world]
-        with tqdm(mine, "predicting", disable=None if ranks.is_main else True) as bar:
-            for path in bar:
-                made = {"path": path, "labels": f"{names[path]}.png"} | settings.of(path, words_by_path[path])
-                try:
-                    record, results = predict(tada, path, words_by_path[path], settings=settings)
-                except Unreadable as error:
+        bar = tqdm(total=len(mine), desc="predicting", disable=None if ranks.is_main else True)
+
+        def readable(photos: Iterable[Photo | str]) -> Iterator[Photo]:
+            nonlocal failed
+            for photo in photos:
+                if isinstance(photo, Photo):
+                    yield photo
+                else:
                     failed += 1
-                    tqdm.write(f"skipped: {error}", file=sys.stderr)
-                    continue
+                    bar.update()
+                    tqdm.write(f"skipped: {photo}", file=sys.stderr)
+
+        given = {"words": words_by_path, "settings": settings}
+        with bar, ThreadPoolExecutor(AHEAD) as pool:
+            photos = in_order(pool, partial(read, box=config.box, **given), mine, AHEAD)
+            together = groups(readable(photos), sizes, ranks.device, len(scales) * (1 + flip))
+            found = (x for group in together for x in predict(tada, group, **given))
+            drawn = in_order(pool, partial(draw, config=config, settings=settings), found, AHEAD)
+            for record, results in drawn:
+                name = names[record["path"]]
                 for ending in settings.owned:  # also those of an earlier result that this one lacks
-                    (folder / f"{names[path]}{ending}").unlink(missing_ok=True)
-                write(folder, names[path], made | record, results=results, rank=ranks.rank)
+                    (folder / f"{name}{ending}").unlink(missing_ok=True)
+                record = {"path": record["path"], "labels": f"{name}.png"} | record
+                write(folder, name, record, results=results, rank=ranks.rank)
+                bar.update()
                 if ranks.is_main and bar.disable:
                     most = [f"{name} {percent(share)}" for name, share in [*record["shares"].items()][:3]]
-                    print(f"{folder / made['labels']}: {', '.join(most)}")
+                    print(f"{folder / record['labels']}: {', '.join(most)}")
         failed = int(ranks.all_reduce(torch.tensor(failed, device=ranks.device)))
         if ranks.is_main:
             tidy(folder)

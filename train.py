@@ -27,7 +27,7 @@ import kernels
 from assemble import build, parameter_groups
 from data import Dataset, open_dataset
 from errors import CheckpointError, ModelError, RunError, run_command
-from eval import Result, evaluate, predict_item
+from eval import Result, evaluate, predict_items
 from images import scenes
 from images.panoptic import Segment
 from loading.augment import Augment, normalise
@@ -275,13 +275,13 @@ def draw_val(training: Training) -> None:
     for item in EvaluationStream(val, *(tada.config.box or (None, None))).items(chosen):
         item = item._replace(labels=item.image[0])  # predicted at the size that the model reads
         how = partial(predict, tada, **training.windows)
-        prediction, tags = predict_item(tada, item, words=training.val_words, predict=how)
+        prediction, tags = predict_items(tada, [item], words=training.val_words, predict=how)
         if training.metric == "PQ":
             ids, segments = prediction.panoptic[0]
             target = ids.cpu().numpy(), segments
         else:
             target = prediction.labels[0].byte().cpu().numpy()
-        shown.append((item.image.permute(1, 2, 0).numpy(), target, tags))
+        shown.append((item.image.permute(1, 2, 0).numpy(), target, tags and tags[0]))
     tada.train()
     file = run.folder / "val" / f"step-{training.step:06d}.jpg"
     try:

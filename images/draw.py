@@ -30,10 +30,11 @@ HEAT = (8, 8, 24), (84, 18, 110), (188, 55, 84), (246, 136, 30), (253, 240, 170)
 
 
 Names = Sequence[str]
+Drawable = np.ndarray | Image.Image
 
 
 def overlay(
-    image: np.ndarray, labels: np.ndarray, palette: np.ndarray, classes: Names, words: Names | None = None
+    image: Drawable, labels: np.ndarray, palette: np.ndarray, classes: Names, words: Names | None = None
 ) -> Image.Image:
     """The image under the colours of its labels `(H, W)`, over a legend; at most 1600 pixels wide and high.
 
@@ -41,13 +42,13 @@ def overlay(
     uses, None if it uses none per image. Ignored pixels keep their colour.
     """
     blended, shown = covered(image, labels, palette)
-    blended[borders(shown)] *= 0.6
-    drawn = Image.fromarray(blended.round().astype(np.uint8))
-    return with_legend(drawn, labels, palette, classes, words)
+    edges = borders(shown)
+    blended[edges] = (0.6 * blended[edges]).round()
+    return with_legend(Image.fromarray(blended), labels, palette, classes, words)
 
 
 def segment_overlay(
-    image: np.ndarray,
+    image: Drawable,
     ids: np.ndarray,
     segments: Sequence,
     palette: np.ndarray,
@@ -63,8 +64,8 @@ def segment_overlay(
     h, w = blended.shape[:2]
     shown = np.asarray(Image.fromarray(ids.astype(np.int32)).resize((w, h), Image.Resampling.NEAREST))
     lines = borders(shown)
-    blended[lines] += LINE * (255 - blended[lines])
-    drawn = Image.fromarray(blended.round().astype(np.uint8))
+    blended[lines] = (LINE * 255 + (1 - LINE) * blended[lines]).round()
+    drawn = Image.fromarray(blended)
     text = min(max(w // 45, 12), 24)
     font, draw = ImageFont.load_default(text), ImageDraw.Draw(drawn)
     for segment in segments:
@@ -76,15 +77,16 @@ def segment_overlay(
     return with_legend(drawn, labels, palette, classes, words)
 
 
-def covered(image: np.ndarray, labels: np.ndarray, palette: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The image under the colours, `(h, w, 3)` float32, and the labels `(h, w)`, at the size as drawn."""
-    size = drawn_size(*labels.shape)
-    drawn = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC), np.float32)
-    shown = np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
-    colours = np.zeros((256, 3), np.float32)
-    colours[: len(palette)] = palette
-    cover = np.where(shown < len(palette), np.float32(COVER), 0)[..., None]
-    return drawn + cover * (colours[shown] - drawn), shown
+def covered(image: Drawable, labels: np.ndarray, palette: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The image under the colours, `(h, w, 3)` uint8, and the labels `(h, w)`, at the size as drawn."""
+    size, K = drawn_size(*labels.shape), len(palette)
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    drawn = image.resize(size, Image.Resampling.BICUBIC)
+    shown = Image.fromarray(labels).resize(size, Image.Resampling.NEAREST)
+    colours = shown.copy()
+    colours.putpalette(palette.tobytes())
+    cover = shown.point([round(255 * COVER)] * K + [0] * (256 - K))
+    return np.array(Image.composite(colours.convert("RGB"), drawn, cover)), np.asarray(shown)
 
 
 def widest(mask: np.ndarray) -> tuple[float, float, int]:

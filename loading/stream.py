@@ -11,7 +11,9 @@ floats.
 import atexit
 import signal
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from itertools import chain
@@ -239,6 +241,17 @@ def load_in_order(
     finally:
         atexit.unregister(end)
         end()
+
+
+def in_order(pool: Executor, work: Callable[[Any], Any], inputs: Iterable[Any], ahead: int) -> Iterator[Any]:
+    """work(x) of each input, in order, by the threads of `pool`, which are at most `ahead` results ahead."""
+    futures = deque()
+    for x in inputs:
+        futures.append(pool.submit(work, x))
+        if len(futures) > ahead:
+            yield futures.popleft().result()
+    while futures:
+        yield futures.popleft().result()
 
 
 def ignore_signals(worker: int) -> None:

@@ -184,7 +184,7 @@ class Result:
 
 
 def confusion(truth: Tensor, predicted: Tensor, K: int) -> Tensor:
-    """Pixels `(K, K)` int64 [label, prediction] of two maps `(H, W)`, where the label is not 255."""
+    """Pixels `(K, K)` int64 [label, prediction] of two equally large maps, where the label is not 255."""
     kept = truth != IGNORE
     return torch.bincount(K * truth[kept].long() + predicted[kept], minlength=K * K).view(K, K)
 

@@ -12,6 +12,7 @@ import socket
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -210,6 +211,41 @@ def test_other_scales_are_made_from_the_original_image(tada, dataset, sizes):
     assert sizes == wanted
     assert int((result.confusion - expected).abs().sum()) <= 2e-4 * int(expected.sum())  # order of sums
     assert (result.about["scales"], result.about["flip"]) == ([1.0, 1.5], True)
+
+
+def test_images_of_one_size_are_read_together(tmp_path, monkeypatch):
+    """Twelve drawn images and one of another size, in order, as many as `BATCH` lets: the numbers of one by
+    one; CLIP's image tower sees each once, for its tags and the adapter.
+    """
+    for i in range(13):
+        sample = scenes.draw(200_000 + i)
+        side = 100 if i == 5 else 128
+        save(sample.image[:side], tmp_path / f"images/val/{i:02}.png")
+        save(sample.labels[:side], tmp_path / f"labels/val/{i:02}.png")
+    (tmp_path / "classes.txt").write_text("\n".join(scenes.CLASSES))
+    dataset = open_dataset("folder", tmp_path, "val")
+    sizes = {"crop": (128, 128), "stride": (85, 85), "box": (128, 256)}
+    tada = random_model(replace(CONFIG, classes=scenes.CLASSES, prompts=(), tags="clip", **sizes))
+    calls, forward, encode = {"model": [], "clip": []}, tada.forward, tada.clip.image
+    monkeypatch.setattr(tada, "forward", lambda x, *rest: calls["model"].append(len(x)) or forward(x, *rest))
+    monkeypatch.setattr(tada.clip, "image", lambda x: calls["clip"].append(len(x)) or encode(x))
+    words = words_from("clip", dataset)
+    result = evaluate(tada, dataset, words)
+    assert calls == {"model": [5, 1, 7], "clip": [5, 1, 7]}
+    calls["model"].clear()
+    monkeypatch.setitem(inference.BATCH, "cpu", 3 * 128 * 128)
+    evaluate(tada, dataset, words)
+    assert calls["model"] == [3, 2, 1, 3, 3, 1]
+    calls["model"].clear()
+    evaluate(tada, dataset, words, flip=True, indices=range(3))  # the logits of both passes are kept
+    assert calls["model"] == [1] * 6
+    monkeypatch.setitem(inference.BATCH, "cpu", 1)
+    alone = evaluate(tada, dataset, words)
+    moved = int((result.confusion - alone.confusion).abs().sum())
+    assert moved <= 2e-5 * int(alone.confusion.sum()) and len(result.present) == 13  # ties by rounding
+    assert torch.equal(result.tag_counts, alone.tag_counts)
+    assert torch.equal(result.present, alone.present)
+    assert torch.allclose(result.scores, alone.scores, atol=1e-4)
 
 
 def test_images_keep_their_size_where_the_config_has_no_box(tada, dataset, sizes, monkeypatch):
@@ -782,12 +818,14 @@ def test_a_perfect_model_has_full_marks(panoptic_run, monkeypatch):
     samples = map(dataset.load, range(len(dataset)))
 
     def perfect(tada, image, tags, size, **options):
-        _, labels, ids, segments = next(samples)
-        things, ids = [s for s in segments if s.thing], torch.from_numpy(ids).long()
-        masks = torch.stack([ids == s.id for s in things])
-        instances = Instances(torch.tensor([s.label for s in things]), torch.ones(len(things)), masks)
-        labels = torch.from_numpy(labels).long()[None]
-        return Prediction(labels, None, [Panoptic(ids, segments)], [instances])
+        found = []
+        for _, labels, ids, segments in islice(samples, len(image)):
+            things, ids = [s for s in segments if s.thing], torch.from_numpy(ids).long()
+            masks = torch.stack([ids == s.id for s in things])
+            instances = Instances(torch.tensor([s.label for s in things]), torch.ones(len(things)), masks)
+            found.append((torch.from_numpy(labels).long(), Panoptic(ids, segments), instances))
+        labels, panoptic, instances = zip(*found, strict=True)
+        return Prediction(torch.stack(labels), None, panoptic, instances)
 
     monkeypatch.setattr(inference, "segment", perfect)
     found = evaluate(tada, dataset, words_from("classes", dataset), instances=True).as_json()

@@ -44,6 +44,17 @@ def test_each_class_has_its_colour_over_the_image():
     assert found[200, 400].tolist() == [45, 45, 185]
 
 
+def test_colours_are_blended_to_one_level():
+    """Every level under every class, 0.55 of its colour, as an array and as an image; lines 0.6 as bright."""
+    levels = np.arange(256, dtype=np.uint8).repeat(4)[None, :, None].repeat(768, axis=0).repeat(3, axis=2)
+    labels = np.repeat(np.array([0, 1, 2, 255], np.uint8), 192)[:, None].repeat(1024, axis=1)
+    found = pixels(overlay(levels, labels, PALETTE, CLASSES))
+    assert np.array_equal(found, pixels(overlay(Image.fromarray(levels), labels, PALETTE, CLASSES)))
+    expected = np.where(labels[..., None] < 3, 0.45 * levels + 0.55 * PALETTE[labels % 3], levels)
+    expected[[191, 383, 575]] *= 0.6
+    assert np.abs(found[:768] - expected).max() <= 1
+
+
 def test_the_image_shows_through():
     """A dark and a bright half under one class stay apart, each on its own side."""
     image = np.zeros((600, 800, 3), np.uint8)

@@ -89,6 +89,20 @@ def test_overlapping_windows_are_averaged(tagging, image):
     assert (predicted.labels != predict(tada, image, TAGS).labels).any()
 
 
+@pytest.mark.parametrize(("pixels", "calls"), [(2 * 30 * 45, 6), (9 * 30 * 45, 2), (2**18, 1)])
+def test_windows_are_read_together(tagging, image, pixels, calls, monkeypatch):
+    """As many as `BATCH` lets; each window's tags are its image's, so results stay."""
+    how = {"window": (30, 45), "stride": (20, 45)}
+    monkeypatch.setitem(inference.BATCH, "cpu", 1)
+    labels, tag_logits, *_ = predict(tagging, image, TAGS, **how)
+    sizes, forward = [], tagging.forward
+    monkeypatch.setitem(inference.BATCH, "cpu", pixels)
+    monkeypatch.setattr(tagging, "forward", lambda x, *rest: sizes.append(len(x)) or forward(x, *rest))
+    result = predict(tagging, image, TAGS, **how)
+    assert len(sizes) == calls and sum(sizes) == 2 * 6
+    assert torch.equal(result.labels, labels) and error(result.tag_logits, tag_logits) <= BAR
+
+
 def scores(image: Tensor) -> Tensor:
     """Logits `(B, K, H, W)`, a function of each pixel's own colour."""
     mixed = torch.linspace(-9, 9, 3 * K).reshape(3, K)
@@ -99,7 +113,7 @@ def scores(image: Tensor) -> Tensor:
 def test_padding_never_leaks(tagging, image, window, monkeypatch):
     """A model that classifies colours, and gives class 0 a huge logit in the padding, is right everywhere."""
 
-    def classify_colours(part: Tensor, tags: object) -> Output:
+    def classify_colours(part: Tensor, tags: object, seen: object) -> Output:
         return Output(Logits(tagging.padded(scores(part), 1e9), None), Condition(None))
 
     monkeypatch.setattr(tagging, "forward", classify_colours)
@@ -149,6 +163,21 @@ def test_strips_are_the_whole(small, size, rows, monkeypatch):
         assert error(part, whole[:, :, top : top + rows]) <= BAR
 
 
+@pytest.mark.parametrize("size", [(50, 31), (5, 9), (7, 40), (30, 6), (7, 11), (64, 88)])
+@pytest.mark.parametrize("blocks", [1, 3, 11])
+@pytest.mark.parametrize("rows", [4, 1000])
+def test_only_borders_are_interpolated(size, blocks, rows, monkeypatch):
+    """Of blocks of classes, or noise: the labels of interpolating every pixel, from one pixel a block on."""
+    x = F.interpolate(5 * torch.randn(2, K, blocks, blocks), (7, 11)) + 0.1 * torch.randn(2, K, 7, 11)
+    expected = F.interpolate(x, size, mode="bilinear").topk(2, dim=1)
+    sure = expected.values.diff(dim=1)[:, 0].abs() > 1e-5
+    calls, resize = [], inference.resize
+    monkeypatch.setattr(inference, "STRIP", rows * 2 * K * size[1])
+    monkeypatch.setattr(inference, "resize", lambda *args: calls.append(1) or resize(*args))
+    assert torch.equal(vote([x], size)[sure], expected.indices[:, 0][sure]) and sure.float().mean() > 0.99
+    assert not calls or (blocks > 1 and size != (7, 11))
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 130), (65, 3), (64, 128), (63, 129)])
 def test_any_size(tagging, size):
     """From one pixel up, whole and in windows."""
@@ -174,14 +203,30 @@ def test_tags_from_clip_are_those_of_the_whole_image(image, monkeypatch):
 
     calls, forward = [], tada.forward
 
-    def record(part: Tensor, tags: list[list[str]]) -> Output:
+    def record(part: Tensor, tags: list[list[str]], *seen: object) -> Output:
         calls.append(tags)
-        return forward(part, tags)
+        return forward(part, tags, *seen)
 
     monkeypatch.setattr(tada, "forward", record)
     words = [[name for name, _ in tags] for tags in scored]
     predict(tada, image, window=(50, 60), scales=(1.0, 1.25), flip=True)
-    assert len(calls) == 2 * (1 * 2 + 1 * 3) and all(call == words for call in calls)
+    assert calls == 2 * [2 * words] + 2 * [3 * words]  # two windows at once, then three
     calls.clear()
     predict(tada, image, TAGS)
     assert calls == [TAGS]  # given tags take precedence
+
+
+@torch.no_grad()
+def test_clip_reads_an_image_once(image, monkeypatch):
+    """For the tags and the adapter together, where the model reads the whole image; results do not change."""
+    tada, calls = make(tags="clip"), []
+    words, encode = [[name for name, _ in tags] for tags in tada.zero_shot_tags(image)], tada.clip.image
+    expected = predict(tada, image, words)
+    monkeypatch.setattr(tada.clip, "image", lambda x: calls.append(tuple(x.shape)) or encode(x))
+    result = predict(tada, image)
+    assert calls == [(2, 3, H, W)]
+    assert torch.equal(result.labels, expected.labels)
+    assert torch.equal(result.tag_logits, expected.tag_logits)
+    calls.clear()
+    predict(tada, image, flip=True)
+    assert len(calls) == 2  # CLIP sees a mirrored image differently

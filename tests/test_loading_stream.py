@@ -7,6 +7,8 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from data import Sample, open_dataset
 from errors import DataError, DataWarning
 from loading import stream as module
 from loading.augment import Augment
-from loading.stream import EvaluationStream, Order, TrainStream, randomness, shard
+from loading.stream import EvaluationStream, Order, TrainStream, in_order, randomness, shard
 
 # ---- the order -------------------------------------------------------------------------------------------
 
@@ -290,3 +292,26 @@ def test_a_process_in_any_locale_ends_with_its_workers(tmp_path):
     command = [sys.executable, "-c", program, root]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (1, "2\n", "the loop is open\n")
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_threads_work_in_order_and_not_far_ahead(ahead):
+    """The slowest first: results come in the order of the inputs, of which few are taken beforehand."""
+    taken, done = [], []
+
+    def inputs():
+        for i in range(9):
+            taken.append(i)
+            yield i
+
+    def work(i: int) -> int:
+        time.sleep(0.03 * (i % 3 == 0))
+        return i
+
+    with ThreadPoolExecutor(4) as pool:
+        for i in in_order(pool, work, inputs(), ahead):
+            done.append(i)
+            assert len(taken) - len(done) <= ahead
+    assert done == taken == [*range(9)]
+    with ThreadPoolExecutor(4) as pool, pytest.raises(ZeroDivisionError):
+        [*in_order(pool, lambda i: 1 // i, [1, 0], ahead)]

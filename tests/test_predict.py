@@ -26,6 +26,7 @@ import inference
 import kernels
 import predict as module
 from assemble import build
+from clip import CLIP
 from errors import DataError, ModelError
 from images import draw, scenes
 from images.panoptic import from_colours
@@ -533,7 +534,7 @@ def test_a_crash_between_two_files_is_resumed(steered, tmp_path, monkeypatch):
             raise SystemExit
         real(source, target)
 
-    monkeypatch.setattr(module.os, "replace", crash)
+    monkeypatch.setattr(os, "replace", crash)
     with pytest.raises(SystemExit):
         main(arguments)
     assert results(tmp_path / "out") == ["1.overlay.jpg", "predictions.jsonl"]
@@ -560,6 +561,40 @@ def test_a_crash_before_the_line_skips_nothing(steered, tmp_path, monkeypatch, c
     assert "1 predicted, 0 skipped" in capsys.readouterr().out
 
 
+def test_images_of_one_size_are_read_together(steered, tmp_path, monkeypatch):
+    """Twelve images, one damaged, one of another size: the lines and files of one by one, in order; CLIP sees
+    each image once; with --attention, whose tags differ in number.
+    """
+    for i in range(12):
+        save(tmp_path / "in" / f"{i:02}.png", noise(64, 100 if i == 5 else 96) // (i + 1))
+    (tmp_path / "in" / "03.png").write_bytes(b"")
+    calls, forward, encode = {"model": [], "clip": []}, Tada.forward, CLIP.image
+    monkeypatch.setattr(
+        Tada, "forward", lambda t, x, *rest: calls["model"].append(len(x)) or forward(t, x, *rest)
+    )
+    monkeypatch.setattr(CLIP, "image", lambda c, x: calls["clip"].append(len(x)) or encode(c, x))
+    save_model(restless(replace(CONFIG, crop=(64, 128))), tmp_path / "wide.safetensors", {}, {})
+    calls["clip"].clear()
+    calls["model"].clear()
+    command = [str(tmp_path / "wide.safetensors"), str(tmp_path / "in"), "--out"]
+    assert main([*command, str(tmp_path / "together")]) == 1
+    assert calls == {"model": [4, 1, 6], "clip": [4, 1, 6]}
+    assert main([*command, str(tmp_path / "attention"), "--attention"]) == 1
+    calls["model"].clear()
+    monkeypatch.setitem(inference.BATCH, "cpu", 1)
+    assert main([*command, str(tmp_path / "alone"), "--attention"]) == 1
+    assert calls["model"] == [1] * 11
+    assert results(tmp_path / "attention") == results(tmp_path / "alone")
+    together, alone = (lines(tmp_path / out) for out in ("attention", "alone"))
+    assert len({len(line["tags"]) for line in alone}) > 1
+    for ours, line in zip(together, alone, strict=True):
+        assert [ours[key] for key in ("path", "labels", "tags")] == [
+            line[key] for key in ("path", "labels", "tags")
+        ]
+        a, b, c = (labels(tmp_path / out / line["labels"]) for out in ("together", "attention", "alone"))
+        assert np.array_equal(a, b) and (a != c).mean() < 1e-3  # ties by rounding
+
+
 def test_no_attention_of_other_words_is_left(steered, tmp_path):
     """A drawing that this result lacks goes with the result it belonged to."""
     arguments = [steered, str(save(tmp_path / "1.jpg")), "--out", str(tmp_path / "out"), "--words"]
@@ -569,12 +604,13 @@ def test_no_attention_of_other_words_is_left(steered, tmp_path):
 
 
 def test_ctrl_c_keeps_what_is_done(steered, tmp_path, capsys, monkeypatch):
-    for i in range(2):
-        save(tmp_path / "in" / f"{i}.jpg")
+    """The images that threads were drawing at that time are predicted again."""
+    for i in range(8):
+        save(tmp_path / "in" / f"{i}.jpg", noise(60, 90 + i))  # of sizes of their own: one by one
     real = module.read_image
 
     def interrupted(path, *box):
-        if path.endswith("1.jpg"):
+        if path.endswith("7.jpg"):
             raise KeyboardInterrupt
         return real(path, *box)
 
@@ -582,10 +618,11 @@ def test_ctrl_c_keeps_what_is_done(steered, tmp_path, capsys, monkeypatch):
     arguments = [steered, str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--words", "sea"]
     assert main(arguments) == 130
     assert "results stay" in capsys.readouterr().err
-    assert [line["labels"] for line in lines(tmp_path / "out")] == ["0.png"]
+    done = [line["labels"] for line in lines(tmp_path / "out")]
+    assert done and done == [f"{i}.png" for i in range(len(done))]
     monkeypatch.undo()
     assert main(arguments) == 0
-    assert "1 predicted, 1 skipped" in capsys.readouterr().out
+    assert f"{8 - len(done)} predicted, {len(done)} skipped" in capsys.readouterr().out
 
 
 def test_an_unreadable_image_is_listed_and_the_rest_continues(steered, tmp_path, capsys):

@@ -1,0 +1,114 @@
+"""The results of predict.py on disk: which belong to an image, which are current, atomic writes.
+
+Top to bottom: what a result depends on, the list `predictions.jsonl`, the images still to do, the files.
+"""
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from errors import TadaError
+from run.checkpoint import replace_text
+
+LIST, SEGMENTS = "predictions.jsonl", ".segments.png"
+ENDINGS = (".png", ".overlay.jpg", ".attention.jpg", SEGMENTS)  # of all results
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a result depends on, besides its image and its words."""
+
+    checkpoint: str  # its sha256
+    tagger: dict[str, Any]  # the source of the words and its threshold, if not those of training
+    scales: Sequence[float]
+    flip: bool
+    attention: bool
+    reading: dict[str, float]  # score and overlap of mask2former's segments; {} for other decoders
+
+    def of(self, path: str, words: list[str] | None) -> dict:
+        """The entries of a line by which an existing result is recognised; {} without the image's file."""
+        if not os.path.exists(path):
+            return {}
+        file = os.stat(path)
+        made = {"checkpoint": self.checkpoint, "asked": words, "scales": self.scales, "flip": self.flip}
+        return made | self.tagger | self.reading | {"bytes": file.st_size, "mtime_ns": file.st_mtime_ns}
+
+    @property
+    def owned(self) -> list[str]:
+        """The endings of all files that belong to an image."""
+        return [ending for ending in ENDINGS if ending != SEGMENTS or self.reading]
+
+    @property
+    def endings(self) -> list[str]:
+        """Of the files of one image, the label map last: where it exists, all others do."""
+        optional = [SEGMENTS] * bool(self.reading) + [".attention.jpg"] * self.attention
+        return [".overlay.jpg", *optional, ".png"]
+
+
+def read_list(out: Path) -> dict[str, dict]:
+    """Label map -> its line, the last if there are several, of images that have any result."""
+    file = out / LIST
+    lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
+    records = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            records[record["labels"]] = record | {"path": record["path"]}
+        except (ValueError, KeyError, TypeError):
+            if line.endswith(b"\n") or not b'{"path"'.startswith(line[:7]):  # else a crash truncated it
+                raise TadaError(f"{file}, line {number}, is not of predict.py: give another --out") from None
+    return {
+        labels: record
+        for labels, record in sorted(records.items())
+        if any((out / f"{labels.removesuffix('.png')}{ending}").exists() for ending in ENDINGS)
+    }
+
+
+def tidy(out: Path) -> None:
+    """Delete files that an interrupted process left half-written, and lines without a result."""
+    try:
+        for left in out.rglob(".tmp-*"):
+            if re.fullmatch(rf"\.tmp-(\d+|{re.escape(LIST)})", left.name) and left.is_file():
+                left.unlink()
+        replace_text(out / LIST, "".join(json.dumps(record) + "\n" for record in read_list(out).values()))
+    except OSError as error:
+        raise TadaError(f"{out} cannot be written ({error.strerror}): give another --out") from None
+
+
+def to_do(names: dict[str, str], words: dict, out: Path, settings: Settings) -> list[str]:
+    """The images without such a result. Raises TadaError where a file belongs to another image or program."""
+    records, todo = {name.removesuffix(".png"): x for name, x in read_list(out).items()}, []
+    taken = {name.lower() for name in (*records, *names.values())}
+    for path, name in names.items():
+        record = records.get(name, {})
+        if settings.reading and f"{name}{SEGMENTS}".removesuffix(".png").lower() in taken:
+            raise TadaError(f"{out / name}{SEGMENTS} is another image's label map: give another --out")
+        for file in [out / f"{name}{ending}" for ending in settings.owned]:
+            if not record and file.exists():
+                raise TadaError(f"{file} exists and {LIST} has no line for it: give another --out")
+        made, files = settings.of(path, words[path]), [out / f"{name}{x}" for x in settings.endings]
+        if not made or not made.items() <= record.items() or not all(file.is_file() for file in files):
+            todo.append(path)
+    return todo
+
+
+def write(out: Path, name: str, record: dict, results: dict[str, bytes], rank: int) -> None:
+    """Append the line, then write the files, each whole or not at all, the label map last. Raises OSError."""
+    file = out / LIST
+    try:
+        with file.open("a") as f:
+            fcntl.flock(f, fcntl.LOCK_EX)  # of the ranks one at a time
+            f.write(json.dumps(record) + "\n")
+        for ending, content in results.items():
+            file = out / f"{name}{ending}"
+            new = file.with_name(f".tmp-{rank}")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            new.write_bytes(content)
+            os.replace(new, file)
+    except OSError as error:
+        raise OSError(f"{file} cannot be written ({error.strerror or error}): earlier results stay") from None
