@@ -39,6 +39,7 @@ from lab.bench import alone, header, memory, peer_clip, peer_unet, peer_vae, tab
 from loading.augment import normalise
 from loading.stream import Batch
 from model import Tada, TadaConfig
+from run.memory import keep_freed_memory
 from run.ranks import Ranks
 from train import train_step
 from unet import UNet
@@ -73,6 +74,7 @@ def batch_of(size: int) -> Batch:
 
 def ours(size: int) -> tuple[nn.Module, torch.optim.Optimizer, Step]:
     """The model, its optimiser, and a step as train.py takes it."""
+    keep_freed_memory()
     *peers, decoder = prior()
     parts = []
     for kind, peer in zip((VAE, UNet, CLIP), peers, strict=True):
