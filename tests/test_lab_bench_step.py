@@ -30,7 +30,6 @@ def small(monkeypatch):
         monkeypatch.setattr(bench_step, kind.__name__, partial(kind, config))
     monkeypatch.setattr(bench_step, "keep_freed_memory", lambda: None)  # it would last for all tests
     monkeypatch.setattr(bench_step, "apart", lambda function, *arguments: function(*arguments))
-    monkeypatch.setattr(bench_step, "alone", lambda function, *arguments: function(*arguments))
 
 
 def first_step(build) -> tuple:
