@@ -1,0 +1,220 @@
+"""Compare one training step of sd15's sizes with the same step made of diffusers and transformers.
+
+    python -m lab.bench_step
+
+float32, one image, the condition `caption`. Both sides have the same weights, image, labels and caption: ours
+is `train_step`; the peer is AutoencoderKL, CLIP's text model and UNet2DConditionModel with our Semantic FPN,
+torch's cross-entropy and `AdamW(foreach=True)`. The loss and the gradient's norm of the first step are
+compared before anything is timed.
+
+A side takes up to 20 GB, so each runs in a process of its own, in the order A B, B A, ... Times are CPU
+seconds of all threads: also on a busy machine they say how much work a step is. Peak memory is that of the
+same processes, with weights and optimiser, without imports and construction.
+"""
+
+import argparse
+import ctypes
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from adapter import Words
+from assemble import parameter_groups
+from clip import CLIP, Tokenizer
+from decoders import SemanticFPN
+from errors import run_command
+from kernels import IGNORE
+from lab.bench import header, memory, peer_clip, peer_unet, peer_vae, table
+from loading.augment import normalise
+from loading.stream import Batch
+from model import Tada, TadaConfig
+from run.memory import keep_freed_memory
+from run.ranks import Ranks
+from train import train_step
+from unet import UNet
+from vae import VAE
+
+CLASSES = 150  # of ADE20K
+CAPTION = "a boat on the sea under a blue sky"
+RATE, DECAY = 5e-5, 1e-3  # learning rate and weight decay: they do not change the time
+BOUNDS = 1e-5, 1e-4  # relative errors of the loss, and of the gradient's norm (6e-6 seen at these sizes)
+PHASES = ("vae", "text", "unet", "decoder", "backward", "optimiser")
+
+Step = Callable[[], tuple[float, float]]  # takes one step: the loss, and the norm of its gradient
+
+
+def prior() -> tuple[nn.Module, nn.Module, nn.Module, SemanticFPN]:
+    """The peer's VAE, UNet and CLIP, and our decoder: the same random weights in every process."""
+    torch.manual_seed(0)
+    decoder = SemanticFPN(classes=CLASSES, dropout=0.0)
+    nn.init.normal_(decoder.classifier[-1].weight)  # a new one's logits are so small that any image would do
+    return peer_vae(), peer_unet(), peer_clip(), decoder
+
+
+def batch_of(size: int) -> Batch:
+    """A random image, and random labels in squares of 16 pixels; the first row of squares is ignored."""
+    generator = torch.Generator().manual_seed(1)
+    image = torch.randint(256, (1, 3, size, size), generator=generator).byte()
+    labels = torch.randint(CLASSES, (1, size // 16, size // 16), generator=generator).byte()
+    labels[:, 0] = IGNORE
+    labels = labels.repeat_interleave(16, dim=1).repeat_interleave(16, dim=2)
+    return Batch(image, labels, present=[[]], positions=[0], paths=["random"], skipped=[])
+
+
+def ours(size: int) -> tuple[nn.Module, torch.optim.Optimizer, Step]:
+    """The model, its optimiser, and a step as train.py takes it."""
+    keep_freed_memory()
+    *peers, decoder = prior()
+    parts = []
+    for kind, peer in zip((VAE, UNet, CLIP), peers, strict=True):
+        with torch.device("meta"):
+            parts.append(kind())
+        parts[-1].load_state_dict(peer.state_dict(), assign=True)
+    config = TadaConfig(tuple(map(str, range(CLASSES))), condition="caption", noise="none")
+    tokenizer = Tokenizer.spelling(parts[-1].config.vocabulary)
+    tada = Tada(config, *parts, tokenizer, Words(), decoder).train()
+    optimizer = torch.optim.AdamW(parameter_groups(tada, RATE, weight_decay=DECAY), fused=True)
+    batch, ranks = batch_of(size), Ranks(0, 1, torch.device("cpu"))
+
+    def step() -> tuple[float, float]:
+        result = train_step(tada, tada, optimizer, [batch], words=lambda *_: [CAPTION], ranks=ranks)
+        return result["loss"], result["grad_norm"]
+
+    return tada, optimizer, step
+
+
+def peer(size: int) -> tuple[nn.Module, torch.optim.Optimizer, Step]:
+    """The same, of the peers' parts."""
+    vae, unet, clip, decoder = prior()
+    text_model = clip.text_model.requires_grad_(False)
+    vae.requires_grad_(False)
+    unet.conv_norm_out = unet.conv_act = unet.conv_out = nn.Identity()  # the noise head
+    maps = []  # of the last call, coarsest first
+    blocks = unet.up_blocks
+    for block in (blocks[0].resnets[1], blocks[1].attentions[1], blocks[2].attentions[1], blocks[3]):
+        block.register_forward_hook(lambda _, x, y: maps.append(y[0] if isinstance(y, tuple) else y))
+    model = nn.ModuleDict({"vae": vae, "unet": unet, "decoder": decoder.train()})
+    unet.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=DECAY, foreach=True)
+    batch = batch_of(size)
+    ids = Tokenizer.spelling(clip.config.text_config.vocab_size)([CAPTION])
+
+    def step() -> tuple[float, float]:
+        with torch.no_grad():
+            latent = vae.encode(normalise(batch.image)).latent_dist.mode() * vae.config.scaling_factor
+            context = text_model(ids).last_hidden_state
+        maps.clear()
+        unet(latent, torch.zeros(1, dtype=torch.int64), context)
+        logits = F.interpolate(decoder(maps[::-1]).main, size=(size, size), mode="bilinear")
+        loss = F.cross_entropy(logits, batch.labels.long(), ignore_index=IGNORE)
+        loss.backward()
+        norm = nn.utils.get_total_norm([p.grad for p in trained])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item(), norm.item()
+
+    return model, optimizer, step
+
+
+def measure(side: str, size: int, steps: int) -> dict:
+    """The first step's loss and norm, the CPU seconds of each phase of the others, and the peak in MiB."""
+    with torch.device("meta"):
+        prior()  # imports the peers
+    before = memory("VmRSS")
+    model, optimizer, step = {"ours": ours, "peer": peer}[side](size)
+    ctypes.CDLL(None).malloc_trim(0)  # free what construction left in the heap
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (proc(5))
+
+    times = []
+
+    def mark(*_) -> None:
+        times.append(time.process_time())
+
+    # Both sides call these in this order: the ends of the phases.
+    model.get_submodule("vae.quant_conv").register_forward_hook(mark)
+    model.get_submodule("unet.time_embedding").register_forward_pre_hook(mark)
+    model.get_submodule("decoder").register_forward_pre_hook(mark)
+    model.get_submodule("decoder").register_forward_hook(mark)
+    optimizer.register_step_pre_hook(mark)
+    first, rows = step(), []  # also the warm-up
+    for _ in range(steps):
+        times.clear()
+        mark()
+        step()
+        mark()
+        rows.append([end - start for start, end in pairwise(times)])
+    return {"first": first, "phases": rows, "MiB": memory("VmHWM") - before}
+
+
+def apart(function: Callable, *arguments):
+    """Run a function in a new process, with glibc as users have it: `bench.alone` would change its times."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def compare(size: int, steps: int, rounds: int) -> dict:
+    """Measure the row of the table, and the median of each phase of both sides."""
+    row = {"case": "training step, sd15", "image": size, "dtype": "float32"}
+    runs = {"ours": [], "peer": []}
+    for i in range(rounds):
+        for side in ("ours", "peer")[:: -1 if i % 2 else 1]:
+            runs[side].append(apart(measure, side, size, steps))
+            print(json.dumps({side: runs[side][-1]}), flush=True)
+        results = [runs[side][0]["first"] for side in runs]
+        errors = [abs(mine / theirs - 1) for mine, theirs in zip(*results, strict=True)]
+        row["error"] = errors[0]
+        if not all(error <= bound for error, bound in zip(errors, BOUNDS, strict=True)):
+            return row | {"verdict": "FAIL"}
+    seconds = [[statistics.median(map(sum, run["phases"])) for run in runs[side]] for side in runs]
+    row["ours s"], row["peer s"] = map(statistics.median, seconds)
+    ratios = [mine / theirs for mine, theirs in zip(*seconds, strict=True)]
+    row["ratio"], row["min ratio"] = statistics.median(ratios), min(seconds[0]) / min(seconds[1])
+    for side, measured in runs.items():
+        row[f"{side} MiB"] = statistics.median(run["MiB"] for run in measured)
+        phases = zip(*(phases for run in measured for phases in run["phases"]), strict=True)
+        row[f"{side} phases"] = dict(zip(PHASES, map(statistics.median, phases), strict=True))
+    return row
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m lab.bench_step",
+        description="Measure a training step of TADA against its peers.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--size", type=int, default=256, help="of the image, a multiple of 64")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of each process")
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
+    options = parser.parse_args(argv)
+    if options.size < 64 or options.size % 64 or min(options.steps, options.rounds) < 1:
+        parser.error("give a multiple of 64 as --size, and at least one step and one round")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # in the processes: threads sleep while they wait
+
+    def work() -> int:
+        print(header(), flush=True)
+        row = compare(options.size, options.steps, options.rounds)
+        print(table([row]))
+        if "verdict" not in row:
+            print("\n| CPU seconds | ours | peer | ratio |\n|---|---|---|---|")
+            for phase in PHASES:
+                mine, theirs = row["ours phases"][phase], row["peer phases"][phase]
+                print(f"| {phase} | {mine:.2f} | {theirs:.2f} | {mine / theirs:.2f} |")
+        return int("verdict" in row)
+
+    return run_command("bench", work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
