@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test lint clean
 
 demo: .venv/.run
-	$(BIN)/python train.py --run runs/demo
+	$(BIN)/python train.py --preset demo --run runs/demo
 	$(BIN)/python eval.py runs/demo
 	$(BIN)/python -m images.scenes --count 6 --out runs/demo/images
 	$(BIN)/python predict.py runs/demo runs/demo/images --attention --out runs/demo/predicted

@@ -253,10 +253,11 @@ def run(
         protocol |= {"folder": out / "panoptic", "instances": True}
 
     with lock(out, "--out") if ranks.is_main else nullcontext():
+        if ranks.is_main:
+            print(kernels.describe(ranks.device), flush=True)
         sha256 = digest(file)
         tada = load_model(file, weights, ranks.device, source, threshold)
         if ranks.is_main:
-            print(kernels.describe(ranks.device))
             move_earlier_results(out)
         ranks.barrier()  # only now may files appear
         shares = {"workers": workers, "rank": ranks.rank, "world": ranks.world, "show": ranks.is_main}

@@ -199,11 +199,16 @@ def run(
         ranks.barrier()
         todo = to_do(names, words_by_path, folder, settings)
         ranks.barrier()  # only now may files appear
-        tada = load_model(file, weights, ranks.device, source, threshold) if todo else None
         if ranks.is_main:
-            print(kernels.describe(ranks.device), f"tags: {source}; of training: {config.tags}", sep="\n")
+            print(
+                kernels.describe(ranks.device),
+                f"tags: {source}; of training: {config.tags}",
+                sep="\n",
+                flush=True,
+            )
             if config.weights == "random":
                 print("random weights: without a prior")
+        tada = load_model(file, weights, ranks.device, source, threshold) if todo else None
         failed, mine = 0, todo[ranks.rank :: ranks.world]
         bar = tqdm(total=len(mine), desc="predicting", disable=None if ranks.is_main else True)
 

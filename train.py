@@ -30,7 +30,7 @@ from errors import CheckpointError, ModelError, RunError, run_command
 from eval import Result, evaluate, predict_items
 from images import scenes
 from images.panoptic import Segment
-from loading.augment import Augment, normalise
+from loading.augment import RATIOS, Augment, normalise
 from loading.check import check
 from loading.jitter import UNOWNED, Jitter, masks_of
 from loading.stream import Batch, EvaluationStream, TrainStream
@@ -39,6 +39,7 @@ from mask2former import Rand, Target
 from model import Size, Tada
 from run import checkpoint
 from run.folder import Run, fingerprint, open_run
+from run.memory import keep_freed_memory
 from run.options import Options, config_of, defaults, parse
 from run.progress import StopOnSignal, describe, draw, log_line, speed
 from run.ranks import Ranks, cleanup, init_distributed
@@ -227,7 +228,8 @@ def loop(training: Training, stop: StopOnSignal) -> int:
 def training_stream(training: Training, batch: int, **shares: int | str) -> TrainStream:
     """The augmented samples: large-scale jitter with segments for Mask2Former, else labels alone."""
     options = training.options
-    augmentation = Augment(options.crop, options.short, options.long)
+    ratios = options.scales or RATIOS
+    augmentation = Augment(options.crop, options.short, options.long, ratios, options.colours)
     if options.decoder == "mask2former":
         augmentation = Jitter(options.crop, tuple(options.scales))
     return TrainStream(training.train_set, augmentation, batch=batch, seed=options.seed, **shares)
@@ -415,6 +417,7 @@ def smoke_test(training: Training) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     ranks = init_distributed()
 
     def work() -> int:

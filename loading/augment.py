@@ -6,7 +6,7 @@ on purpose, the docstring states it. Images leave as uint8 `(3, H, W)`, RGB, lab
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from images.read import IGNORE, Size, fit, histogram
 
 LARGEST_SHARE = 0.75  # of one class in a crop; mmsegmentation's `cat_max_ratio`
 TRIES = 10
+RATIOS = (0.5, 2.0)  # of the resized image to the box; mmsegmentation's `ratio_range`
 STRIP = 64  # rows of a crop whose colours are distorted at once: larger arrays leave the cache, and the heap
 PAD = 128  # grey; see `Augment`
 
@@ -54,7 +55,8 @@ class Augment:
     crop: Size
     short: int
     long: int
-    ratios: ClassVar[tuple[float, float]] = (0.5, 2.0)  # mmsegmentation's `ratio_range`
+    ratios: tuple[float, float] = RATIOS
+    colours: bool = True  # whether they are distorted
 
     def box(self, ratio: float) -> tuple[int, int]:
         """Short and long side that the image is resized into."""
@@ -68,7 +70,7 @@ class Augment:
         target = torch.from_numpy(cut)
         if coin(rng):
             pixels, target = pixels.flip(2), target.flip(1)
-        pixels = photometric(pixels, rng)
+        pixels = photometric(pixels, rng) if self.colours else pixels
         padding = (0, self.crop[1] - target.shape[1], 0, self.crop[0] - target.shape[0])
         return View(F.pad(pixels, padding, value=PAD), F.pad(target, padding, value=IGNORE))
 

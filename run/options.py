@@ -15,7 +15,7 @@ from data import LAYOUTS, Dataset, default_data
 from inference import stride_of
 from loading.tags import SOURCES
 from model import TadaConfig
-from run.recipes import PAPER, VPD, recipe
+from run.recipes import DEMO, PAPER, VPD, recipe
 
 LONGEST = 200  # characters of a run folder's name; file systems allow 255 bytes
 WITH_INSTANCES = [name for name, layout in LAYOUTS.items() if layout.panoptic]  # on disk, for mask2former
@@ -35,6 +35,8 @@ DECODERS = "mask2former needs instances, as scenes have; * coco-panoptic, panopt
 TOKENS = "a tag is one pooled vector, or all tags are one prompt"
 START = "the adapter's first context: the empty prompt's, or its own"
 KERNELS = "Triton kernels: where they won the benchmark, never, or by name"
+PRESET = "vpd: VPD's recipe; demo: a first look at scenes in minutes; flags override it"
+PRESETS = {"vpd": VPD, "demo": DEMO}
 FOLDER = "its folder; * runs/<dataset>-<model>-<decoder>-<condition> and the flags that change the result"
 SETS = [*LAYOUTS, "scenes"]
 CONDITIONS = ["none", "caption", "classes", "implicit", "tagging", "tags", "oracle"]
@@ -69,7 +71,7 @@ class Options:
     freeze_unet: bool = flag("train only the adapter and the decoder", TadaConfig.freeze_unet)
     dropout: float = flag("before the classifier; * 0.1, tiny 0", least=0, below=1)
 
-    preset: str | None = flag("VPD's recipe; flags override it", None, choices=["vpd"], group="the run")
+    preset: str | None = flag(PRESET, None, choices=[*PRESETS], group="the run")
     iterations: int = flag("* of COCO panoptic 9,000 as printed; ODISE's schedule is 92,188", least=1)
     batch: int = flag("images per update, over all processes; *", least=1)
     accumulate: int = flag("micro-batches per update", 1, least=1, role="free")
@@ -93,6 +95,7 @@ class Options:
 
     # Without a flag: they follow from the recipe, the preset and --short.
     scales: tuple[float, float] | None
+    colours: bool = True
     whole: bool
     long: int
     scale_latent: bool = TadaConfig.scale_latent
@@ -155,13 +158,13 @@ def tags_of_run(folder: Path, condition: str) -> str | None:
 def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     """The default of every option, where those in `given` are set; given values of others may be missing."""
     values = {option.name: option.default for option in fields(Options) if option.default is not MISSING}
-    preset = VPD if given.get("preset") == "vpd" else {}
+    preset = PRESETS.get(given.get("preset"), {})
     chosen = values | preset | given
     dataset, condition = chosen["dataset"], chosen["condition"]
     model = given.get("model", "tiny" if dataset == "scenes" else "sd15")
     decoder = given.get("decoder", "mask2former" if dataset in WITH_INSTANCES else "fpn")
     default, tiny = recipe(dataset, model, decoder), model == "tiny"
-    iterations = given.get("iterations", default.iterations)
+    iterations = (preset | given).get("iterations", default.iterations)
     short = default.short or min(given.get("crop", default.crop))
     values |= {
         **asdict(default),
@@ -241,6 +244,8 @@ def refuse_nonsense(p: argparse.ArgumentParser, o: Options) -> None:
         p.error("--condition tags needs the tags of each image: give --tags clip, ram, oracle or a file")
     if o.condition == "caption" and o.tags in sources:
         p.error(f"--condition caption --tags {o.tags}: give a FILE.jsonl with a caption for every image")
+    if o.preset == "demo" and (o.dataset != "scenes" or o.decoder == "mask2former"):
+        p.error("--preset demo is for the drawn images and a semantic decoder: leave it out")
     if o.decoder == "mask2former" and o.dataset not in (*WITH_INSTANCES, "scenes"):
         choices = f"choose --dataset {', '.join(WITH_INSTANCES)} or scenes"
         p.error(f"--decoder mask2former needs instances, and {o.dataset} has none: {choices}")

@@ -39,7 +39,8 @@ class Recipe:
     unet_lr_scale: float = 1.0
     clip: float | None = None  # the largest gradient norm
     warmup: int = 1500  # iterations, at most a tenth of the run
-    scales: tuple[float, float] | None = None  # of large-scale jitter, which mask2former is trained with
+    scales: tuple[float, float] | None = None  # an image is resized by; None = (0.5, 2.0)
+    colours: bool = True  # distorted; mask2former's never are
     paper: str = ""  # the paper's words on this run
 
 
@@ -65,6 +66,10 @@ VPD = {  # fpn_vpd_sd1-5_512x512_gpu8x2.py and vpd_seg.py
     "weight_decay": 0.001,
     "unet_lr_scale": 0.1,
 }
+
+# The most that `make demo` learns in its minutes. Drawn images are all of one size and style, so they are
+# mirrored and no more, as in lab/ablate.py.
+DEMO = {"iterations": 300, "lr": 3e-3, "scales": (1.0, 1.0), "colours": False}
 
 
 def paper_row(dataset: str, condition: str, tags: str, tag_loss_weight: float) -> str:

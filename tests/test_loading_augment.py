@@ -39,6 +39,22 @@ def test_normalise():
     assert image[0, 1, 0, 0] == 51  # the input stays
 
 
+def test_without_resizing_and_colours_an_image_is_mirrored_and_no_more():
+    """Whatever its size: the crop is a part of it, padded if it is smaller."""
+    rng = np.random.default_rng(0)
+    image, labels = rng.integers(0, 256, (20, 30, 3), np.uint8), rng.integers(0, 9, (20, 30), np.uint8)
+    augmentation = Augment((20, 30), 20, 80, ratios=(1.0, 1.0), colours=False)
+    seen = set()
+    for seed in range(20):
+        view = augmentation(Sample(Image.fromarray(image), labels), 1.0, np.random.default_rng(seed))
+        mirrored = not np.array_equal(view.labels, labels)
+        expected = [x[:, ::-1] if mirrored else x for x in (image, labels)]
+        assert np.array_equal(view.image.permute(1, 2, 0), expected[0])
+        assert np.array_equal(view.labels, expected[1])
+        seen.add(mirrored)
+    assert seen == {False, True}
+
+
 sizes = st.tuples(st.integers(1, 70), st.integers(1, 70))
 
 

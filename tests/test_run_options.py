@@ -63,6 +63,22 @@ def test_preset_vpd_is_vpds_and_flags_override_it():
     assert parse([*vpd, "--lr", "1e-4"]).lr == 1e-4
 
 
+def test_preset_demo_mirrors_and_no_more():
+    """It is a recipe for the drawn images; without it the augmentation is mmsegmentation's."""
+    o, plain = parse(["--preset", "demo"]), parse([])
+    assert (o.iterations, o.warmup, o.lr, o.scales, o.colours) == (300, 30, 3e-3, (1.0, 1.0), False)
+    assert (plain.iterations, plain.lr, plain.scales, plain.colours) == (200, 1e-3, None, True)
+    assert (o.dataset, o.model, o.batch) == ("scenes", "tiny", 8)
+    assert parse(["--preset", "demo", "--lr", "1e-3"]).lr == 1e-3
+
+
+@pytest.mark.parametrize("flags", ["--dataset folder --data x", "--decoder mask2former"])
+def test_preset_demo_is_refused_elsewhere(flags, capsys):
+    with pytest.raises(SystemExit):
+        parse(["--preset", "demo", *flags.split()])
+    assert "--preset demo is for the drawn images and a semantic decoder" in capsys.readouterr().err
+
+
 def test_test_windows_are_mmsegmentations():
     dataset = open_dataset("scenes", "", "val")
     for crop, stride in (("512", (341, 341)), ("640", (426, 426)), ("512 1024", (341, 683))):
@@ -138,7 +154,7 @@ def test_the_first_screen_names_the_row_of_the_paper(settings, row):
 
 
 def test_the_options_of_config_json_keep_their_names():
-    assert sorted(asdict(parse([]))) == KEYS.split()
+    assert sorted(asdict(parse([])).keys() - {"colours"}) == KEYS.split()
 
 
 def test_settings_of_the_model_have_one_default():
