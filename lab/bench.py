@@ -1,7 +1,7 @@
 """Compare speed and memory with diffusers and transformers, and print a table for BENCH.md.
 
     python -m lab.bench --suite cpu                                      # every row, float32 and bfloat16
-    python -m lab.bench --suite cpu --only unet --dtype float32          # one row
+    python -m lab.bench --suite cpu --only unet unet-last --dtype float32  # the peer NCHW, and channels-last
     python -m lab.bench --suite cpu --only mask2former mask2former-loss  # forward; forward, loss and backward
     python -m lab.bench --suite cpu-choices                              # for kernels.WINS, on this processor
     python -m lab.bench --suite kernels                                  # on a GPU: see bench_kernels.py
@@ -26,7 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -73,6 +73,18 @@ def peer_unet() -> nn.Module:
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(sample_size=64, attention_head_dim=8, cross_attention_dim=768)
+
+
+def run_openvino(model: nn.Module, x: list[Tensor]) -> list[Tensor]:
+    """The UNet by OpenVINO, computed in the model's type; the first call converts it."""
+    if not hasattr(model, "compiled"):
+        import openvino  # a peer of the bench alone: pip install openvino
+
+        precision = {"INFERENCE_PRECISION_HINT": "bf16" if model.dtype == torch.bfloat16 else "f32"}
+        model.forward = partial(model.forward, return_dict=False)
+        converted = openvino.convert_model(model.float(), example_input=cast(x, "float32"))
+        model.compiled = openvino.compile_model(converted, "CPU", precision)
+    return [torch.from_numpy(model.compiled([y.numpy() for y in cast(x, "float32")])[0])]
 
 
 def peer_vae() -> nn.Module:
@@ -130,6 +142,12 @@ def mask_case(title: str, ours: Callable, peer: Callable, **mode: Callable) -> C
     return Case(title, masks.maps_and_segments, *sides, masks.our_names, bounds, **mode)
 
 
+def channels_last(case: Case) -> Case:
+    """The same case against the peer with channels-last weights."""
+    peer = Side(lambda: case.peer.build().to(memory_format=torch.channels_last), case.peer.run)
+    return replace(case, title=f"{case.title}; peer channels-last", peer=peer)
+
+
 CASES = {
     "unet": Case(
         "UNet, 77 tokens",
@@ -164,6 +182,11 @@ CASES = {
         mode=torch.enable_grad,
     ),
 }
+CASES["unet-openvino"] = replace(
+    CASES["unet"], title="UNet, 77 tokens; OpenVINO", peer=Side(peer_unet, run_openvino)
+)
+CASES |= {f"{name}-last": channels_last(CASES[name]) for name in ("unet", "vae")}
+ROWS = [name for name in CASES if name != "unet-openvino"]  # by default: of packages that the tests need
 
 
 def compare(name: str, dtype: str, size: int, rounds: int) -> dict:
@@ -310,7 +333,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--suite", choices=["cpu", "cpu-choices", "kernels"], default="cpu", help="what to measure")
-    add("--only", choices=list(CASES), nargs="+", default=list(CASES), help="rows")
+    add("--only", choices=list(CASES), nargs="+", default=ROWS, help="rows")
     add("--dtype", choices=list(BOUND), nargs="+", default=list(BOUND), help="precisions")
     add("--size", type=int, default=512, help="of the image, a multiple of 64; mask2former-loss: 256 or more")
     add("--rounds", type=int, default=7, help="runs of each side per row, at least 3")
