@@ -303,7 +303,7 @@ class ImageEmbeddings(nn.Module):
     def __init__(self, config: CLIPConfig):
         super().__init__()
         width, patches = config.image.width, (config.image_size // config.patch) ** 2
-        self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.class_embedding = nn.Parameter(torch.randn(width).mul_(width**-0.5))
         self.patch_embedding = nn.Conv2d(3, width, config.patch, stride=config.patch, bias=False)
         self.position_embedding = nn.Embedding(patches + 1, width)
 

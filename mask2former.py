@@ -422,10 +422,10 @@ class DeformableAttention(nn.Module):
         self.output_proj = xavier(nn.Linear(width, width))
 
         # At initialisation head k samples in the direction 2 pi k / n, on squares at distance 1, 2, 3, 4.
-        angles = torch.arange(heads) * 2 * math.pi / heads
+        angles = torch.arange(heads, device="cpu") * 2 * math.pi / heads
         rays = torch.stack([angles.cos(), angles.sin()], dim=1)
         rays = rays / rays.abs().amax(dim=1, keepdim=True)  # (n, 2)
-        steps = rays[:, None, None] * torch.arange(1, SAMPLES + 1)[:, None]  # (n, 1, SAMPLES, 2)
+        steps = torch.stack([i * rays for i in range(1, SAMPLES + 1)], dim=1)[:, None]  # (n, 1, SAMPLES, 2)
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(steps.expand(-1, LEVELS, -1, -1).flatten())
         for x in (self.sampling_offsets.weight, *self.attention_weights.parameters()):
