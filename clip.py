@@ -240,7 +240,7 @@ def likely_names(
     for p in zero_shot(clip, embedding, vectors).cpu():
         order = p.argsort(descending=True, stable=True).tolist()
         least = 1 / len(p) if threshold is None else threshold
-        likely = [k for k in order if p[k] >= least] or order[:1]
+        likely = order[: max(int((p >= least).sum()), 1)]
         tags.append([(names[k], float(p[k])) for k in likely])
     return tags
 
