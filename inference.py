@@ -174,8 +174,7 @@ def slide(
         for (top, left, bottom, right), part in zip(group, logits.split(B), strict=True):
             total[..., top:bottom, left:right] += part
             count[..., top:bottom, left:right] += 1
-        if highest is not None:
-            tag_logits += highest.split(B)
+        tag_logits += [] if highest is None else highest.split(B)
     return total.div_(count), torch.stack(tag_logits).amax(dim=0) if tag_logits else None
 
 

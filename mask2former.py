@@ -277,9 +277,15 @@ class Mask2Former(nn.Module):
             queries, labels = pairs // len(self.things), pairs % len(self.things)
             is_thing = torch.tensor(self.things, device=labels.device)[labels]
             scores, queries, labels = scores[is_thing], queries[is_thing], labels[is_thing]
-            logits = resize_masks(masks[queries, None], padded, real, size)[:, 0]
-            inside = logits > 0
-            certainty = (logits.sigmoid() * inside).sum(dim=(1, 2)) / (inside.sum(dim=(1, 2)) + 1e-6)
+            final, few = size or real or padded, min(len(queries), 2)
+            inside = torch.empty(len(queries), *final, dtype=torch.bool, device=masks.device)
+            certainty = torch.empty_like(scores)
+            for i, x in enumerate(masks[queries]):  # one after the other, as in `panoptic_segments`
+                logits = resize_masks(x[None, None], padded, real, size)[0]
+                inside[i] = logits[0] > 0
+                # Of a single mask torch would share the sum among threads, which rounds differently.
+                total = (logits.sigmoid_() * inside[i]).expand(few, -1, -1).sum(dim=(1, 2))[0]
+                certainty[i] = total / (inside[i].sum() + 1e-6)
             scores, order = (scores * certainty).sort(descending=True)
             results.append(Instances(labels[order], scores, inside[order]))
         return results
