@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import weights.load as weights_loader
 from adapter import Classes, Implicit, Tagging, Unconditional, Words
@@ -64,9 +65,18 @@ def load_part(kind: type[nn.Module], config: Any, weights: str | Path) -> nn.Mod
     """One part of the prior from its folder, or initialised if `weights` is "random"."""
     if str(weights) == "random":
         return kind(config)
-    with torch.device("meta"):  # skip initialisation; the weights are loaded next
+    with torch.device("meta"), Undrawn():  # skip initialisation; the weights are loaded next
         part = kind(config)
     return weights_loader.load(part, Path(weights) / kind.__name__.lower())
+
+
+class Undrawn(TorchFunctionMode):
+    """Draw no normal numbers: on meta the first ones import torch._dynamo, 1.4 s."""
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if function.__name__ == "normal_":  # nn.init's or Tensor's
+            return args[0] if args else kwargs["tensor"]
+        return (torch.empty if function is torch.randn else function)(*args, **(kwargs or {}))
 
 
 def load_clip(config: CLIPConfig, weights: str | Path) -> tuple[CLIP, Tokenizer]:

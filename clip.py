@@ -240,7 +240,7 @@ def likely_names(
     for p in zero_shot(clip, embedding, vectors).cpu():
         order = p.argsort(descending=True, stable=True).tolist()
         least = 1 / len(p) if threshold is None else threshold
-        likely = [k for k in order if p[k] >= least] or order[:1]
+        likely = order[: max(int((p >= least).sum()), 1)]
         tags.append([(names[k], float(p[k])) for k in likely])
     return tags
 
@@ -303,7 +303,7 @@ class ImageEmbeddings(nn.Module):
     def __init__(self, config: CLIPConfig):
         super().__init__()
         width, patches = config.image.width, (config.image_size // config.patch) ** 2
-        self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.class_embedding = nn.Parameter(torch.randn(width).mul_(width**-0.5))
         self.patch_embedding = nn.Conv2d(3, width, config.patch, stride=config.patch, bias=False)
         self.position_embedding = nn.Embedding(patches + 1, width)
 

@@ -34,7 +34,7 @@ the check before training in loading/check.py, augmentation in loading/augment.p
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -44,7 +44,7 @@ from PIL import Image
 
 from errors import DataError
 from images import scenes
-from images.panoptic import Categories, Segment, classes_at, read_annotations, read_ids
+from images.panoptic import Categories, Segment, read_annotations, read_map, semantic
 from images.read import (
     IGNORE,
     LOSSLESS,
@@ -155,13 +155,12 @@ class Dataset:
         """The path of image `i`."""
         return self.paths[i]
 
-    def files(self, i: int) -> list[Path]:
-        """The files of sample `i` that exist."""
+    def names(self, i: int) -> list[str]:
+        """The files of sample `i` that exist, as text: a Path takes longer to make than to look up."""
         return []
 
-    def all_files(self) -> Iterator[tuple[int, str]]:
-        """Every file of `files`, as text, with its `i`: a Path takes longer to make than to look up."""
-        return iter(())
+    def files(self, i: int) -> list[Path]:
+        return [Path(name) for name in self.names(i)]
 
     def png(self, i: int) -> str:
         """The name of sample `i`'s PNG in COCO's panoptic files."""
@@ -199,15 +198,8 @@ class SemanticFiles(Dataset):
     def unlabelled(self, i: int) -> str:
         return f"{self.root / self.path(i)} has no label file"
 
-    def files(self, i: int) -> list[Path]:
-        return [self.root / file for file in (self.paths[i], self.labels[i]) if file]
-
-    def all_files(self) -> Iterator[tuple[int, str]]:
-        root = os.path.join(self.root, "")
-        for i, (image, label) in enumerate(zip(self.paths, self.labels, strict=True)):
-            yield i, root + image
-            if label:
-                yield i, root + label
+    def names(self, i: int) -> list[str]:
+        return [f"{self.root}/{file}" for file in (self.paths[i], self.labels[i]) if file]
 
     def load(self, i: int, short: int | None = None, long: int | None = None) -> Sample:
         path, label = self.paths[i], self.labels[i]
@@ -255,14 +247,9 @@ class PanopticFiles(Dataset):
     def without(self, file: Path) -> str:
         return f"{file} does not exist, but {self.annotations.file} lists it"
 
-    def files(self, i: int) -> list[Path]:
-        return [file for file in self.pair(i) if file not in self.lost]
-
-    def all_files(self) -> Iterator[tuple[int, str]]:
-        lost = {*map(str, self.lost)}
-        for i, pair in enumerate(zip(self.paths, self.annotations.pngs, strict=True)):
-            files = map(os.path.join, (self.root, self.pngs), pair)
-            yield from ((i, file) for file in files if not lost or str(Path(file)) not in lost)
+    def names(self, i: int) -> list[str]:
+        names = f"{self.root}/{self.path(i)}", f"{self.pngs}/{self.png(i)}"
+        return [name for name in names if not self.lost or Path(name) not in self.lost]
 
     def load(self, i: int, short: int | None = None, long: int | None = None) -> Sample:
         path, png = self.pair(i)
@@ -270,9 +257,9 @@ class PanopticFiles(Dataset):
             raise DataError(self.without(file))
         image, size = read_image(path, short, long)
         segments = self.annotations.segments(i)
-        ids, place = read_ids(png, segments)
+        ids = read_map(png, segments)
         require_size(png, ids, size)
-        return Sample(image, classes_at(place, segments), ids, segments)
+        return Sample(image, semantic(ids, segments), ids, segments)
 
 
 class Scenes(Dataset):

@@ -133,7 +133,8 @@ def evaluate(
         bar.close()
         for module in training:
             module.training = True
-    raise_on_all_ranks(error, ranks)
+    for sentence in ranks.all_gather_object([str(error)] if error else []):
+        raise DataError(sentence)  # on every rank, so that none hangs in a collective
     counts = (ranks.all_reduce(x).cpu() for x in (total, present, scores, tag_counts))
     stride = stride or window
     about = describe(tada, dataset, words) | {"scales": [*scales], "flip": flip}
@@ -178,12 +179,6 @@ def segments_of(
         return *components(labels, dataset.categories.things), None
     ids, segments = prediction.panoptic[i]
     return ids.cpu().numpy(), segments, prediction.instances and prediction.instances[i]
-
-
-def raise_on_all_ranks(error: DataError | None, ranks: Ranks) -> None:
-    """Re-raise any rank's error on every rank, so none hangs in a collective."""
-    for sentence in ranks.all_gather_object([str(error)] if error else []):
-        raise DataError(sentence)
 
 
 def describe(tada: Tada, dataset: Dataset, words: TagSource) -> dict:

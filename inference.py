@@ -156,21 +156,25 @@ def slide(
     The padding of a window is cropped before its logits are added.
     """
     B, _, H, W = image.shape
-    total = image.new_zeros(B, len(tada.config.classes), H, W, dtype=torch.float32)
-    count = image.new_zeros(1, 1, H, W)
-    tag_logits = []
     places = windows((H, W), window, stride)
     h, w = (min(pair) for pair in zip(window, (H, W), strict=True))
-    n = at_once((B * h, w), image.device)
+
+    def read(parts: Tensor, tags: Tags | None, seen: Features | None = None) -> tuple[Tensor, Tensor | None]:
+        output, padded = tada(parts, tags, seen), tuple(tada.padded(parts).shape[-2:])
+        return tada.decoder.logits(output.prediction, padded)[..., :h, :w].float(), output.condition.logits
+
+    if len(places) == 1:
+        return read(image, tags, seen)
+    total = image.new_zeros(B, len(tada.config.classes), H, W, dtype=torch.float32)
+    count = image.new_zeros(1, 1, H, W)
+    tag_logits, n = [], at_once((B * h, w), image.device)
     for group in (places[i : i + n] for i in range(0, len(places), n)):
         parts = torch.cat([image[..., top:bottom, left:right] for top, left, bottom, right in group])
-        output = tada(parts, tags and [*tags] * len(group), seen if len(places) == 1 else None)
-        logits = tada.decoder.logits(output.prediction, tuple(tada.padded(parts).shape[-2:]))[..., :h, :w]
+        logits, highest = read(parts, tags and [*tags] * len(group))
         for (top, left, bottom, right), part in zip(group, logits.split(B), strict=True):
             total[..., top:bottom, left:right] += part
             count[..., top:bottom, left:right] += 1
-        if output.condition.logits is not None:
-            tag_logits += output.condition.logits.split(B)
+        tag_logits += [] if highest is None else highest.split(B)
     return total.div_(count), torch.stack(tag_logits).amax(dim=0) if tag_logits else None
 
 

@@ -277,9 +277,15 @@ class Mask2Former(nn.Module):
             queries, labels = pairs // len(self.things), pairs % len(self.things)
             is_thing = torch.tensor(self.things, device=labels.device)[labels]
             scores, queries, labels = scores[is_thing], queries[is_thing], labels[is_thing]
-            logits = resize_masks(masks[queries, None], padded, real, size)[:, 0]
-            inside = logits > 0
-            certainty = (logits.sigmoid() * inside).sum(dim=(1, 2)) / (inside.sum(dim=(1, 2)) + 1e-6)
+            final, few = size or real or padded, min(len(queries), 2)
+            inside = torch.empty(len(queries), *final, dtype=torch.bool, device=masks.device)
+            certainty = torch.empty_like(scores)
+            for i, x in enumerate(masks[queries]):  # one after the other, as in `panoptic_segments`
+                logits = resize_masks(x[None, None], padded, real, size)[0]
+                inside[i] = logits[0] > 0
+                # Of a single mask torch would share the sum among threads, which rounds differently.
+                total = (logits.sigmoid_() * inside[i]).expand(few, -1, -1).sum(dim=(1, 2))[0]
+                certainty[i] = total / (inside[i].sum() + 1e-6)
             scores, order = (scores * certainty).sort(descending=True)
             results.append(Instances(labels[order], scores, inside[order]))
         return results
@@ -422,10 +428,10 @@ class DeformableAttention(nn.Module):
         self.output_proj = xavier(nn.Linear(width, width))
 
         # At initialisation head k samples in the direction 2 pi k / n, on squares at distance 1, 2, 3, 4.
-        angles = torch.arange(heads) * 2 * math.pi / heads
+        angles = torch.arange(heads, device="cpu") * 2 * math.pi / heads
         rays = torch.stack([angles.cos(), angles.sin()], dim=1)
         rays = rays / rays.abs().amax(dim=1, keepdim=True)  # (n, 2)
-        steps = rays[:, None, None] * torch.arange(1, SAMPLES + 1)[:, None]  # (n, 1, SAMPLES, 2)
+        steps = torch.stack([i * rays for i in range(1, SAMPLES + 1)], dim=1)[:, None]  # (n, 1, SAMPLES, 2)
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(steps.expand(-1, LEVELS, -1, -1).flatten())
         for x in (self.sampling_offsets.weight, *self.attention_weights.parameters()):

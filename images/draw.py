@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from images.panoptic import semantic
+from images.panoptic import index, runs, semantic
 
 SMALLEST = 512  # of an image's longer side as drawn: smaller ones are enlarged, text must fit below
 WIDEST, HIGHEST = 1600, 1320  # of an image as drawn: with its legend it is at most 1600 pixels high
@@ -68,9 +68,8 @@ def segment_overlay(
     drawn = Image.fromarray(blended)
     text = min(max(w // 45, 12), 24)
     font, draw = ImageFont.load_default(text), ImageDraw.Draw(drawn)
-    for segment in segments:
+    for segment, (y, x, room) in zip(segments, widest(shown, segments), strict=True):
         name = plain(classes[segment.label])
-        y, x, room = widest(shown == segment.id)
         if font.getlength(name) <= room:
             middle = x, min(max(y, text), h - text)
             draw.text(middle, name, "white", font, "mm", stroke_width=2, stroke_fill=INK)
@@ -89,17 +88,22 @@ def covered(image: Drawable, labels: np.ndarray, palette: np.ndarray) -> tuple[n
     return np.array(Image.composite(colours.convert("RGB"), drawn, cover)), np.asarray(shown)
 
 
-def widest(mask: np.ndarray) -> tuple[float, float, int]:
-    """The middle (y, x) and length of a long run in `mask (h, w)`, near to its middle row; zeros without."""
-    steps = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
-    rows, begins = np.nonzero(steps == 1)
-    ends = np.nonzero(steps == -1)[1]
-    if not len(rows):
-        return 0, 0, 0
-    lengths = ends - begins
-    long = np.flatnonzero(lengths >= 0.9 * lengths.max())
-    best = long[np.abs(rows[long] - np.median(np.nonzero(mask)[0])).argmin()]
-    return float(rows[best]), float(begins[best] + ends[best]) / 2, int(lengths[best])
+def widest(ids: np.ndarray, segments: Sequence) -> list[tuple[float, float, int]]:
+    """Of each segment, the middle (y, x) and length of a long run near to its middle row; zeros without."""
+    values, lengths = runs(
+        np.pad(ids, ((0, 0), (0, 1)), constant_values=-1)
+    )  # no run goes on in the next row
+    rows, begins = np.divmod(lengths.cumsum() - lengths, ids.shape[1] + 1)
+    place, found = index(values, segments), []
+    order = place.argsort(kind="stable")
+    for mine in np.split(order, place[order].searchsorted(range(len(segments) + 1)))[1:-1]:
+        y, x, n = rows[mine], begins[mine], lengths[mine]
+        found.append((0, 0, 0))
+        if len(mine):
+            long = np.flatnonzero(n >= 0.9 * n.max())
+            best = long[np.abs(y[long] - np.median(y.repeat(n))).argmin()]
+            found[-1] = float(y[best]), float(x[best] + n[best] / 2), int(n[best])
+    return found
 
 
 def drawn_size(H: int, W: int) -> tuple[int, int]:

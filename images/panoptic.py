@@ -67,12 +67,8 @@ def index(ids: np.ndarray, segments: Sequence) -> np.ndarray:
 
 def semantic(ids: np.ndarray, segments: Sequence[Segment]) -> np.ndarray:
     """The classes `(H, W)` uint8 of a map of ids, crowds included; 255 = ignore where no segment is."""
-    return classes_at(positions(ids, segments), segments)
-
-
-def classes_at(place: np.ndarray, segments: Sequence[Segment]) -> np.ndarray:
-    """`semantic` of the map that `positions` returns."""
-    return np.array([s.label for s in segments] + [IGNORE], np.uint8)[place]  # the last is that of -1
+    labels = np.array([s.label for s in segments] + [IGNORE], np.uint8)  # the last is that of -1
+    return labels[positions(ids, segments)]
 
 
 def from_colours(colours: np.ndarray) -> np.ndarray:
@@ -86,14 +82,8 @@ def to_colours(ids: np.ndarray) -> np.ndarray:
     return np.stack([ids, ids >> 8, ids >> 16], axis=2).astype(np.uint8)
 
 
-def read_ids(path: Path, segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
-    """The ids `(H, W)` int32 of a PNG, and their `positions`. Raises DataError if `segments` differ."""
-    ids = read_map(path, segments)
-    return ids, positions(ids, segments)
-
-
 def read_map(path: Path, segments: Sequence[Segment]) -> np.ndarray:
-    """The ids of `read_ids` alone."""
+    """The ids `(H, W)` int32 of a PNG. Raises DataError if `segments` differ."""
     with opened(path) as image:
         if image.mode != "RGB":
             form = "a panoptic PNG is RGB, its id is R + 256 G + 65536 B"

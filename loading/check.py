@@ -56,7 +56,7 @@ def check(dataset: Dataset, samples: int = 200) -> Report:
     decoded, labels of a wrong mode, value or size, no labelled pixel at all.
     """
     faults, sizes, pixels, unreadable = list(dataset.missing), [], np.zeros(256, np.int64), set()
-    for i, file in dataset.all_files():
+    for i, file in ((j, file) for j in range(len(dataset)) for file in dataset.names(j)):
         try:
             empty = os.stat(file).st_size == 0
         except OSError:

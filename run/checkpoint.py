@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import weights.load as weights_loader
-from assemble import SCALE_FILE, assemble, open_tagger, part_configs
+from assemble import SCALE_FILE, Undrawn, assemble, open_tagger, part_configs
 from clip import CLIP, Tokenizer
 from errors import CheckpointError
 from model import Tada, TadaConfig
@@ -102,7 +102,7 @@ def load_model(
             cure = f"get it with `python -m weights.fetch{' --ram' * ram}`, or give its folder with --weights"
             raise CheckpointError(f"{place} is {fault}: {cure}")
 
-    with torch.device("meta"):  # skip initialisation; every tensor comes from one of the files
+    with torch.device("meta"), Undrawn():  # skip initialisation; every tensor comes from one of the files
         configs = part_configs(config.model, config.weights)
         vae, unet, clip = (kind(x) for kind, x in zip((VAE, UNet, CLIP), configs, strict=True))
         empty = torch.empty(clip.config.positions, clip.config.text.width)

@@ -152,7 +152,7 @@ def test_missing_files_are_told_by_name(tmp_path):
         f"{tmp_path}/annotations/panoptic_val/2.png does not exist, but {json_file} lists it",
         f"{tmp_path}/val/more.jpg has no annotation in {json_file}",
     ]
-    assert [*dataset.all_files()] == [(i, str(file)) for i in range(4) for file in dataset.files(i)]
+    assert [len(dataset.files(i)) for i in range(4)] == [1, 2, 1, 2]
     for i in (0, 2):
         with pytest.raises(DataError, match="does not exist, but .* lists it"):
             dataset.load(i)
@@ -172,7 +172,7 @@ def test_images_in_folders_below(tmp_path):
     dataset = open_dataset("panoptic", tmp_path, "val")
     assert [dataset.path(i) for i in range(2)] == ["val/0.png", "val/deep/1.png"]
     assert [dataset.path(i) for i in range(2)] == ["val/0.png", "val/deep/1.png"]
-    assert [*dataset.all_files()] == [(i, str(file)) for i in range(2) for file in dataset.files(i)]
+    assert dataset.names(1) == [f"{tmp_path}/val/deep/1.png", f"{tmp_path}/annotations/panoptic_val/1.png"]
 
 
 def test_files_that_do_not_fit(tmp_path):

@@ -797,7 +797,7 @@ def test_the_folder_holds_what_its_json_lists(panoptic_run, tmp_path, monkeypatc
     assert main(command) == 0
     before = folder.with_suffix(".json").read_bytes()
     (folder.parent / "mine.png").touch()
-    monkeypatch.setattr(module, "raise_on_all_ranks", interrupted)
+    monkeypatch.setattr(module, "describe", interrupted)
     assert main([*command, "--score", "0"]) == 130
     monkeypatch.undo()
     assert main([*command, "--limit", "1"]) == 0

@@ -94,11 +94,26 @@ def test_segments_have_lines_around_them_and_names_on_them():
 
 
 def test_a_name_lies_where_its_segment_is_wide():
-    mask = np.zeros((9, 20), bool)
-    mask[1:8, 4:6] = True
-    mask[5:8, 2:14] = True
-    assert widest(mask) == (6, 8, 12)
-    assert widest(np.zeros((3, 3), bool)) == (0, 0, 0)
+    ids, segments = (
+        np.zeros((9, 20), np.int32),
+        [Segment(7, 0, True), Segment(3, 0, True), Segment(5, 1, True)],
+    )
+    ids[1:8, 4:6] = 5
+    ids[5:8, 2:14] = 5
+    ids[:, 17:], ids[3, 0] = 3, 3
+    assert widest(ids, segments) == [(0, 0, 0), (4, 18.5, 3), (6, 8, 12)]
+    assert widest(ids, []) == []
+
+
+def test_a_map_of_segments_is_read_as_often_for_many_as_for_few(monkeypatch):
+    """To find where their names have room."""
+    read, pad = [], np.pad
+    monkeypatch.setattr(np, "pad", lambda x, *args, **kwargs: read.append(x.size) or pad(x, *args, **kwargs))
+    for n in (4, 40):
+        ids = 1 + np.arange(512 * 512, dtype=np.int32).reshape(512, 512) % n
+        segments = [Segment(i + 1, 0, True) for i in range(n)]
+        segment_overlay(np.zeros((512, 512, 3), np.uint8), ids, segments, PALETTE, CLASSES)
+    assert read == [512 * 512] * 4  # twice each
 
 
 def test_words_are_below_and_only_if_there_are_any_per_image():

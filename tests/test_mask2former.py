@@ -587,14 +587,19 @@ def test_panoptic_by_hand():
     assert read == (read.ids, []) and read.ids.tolist() == [[0] * 10] * 6
 
 
-def test_panoptic_makes_no_tensor_of_all_masks():
-    """The largest one has the pixels of one mask, with 4 queries and with 40."""
+def test_segments_make_no_tensor_of_all_masks():
+    """The largest one has the pixels of one mask, with 4 queries and with 40; of instances, the largest of
+    numbers, a view of which has them twice.
+    """
     decoder = Mask2Former(**SMALL)
     for Q in (4, 40):
         classes = 9.0 * F.one_hot(torch.arange(Q) % K, K + 1)
         with Made() as operations:
             decoder.panoptic(Queries((classes[None],), (torch.randn(1, Q, 8, 8),)), (32, 32), size=(96, 96))
         assert max(shape.numel() for _, shape, _ in operations.made) == 96 * 96
+        with Made() as operations:
+            decoder.instances(Queries((classes[None],), (torch.randn(1, Q, 8, 8),)), (32, 32), size=(96, 96))
+        assert max(x.numel() for _, x, dtype in operations.made if dtype != torch.bool) == 2 * 96 * 96
 
 
 def test_panoptic_equals_transformers():

@@ -24,7 +24,7 @@ from images.panoptic import (
     from_colours,
     positions,
     read_annotations,
-    read_ids,
+    read_map,
     semantic,
     to_colours,
     write_annotations,
@@ -208,15 +208,15 @@ def test_a_json_with_little_in_it_is_enough(tmp_path):
 def test_a_png_that_does_not_fit_its_segments_is_refused(tmp_path):
     write_ids(np.array([[0, 5, 6]]), tmp_path / "a.png")
     with pytest.raises(DataError, match="a.png holds the id 6, which its segments_info does not list"):
-        read_ids(tmp_path / "a.png", [Segment(5, 0, True)])
+        read_map(tmp_path / "a.png", [Segment(5, 0, True)])
     with pytest.raises(DataError, match="a.png has no pixel of the id 8 that its segments_info lists"):
-        read_ids(tmp_path / "a.png", [Segment(5, 0, True), Segment(6, 0, True), Segment(8, 0, True)])
+        read_map(tmp_path / "a.png", [Segment(5, 0, True), Segment(6, 0, True), Segment(8, 0, True)])
     Image.fromarray(np.zeros((2, 2), np.uint8)).save(tmp_path / "grey.png")
     with pytest.raises(DataError, match="grey.png has mode L: a panoptic PNG is RGB"):
-        read_ids(tmp_path / "grey.png", [])
+        read_map(tmp_path / "grey.png", [])
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
     with pytest.raises(DataError, match="broken.png"):
-        read_ids(tmp_path / "broken.png", [])
+        read_map(tmp_path / "broken.png", [])
 
 
 # ---- PQ --------------------------------------------------------------------------------------------------
