@@ -354,7 +354,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("the run").add_argument
     add("--weights", metavar="DIR", help="the frozen files (default: their folder in training)")
     add("--workers", type=int, default=2, metavar="N", help="processes that load images (default: 2)")
-    which = "Triton kernels: where they won the benchmark, never, or by name (default: auto)"
+    which = "what won the benchmark, plain torch, or the Triton kernels (default: auto)"
     add("--kernels", dest="kernel", choices=["auto", "torch", "triton"], default="auto", help=which)
     add("--out", metavar="DIR", help="(default: eval-SPLIT in the run folder, or here if there is none)")
     options = parser.parse_args(argv)

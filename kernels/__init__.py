@@ -50,7 +50,8 @@ def describe(device: torch.device | str) -> str:
         return f"kernels: {_asked}, as asked"
     found = processor(device)
     if device.type != "cuda":
-        return f"kernels: torch's own, as fastest on {found}"
+        measured = any(cpu == found for _, cpu in WINS)
+        return f"kernels: torch's own, {'as fastest' if measured else 'not measured'} on {found}"
     winners = [f"{kernel} at {sorted(sizes)}" for (kernel, gpu), sizes in WINS.items() if gpu == found]
     name = "sm_{}{}".format(*found)
     return f"kernels: {', '.join(winners) or 'plain torch: no kernel has won a benchmark yet'} on {name}"
@@ -65,7 +66,7 @@ def processor(device: torch.device) -> tuple[int, int] | str:
 def cpu_class() -> str:
     """The best of the instructions for matrix products that this CPU has."""
     able = torch.cpu.get_capabilities()
-    if able["architecture"] in ("aarch64", "arm64"):
+    if able.get("architecture") in ("aarch64", "arm64"):
         return "arm"
     names = {"amx_bf16": "amx", "avx512_bf16": "avx512_bf16", "avx2": "avx2"}
     return next((name for flag, name in names.items() if able.get(flag)), "other")

@@ -34,7 +34,7 @@ def flag(help: str, default: Any = MISSING, **metadata: Any) -> Any:
 DECODERS = "mask2former needs instances, as scenes have; * coco-panoptic, panoptic: mask2former, else fpn"
 TOKENS = "a tag is one pooled vector, or all tags are one prompt"
 START = "the adapter's first context: the empty prompt's, or its own"
-KERNELS = "Triton kernels: where they won the benchmark, never, or by name"
+KERNELS = "what won the benchmark, plain torch, or the Triton kernels"
 PRESET = "vpd: VPD's recipe; demo: a first look at scenes in minutes; flags override it"
 PRESETS = {"vpd": VPD, "demo": DEMO}
 FOLDER = "its folder; * runs/<dataset>-<model>-<decoder>-<condition> and the flags that change the result"
@@ -244,8 +244,8 @@ def refuse_nonsense(p: argparse.ArgumentParser, o: Options) -> None:
         p.error("--condition tags needs the tags of each image: give --tags clip, ram, oracle or a file")
     if o.condition == "caption" and o.tags in sources:
         p.error(f"--condition caption --tags {o.tags}: give a FILE.jsonl with a caption for every image")
-    if o.preset == "demo" and (o.dataset != "scenes" or o.decoder == "mask2former"):
-        p.error("--preset demo is for the drawn images and a semantic decoder: leave it out")
+    if o.preset == "demo" and (o.dataset != "scenes" or o.model != "tiny" or o.decoder == "mask2former"):
+        p.error("--preset demo is for the drawn images, the tiny model, a semantic decoder: leave it out")
     if o.decoder == "mask2former" and o.dataset not in (*WITH_INSTANCES, "scenes"):
         choices = f"choose --dataset {', '.join(WITH_INSTANCES)} or scenes"
         p.error(f"--decoder mask2former needs instances, and {o.dataset} has none: {choices}")

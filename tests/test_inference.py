@@ -178,6 +178,17 @@ def test_only_borders_are_interpolated(size, blocks, rows, monkeypatch):
     assert not calls or (blocks > 1 and size != (7, 11))
 
 
+def test_a_class_of_one_value_keeps_its_corners(monkeypatch):
+    """Where three of the four logits have one argmax and the one across has another; the rest is not read."""
+    monkeypatch.setattr(inference, "resize", None)
+    x = torch.ones(1, 2, 12, 12)
+    x[0, 1] = 0
+    x[0, 1, 5, 6] = 3
+    for size in ((96, 96), (101, 57)):
+        expected = F.interpolate(x, size, mode="bilinear").max(dim=1).indices
+        assert torch.equal(vote([x], size), expected) and expected.any()
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 130), (65, 3), (64, 128), (63, 129)])
 def test_any_size(tagging, size):
     """From one pixel up, whole and in windows."""
@@ -230,3 +241,14 @@ def test_clip_reads_an_image_once(image, monkeypatch):
     calls.clear()
     predict(tada, image, flip=True)
     assert len(calls) == 2  # CLIP sees a mirrored image differently
+
+
+@pytest.mark.parametrize("how", [{"scales": (1.25,)}, {"window": (30, 45), "stride": (20, 45)}])
+def test_other_sizes_and_windows_have_features_of_their_own(image, how, monkeypatch):
+    """The tags alone are those of the whole image, also of windows that are read one by one."""
+    tada = make(tags="clip")
+    words = [[name for name, _ in tags] for tags in tada.zero_shot_tags(image[:1])]
+    monkeypatch.setitem(inference.BATCH, "cpu", 1)
+    result, expected = predict(tada, image[:1], **how), predict(tada, image[:1], words, **how)
+    assert torch.equal(result.labels, expected.labels)
+    assert torch.equal(result.tag_logits, expected.tag_logits)

@@ -30,6 +30,8 @@ def test_a_cpu_runs_torchs_own(monkeypatch):
     monkeypatch.setattr(kernels, "cpu_class", lambda: "amx")
     assert kernels.describe("cpu") == "kernels: torch's own, as fastest on amx"
     assert not kernels.chosen("cross_attention", torch.empty(1), 40)
+    monkeypatch.setattr(kernels, "cpu_class", lambda: "arm")
+    assert kernels.describe("cpu") == "kernels: torch's own, not measured on arm"
 
 
 @pytest.mark.parametrize(
@@ -45,6 +47,8 @@ def test_a_cpu_runs_torchs_own(monkeypatch):
 def test_the_class_of_a_cpu_is_that_of_its_best_matrix_instructions(able, name, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64"} | able)
     assert kernels.cpu_class.__wrapped__() == name
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # where torch was built without cpuinfo
+    assert kernels.cpu_class.__wrapped__() == "other"
 
 
 def test_a_cpu_computes_as_the_table_says_of_its_class(monkeypatch):

@@ -595,6 +595,20 @@ def test_images_of_one_size_are_read_together(steered, tmp_path, monkeypatch):
         assert np.array_equal(a, b) and (a != c).mean() < 1e-3  # ties by rounding
 
 
+def test_other_scales_have_features_of_their_own(steered, tmp_path, monkeypatch):
+    """CLIP's features of the image at the model's size are no other size's."""
+    kept, real = [], inference.predict
+
+    def record(*args, seen, **how):
+        kept.append(seen is not None)
+        return real(*args, seen=seen, **how)
+
+    monkeypatch.setattr(inference, "predict", record)
+    command = [steered, str(save(tmp_path / "1.png")), "--out", str(tmp_path / "out")]
+    assert main(command) == main([*command, "--scales", "2"]) == 0
+    assert kept == [True, False]
+
+
 def test_no_attention_of_other_words_is_left(steered, tmp_path):
     """A drawing that this result lacks goes with the result it belonged to."""
     arguments = [steered, str(save(tmp_path / "1.jpg")), "--out", str(tmp_path / "out"), "--words"]

@@ -72,11 +72,11 @@ def test_preset_demo_mirrors_and_no_more():
     assert parse(["--preset", "demo", "--lr", "1e-3"]).lr == 1e-3
 
 
-@pytest.mark.parametrize("flags", ["--dataset folder --data x", "--decoder mask2former"])
+@pytest.mark.parametrize("flags", ["--dataset folder --data x", "--decoder mask2former", "--model sd15"])
 def test_preset_demo_is_refused_elsewhere(flags, capsys):
     with pytest.raises(SystemExit):
         parse(["--preset", "demo", *flags.split()])
-    assert "--preset demo is for the drawn images and a semantic decoder" in capsys.readouterr().err
+    assert "--preset demo is for the drawn images, the tiny model" in capsys.readouterr().err
 
 
 def test_test_windows_are_mmsegmentations():
