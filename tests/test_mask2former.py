@@ -585,6 +585,9 @@ def test_panoptic_by_hand():
     assert not read.segments and (read.ids == 0).all()
     (read,) = decoder.panoptic(Queries((classes,), (masks,)), (4, 8), (3, 5), (6, 10), score=1.0)
     assert read == (read.ids, []) and read.ids.tolist() == [[0] * 10] * 6
+    equal = 9.0 * F.one_hot(torch.tensor([[0, 1, K]])).float(), torch.full((1, 3, 4, 8), 9.0)
+    (read,) = decoder.panoptic(Queries(equal[:1], equal[1:]), (4, 8))
+    assert [x.label for x in read.segments] == [0] and (read.ids == 1).all(), "of equal queries, the first"
 
 
 def test_segments_make_no_tensor_of_all_masks():

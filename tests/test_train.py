@@ -178,6 +178,24 @@ def test_two_processes_and_two_micro_batches_make_the_step_of_one(folder, segmen
     assert curve[2] < curve[0]
 
 
+def test_clipping_scales_the_gradient_to_the_largest_norm(folder):
+    """The norm that is reported is the one before; a gradient below the largest norm stays as it is."""
+    dataset = open_dataset("folder", folder, "train")
+    batch = next(TrainStream(dataset, Augment((64, 64), 96, 384), batch=2, seed=0).batches())
+    steps, norms = [], []
+    for clip in (None, 1e-3, 1e9):
+        torch.manual_seed(0)
+        tada = build(TadaConfig(classes=tuple(dataset.classes), model="tiny", tags="oracle", dropout=0.0))
+        trained = [p for p in tada.parameters() if p.requires_grad]
+        before = torch.cat([p.detach().flatten() for p in trained])
+        words, optimizer = TagSource("oracle", dataset.prompts), torch.optim.SGD(trained, lr=2.0**14)
+        norms.append(train.train_step(tada, tada, optimizer, [batch], words, HERE, clip)["grad_norm"])
+        steps.append((torch.cat([p.detach().flatten() for p in trained]) - before).norm() / 2**14)
+    assert norms[0] == norms[1] == norms[2] == pytest.approx(steps[0].item(), rel=1e-3)
+    assert steps[1] == pytest.approx(1e-3, rel=1e-2)
+    assert steps[2] == steps[0]
+
+
 def test_a_loss_that_is_not_finite_changes_nothing(folder):
     dataset = open_dataset("folder", folder, "train")
     tada = build(TadaConfig(classes=tuple(dataset.classes), model="tiny", tags="oracle", dropout=0.0))
