@@ -26,10 +26,11 @@ from PIL import Image
 
 from data import open_dataset
 from errors import TadaError, run_command
+from lab.bench_before import ROOT, check_out
 from loading.augment import Augment
 from loading.stream import TrainStream
 
-ROOT, BEFORE, SPAWN = Path(__file__).parents[1], "82e1c58", get_context("spawn")
+SPAWN = get_context("spawn")
 CROP, LINKS = 512, 30_000  # files that share one inode; ext4 allows 65,000
 START = """import hashlib, os, sys, time
 from data import open_dataset
@@ -137,11 +138,7 @@ def peer_sample(image: Path, labels: Path, rng: np.random.Generator) -> tuple[np
 
 
 def starts(root: Path, pairs: int) -> dict:
-    parts, before, hashes = folders(root), root / "before", set()
-    before.mkdir()
-    script = f"set -o pipefail; git -C '{ROOT}' archive {BEFORE} | tar -x"
-    if subprocess.run(["bash", "-c", script], cwd=before, check=False, capture_output=True).returncode:
-        raise TadaError(f"the history of this checkout lacks commit {BEFORE}: fetch all of it")
+    parts, before, hashes = folders(root), check_out(root / "before"), set()
     for i in range(pairs):
         for part, suffix, mode in zip(parts, ("jpg", "png"), ("RGB", "L"), strict=True):
             file = part / f"{i:012}.{suffix}"

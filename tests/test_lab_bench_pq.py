@@ -3,12 +3,22 @@
 import pytest
 
 from errors import DataError
+from images.panoptic import read_annotations
 from lab import bench_pq
-from metrics.quality import compare
+from metrics.quality import GROUPS, compare
 
 
 def test_rows_of_a_few_images(monkeypatch):
-    pytest.importorskip("panopticapi")
+    """With a peer that is ours again: panopticapi is no requirement. Its own counts are in the test data."""
+
+    def peer(folder):
+        truth = read_annotations(folder / "truth.json")
+        predicted = read_annotations(folder / "prediction.json", truth)
+        quality = compare(truth, folder / "truth", predicted, folder / "prediction")
+        return [quality.mean(which)["PQ"] for which in GROUPS]
+
+    monkeypatch.setattr(bench_pq, "find_spec", lambda name: name)
+    monkeypatch.setattr(bench_pq, "peer", peer)
     monkeypatch.setattr(bench_pq, "SIZE", (96, 128))
     monkeypatch.setattr(bench_pq, "SEGMENTS", (20, 60))
     monkeypatch.setattr(bench_pq, "SET", 2)
