@@ -90,9 +90,8 @@ def covered(image: Drawable, labels: np.ndarray, palette: np.ndarray) -> tuple[n
 
 def widest(ids: np.ndarray, segments: Sequence) -> list[tuple[float, float, int]]:
     """Of each segment, the middle (y, x) and length of a long run near to its middle row; zeros without."""
-    values, lengths = runs(
-        np.pad(ids, ((0, 0), (0, 1)), constant_values=-1)
-    )  # no run goes on in the next row
+    ended = np.pad(ids, ((0, 0), (0, 1)), constant_values=-1)  # no run continues in the next row
+    values, lengths = runs(ended)
     rows, begins = np.divmod(lengths.cumsum() - lengths, ids.shape[1] + 1)
     place, found = index(values, segments), []
     order = place.argsort(kind="stable")

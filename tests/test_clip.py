@@ -351,7 +351,7 @@ def test_a_vector_depends_only_on_its_name(wide_pair, tokenizer, shared):
 
 
 def test_zero_shot_equals_transformers(wide_pair, tokenizer, clip_vocabulary):
-    """The softmax of `logits_per_image`, two pictures and four names."""
+    """The softmax of `logits_per_image`, two images and four names."""
     reference, ours = wide_pair
     image = torch.rand(2, 3, 56, 56) * 2 - 1
     ids = reference_ids(clip_vocabulary, [PROMPT.format(name) for name in NAMES])
