@@ -200,12 +200,8 @@ def run(
         todo = to_do(names, words_by_path, folder, settings)
         ranks.barrier()  # only now may files appear
         if ranks.is_main:
-            print(
-                kernels.describe(ranks.device),
-                f"tags: {source}; of training: {config.tags}",
-                sep="\n",
-                flush=True,
-            )
+            print(kernels.describe(ranks.device))
+            print(f"tags: {source}; of training: {config.tags}", flush=True)
             if config.weights == "random":
                 print("random weights: without a prior")
         tada = load_model(file, weights, ranks.device, source, threshold) if todo else None
@@ -222,11 +218,11 @@ def run(
                     bar.update()
                     tqdm.write(f"skipped: {photo}", file=sys.stderr)
 
-        given = {"words": words_by_path, "settings": settings}
+        shared = {"words": words_by_path, "settings": settings}
         with bar, ThreadPoolExecutor(AHEAD) as pool:
-            photos = in_order(pool, partial(read, box=config.box, **given), mine, AHEAD)
+            photos = in_order(pool, partial(read, box=config.box, **shared), mine, AHEAD)
             together = groups(readable(photos), sizes, ranks.device, len(scales) * (1 + flip))
-            found = (x for group in together for x in predict(tada, group, **given))
+            found = (x for group in together for x in predict(tada, group, **shared))
             drawn = in_order(pool, partial(draw, config=config, settings=settings), found, AHEAD)
             for record, results in drawn:
                 name = names[record["path"]]
