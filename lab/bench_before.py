@@ -52,16 +52,8 @@ def step(folder: Path, out: Path) -> float:
     """CPU seconds of a training step."""
     spent = []
     for steps in (SHORT, LONG):
-        command = [
-            "train.py",
-            "--run",
-            str(out / str(steps)),
-            "--iterations",
-            str(steps),
-            "--eval-every",
-            "999",
-        ]
-        spent.append(run(folder, *command, *TINY, "--lr", "1e-3", "--batch", "8", "--save-every", "999")[0])
+        command = f"train.py --run {out}/{steps} --iterations {steps} --lr 1e-3 --batch 8".split()
+        spent.append(run(folder, *command, "--eval-every", "999", "--save-every", "999", *TINY)[0])
     return (spent[1] - spent[0]) / (LONG - SHORT)
 
 
@@ -75,6 +67,7 @@ def photographs(folder: Path, count: int) -> Path:
 
 
 def rows(images: int, photos: int, rounds: int) -> list[dict]:
+    """Measure every command `rounds` times on each side: medians, and the median of the ratios."""
     with tempfile.TemporaryDirectory() as name:
         home = Path(name)
         before, model = check_out(home / "before"), str(home / "model")
