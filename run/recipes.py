@@ -69,7 +69,7 @@ VPD = {  # fpn_vpd_sd1-5_512x512_gpu8x2.py and vpd_seg.py
 
 # The most that `make demo` learns in its minutes. Drawn images are all of one size and style, so they are
 # mirrored and no more, as in lab/ablate.py.
-DEMO = {"iterations": 400, "lr": 2e-3, "scales": (1.0, 1.0), "colours": False}
+DEMO = {"iterations": 350, "lr": 2e-3, "scales": (1.0, 1.0), "colours": False}
 
 
 def paper_row(dataset: str, condition: str, tags: str, tag_loss_weight: float) -> str:

@@ -66,7 +66,7 @@ def test_preset_vpd_is_vpds_and_flags_override_it():
 def test_preset_demo_mirrors_and_no_more():
     """It is a recipe for the drawn images; without it the augmentation is mmsegmentation's."""
     o, plain = parse(["--preset", "demo"]), parse([])
-    assert (o.iterations, o.warmup, o.lr, o.scales, o.colours) == (400, 40, 2e-3, (1.0, 1.0), False)
+    assert (o.iterations, o.warmup, o.lr, o.scales, o.colours) == (350, 35, 2e-3, (1.0, 1.0), False)
     assert (plain.iterations, plain.lr, plain.scales, plain.colours) == (200, 1e-3, None, True)
     assert (o.dataset, o.model, o.batch) == ("scenes", "tiny", 8)
     assert parse(["--preset", "demo", "--lr", "1e-3"]).lr == 1e-3
