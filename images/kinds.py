@@ -44,6 +44,13 @@ def unidentified(file: BinaryIO) -> str:
     return f"is a TIFF of a form that is not read ({form}): save it with 1, 3 or 4 bands of 8 bits"
 
 
+def bmp_bits(file: BinaryIO) -> int:
+    """The bits a pixel of a BMP, which Pillow forgets (findings/pillow_bmp_grey_palette.sh)."""
+    file.seek(14)
+    header = file.read(16)
+    return header[10] if header[0] == 12 else header[14]  # OS/2's header is 12 bytes long
+
+
 def tiff_tags(file: BinaryIO) -> ImageFileDirectory_v2:
     """The tags of a TIFF's first image; none of any other file."""
     file.seek(0)

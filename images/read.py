@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from errors import DataError, Unreadable
-from images.kinds import refusal, unidentified
+from images.kinds import bmp_bits, refusal, unidentified
 
 IGNORE = 255  # the label of pixels that belong to no class
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")  # Pillow has others, and Ghostscript for EPS
@@ -153,6 +153,10 @@ def decode(
     with Image.open(file, formats=FORMATS) as image:
         if labels and (image.format not in LABEL_FORMATS or image.info.get("compression") == "jpeg"):
             raise Unreadable(f"{file.name} is {image.format}, which alters class numbers: save labels as PNG")
+        if image.format == "BMP" and {"1": 1, "L": 8}.get(image.mode, bits := bmp_bits(file)) != bits:
+            raise Unreadable(
+                f"{file.name} is a BMP of {bits} bits in greys, which is not read: save it as PNG"
+            )
         W, H = image.size
         if W * H > limit:
             raise Image.DecompressionBombError(f"{W}x{H}")

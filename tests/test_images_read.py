@@ -176,6 +176,7 @@ def test_a_damaged_avif_is_named(tmp_path):
     Image.fromarray(noise(64, 64)).save(path, "AVIF")
     assert read_image(path)[1] == (64, 64)
     whole = path.read_bytes()
+    read_image(write(path, whole.replace(b"ftypavif", b"ftypmif1", 1)))  # which HEIC may begin with, too
     start = whole.index(b"mdat") + 4
     for content in (
         whole[:40],
@@ -194,6 +195,46 @@ def test_a_tiff_that_is_not_read_is_described(tmp_path):
         read_image(path)
     with pytest.raises(Unreadable, match=r"x\.tif is not an image, or its first bytes are corrupt"):
         read_image(write(path, b"II*\0" + struct.pack("<IHI", 8, 0, 0)))
+
+
+def bmp(bits: int, row: bytes, palette: list[int], short: bool = False) -> bytes:
+    """A BMP of 8 x 1 pixels with a palette of greys, written out by hand; `short`: with OS/2's header."""
+    colours = b"".join(bytes([grey] * 3 + [0] * (not short)) for grey in palette)
+    if short:
+        header = struct.pack("<IHHHH", 12, 8, 1, 1, bits)
+    else:
+        header = struct.pack("<IiiHHIIiiII", 40, 8, 1, 1, bits, 0, len(row), 0, 0, len(palette), 0)
+    start = 14 + len(header + colours)
+    return b"BM" + struct.pack("<IHHI", start + len(row), 0, 0, start) + header + colours + row
+
+
+def test_a_bmp_whose_bits_pillow_forgets_is_refused(tmp_path):
+    """A palette of greys is dropped, and with it the number of bits; all others are read as stored."""
+    path, two, stored = tmp_path / "x.bmp", [0, 255], bytes([0, 1, 1, 0, 1, 0, 0, 1])
+    four, one = bytes([0x01, 0x10, 0x10, 0x01]), bytes([0b01101001, 0, 0, 0])
+    for content in (bmp(8, stored, two), bmp(4, four, two), bmp(4, four, [*range(16)], short=True)):
+        for read in (read_image, lambda x: read_labels(x, ANY)):
+            with pytest.raises(
+                Unreadable, match=r"x\.bmp is a BMP of [48] bits in greys, .*: save it as PNG"
+            ):
+                read(write(path, content))
+    for content in (
+        bmp(1, one, two),
+        bmp(1, one, two, short=True),
+        bmp(8, stored, [*range(256)]),
+        bmp(8, stored, [*range(256)], short=True),
+        bmp(8, stored, [7, 9]),
+        bmp(4, four, [9, 7]),
+    ):
+        assert read_labels(write(path, content), ANY).tolist() == [[*stored]]
+
+
+def test_other_formats_are_not_tried(tmp_path):
+    """Pillow would read them, and run code that nobody asked for."""
+    for form in ("PPM", "ICO", "TGA", "PCX"):
+        Image.fromarray(noise(32, 32)).save(tmp_path / "x.png", form)
+        with pytest.raises(Unreadable, match=r"x\.png is not an image, or its first bytes are corrupt"):
+            read_image(tmp_path / "x.png")
 
 
 @pytest.mark.parametrize(
@@ -310,6 +351,8 @@ def test_a_label_file_that_loses_class_numbers_is_named(tmp_path, form):
         Unreadable, match=rf"x\.png is {form}, which alters class numbers: save labels as PNG"
     ):
         read_labels(path, ANY)
+    with pytest.raises(Unreadable, match="alters class numbers"):
+        read_map(path, [])
     assert read_image(path)[1] == (16, 16)
 
 
@@ -362,6 +405,9 @@ def test_colours_change_nothing_for_class_numbers(tmp_path):
             DataError, match=r"has mode RGB: labels are class numbers .* add the colours to classes\.txt$"
         ):
             read_labels(tmp_path / "x.png", ANY, colours=colours)
+    Image.new("LA", (4, 3)).save(tmp_path / "LA.png")
+    with pytest.raises(DataError, match=r"has mode LA: labels are class numbers .* I;16\)$"):
+        read_labels(tmp_path / "LA.png", ANY)
     with pytest.raises(DataError, match=r"\(mode 1, L, P or I;16\); use the other archive$"):
         read_labels(tmp_path / "x.png", ANY, "; use the other archive")
 
