@@ -141,12 +141,10 @@ def reading(path: str | Path, limit: int = MAX_PIXELS) -> Iterator[BinaryIO]:
 def decode(
     file: BinaryIO, labels: bool = False, limit: int = MAX_PIXELS, box: tuple[int, int] | None = None
 ) -> tuple[Image.Image, Size, str]:
-    """Decode the first frame of an open file and turn it upright, by an EXIF tag that can be read.
+    """The first frame of an open file, turned upright; its full (H, W); the form of its samples in the file.
 
-    Returns the image, reduced into the box where it is given (see `read_image`); the whole image's upright
-    (H, W); and the form of the samples in the file, in Pillow's words: "L;4" is grey of 4 bits.
-    Pillow gets the handle and no name: a TIFF that it maps into memory by its name is read in stripes if it
-    lies on its side (findings/pillow_turned_tiff.sh).
+    box: as (short, long) of `read_image`. The form is Pillow's raw mode: "L;4" is grey of 4 bits. Pillow gets
+    no name, by which it would read a TIFF that lies on its side in stripes (findings/pillow_turned_tiff.sh).
     """
     if sentence := refusal(file):
         raise Unreadable(f"{file.name} {sentence}")
@@ -167,7 +165,7 @@ def decode(
         image.load()
         try:
             orientation = image.getexif().get(0x0112)
-        except Exception:  # noqa: BLE001 - as above
+        except Exception:  # noqa: BLE001 - a damaged EXIF block counts as none
             orientation = 1
         image.info = {}  # exif_transpose would write EXIF anew, odd or not; convert() warns of transparency
         if orientation in range(2, 9):
