@@ -6,22 +6,28 @@ Top to bottom: folders, images, label maps, the colours of classes without one.
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator
+import stat
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from errors import DataError, Unreadable
+from images.kinds import bmp_bits, refusal, unidentified
 
 IGNORE = 255  # the label of pixels that belong to no class
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-LOSSLESS = (".png", ".bmp", ".tif", ".tiff")  # JPEG would mix the classes along every border
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")  # Pillow has others, and Ghostscript for EPS
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif")
+LABEL_FORMATS = ("PNG", "BMP", "TIFF")
+LOSSLESS = (".png", ".bmp", ".tif", ".tiff")  # JPEG mixes the classes along every border, GIF renumbers them
 MAX_PIXELS = 64_000_000  # 192 MB decoded
 SHOWN = 10  # paths in a message
 
 Size = tuple[int, int]  # height, width
+Colours = Mapping[tuple[int, int, int], int]  # (R, G, B) -> train id, 255 = ignore
 
 
 def find_images(inputs: Iterable[str], out: Path, taken: dict[str, str]) -> dict[str, str]:
@@ -113,23 +119,59 @@ def stop(error: OSError) -> None:
 
 
 @contextmanager
-def opened(path: Path, limit: int = MAX_PIXELS) -> Iterator[Image.Image]:
-    """The file, open and not yet decoded; whatever goes wrong with it becomes an Unreadable that names it."""
+def reading(path: str | Path, limit: int = MAX_PIXELS) -> Iterator[BinaryIO]:
+    """The open file; whatever is raised while it is decoded becomes an Unreadable that names it."""
     try:
-        with path.open("rb", 1 << 18) as file, Image.open(file) as image:  # fewer, larger reads
-            if image.width * image.height > limit:
-                raise Image.DecompressionBombError(f"{image.width}x{image.height}")
-            yield image
+        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a named pipe may wait for ever
+            raise Unreadable(f"{path} is a folder, pipe, socket or device: give a regular file")
+        with open(path, "rb", 1 << 18) as file:  # fewer, larger reads
+            try:
+                yield file
+            except UnidentifiedImageError:
+                raise Unreadable(f"{path} {unidentified(file)}") from None
     except DataError:
         raise
     except Image.DecompressionBombError as error:
         raise Unreadable(f"{path} is too large ({error}): at most {limit:,} pixels are read") from None
-    except UnidentifiedImageError:
-        fault = "is not an image, or its first bytes are corrupt"
-        raise Unreadable(f"{path} {fault}: replace or remove it") from None
-    except (OSError, SyntaxError, ValueError) as error:  # SyntaxError: a broken PNG
-        reason = getattr(error, "strerror", None) or error
+    except Exception as error:  # noqa: BLE001 - decoders raise anything: RuntimeError, struct.error, ...
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise Unreadable(f"{path} cannot be read ({reason}): replace or remove it") from None
+
+
+def decode(
+    file: BinaryIO, labels: bool = False, limit: int = MAX_PIXELS, box: tuple[int, int] | None = None
+) -> tuple[Image.Image, Size, str]:
+    """The first frame of an open file, turned upright; its full (H, W); the form of its samples in the file.
+
+    box: as (short, long) of `read_image`. The form is Pillow's raw mode: "L;4" is grey of 4 bits. Pillow gets
+    no name, by which it would read a TIFF that lies on its side in stripes (findings/pillow_turned_tiff.sh).
+    """
+    if sentence := refusal(file):
+        raise Unreadable(f"{file.name} {sentence}")
+    with Image.open(file, formats=FORMATS) as image:
+        if labels and (image.format not in LABEL_FORMATS or image.info.get("compression") == "jpeg"):
+            raise Unreadable(f"{file.name} is {image.format}, which alters class numbers: save labels as PNG")
+        if image.format == "BMP" and {"1": 1, "L": 8}.get(image.mode, bits := bmp_bits(file)) != bits:
+            raise Unreadable(
+                f"{file.name} is a BMP of {bits} bits in greys, which is not read: save it as PNG"
+            )
+        W, H = image.size
+        if W * H > limit:
+            raise Image.DecompressionBombError(f"{W}x{H}")
+        if box:
+            h, w = fit((H, W), *box)
+            image.draft(None, (GAP * w, GAP * h))
+        form = image.tile[0].args if image.tile else ""
+        image.load()
+        try:
+            orientation = image.getexif().get(0x0112)
+        except Exception:  # noqa: BLE001 - a damaged EXIF block counts as none
+            orientation = 1
+        image.info = {}  # exif_transpose would write EXIF anew, odd or not; convert() warns of transparency
+        if orientation in range(2, 9):
+            W, H = (H, W) if orientation > 4 else (W, H)
+            ImageOps.exif_transpose(image, in_place=True)
+        return image, (H, W), str(form[0] if isinstance(form, tuple) else form)
 
 
 GAP = 3  # a reduced JPEG keeps at least this many times the pixels, per side, that the image is resized to
@@ -145,21 +187,13 @@ def read_image(
     1/4 or 1/8. On photographs the resized image then differs by at most 0.8 of 255 levels on average, 3 in
     99 of 100 pixels.
     """
-    with opened(Path(path), limit) as image:
-        W, H = image.size
-        if short:
-            h, w = fit((H, W), short, long)
-            image.draft(None, (GAP * w, GAP * h))
-        image.load()
-        if image.getexif().get(0x0112) in (5, 6, 7, 8):  # Orientation: the four that lie on their side
-            W, H = H, W
-        image.info = {}  # exif_transpose would write EXIF anew, odd or not; convert() warns of transparency
-        ImageOps.exif_transpose(image, in_place=True)
+    with reading(path, limit) as file:
+        image, size, _ = decode(file, limit=limit, box=(short, long) if short else None)
         if image.mode == "F":
             raise Unreadable(f"{path} holds floating-point numbers (mode F): save it with 8 bits a channel")
         if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
             image = Image.fromarray((np.asarray(image).astype(np.int32) >> 8).clip(0, 255).astype(np.uint8))
-        return image if image.mode == "RGB" else image.convert("RGB"), (H, W)
+        return image if image.mode == "RGB" else image.convert("RGB"), size
 
 
 def fit(size: Size, short: int, long: int) -> Size:
@@ -171,13 +205,26 @@ def fit(size: Size, short: int, long: int) -> Size:
     return max(int(size[0] * scale + 0.5), 1), max(int(size[1] * scale + 0.5), 1)
 
 
-def read_labels(path: str | Path, table: np.ndarray, hint: str = "") -> np.ndarray:
-    """A label file as train ids `(H, W)` uint8, by `table` (see `label_table`). Raises DataError."""
-    with opened(Path(path)) as image:
-        if image.mode not in ("L", "P", "I") and not image.mode.startswith("I;16"):
-            form = "labels are class numbers in a grey or palette PNG (mode L, P or I;16)"
-            raise DataError(f"{path} has mode {image.mode}: {form}{hint}")
-        raw = np.asarray(image)
+def read_labels(
+    path: str | Path, table: np.ndarray, hint: str = "", colours: Colours | None = None
+) -> np.ndarray:
+    """A label file as train ids `(H, W)` uint8, by `table` (see `label_table`). Raises DataError.
+
+    Label files in RGB are looked up in `colours`. Grey and palette files hold class numbers in any case.
+    """
+    with reading(path) as file:
+        image, _, form = decode(file, labels=True)
+    if colours and image.mode in ("RGB", "RGBA"):
+        return look_up(image, colours, path)
+    if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
+        right = "labels are class numbers in a grey or palette PNG (mode 1, L, P or I;16)"
+        cure = "; if they are colours, add the colours to classes.txt" if image.mode.startswith("RGB") else ""
+        raise DataError(f"{path} has mode {image.mode}: {right}{hint or cure}")
+    if re.search(r";\d?I", form):
+        raise DataError(f"{path} stores white as 0 (a TIFF's photometric 0): save labels as PNG")
+    raw = np.asarray(image, np.uint8) if image.mode == "1" else np.asarray(image)
+    if bits := re.fullmatch(r"L;([24])R?", form):  # which Pillow spreads over 0..255
+        raw = raw // (255 // (2 ** int(bits[1]) - 1))
     found = np.flatnonzero(histogram(raw)) if raw.dtype == np.uint8 else np.unique(raw)
     wrong = [int(x) for x in found if not 0 <= x <= 255 or table[x] < 0]
     if wrong:
@@ -188,6 +235,22 @@ def read_labels(path: str | Path, table: np.ndarray, hint: str = "") -> np.ndarr
         raise DataError(f"{path} holds the value {values}: labels here are {spans}{hint}")
     train_ids = bytearray(raw.astype(np.uint8)).translate(table.astype(np.uint8))
     return np.frombuffer(train_ids, np.uint8).reshape(raw.shape)
+
+
+def look_up(image: Image.Image, colours: Colours, path: str | Path) -> np.ndarray:
+    """The train id of each pixel's colour, `(H, W)` uint8."""
+    pixels = np.asarray(image.convert("RGBA")).view("<u4")[..., 0] & 0xFFFFFF  # R + 256 G + 65536 B
+    table = np.zeros(1 << 24, np.uint16)  # train id + 1, 0 = unknown; where no colour is, no memory is used
+    for (r, g, b), train_id in colours.items():
+        table[r | g << 8 | b << 16] = train_id + 1
+    labels = table[pixels]
+    if not labels.all():
+        values, counts = np.unique(pixels[labels == 0], return_counts=True)
+        most = int(values[counts.argmax()])
+        colour = f"{most & 255} {most >> 8 & 255} {most >> 16} in {counts.max()} pixels"
+        count = f"{len(values)} in all, most often {colour}"
+        raise DataError(f"{path} has colours that classes.txt lacks ({count}): add them to it")
+    return (labels - 1).astype(np.uint8)
 
 
 def histogram(labels: np.ndarray) -> np.ndarray:
