@@ -31,11 +31,11 @@ from errors import DataError, ModelError
 from images import draw, scenes
 from images.panoptic import from_colours
 from images.read import find_images
-from loading.augment import evaluation, normalise
+from loading.augment import evaluation, model_input, normalise
 from loading.tags import LONGEST_TAG, choose_words
 from model import Tada, TadaConfig
-from predict import main
-from run.checkpoint import load_model, save_model
+from predict import load_model, main, predict_image
+from run.checkpoint import save_model
 from weights.words import digest
 
 ROOT = Path(__file__).parents[1]
@@ -116,7 +116,7 @@ def results(out: Path) -> list[str]:
 
 def labels(file: Path) -> np.ndarray:
     with Image.open(file) as image:
-        assert image.mode == "L" and image.format == "PNG"
+        assert image.mode == "P" and image.format == "PNG"
         return np.asarray(image)
 
 
@@ -186,7 +186,7 @@ def test_segments_are_the_model_s(surest, tmp_path, monkeypatch):
     assert main([file, str(picture), "--out", str(out)]) == 0
     assert results(out) == ["1.overlay.jpg", "1.png", "1.segments.png", "predictions.jsonl"]
 
-    image = module.model_input(Image.open(picture), (64, 96))
+    image = model_input(Image.open(picture), (64, 96))
     found = inference.segment(tada, image, [lines(out)[0]["tags"]], size=(60, 90))
     ids, segments = found.panoptic[0]
     assert segments, "the model finds something"
@@ -207,7 +207,7 @@ def test_score_and_overlap_say_what_a_segment_is(surest, tmp_path, monkeypatch):
     """Each as `Tada.segment` takes it; read otherwise, an image is done anew."""
     file, tada = surest
     picture, out = save(tmp_path / "1.png"), tmp_path / "out"
-    image = module.model_input(Image.open(picture), (64, 96))
+    image = model_input(Image.open(picture), (64, 96))
     usual = inference.segment(tada, image, [["sea"]], size=(60, 90)).panoptic[0].ids
     command = [file, str(picture), "--out", str(out), "--words", "sea"]
     for how in ({"score": 0.9999}, {"overlap": 0.1}):
@@ -471,7 +471,8 @@ def test_what_is_done_is_skipped(steered, tmp_path, capsys):
 
     def again(*flags: str, model: str = steered, tags: str = "sea", inputs: list[Path] = pictures[:1]) -> str:
         assert main([model, *map(str, inputs), "--out", str(out), "--words", tags, *flags]) == 0
-        return capsys.readouterr().out.splitlines()[-1].removeprefix(f"{out}: ")
+        said = capsys.readouterr().out.splitlines()
+        return next(line.removeprefix(f"{out}: ") for line in said if " skipped, " in line)
 
     new, old = "1 predicted, 0 skipped, 0 unreadable", "0 predicted, 1 skipped, 0 unreadable"
     assert again(inputs=pictures) == "2 predicted, 0 skipped, 0 unreadable"
@@ -828,7 +829,7 @@ def test_the_model_is_the_one_whose_hash_was_taken(steered, tmp_path, monkeypatc
         (run / "best").symlink_to("step-2")
         tidy(out)
 
-    def load(file: Path, *rest: object) -> Tada:
+    def load(file: Path, *rest: object, **more: object) -> Tada:
         loaded.append(file)
         return load_model(steered)
 
@@ -959,3 +960,56 @@ def test_attention_has_a_tile_for_each_word(steered, tmp_path, monkeypatch):
     shares = np.linspace(0, 0.1, len(CONFIG.classes), dtype=np.float32)
     draw.attention_mosaic(Image.new("RGB", (60, 40)), shares[:, None, None], CONFIG.classes, None)
     assert [title.split("  ")[0] for title in drawn] == list(CONFIG.classes[:-11:-1])
+
+
+# ---- from Python
+
+
+def turned(path: Path) -> Path:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return save(path, np.rot90(noise(70, 40)), exif=exif, quality=95)
+
+
+def of_python(image: Path, kind: str) -> object:
+    """The image as a caller may hold it."""
+    if kind == "path":
+        return image
+    opened = Image.open(image)
+    return opened if kind == "image" else np.asarray(opened)
+
+
+SHAPES = {
+    "tall.png": lambda path: save(path, noise(300, 70)),
+    "grey.png": lambda path: save(path, noise(50, 70)[..., 0]),
+    "turned.jpg": turned,
+}
+
+
+@pytest.mark.parametrize("decoder", ["fpn", "mask2former"])
+@pytest.mark.parametrize("words", [None, [], ["sea", "fishing boat"]])
+def test_from_python_as_by_the_command(steered, surest, tmp_path, decoder, words):
+    """The same labels to the pixel, drawings, tags and segments: of a path, an image and an array."""
+    file = {"fpn": steered, "mask2former": surest[0]}[decoder]
+    for name, write in SHAPES.items():
+        write(tmp_path / "in" / name)
+    out, flags = tmp_path / "out", {None: [], (): ["--tags", "none"]}
+    given = flags.get(words if words is None else tuple(words), ["--words", ", ".join(words or [])])
+    assert main([file, str(tmp_path / "in"), "--out", str(out), *given]) == 0
+    tada = load_model(file)
+    for line in lines(out):
+        path, expected = Path(line["path"]), labels(out / line["labels"])
+        for kind in ("path", "image", "array"):
+            if kind == "array" and path.name == "turned.jpg":
+                continue  # an array has no EXIF
+            result = predict_image(tada, of_python(path, kind), words)
+            assert np.array_equal(result.labels, expected) and result.labels.dtype == np.uint8
+            assert result.tags == line["tags"] and result.shares == line["shares"]
+        drawn = Image.open(out / f"{path.stem}.overlay.jpg")
+        assert module.encoded(result.overlay(), ".jpg") == Path(drawn.filename).read_bytes()
+        if decoder == "mask2former":
+            ids = from_colours(np.asarray(Image.open(out / f"{path.stem}.segments.png")))
+            assert np.array_equal(result.ids, ids) and [s.id for s in result.segments] == [
+                x["id"] for x in line["segments"]
+            ]
+    assert len(lines(out)) == 3 and not tada.training
