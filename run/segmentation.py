@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 import inference
 from errors import DataError, ModelError
@@ -67,6 +68,12 @@ class Segmentation:
     tags: list[str] | None  # the words that it was given; None without words per image
     ids: np.ndarray | None = None  # (H, W), of mask2former: the id of each pixel's segment, 0 = none
     segments: Sequence[PredictedSegment] = ()  # of mask2former
+
+    @property
+    def input(self) -> Tensor:
+        """The image as the model reads it, `(1, 3, h, w)` in [-1, 1], on the model's device."""
+        small = self.photo.small
+        return model_input(small, small.size[::-1]).to(self.tada.unet.conv_in.weight.device)
 
     @property
     def shares(self) -> dict[str, float]:
@@ -144,12 +151,10 @@ def predict_photos(
 @torch.no_grad()
 def attend(found: Sequence[Segmentation]) -> list[np.ndarray]:
     """The attention of images of one size to their words, `(T, h, w)` each."""
-    tada, size = found[0].tada, sizes(found[0].photo)[0]
-    device = tada.unet.conv_in.weight.device
-    x = torch.cat([model_input(one.photo.small, size) for one in found]).to(device)
+    x = torch.cat([one.input for one in found])
     tags = None if found[0].tags is None else [one.tags for one in found]
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        maps = inference.attention_in_windows(tada, x, tags).cpu().numpy()  # (B, T, h, w)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+        maps = inference.attention_in_windows(found[0].tada, x, tags).cpu().numpy()  # (B, T, h, w)
     if tags is None:
         return [*maps]
     return [rows[: max(len(words), 1)] for rows, words in zip(maps, tags, strict=True)]  # no padding
