@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 import inference
 from errors import DataError, ModelError
 from images.draw import attention_mosaic, overlay, segment_overlay
-from images.read import distinct_colour, fit, read_image, upright
+from images.read import distinct_colour, fit, read_image, to_rgb
 from loading.augment import model_input, resize
 from loading.tags import tag_key
 from mask2former import PredictedSegment
@@ -50,7 +50,11 @@ def open_image(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
         image = Image.fromarray(image)
     if not isinstance(image, Image.Image):
         raise DataError(f"an image of type {type(image).__name__}: give a path, a PIL image or a numpy array")
-    return upright(image.copy(), "the image")
+    image = image.copy()
+    image.getexif()  # kept by the image
+    image.info = {}  # as `read_image`
+    ImageOps.exif_transpose(image, in_place=True)
+    return to_rgb(image, "the image")
 
 
 def sizes(photo: Photo) -> tuple[Size, Size]:
