@@ -43,7 +43,7 @@ from mask2former import OVERLAP, SCORE, Instances, Mask2Former
 from metrics.judge import PanopticEvaluator
 from metrics.report import Result, confusion
 from model import Size, Tada, TadaConfig, Tags
-from run.checkpoint import find_model, load_model, read_about, read_config
+from run.checkpoint import find_model, read_about, read_config, read_model
 from run.folder import lock
 from run.ranks import Ranks, cleanup, init_distributed
 from weights.words import digest
@@ -251,7 +251,7 @@ def run(
         if ranks.is_main:
             print(kernels.describe(ranks.device), flush=True)
         sha256 = digest(file)
-        tada = load_model(file, weights, ranks.device, source, threshold)
+        tada = read_model(file, weights, ranks.device, source, threshold)
         if ranks.is_main:
             move_earlier_results(out)
         ranks.barrier()  # only now may files appear

@@ -6,7 +6,8 @@
 
 For `x.jpg` it writes into --out:
 
-    x.png            the class of every pixel: one channel, the image's size, upright by its EXIF tag
+    x.png            the class of every pixel, the image's size, upright by its EXIF tag: indices of a
+                     palette (Pillow's mode P) of the classes' colours
     x.overlay.jpg    the image under its classes' colours (mask2former: and outlines), a legend, its words
     x.attention.jpg  with --attention: where the model attends to each word
     x.segments.png   mask2former: the segment of every pixel, its id as R + 256 G + 65536 B, 0 = none
@@ -20,6 +21,7 @@ image is skipped if its line has the same model, settings, size and time, and it
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,129 +29,109 @@ from contextlib import nullcontext
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-import inference
 import kernels
 from errors import TadaError, Unreadable, run_command
 from eval import add_segment_flags, add_word_flags, groups, scale, segment_options
-from images.draw import attention_mosaic, overlay, percent, segment_overlay
+from images.draw import percent
 from images.panoptic import to_colours
-from images.read import distinct_colour, find_images, fit, read_image
-from loading.augment import model_input, resize
+from images.read import find_images, read_image
 from loading.stream import in_order
-from loading.tags import choose_source, choose_words
-from model import Size, Tada, TadaConfig
-from run.checkpoint import find_model, load_model, read_about, read_config
+from loading.tags import checked_words, choose_source, choose_words
+from model import Size, Tada
+from run.checkpoint import find_model, read_about, read_config, read_model
 from run.folder import lock
 from run.predictions import SEGMENTS, Settings, read_list, tidy, to_do, write
 from run.ranks import Ranks, cleanup, init_distributed
+from run.segmentation import Photo, Segmentation, attend, open_image, predict_photos, sizes
 from weights.words import digest
 
 AHEAD = 4  # images that threads read, and as many that they draw, beside the model
 
 
-# ---- one image: read in a thread, predicted in this one, drawn in a thread
+# ---- from Python
 
 
-class Photo(NamedTuple):
-    """An image as it was read; its line so far, of the file before that."""
+def load_model(
+    checkpoint: str | Path,
+    device: torch.device | str | None = None,
+    *,
+    weights: str | None = None,
+    tags: str | None = None,
+    tag_threshold: float | None = None,
+) -> Tada:
+    """Load the model of a run folder (its best step), a step folder, `last`, `best` or a model.safetensors.
 
-    path: str
-    made: dict
-    image: Image.Image  # upright
-    small: Image.Image  # at the size that the model reads
+    It is in eval mode, without gradients; `device` is CUDA by default, where there is one. The others are the
+    flags of predict.py: `tags`, "clip" or "ram", is another tagger than training's. Raises CheckpointError.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return read_model(checkpoint, weights, device, tags, tag_threshold).requires_grad_(False)
 
 
-class Found(NamedTuple):
-    """What the model found in an image."""
+def predict_image(
+    tada: Tada,
+    image: str | Path | Image.Image | np.ndarray,
+    words: Iterable[str] | None = None,
+    *,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    **segments: float,
+) -> Segmentation:
+    """Predict an image as predict.py does: the same labels to the pixel.
 
-    photo: Photo
-    tags: list[str] | None
-    labels: np.ndarray  # (H, W) uint8
-    panoptic: tuple[np.ndarray, Sequence] | None  # ids (H, W) and segments of mask2former
-    maps: np.ndarray | None  # (T, h, w) attention
+    image: a path, a PIL image (turned upright by its EXIF tag, as files are) or an array of uint8 in 0..255,
+    `(H, W, 3)` in the order RGB or `(H, W)` grey. words: a list such as ["sea", "boat"]; [] for none, as
+    `--tags none`; None for those of the model's tagger. `segments` are `score` and `overlap` of mask2former.
+    Raises DataError or ModelError.
+    """
+    config = tada.config
+    reading = segment_options(segments, config.decoder, {"flip": flip, "scales": tuple(scales) != (1.0,)})
+    if words is not None:
+        words = checked_words(words, config.condition)
+    elif tada.tagger is None:  # the class names, or a file of tags by the image's path
+        path = os.path.abspath(image) if isinstance(image, (str, Path)) else "the image"
+        words = choose_words(config.tags, None, config.condition, [path], config.tag_threshold)[path]
+    photo = Photo.of(open_image(image), config.box, words, {})
+    return predict_photos(tada, [photo], scales=scales, flip=flip, reading=reading)[0]
+
+
+# ---- one image: read in a thread, and drawn in one
 
 
 def read(path: str, words: dict[str, list[str] | None], box: Size | None, settings: Settings) -> Photo | str:
     """The image, or the reason why it cannot be read."""
-    made = {"path": path} | settings.of(path, words[path])
+    line = {"path": path} | settings.of(path, words[path])
     try:
-        image, size = read_image(path)
+        return Photo.of(read_image(path)[0], box, words[path], line)
     except Unreadable as error:
         return str(error)
-    small = fit(size, *box) if box else size
-    return Photo(path, made, image, resize(image, size, small, (0, 0, *small)))
 
 
-def sizes(photo: Photo) -> tuple[Size, Size]:
-    """(H, W) that the model reads, and of the result."""
-    return photo.small.size[::-1], photo.image.size[::-1]
-
-
-@torch.no_grad()
-def predict(
-    tada: Tada, photos: Sequence[Photo], words: dict[str, list[str] | None], settings: Settings
-) -> list[Found]:
-    """Predict images of one size together."""
-    config, device, (small, size) = tada.config, tada.unet.conv_in.weight.device, sizes(photos[0])
-    x = torch.cat([model_input(photo.small, small) for photo in photos]).to(device)  # (B, 3, h, w)
-    original = x  # as in eval.py
-    if settings.scales != [1.0]:
-        original = torch.cat([model_input(photo.image, size) for photo in photos]).to(device)
-    how = {"window": config.crop, "stride": config.stride, "scales": settings.scales, "flip": settings.flip}
-    given = [words[photo.path] for photo in photos]
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        tags, seen = tada.resolve_tags(x, None if given[0] is None else given)
-        if config.decoder == "mask2former":
-            prediction = inference.segment(tada, x, tags, seen=seen, size=size, **settings.reading)
-        else:
-            seen = seen if original is x else None
-            prediction = inference.predict(tada, original, tags, seen=seen, size=size, base=small, **how)
-        maps = inference.attention_in_windows(tada, x, tags) if settings.attention else None  # (B, T, h, w)
-    found = []
-    for i, (photo, labels) in enumerate(zip(photos, prediction.labels.byte().cpu().numpy(), strict=True)):
-        own, panoptic, attended = tags and tags[i], None, None
-        if prediction.panoptic:
-            ids, segments = prediction.panoptic[i]
-            panoptic = ids.cpu().numpy(), segments
-        if maps is not None:  # (T, h, w), without the padding of shorter lists
-            attended = maps[i, : max(len(own), 1) if tags else None].cpu().numpy()
-        found.append(Found(photo, own, labels, panoptic, attended))
-    return found
-
-
-def draw(found: Found, config: TadaConfig, settings: Settings) -> tuple[dict, dict[str, bytes]]:
+def draw(found: Segmentation, settings: Settings) -> tuple[dict, dict[str, bytes]]:
     """An image's line, and its files by their `endings`, in their order."""
-    (_, made, image, _), tags, labels, panoptic, maps = found
-    counts = Image.fromarray(labels).histogram()
-    order = sorted((k for k in range(len(config.classes)) if counts[k]), key=lambda k: -counts[k])
-    shares = {config.classes[k]: counts[k] / labels.size for k in order}
-    record = made | {"size": [*labels.shape], "tags": tags, "shares": shares}
-    palette = np.array(config.palette or [*map(distinct_colour, range(1, len(config.classes) + 1))], np.uint8)
-    names, results = {"palette": palette, "classes": config.classes, "words": tags}, {}
-    if panoptic is not None:
-        ids, segments = panoptic
-        entries = [{"id": s.id, "class": config.classes[s.label], "score": s.score} for s in segments]
-        record["segments"] = entries
-        results[".overlay.jpg"] = segment_overlay(image, ids, segments, **names)
-        results[SEGMENTS] = Image.fromarray(to_colours(ids))
-    else:
-        results[".overlay.jpg"] = overlay(image, labels, **names)
-    if maps is not None:
-        results[".attention.jpg"] = attention_mosaic(image, maps, config.classes, words=tags)
-    results[".png"] = Image.fromarray(labels)
-    return record, {ending: encoded(x, ending) for ending, x in results.items()}
+    line = found.photo.line | {"size": [*found.labels.shape], "tags": found.tags, "shares": found.shares}
+    results = {".overlay.jpg": found.overlay()}
+    if found.ids is not None:
+        classes = found.tada.config.classes
+        line["segments"] = [{"id": s.id, "class": classes[s.label], "score": s.score} for s in found.segments]
+        results[SEGMENTS] = Image.fromarray(to_colours(found.ids))
+    if settings.attention:
+        results[".attention.jpg"] = found.attention_overlay()
+    results[".png"] = found.label_map()
+    return line, {ending: encoded(x, ending) for ending, x in results.items()}
 
 
 def encoded(image: Image.Image, ending: str) -> bytes:
     file = BytesIO()
-    image.save(file, "PNG" if ending.endswith(".png") else "JPEG", quality=92)
+    kind = {"format": "PNG", "bits": 8} if ending.endswith(".png") else {"format": "JPEG", "quality": 92}
+    image.save(file, **kind)  # 8 bits also of few classes: some programs misread 4
     return file.getvalue()
 
 
@@ -189,7 +171,7 @@ def run(
     own = given is not None or (source, threshold) == (config.tags, config.tag_threshold)
     tagger = {} if own else {"tagger": source, "tag_threshold": threshold}
     settings = Settings(digest(file), tagger, scales, flip, attention, reading)
-    folder = Path(out).absolute()
+    folder = Path(out)
     taken = {labels.removesuffix(".png").lower(): x["path"] for labels, x in read_list(folder).items()}
     names = find_images(inputs, folder, taken)
     words_by_path = choose_words(source, given, config.condition, [*names], threshold)
@@ -204,7 +186,8 @@ def run(
             print(f"tags: {source}; of training: {config.tags}", flush=True)
             if config.weights == "random":
                 print("random weights: without a prior")
-        tada = load_model(file, weights, ranks.device, source, threshold) if todo else None
+        chosen = {"weights": weights, "tags": source, "tag_threshold": threshold}
+        tada = load_model(file, ranks.device, **chosen) if todo else None
         failed, mine = 0, todo[ranks.rank :: ranks.world]
         bar = tqdm(total=len(mine), desc="predicting", disable=None if ranks.is_main else True)
 
@@ -218,12 +201,18 @@ def run(
                     bar.update()
                     tqdm.write(f"skipped: {photo}", file=sys.stderr)
 
-        shared = {"words": words_by_path, "settings": settings}
+        def predicted(photos: Iterable[Photo]) -> Iterator[Segmentation]:
+            for group in groups(photos, sizes, ranks.device, len(scales) * (1 + flip)):
+                found = predict_photos(tada, group, scales=scales, flip=flip, reading=reading)
+                if attention:
+                    for one, maps in zip(found, attend(found), strict=True):
+                        one.maps = maps
+                yield from found
+
         with bar, ThreadPoolExecutor(AHEAD) as pool:
-            photos = in_order(pool, partial(read, box=config.box, **shared), mine, AHEAD)
-            together = groups(readable(photos), sizes, ranks.device, len(scales) * (1 + flip))
-            found = (x for group in together for x in predict(tada, group, **shared))
-            drawn = in_order(pool, partial(draw, config=config, settings=settings), found, AHEAD)
+            reader = partial(read, words=words_by_path, box=config.box, settings=settings)
+            photos = readable(in_order(pool, reader, mine, AHEAD))
+            drawn = in_order(pool, partial(draw, settings=settings), predicted(photos), AHEAD)
             for record, results in drawn:
                 name = names[record["path"]]
                 for ending in settings.owned:  # also those of an earlier result that this one lacks
@@ -238,7 +227,9 @@ def run(
         if ranks.is_main:
             tidy(folder)
             done = len(todo) - failed
-            print(f"{folder}: {done} predicted, {len(names) - len(todo)} skipped, {failed} unreadable")
+            print(f"{out}: {done} predicted, {len(names) - len(todo)} skipped, {failed} unreadable")
+            if len(names) == 1 and not failed:
+                print(folder / f"{next(iter(names.values()))}.overlay.jpg")
     cleanup()
     return 1 if failed else 0
 

@@ -189,11 +189,16 @@ def read_image(
     """
     with reading(path, limit) as file:
         image, size, _ = decode(file, limit=limit, box=(short, long) if short else None)
-        if image.mode == "F":
-            raise Unreadable(f"{path} holds floating-point numbers (mode F): save it with 8 bits a channel")
-        if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
-            image = Image.fromarray((np.asarray(image).astype(np.int32) >> 8).clip(0, 255).astype(np.uint8))
-        return image if image.mode == "RGB" else image.convert("RGB"), size
+        return to_rgb(image, path), size
+
+
+def to_rgb(image: Image.Image, name: str | Path) -> Image.Image:
+    """The image with 8 bits a channel, RGB. Raises Unreadable."""
+    if image.mode == "F":
+        raise Unreadable(f"{name} holds floating-point numbers (mode F): save it with 8 bits a channel")
+    if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
+        image = Image.fromarray((np.asarray(image).astype(np.int32) >> 8).clip(0, 255).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def fit(size: Size, short: int, long: int) -> Size:

@@ -125,17 +125,30 @@ def table_of(entries: Tags, condition: str, threshold: float | None) -> dict[str
 
 def split_words(text: str, condition: str, flag: str = "--words") -> list[str]:
     """The words of `--words "sea, boat"`; of condition "caption" one sentence. Raises DataError."""
-    caption = condition == "caption"
-    try:
-        parts = [text] if caption else [x for x in text.split(",") if x.strip()]
-        longest = LONGEST_CAPTION if caption else LONGEST_TAG
-        words = unique_words(checked_text(x, longest) for x in parts)
-    except ValueError as error:
-        raise DataError(f"{flag}: {error}") from None
-    if not 1 <= len(words) <= MOST_TAGS:
-        raise DataError(f"{flag} {text[:80]!r} has {len(words)} words: give 1 to {MOST_TAGS}")
+    parts = [text] if condition == "caption" else [x for x in text.split(",") if x.strip()]
+    words = checked_words(parts, condition, flag)
+    if not words:
+        raise DataError(f"{flag} {text[:80]!r} has 0 words: give 1 to {MOST_TAGS}")
     if any(word.endswith((".json", ".jsonl")) for word in words):
         raise DataError(f"{flag} {text[:80]!r} names a file: give a file of tags as --tags")
+    return words
+
+
+def checked_words(words: Iterable[str], condition: str, what: str = "words") -> list[str]:
+    """A list of words, each once, [] for none; of condition "caption" one sentence. Raises DataError."""
+    if condition not in PER_IMAGE:
+        raise DataError(f"{what}: a model of condition {condition} uses no words per image; leave it out")
+    caption, bare = condition == "caption", isinstance(words, str)
+    words = [words] if bare else [*words]
+    for text in [x for x in words if bare or (not caption and isinstance(x, str) and "," in x)]:
+        cure = [text] if caption else [x.strip() for x in text.split(",")]
+        raise DataError(f"{what} {text[:80]!r} is one string: give a list, {json.dumps(cure)[:80]}")
+    try:
+        words = unique_words(checked_text(x, LONGEST_CAPTION if caption else LONGEST_TAG) for x in words)
+    except ValueError as error:
+        raise DataError(f"{what}: {error}") from None
+    if len(words) > MOST_TAGS:
+        raise DataError(f"{what} {words[0][:80]!r}, ... has {len(words)} words: give at most {MOST_TAGS}")
     return words
 
 

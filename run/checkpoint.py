@@ -2,7 +2,7 @@
 
     write_step(run, step, ...)  # runs/NAME/step-000123, and the link `last` to it
     folder, refused = newest_step(run)  # the newest one whose files have their hashes
-    tada = load_model("runs/NAME")  # or last, best, a step folder, a model.safetensors
+    tada = read_model("runs/NAME")  # or last, best, a step folder, a model.safetensors
 
 Only safetensors and JSON: no file that is read can run code. A step folder is written under another name,
 synced to the disk, and renamed: a folder under its own name is complete, whenever the process is killed.
@@ -70,7 +70,7 @@ def save_model(tada: Tada, file: Path, frozen: dict[str, str], metrics: dict[str
     save_file(state, file, metadata={"tada": json.dumps(about, sort_keys=True)})
 
 
-def load_model(
+def read_model(
     path: str | Path,
     weights: str | None = None,
     device: torch.device | str = "cpu",

@@ -434,7 +434,7 @@ def uncounted(monkeypatch):
     """The command without its model: every evaluation has the same result at once."""
     result = result_of([[3, 1], [0, 2]], ["sky", "sea"])
     monkeypatch.setattr(module, "evaluate", lambda *arguments, **options: result)
-    monkeypatch.setattr(module, "load_model", lambda *arguments: SimpleNamespace())
+    monkeypatch.setattr(module, "read_model", lambda *arguments: SimpleNamespace())
 
 
 def test_an_earlier_evaluation_is_moved(finished, uncounted, tmp_path, capsys):
@@ -564,7 +564,7 @@ def test_a_limit_is_spread_over_the_split(finished, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "evaluate", spy)
-    monkeypatch.setattr(module, "load_model", lambda *arguments: SimpleNamespace())
+    monkeypatch.setattr(module, "read_model", lambda *arguments: SimpleNamespace())
     for limit in (2, 3, 9):
         assert main([str(finished), "--limit", str(limit)]) == 130
     assert chosen == [[0, 2], [0, 1, 2], [0, 1, 2, 3]]

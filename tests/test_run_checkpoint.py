@@ -32,10 +32,10 @@ from run.checkpoint import (
     corruption_of,
     find_model,
     frozen_digests,
-    load_model,
     newest_step,
     point,
     read_about,
+    read_model,
     read_step,
     save_model,
     steps,
@@ -94,7 +94,7 @@ def test_saved_and_loaded_is_the_same(condition, tmp_path):
     save_model(tada, tmp_path / "model.safetensors", {}, {"mIoU": 0.5})
     torch.manual_seed(9)
     before = torch.get_rng_state()
-    loaded = load_model(tmp_path / "model.safetensors")
+    loaded = read_model(tmp_path / "model.safetensors")
     assert torch.equal(torch.get_rng_state(), before)
     assert equal(predictions(loaded), predictions(tada))
     assert loaded.config == tada.config and isinstance(loaded.config.palette[0], tuple)
@@ -112,7 +112,7 @@ def test_loading_does_not_import_the_compiler(decoder, tmp_path):
     """As normal numbers and products on meta would: 892 modules, 1.4 s."""
     file = tmp_path / "model.safetensors"
     save_model(build(config(condition="tagging", decoder=decoder, things=(True,) * 5)), file, {}, {})
-    code = f"import sys; from run.checkpoint import load_model; load_model({str(file)!r});"
+    code = f"import sys; from run.checkpoint import read_model; read_model({str(file)!r});"
     command = [sys.executable, "-c", code + "sys.exit('torch._dynamo' in sys.modules)"]
     assert subprocess.run(command, check=False, cwd=Path(__file__).parents[1]).returncode == 0
 
@@ -145,7 +145,7 @@ def test_random_weights_are_saved_with_the_model(tmp_path):
     state = load_file(tmp_path / "model.safetensors")
     assert state.keys() == tada.state_dict().keys()
     assert {name.split(".")[0] for name in state} == {"vae", "unet", "clip", "adapter", "decoder"}
-    load_model(tmp_path / "model.safetensors", weights="elsewhere")  # which is not read
+    read_model(tmp_path / "model.safetensors", weights="elsewhere")  # which is not read
 
 
 # Weights from a folder
@@ -185,7 +185,7 @@ def test_frozen_parts_stay_in_their_files(weights, freeze_unet, tmp_path):
     assert "adapter.empty" in state and "adapter.classes" in state
     if not freeze_unet:
         shutil.rmtree(weights / "unet")
-    loaded = load_model(tmp_path / "model.safetensors")
+    loaded = read_model(tmp_path / "model.safetensors")
     assert loaded.state_dict().keys() == tada.state_dict().keys()
     assert equal([*loaded.state_dict().values()], [*tada.state_dict().values()])
 
@@ -211,11 +211,11 @@ def refuse_without(frozen: Path, file: Path) -> None:
     good = frozen.read_bytes()
     frozen.unlink()
     with pytest.raises(CheckpointError, match=f"^{frozen} is missing: .*weights.fetch.* --weights$"):
-        load_model(file)
+        read_model(file)
     frozen.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     sentence = f"^{frozen} is not the file that {file} was trained with: .*weights.fetch.* --weights$"
     with pytest.raises(CheckpointError, match=sentence):
-        load_model(file)
+        read_model(file)
     frozen.write_bytes(good)
 
 
@@ -224,15 +224,15 @@ def test_weights_may_have_moved(trained, weights, tmp_path):
     file, expected = trained
     moved = weights.rename(tmp_path / "moved")
     with pytest.raises(CheckpointError, match=f"{weights}.* is missing"):
-        load_model(file)
-    loaded = load_model(file, weights=str(moved))
+        read_model(file)
+    loaded = read_model(file, weights=str(moved))
     assert equal(predictions(loaded), expected)
     cache_vectors(loaded, ["owl"])
     assert list((moved / ".vectors").iterdir())
     assert loaded.config.weights == str(moved) and not weights.exists()
     (moved / UNET).write_bytes(b"")
     with pytest.raises(CheckpointError, match=f"{moved / UNET} is not the file"):
-        load_model(file, weights=str(moved))
+        read_model(file, weights=str(moved))
 
 
 def test_the_file_that_was_hashed_is_the_one_loaded(weights, tmp_path):
@@ -243,7 +243,7 @@ def test_the_file_that_was_hashed_is_the_one_loaded(weights, tmp_path):
     save_model(tada, tmp_path / "model.safetensors", frozen_digests(tada.config), {})
     other = {name: torch.zeros_like(x) for name, x in load_file(fp16).items()}
     save_file(other, weights / UNET)
-    assert equal(predictions(load_model(tmp_path / "model.safetensors")), predictions(tada))
+    assert equal(predictions(read_model(tmp_path / "model.safetensors")), predictions(tada))
 
 
 # Files that are not a model
@@ -279,7 +279,7 @@ def saved(tiny, tmp_path_factory) -> Path:
 
 def refusal(path: Path) -> str:
     with pytest.raises(CheckpointError) as caught:
-        load_model(path)
+        read_model(path)
     sentence = str(caught.value)
     assert str(path) in sentence and "\n" not in sentence and ": " in sentence
     return sentence
@@ -334,7 +334,7 @@ def test_files_of_other_versions_are_refused(saved):
     missing = rewritten(
         saved, lambda about: about["config"].pop("blocks")
     )  # of an older version: the default
-    assert load_model(missing).config.blocks == 2
+    assert read_model(missing).config.blocks == 2
 
 
 # The folder of a step. What is written is small here: `write_step` asks for no more of a model.

@@ -405,7 +405,7 @@ def test_tags_go_straight_to_the_unet(folder, tmp_path):
     flags = f"--dataset folder --data {folder} --model tiny --weights random --run {run} --crop 64 --short 96"
     flags += " --batch 2 --iterations 1 --workers 0 --threads 1 --condition tags"
     assert train.main(flags.split()) == 0
-    tada = train.checkpoint.load_model(run)
+    tada = train.checkpoint.read_model(run)
     assert (tada.config.condition, tada.config.tags) == ("tags", "clip")
     text = tada.text([["sea", "boat"]])
     condition = tada.adapter(None, None, text)

@@ -30,7 +30,7 @@ from loading.jitter import Jitter
 from loading.stream import TrainStream
 from loading.tags import TagSource
 from model import TadaConfig
-from run.checkpoint import load_model
+from run.checkpoint import read_model
 from run.folder import Run
 from run.options import parse
 from run.ranks import Ranks
@@ -296,7 +296,7 @@ def test_a_run_folder_holds_what_the_readme_lists(uninterrupted):
     assert [line["step"] for line in log if "val" in line] == [3, 6]
     best = max((line for line in log if "val" in line), key=lambda line: line["val"]["mIoU"])
     assert os.readlink(uninterrupted / "best") == f"step-{best['step']:06d}"
-    assert load_model(uninterrupted).config.classes == tuple(scenes.CLASSES)
+    assert read_model(uninterrupted).config.classes == tuple(scenes.CLASSES)
 
 
 def same(run, other):
@@ -347,7 +347,7 @@ def test_a_panoptic_run_resumes_exactly(segments, tmp_path, monkeypatch):
     validated = [line for line in log_of(tmp_path / "run") if "val" in line]
     best = max(validated, key=lambda line: line["val"]["PQ"])
     assert os.readlink(tmp_path / "run" / "best") == f"step-{best['step']:06d}"
-    config = load_model(tmp_path / "run").config
+    config = read_model(tmp_path / "run").config
     assert (config.decoder, config.things) == (
         "mask2former",
         tuple(open_dataset("scenes", "", "val").categories.things),
@@ -360,7 +360,7 @@ def test_evaluation_never_touches_training(folder, uninterrupted, tmp_path):
     """
     more = ["--eval-every", "6", "--save-every", "6"]
     assert train.main(command(folder, tmp_path / "run", *more)) == 0
-    a, b = (load_model(run / "last").state_dict() for run in (uninterrupted, tmp_path / "run"))
+    a, b = (read_model(run / "last").state_dict() for run in (uninterrupted, tmp_path / "run"))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -534,7 +534,7 @@ def test_a_model_that_changed_on_the_disk_is_refused(uninterrupted, tmp_path):
     for sums in ((step / "sha256.json").read_text(), "{"):
         (step / "sha256.json").write_text(sums)
         with pytest.raises(train.CheckpointError, match="model.safetensors changed after it was written"):
-            load_model(step)
+            read_model(step)
 
 
 @pytest.mark.slow
