@@ -38,9 +38,10 @@ import inference
 import kernels
 from errors import TadaError, Unreadable, run_command
 from eval import add_segment_flags, add_word_flags, groups, scale, segment_options
+from images.colours import complete_palette
 from images.draw import attention_mosaic, overlay, percent, segment_overlay
 from images.panoptic import to_colours
-from images.read import distinct_colour, find_images, fit, read_image
+from images.read import find_images, fit, read_image
 from loading.augment import model_input, resize
 from loading.stream import in_order
 from loading.tags import choose_source, choose_words
@@ -131,7 +132,7 @@ def draw(found: Found, config: TadaConfig, settings: Settings) -> tuple[dict, di
     order = sorted((k for k in range(len(config.classes)) if counts[k]), key=lambda k: -counts[k])
     shares = {config.classes[k]: counts[k] / labels.size for k in order}
     record = made | {"size": [*labels.shape], "tags": tags, "shares": shares}
-    palette = np.array(config.palette or [*map(distinct_colour, range(1, len(config.classes) + 1))], np.uint8)
+    palette = complete_palette(config.palette or [None] * len(config.classes))
     names, results = {"palette": palette, "classes": config.classes, "words": tags}, {}
     if panoptic is not None:
         ids, segments = panoptic
