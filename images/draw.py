@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from images.colours import COVER
 from images.panoptic import index, runs, semantic
-from images.text import TRANSLITERATED, fitting, font_of, readable, transliterated, wrapped
+from images.text import fitting, font_of, note, readable, wrapped
 
 SMALLEST = 512  # of an image's longer side as drawn: smaller ones are enlarged, text must fit below
 WIDEST, HIGHEST = 1600, 1280  # of an image as drawn: with its legend it is at most 1600 pixels high
@@ -137,8 +137,7 @@ def with_legend(
     sentences = []
     if words is not None:
         sentences = wrapped(f"words: {', '.join(words) or 'none'}", font, room, lines=2)
-    if any(map(transliterated, [*entries, *(words or [])])):
-        sentences += wrapped(TRANSLITERATED, font, room, lines=1)
+    sentences += [fitting(sentence, font, room) for sentence in note([*entries, *(words or [])])]
 
     height = 2 * margin + line * (rows + len(sentences))
     canvas = Image.new("RGB", (width, drawn.height + height), PAPER)

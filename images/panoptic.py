@@ -216,10 +216,8 @@ def read_categories(content: dict, file: Path) -> Categories:
     for where, entry in entries_of(content, "categories", file):
         id, name, colour = entry["id"], entry["name"], entry.get("color") or None
         match colour:
-            case None:
-                palette.append(None)
-            case [int(r), int(g), int(b)] if 0 <= min(r, g, b) and max(r, g, b) <= 255:
-                palette.append([r, g, b])
+            case None | [int(), int(), int()] if all(0 <= x <= 255 for x in colour or ()):
+                palette.append(colour)
             case _:
                 raise DataError(f'{where}: "color" must be [r, g, b] in 0..255, not {colour}')
         if id in classes or name in [other for other, _ in classes.values()]:

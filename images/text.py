@@ -5,24 +5,23 @@ from right to left, so such scripts are transliterated too.
 """
 
 import unicodedata
+from collections.abc import Iterable
 from functools import cache
 
 from anyascii import anyascii
 from PIL import ImageFont
-
-TRANSLITERATED = "Names in scripts that the font lacks are transliterated."
-
-
-@cache
-def font_of(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, `size` in pixels."""
-    return ImageFont.truetype(font_file(), size, layout_engine=ImageFont.Layout.BASIC)
 
 
 def font_file() -> str:
     import matplotlib  # takes a while: only where something is drawn
 
     return f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+
+
+@cache
+def font_of(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, `size` in pixels."""
+    return ImageFont.truetype(font_file(), size, layout_engine=ImageFont.Layout.BASIC)
 
 
 @cache
@@ -38,18 +37,18 @@ def readable(text: str) -> str:
     return "".join(map(drawable, unicodedata.normalize("NFC", text))) or "?" * bool(text)
 
 
-def transliterated(text: str) -> bool:
-    """Whether letters of it are replaced."""
-    return readable(text).split() != unicodedata.normalize("NFC", text).split()
-
-
 @cache
 def drawable(c: str) -> str:
     """The character, or what stands for it."""
-    if c.isspace():
-        return " "
     shaped = unicodedata.combining(c) or unicodedata.bidirectional(c) in ("R", "AL")
-    return c if ord(c) in glyphs() and c.isprintable() and not shaped else anyascii(c)
+    known = ord(c) in glyphs() and c.isprintable() and not shaped
+    return c if known else " " if c.isspace() else anyascii(c)
+
+
+def note(texts: Iterable[str]) -> list[str]:
+    """The sentence to add if some of the texts are transliterated."""
+    replaced = any(readable(x).split() != unicodedata.normalize("NFC", x).split() for x in texts)
+    return ["Names in scripts that the font lacks are transliterated."] * replaced
 
 
 def fitting(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from images.text import TRANSLITERATED, readable, transliterated
+from images.text import note, readable
 
 CELL = 0.24  # inches of a class in a confusion matrix, 24 pixels
 LARGE = 40  # classes; the names of more stand on all four sides
 LOSSES = ("loss", "seg", "aux", "class", "mask", "dice", "tag")  # of log.jsonl; `loss` is their sum
+PANELS = {"losses": LOSSES, "validation, %": ("mIoU", "PQ"), "learning rate": ("lr",)}
 
 
 def confusion_matrix(file: Path, confusion: Tensor, names: Sequence[str]) -> None:
@@ -29,16 +30,15 @@ def confusion_matrix(file: Path, confusion: Tensor, names: Sequence[str]) -> Non
     names = [names[k] for k in kept.tolist()]
     counts = confusion[kept][:, kept].double()
     shares = counts / counts.sum(1, keepdim=True)  # NaN without pixels
-    large = len(names) > LARGE
     figure = Figure((CELL * len(names),) * 2, dpi=100)  # the names lie around it: a tight box includes them
     axes = figure.add_axes((0, 0, 1, 1))
     axes.imshow(shares.sqrt().numpy(), colormaps["Blues"].with_extremes(bad="0.88"), vmin=0, vmax=1)
     style = {"labels": [*map(readable, names)], "fontsize": 9, "parse_math": False}
     axes.set_xticks(range(len(names)), rotation=90, **style)
     axes.set_yticks(range(len(names)), **style)
+    large = len(names) > LARGE
     axes.tick_params(length=0, labeltop=True, labelbottom=large, labelright=large)
-    note = f" {TRANSLITERATED}" if any(map(transliterated, names)) else ""
-    axes.set_xlabel(f"prediction, % of the row.{note}", color="gray")
+    axes.set_xlabel("\n".join([*note(names), "prediction, % of the row"]), color="gray")
     axes.set_ylabel("truth", color="gray")
     axes.xaxis.set_label_position("top")
     axes.spines[:].set_color("lightgray")
@@ -55,32 +55,22 @@ def curves(file: Path, log: Path) -> None:
     from matplotlib.ticker import LogLocator
 
     entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    entries = [x | {name: 100 * share for name, share in x.get("val", {}).items()} for x in entries]
     figure = Figure((9, 9), dpi=100, layout="constrained")
     figure.suptitle(readable(log.absolute().parent.name), parse_math=False)
     losses, measures, rate = panels = figure.subplots(3, sharex=True, height_ratios=(3, 3, 1))
-    for axes, title in zip(panels, ("losses", "validation, %", "learning rate"), strict=True):
+    for axes, (title, names) in zip(panels, PANELS.items(), strict=True):
+        for name in names:
+            if points := [(x["step"], x[name]) for x in entries if name in x]:
+                style = {"marker": "." if axes is measures else "", "lw": 2 if name == names[0] else 1}
+                axes.plot(*zip(*points, strict=True), label=name, **style)
         axes.set_title(title, loc="left")
         axes.grid(alpha=0.3)
-    for name in LOSSES:
-        if points := [(entry["step"], entry[name]) for entry in entries if name in entry]:
-            losses.plot(*zip(*points, strict=True), label=name, lw=2 if name == "loss" else 1)
-    for name in ("mIoU", "PQ"):
-        points = [
-            (entry["step"], 100 * entry["val"][name]) for entry in entries if name in entry.get("val", ())
-        ]
-        if points:
-            step, best = max(points, key=lambda point: point[1])
-            label = f"{name} {points[-1][1]:.1f}%, best {best:.1f}% at step {step}"
-            measures.plot(*zip(*points, strict=True), marker=".", label=label)
-    rate.plot(
-        *zip(*((entry["step"], entry["lr"]) for entry in entries if "lr" in entry), strict=True), "gray"
-    )
-    rate.set_xlabel("step")
-    rate.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(frameon=False)
     losses.set_yscale("log")
     losses.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
     losses.minorticks_off()
-    losses.legend(frameon=False)
     measures.set_ylim(0)
-    measures.legend(frameon=False)
+    rate.set_xlabel("step")
+    rate.xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(file)

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -115,8 +116,7 @@ class Result:
             if all(map(math.isnan, (overlap, recall, *quality))):
                 absent += 1
                 continue
-            cells = [overlap, recall, *quality]
-            cells = [*map(percent, cells[:2]), f"{100 * share:.2f}", *map(percent, quality)]
+            cells = [percent(overlap), percent(recall), f"{100 * share:.2f}", *map(percent, quality)]
             lines.append(f"| {k} | {self.name(k)} | {' | '.join(cells)} | {self.confused(k)} |")
         lines += [f"\nLeft out: {absent} of {len(iou)} classes, which do not occur."] if absent else []
         worst = sorted((k for k, x in enumerate(iou) if not math.isnan(x)), key=iou.__getitem__)[:WORST]
@@ -152,24 +152,20 @@ class Result:
 
     def line(self) -> str:
         """The result and the protocol in one line, to paste."""
-        about, numbers = self.about, self.as_json()
+        about, numbers, read = self.about, self.as_json(), partial(percent, unit="%")
         occur = sum(x is not None for x in numbers["classes"].values())
         version = f" version {about['scenes_version']}" if "scenes_version" in about else ""
         quality = {key: key for key in ("PQ", "SQ", "RQ")} | OF_GROUPS
         size = "{}x{}".format
         tags = about.get("words") or about["tags"]
         parts = [
-            f"mIoU {percent(numbers['mIoU'], '%')} on {about['dataset']}{version} {about['split']}",
+            f"mIoU {read(numbers['mIoU'])} on {about['dataset']}{version} {about['split']}",
             f"{occur} of {len(self.classes)} classes occur",
-            *(f"{name} {percent(numbers[key], '%')}" for key, name in quality.items() if key in numbers),
+            *(f"{name} {read(numbers[key])}" for key, name in quality.items() if key in numbers),
             *([numbers["segments"]] if "segments" in numbers else []),
-            f"pixel accuracy {percent(numbers['pixel_accuracy'], '%')}",
-            f"class accuracy {percent(numbers['class_accuracy'], '%')}",
-            *(
-                f"{name} {percent(numbers[key], '%')}"
-                for key, name in OF_TAGS.items()
-                if numbers[key] is not None
-            ),
+            f"pixel accuracy {read(numbers['pixel_accuracy'])}",
+            f"class accuracy {read(numbers['class_accuracy'])}",
+            *(f"{name} {read(numbers[key])}" for key, name in OF_TAGS.items() if numbers[key] is not None),
             f"{numbers['images']} images",
             " ".join(["scale", *(f"{x:g}" for x in about["scales"])]) + " + flip" * about["flip"],
             f"windows {size(*about['window'])} by {size(*about['stride'])}" if about["window"] else "whole",

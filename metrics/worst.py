@@ -1,9 +1,4 @@
-"""The images of an evaluation with the lowest mIoU, drawn beside their ground truth.
-
-worst = WorstImages(dataset, 8)
-worst.add(item, labels, target, tags)  # every image of this process
-worst.draw(out / "worst", ranks)       # 01-NAME.jpg is the worst of all processes
-"""
+"""The images of an evaluation with the lowest mIoU, drawn beside their ground truth."""
 
 import math
 from pathlib import Path
@@ -19,7 +14,7 @@ from run.ranks import Ranks
 
 
 class WorstImages:
-    """Keeps what is predicted for the `most` images of this process with the lowest mIoU."""
+    """Keeps what is predicted for the `most` images of this process with the lowest mIoU, to `draw` it."""
 
     def __init__(self, dataset: Dataset, most: int):
         self.dataset, self.most = dataset, most
