@@ -35,10 +35,10 @@ class WorstImages:
         names = {"palette": self.dataset.palette, "classes": self.dataset.classes}
         for score, i, target, tags in self.kept:
             if (score, i) in worst:
-                sample, path = self.dataset.load(i), self.dataset.path(i)
+                sample, path = self.dataset.load(i), Path(self.dataset.path(i))
                 truth = (sample.ids, sample.segments) if isinstance(target, tuple) else sample.labels
                 targets = {"ground truth": truth, f"prediction, mIoU {percent(score, '%')}": target}
-                tiles = compared(np.asarray(sample.image), path, targets, tags, **names)
-                name = f"{1 + worst.index((score, i)):02}-{Path(path).stem}"[:60]  # of at most 255 bytes
+                tiles = compared(np.asarray(sample.image), path.name, targets, tags, **names)
+                name = f"{1 + worst.index((score, i)):02}-{path.stem}"[:60]  # of at most 255 bytes
                 mosaic(tiles, len(tiles)).save(folder / f"{name}.jpg", quality=92)
         return worst

@@ -455,7 +455,7 @@ def test_the_worst_images_are_drawn(tada, dataset, finished, tmp_path, capsys, m
     assert sorted(os.listdir(tmp_path / "out/worst")) == names
     for (score, i), (image, title, targets, _) in zip(worst, shown, strict=True):
         sample, (truth, predicted) = dataset.load(i), targets.values()
-        assert title == dataset.path(i) and [*targets][1] == f"prediction, mIoU {100 * score:.1f}%"
+        assert title == Path(dataset.path(i)).name and [*targets][1] == f"prediction, mIoU {100 * score:.1f}%"
         assert np.array_equal(image, sample.image) and np.array_equal(truth, sample.labels)
         counts = confusion(torch.from_numpy(truth), torch.from_numpy(predicted), len(CLASSES))
         assert result_of(counts.tolist()).mIoU == score

@@ -1,4 +1,4 @@
-"""metrics/report.py: counts against loops and numbers worked out by hand, the report, its files."""
+"""metrics/report.py and charts.py: counts against loops, numbers by hand, the report, its files, charts."""
 
 import csv
 import json
