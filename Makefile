@@ -6,11 +6,11 @@ BIN := .venv/bin
 
 demo: .venv/.run
 	$(BIN)/python train.py --preset demo --run runs/demo
-	$(BIN)/python eval.py runs/demo
+	$(BIN)/python eval.py runs/demo --worst 8
 	$(BIN)/python -m images.scenes --count 6 --out runs/demo/images
 	$(BIN)/python predict.py runs/demo runs/demo/images --attention --out runs/demo/predicted
 	$(BIN)/python predict.py runs/demo runs/demo/images --words "sea, boat" --out runs/demo/steered
-	@echo "Results are in runs/demo: inputs.jpg, val/, eval-val/result.md and confusion.png, predicted/ with the attention of each tag,"
+	@echo "Results are in runs/demo: inputs.jpg, val/, curve.png, eval-val/result.md, confusion.png and worst/, predicted/ with the attention of each tag,"
 	@echo "and steered/, the same images predicted with the words sea and boat."
 	@echo "Next: $(BIN)/python train.py --help; --condition oracle trains with ground-truth tags (the paper's Figure 1);"
 	@echo "--dataset folder --data DIR trains on your own images; see README.md for the official weights."

@@ -44,13 +44,13 @@ from PIL import Image
 
 from errors import DataError
 from images import scenes
+from images.colours import complete_palette
 from images.panoptic import Categories, Segment, read_annotations, read_map, semantic
 from images.read import (
     IGNORE,
     LOSSLESS,
     SUFFIXES,
     Size,
-    distinct_colour,
     label_table,
     read_image,
     read_labels,
@@ -351,9 +351,9 @@ def read_classes(file: Path) -> tuple[list[str], np.ndarray, list[int]]:
     for i, line in enumerate(lines):
         where = f"{file}, line {i + 1}"
         match = re.fullmatch(r"\s*([^,]*[^,\s])\s*(?:,\s*(\d+) (\d+) (\d+)\s*)?(?:,\s*(\d+)\s*)?", line)
-        colour = [int(x) for x in match.group(2, 3, 4)] if match and match[2] else distinct_colour(i + 1)
+        colour = [int(x) for x in match.group(2, 3, 4)] if match and match[2] else None
         value = int(match[5]) if match and match[5] else i
-        if not match or max(colour) > 255 or value >= IGNORE:
+        if not match or max(colour or [0]) > 255 or value >= IGNORE:
             raise DataError(f"{where}: expected a class as 'name' or 'name, r g b', not {line[:60]!r}")
         if match[1] in names or value in raw:
             raise DataError(f"{where}: {line!r} repeats a name or a value")
@@ -362,4 +362,4 @@ def read_classes(file: Path) -> tuple[list[str], np.ndarray, list[int]]:
         raw.append(value)
     if not names:
         raise DataError(f"{file} lists no class: give it one class name a line")
-    return names, np.array(palette, np.uint8), raw
+    return names, complete_palette(palette), raw

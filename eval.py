@@ -5,10 +5,11 @@ instances.
     python eval.py runs/NAME --ms                        # "+MS": five scales, each also mirrored
     torchrun --nproc-per-node 8 eval.py runs/NAME/last   # the processes share the images
 
-Writes result.json, result.md, confusion.csv and confusion.png; for mask2former also panoptic.json and, in
-panoptic/, the PNGs that it lists, as COCO's server takes them. Earlier results are moved to eval-val.1,
-eval-val.2 and so on first. The checkpoint holds its data set, classes, sizes and condition, so no flag asks
-for them. Top to bottom: the loop, the command, its flags. The report is in metrics/report.py.
+Writes result.json, result.md, confusion.csv and confusion.png; with --worst 8 also worst/, drawings of the
+eight images with the lowest mIoU; for mask2former also panoptic.json and, in panoptic/, the PNGs that it
+lists, as COCO's server takes them. Earlier results are moved to eval-val.1, eval-val.2 and so on first. The
+checkpoint holds its data set, classes, sizes and condition, so no flag asks for them. Top to bottom: the
+loop, the command, its flags. The report is in metrics/report.py.
 """
 
 import argparse
@@ -31,6 +32,7 @@ import inference
 import kernels
 from data import Dataset, default_data, open_dataset
 from errors import DataError, ModelError, TadaError, run_command
+from images.draw import Target
 from images.panoptic import components
 from images.read import fit
 from images.scenes import VERSION
@@ -41,7 +43,8 @@ from loading.stream import EvaluationStream, Item
 from loading.tags import TagSource, choose_source, open_words, split_words, tag_key
 from mask2former import OVERLAP, SCORE, Instances, Mask2Former
 from metrics.judge import PanopticEvaluator
-from metrics.report import Result, confusion
+from metrics.report import Result, confusion, percent
+from metrics.worst import WorstImages
 from model import Size, Tada, TadaConfig, Tags
 from run.checkpoint import find_model, read_about, read_config, read_model
 from run.folder import lock
@@ -50,7 +53,7 @@ from weights.words import digest
 
 MULTISCALE = (1.0, 1.125, 1.25, 1.375, 1.5)  # VPD's "+MS"
 CHECKED = 10  # images and labels that are decoded before the model is loaded
-FILES = ("result.json", "result.md", "confusion.csv", "confusion.png", "panoptic.json", "panoptic")
+FILES = ("result.json", "result.md", "confusion.csv", "confusion.png", "panoptic.json", "panoptic", "worst")
 
 
 # ---- the loop
@@ -75,6 +78,7 @@ def evaluate(
     overlap: float = OVERLAP,
     folder: Path | None = None,
     instances: bool = False,
+    worst: WorstImages | None = None,
 ) -> Result:
     """Predict the images `indices` (None: all) in order, each at its own size, and count.
 
@@ -82,9 +86,9 @@ def evaluate(
     image. It is read in windows of `window`, whole if None. `world` processes share the images; each calls
     this and gets the result of all. Unless `panoptic` is false, segments are measured where the data set has
     instances: those of mask2former, which reads images whole (`score`, `overlap`; `instances`: also their AP;
-    `folder`: where they are written), or the connected components of a semantic decoder's classes. No global
-    random state is touched, every module keeps its mode. Raises DataError on all ranks if one of them cannot
-    read an image.
+    `folder`: where they are written), or the connected components of a semantic decoder's classes. `worst`
+    is given what this process predicts. No global random state is touched, every module keeps its mode.
+    Raises DataError on all ranks if one of them cannot read an image.
     """
     start = time.perf_counter()
     config, ranks = tada.config, Ranks(rank, world, tada.unet.conv_in.weight.device)
@@ -123,6 +127,8 @@ def evaluate(
                     scores[place] = prediction.tag_logits[i]
                 if evaluator is not None:
                     evaluator.add(item, *segments_of(prediction, i, dataset))
+                if worst is not None:
+                    worst.add(item, prediction.labels[i], target_of(prediction, i), tags and tags[i])
                 if tags is not None:
                     unique = {tag_key(tag) for tag in tags[i]}
                     right = {tag_key(config.prompts[k]) for k in item.present} & unique
@@ -174,11 +180,18 @@ def segments_of(
     prediction: Prediction, i: int, dataset: Dataset
 ) -> tuple[np.ndarray, Sequence, Instances | None]:
     """The ids `(H, W)` of image i, their segments, and the things that may overlap if requested."""
+    target = target_of(prediction, i)
     if prediction.panoptic is None:
-        labels = prediction.labels[i].byte().cpu().numpy()
-        return *components(labels, dataset.categories.things), None
+        return *components(target, dataset.categories.things), None
+    return *target, prediction.instances and prediction.instances[i]
+
+
+def target_of(prediction: Prediction, i: int) -> Target:
+    """Image i's labels `(H, W)` uint8; of mask2former its ids `(H, W)` and their segments."""
+    if prediction.panoptic is None:
+        return prediction.labels[i].byte().cpu().numpy()
     ids, segments = prediction.panoptic[i]
-    return ids.cpu().numpy(), segments, prediction.instances and prediction.instances[i]
+    return ids.cpu().numpy(), segments
 
 
 def describe(tada: Tada, dataset: Dataset, words: TagSource) -> dict:
@@ -218,6 +231,7 @@ def run(
     workers: int,
     kernel: str,
     out: str | None,
+    worst: int,
     **flags: Any,
 ) -> int:
     """Open everything, cheapest checks first; evaluate; rank 0 reports. `flags` are of `protocol_of`."""
@@ -256,14 +270,21 @@ def run(
             move_earlier_results(out)
         ranks.barrier()  # only now may files appear
         shares = {"workers": workers, "rank": ranks.rank, "world": ranks.world, "show": ranks.is_main}
-        result = evaluate(tada, dataset, source_words, **protocol, **shares)
+        drawn = WorstImages(dataset, worst) if worst else None
+        result = evaluate(tada, dataset, source_words, **protocol, **shares, worst=drawn)
         steering = {"tag_threshold": threshold, "words": given}
         result.about |= {name: x for name, x in steering.items() if x is not None}
         if ranks.is_main:
             print(result.as_markdown())
             result.write(out, checkpoint=file, sha256=sha256)
+        for score, i in drawn.draw(out / "worst", ranks) if drawn else ():
+            if ranks.is_main:
+                print(f"mIoU {percent(score, '%')} {dataset.path(i)}")
+        if ranks.is_main:
             more = ", panoptic.json, panoptic/" if config.decoder == "mask2former" else ""
-            print(f"written: {out}/result.json, result.md, confusion.csv, confusion.png{more}")
+            more += ", worst/" if worst else ""
+            mean = f"mIoU {percent(result.mIoU, '%')}"
+            print(f"{mean}; written: {out}/result.json, result.md, confusion.csv, confusion.png{more}")
     cleanup()
     return 0
 
@@ -356,6 +377,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--workers", type=int, default=2, metavar="N", help="processes that load images (default: 2)")
     which = "what won the benchmark, plain torch, or the Triton kernels (default: auto)"
     add("--kernels", dest="kernel", choices=["auto", "torch", "triton"], default="auto", help=which)
+    lowest = "draw the N images with the lowest mIoU into worst/ (default: 0)"
+    add("--worst", type=positive, metavar="N", default=0, help=lowest)
     add("--out", metavar="DIR", help="(default: eval-SPLIT in the run folder, or here if there is none)")
     options = parser.parse_args(argv)
     for name in ("window", "stride"):

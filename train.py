@@ -27,7 +27,7 @@ import kernels
 from assemble import build, parameter_groups
 from data import Dataset, open_dataset
 from errors import CheckpointError, ModelError, RunError, run_command
-from eval import Result, evaluate, predict_items
+from eval import Result, evaluate, predict_items, target_of
 from images import scenes
 from images.panoptic import Segment
 from loading.augment import RATIOS, Augment, normalise
@@ -36,12 +36,14 @@ from loading.jitter import UNOWNED, Jitter, masks_of
 from loading.stream import Batch, EvaluationStream, TrainStream
 from loading.tags import TagSource
 from mask2former import Rand, Target
+from metrics.charts import curves
+from metrics.report import percent
 from model import Size, Tada
 from run import checkpoint
 from run.folder import Run, fingerprint, open_run
 from run.memory import keep_freed_memory
 from run.options import Options, config_of, defaults, parse
-from run.progress import StopOnSignal, describe, draw, log_line, speed
+from run.progress import StopOnSignal, describe, draw, drawing, log_line, speed
 from run.ranks import Ranks, cleanup, init_distributed
 from run.recipes import DROPS, paper_row
 from run.tagging import open_tags
@@ -246,12 +248,14 @@ def validate(training: Training, final: bool) -> None:
     if metric == "PQ":
         mean = result.segments.quality.mean()
         metrics |= {name: mean[name] for name in ("PQ", "SQ", "RQ")}
-        quality = f"PQ {mean['PQ']:.4f} SQ {mean['SQ']:.4f} RQ {mean['RQ']:.4f} "
+        quality = "".join(f"{name} {percent(mean[name], '%')} " for name in ("PQ", "SQ", "RQ"))
     run.log({"step": training.step, "val": metrics})
-    accuracy = f"mIoU {result.mIoU:.4f} pixel accuracy {result.pixel_accuracy:.4f}"
+    accuracy = f"mIoU {percent(result.mIoU, '%')} pixel accuracy {percent(result.pixel_accuracy, '%')}"
     run.print0(f"step {training.step} val {quality}{accuracy}")
     if run.ranks.is_main:
         draw_val(training)
+        with drawing(run, run.folder / "curve.png"):
+            curves(run.folder / "curve.png", run.folder / "log.jsonl")
     best, training.validated = training.best, True
     if not best or metrics[metric] > best[metric]:
         training.best = {"step": training.step, metric: metrics[metric]}
@@ -268,29 +272,25 @@ def evaluate_val(training: Training, limit: int | None = None) -> Result:
 
 
 def draw_val(training: Training) -> None:
-    """val/step-000123.jpg: the predictions of a few images of the validation set, always the same ones."""
+    """val/step-000123.jpg: a few images of the validation set, always the same ones, with their ground truth
+    and their predictions.
+    """
     run, tada, val = training.run, training.tada, training.val_set
     predict = inference.segment if training.metric == "PQ" else inference.predict
     chosen = np.linspace(0, len(val) - 1, min(SHOWN, len(val))).astype(int).tolist()
     shown = []
     tada.eval()
     for item in EvaluationStream(val, *(tada.config.box or (None, None))).items(chosen):
+        truth = (item.ids, item.segments) if training.metric == "PQ" else item.labels.numpy()
         item = item._replace(labels=item.image[0])  # predicted at the size that the model reads
         how = partial(predict, tada, **training.windows)
         prediction, tags = predict_items(tada, [item], words=training.val_words, predict=how)
-        if training.metric == "PQ":
-            ids, segments = prediction.panoptic[0]
-            target = ids.cpu().numpy(), segments
-        else:
-            target = prediction.labels[0].byte().cpu().numpy()
-        shown.append((item.image.permute(1, 2, 0).numpy(), target, tags and tags[0]))
+        targets = {"ground truth": truth, "prediction": target_of(prediction, 0)}
+        shown.append((item.image.permute(1, 2, 0).numpy(), targets, tags and tags[0]))
     tada.train()
     file = run.folder / "val" / f"step-{training.step:06d}.jpg"
-    try:
-        file.parent.mkdir(exist_ok=True)
+    with drawing(run, file):
         draw(file, val, shown)
-    except OSError as error:
-        run.print0(f"{file} is not drawn ({error.strerror})")
 
 
 def draw_inputs(training: Training, batch: Batch) -> None:
@@ -302,7 +302,8 @@ def draw_inputs(training: Training, batch: Batch) -> None:
         owned = [[Segment(i, k, False) for i, k in enumerate(x.tolist(), 1)] for x in batch.classes]
         targets = zip(batch.owners.numpy() + 1, owned, strict=True)
     file = training.run.folder / "inputs.jpg"
-    draw(file, training.train_set, zip(images, targets, words, strict=True))
+    labels = ({"labels": target} for target in targets)
+    draw(file, training.train_set, zip(images, labels, words, strict=True))
 
 
 # ---- saving
@@ -364,7 +365,7 @@ def train(options: Options, ranks: Ranks) -> int:
             code = loop(training, stop)
         if code == 0:
             best = training.best
-            score = f"{training.metric} {best[training.metric]:.4f} at step {best['step']}"
+            score = f"{training.metric} {percent(best[training.metric], '%')} at step {best['step']}"
             run.print0(f"done: best val {score}; next: python eval.py {run.folder}")
         return code
 

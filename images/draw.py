@@ -3,27 +3,26 @@
     overlay(image, labels, palette, classes, ["sea", "boat"]).save("beach.overlay.jpg")
 
 Images are `(H, W, 3)` uint8 RGB, labels `(H, W)` uint8 with 255 = ignore, as in data.py; segments as in
-panoptic.py. Top to bottom: the overlay of classes and of segments, its legend, the heat map, the mosaic, the
-confusion matrix, text that fits.
+panoptic.py. Top to bottom: the overlay of classes and of segments, its legend, an image with its overlays,
+the attention of words, the mosaic.
 """
 
-import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+from PIL import Image, ImageDraw
 
+from images.colours import COVER
 from images.panoptic import index, runs, semantic
+from images.text import fitting, font_of, note, readable, wrapped
 
 SMALLEST = 512  # of an image's longer side as drawn: smaller ones are enlarged, text must fit below
-WIDEST, HIGHEST = 1600, 1320  # of an image as drawn: with its legend it is at most 1600 pixels high
+WIDEST, HIGHEST = 1600, 1280  # of an image as drawn: with its legend it is at most 1600 pixels high
 ROWS = 4  # of classes in a legend, in 2 to 4 columns
 TILE = 640  # the widest image in a mosaic
+CAPTION = 36  # pixels above an image, for a line of text
 MOST_CLASSES, MOST_WORDS = 10, 24  # whose attention is drawn
-NAMED = 40  # classes; a confusion matrix of more is drawn without names
-COVER = 0.55  # of a class's colour over the image
 LINE = 0.75  # of white in the line around a segment
 PAPER, INK, GREY = (250, 249, 246), (28, 32, 40), (112, 116, 124)
 HEAT = (8, 8, 24), (84, 18, 110), (188, 55, 84), (246, 136, 30), (253, 240, 170)  # rising in lightness
@@ -31,6 +30,7 @@ HEAT = (8, 8, 24), (84, 18, 110), (188, 55, 84), (246, 136, 30), (253, 240, 170)
 
 Names = Sequence[str]
 Drawable = np.ndarray | Image.Image
+Target = np.ndarray | tuple[np.ndarray, Sequence]  # labels (H, W), or ids (H, W) and their segments
 
 
 def overlay(
@@ -67,9 +67,9 @@ def segment_overlay(
     blended[lines] = (LINE * 255 + (1 - LINE) * blended[lines]).round()
     drawn = Image.fromarray(blended)
     text = min(max(w // 45, 12), 24)
-    font, draw = ImageFont.load_default(text), ImageDraw.Draw(drawn)
+    font, draw = font_of(text), ImageDraw.Draw(drawn)
     for segment, (y, x, room) in zip(segments, widest(shown, segments), strict=True):
-        name = plain(classes[segment.label])
+        name = readable(classes[segment.label])
         if font.getlength(name) <= room:
             middle = x, min(max(y, text), h - text)
             draw.text(middle, name, "white", font, "mm", stroke_width=2, stroke_fill=INK)
@@ -124,21 +124,22 @@ def with_legend(
     counts = Image.fromarray(labels).histogram()
     width = max(drawn.width, SMALLEST)
     text = min(max(width // 40, 14), 24)
-    font, line, margin, box = ImageFont.load_default(text), round(1.6 * text), text, text
+    font, line, margin, box = font_of(text), round(1.6 * text), text, text
     seen = sorted((k for k in range(len(classes)) if counts[k]), key=lambda k: -counts[k])
     entries = [f"{classes[k]}  {percent(counts[k] / sum(counts))}" for k in seen]
     room = width - 2 * margin
-    cell = max((font.getlength(plain(entry)) for entry in entries), default=room) + 3 * box
+    cell = max((font.getlength(readable(entry)) for entry in entries), default=room) + 3 * box
     columns = min(max(int(room / cell), 2), 4)
     cell = room / columns
     if len(seen) > ROWS * columns:
         entries[ROWS * columns - 1 :] = [f"and {len(seen) - ROWS * columns + 1} more"]
     rows = -(-len(entries) // columns)
-    word_rows = []
+    sentences = []
     if words is not None:
-        word_rows = wrapped(f"words: {', '.join(words) or 'none'}", font, room, lines=2)
+        sentences = wrapped(f"words: {', '.join(words) or 'none'}", font, room, lines=2)
+    sentences += [fitting(sentence, font, room) for sentence in note([*entries, *(words or [])])]
 
-    height = 2 * margin + line * (rows + len(word_rows))
+    height = 2 * margin + line * (rows + len(sentences))
     canvas = Image.new("RGB", (width, drawn.height + height), PAPER)
     canvas.paste(drawn, ((width - drawn.width) // 2, 0))
     draw = ImageDraw.Draw(canvas)
@@ -147,28 +148,41 @@ def with_legend(
         if i < ROWS * columns - 1 or len(entries) == len(seen):
             draw.rectangle((x, y, x + box, y + box), tuple(map(int, palette[seen[i]])), GREY)
         draw.text((x + 1.5 * box, y + box / 2), fitting(entry, font, cell - 2 * box), INK, font, "lm")
-    for i, sentence in enumerate(word_rows, rows):
+    for i, sentence in enumerate(sentences, rows):
         draw.text((margin, drawn.height + margin + i * line + box / 2), sentence, GREY, font, "lm")
     return canvas
 
 
-def heat(image: np.ndarray, strength: np.ndarray, title: str) -> Image.Image:
-    """`strength (h, w)`, scaled from its lowest to its highest value, as a glow over the grey image."""
-    size = drawn_size(*image.shape[:2])
-    size = tuple(max(round(side * min(TILE / size[0], 1)), 1) for side in size)
-    grey = np.asarray(Image.fromarray(image).convert("L").resize(size, Image.Resampling.BICUBIC), np.float32)
-    low, high = float(strength.min()), float(strength.max())
-    level = (strength.astype(np.float32) - low) / max(high - low, 1e-12)
-    level = np.asarray(Image.fromarray(level).resize(size, Image.Resampling.BICUBIC)).clip(0, 1)
-    stops = np.linspace(0, 1, len(HEAT))
-    colours = np.stack([np.interp(level, stops, channel) for channel in zip(*HEAT, strict=True)], axis=-1)
-    drawn = Image.fromarray((0.45 * grey[..., None] + 0.65 * colours).clip(0, 255).astype(np.uint8))
+def compared(
+    image: np.ndarray, title: str, targets: dict[str, Target], words: Names | None, **names: Any
+) -> list[Image.Image]:
+    """Tiles for a mosaic: the image under its title, and under each target, which may have another size.
 
-    font = ImageFont.load_default(20)
-    canvas = Image.new("RGB", (max(drawn.width, 160), drawn.height + 36), PAPER)
-    canvas.paste(drawn, ((canvas.width - drawn.width) // 2, 0))
-    place = canvas.width / 2, drawn.height + 18
-    ImageDraw.Draw(canvas).text(place, fitting(title, font, canvas.width - 8), INK, font, "mm")
+    The legend of the last target has the `words`; `names` are palette and classes.
+    """
+    size = tile_size(*image.shape[:2])
+    tiles = [captioned(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC), title)]
+    for name, target in targets.items():
+        labels, *segments = target if isinstance(target, tuple) else (target,)
+        labels = labels.astype(np.int32) if segments else labels
+        small = np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
+        over, last = segment_overlay if segments else overlay, name == [*targets][-1]
+        tiles.append(captioned(over(image, small, *segments, **names, words=words if last else None), name))
+    return tiles
+
+
+def tile_size(H: int, W: int) -> tuple[int, int]:
+    """(width, height) of an image in a mosaic, Pillow's order."""
+    w, h = drawn_size(H, W)
+    return min(w, TILE), max(round(h * min(TILE / w, 1)), 1)
+
+
+def captioned(image: Image.Image, text: str, least: int = SMALLEST) -> Image.Image:
+    """The image under a line of text, at least so wide."""
+    canvas = Image.new("RGB", (max(image.width, least), image.height + CAPTION), PAPER)
+    canvas.paste(image, ((canvas.width - image.width) // 2, CAPTION))
+    font, place = font_of(CAPTION // 2), (canvas.width / 2, CAPTION / 2)
+    ImageDraw.Draw(canvas).text(place, fitting(text, font, canvas.width - 8), INK, font, "mm")
     return canvas
 
 
@@ -176,15 +190,29 @@ def attention_mosaic(
     image: Image.Image, maps: np.ndarray, classes: Names, words: Names | None
 ) -> Image.Image:
     """A tile for each word (class without `words`) with its share of all attention `maps (T, h, w)`; of many,
-    those with the most.
+    those with the most. All tiles have one scale, whose ends are in the title.
     """
     names = classes if words is None else words or ["(no word)"]
     strength = maps.mean(axis=(1, 2))
     order = np.argsort(-strength, kind="stable")[: MOST_CLASSES if words is None else MOST_WORDS]
     image = image.copy()
     image.thumbnail((TILE, TILE))
-    tiles = [heat(np.asarray(image), maps[i], f"{names[i]}  {percent(strength[i])}") for i in order]
-    return mosaic(tiles, 3 if image.width > image.height else 4)
+    low, high = float(maps[order].min()), float(maps[order].max())
+    levels = (maps[order].astype(np.float32) - low) / max(high - low, 1e-12)
+    titles = [f"{names[i]}  {percent(strength[i])}" for i in order]
+    tiles = [captioned(glow(image, x), y, 160) for x, y in zip(levels, titles, strict=True)]
+    title = f"attention of a pixel, from {low:.1%} (dark) to {high:.1%} (bright)"
+    return captioned(mosaic(tiles, 3 if image.width > image.height else 4), title)
+
+
+def glow(image: Image.Image, level: np.ndarray) -> Image.Image:
+    """`level (h, w)`, 0 = dark to 1 = bright, over the grey image."""
+    size = tile_size(image.height, image.width)
+    grey = np.asarray(image.convert("L").resize(size, Image.Resampling.BICUBIC), np.float32)
+    level = np.asarray(Image.fromarray(level).resize(size, Image.Resampling.BICUBIC)).clip(0, 1)
+    stops = np.linspace(0, 1, len(HEAT))
+    colours = np.stack([np.interp(level, stops, channel) for channel in zip(*HEAT, strict=True)], axis=-1)
+    return Image.fromarray((0.45 * grey[..., None] + 0.65 * colours).clip(0, 255).astype(np.uint8))
 
 
 def mosaic(images: Sequence[Image.Image], columns: int) -> Image.Image:
@@ -203,69 +231,5 @@ def mosaic(images: Sequence[Image.Image], columns: int) -> Image.Image:
     return canvas
 
 
-def confusion_matrix(confusion: Tensor, names: Names) -> Image.Image:
-    """The share of each row, from white to dark blue as its root, so that rare confusions show.
-
-    confusion `(K, K)` pixels [truth, prediction]. Up to 40 classes have their names, and percentages in the
-    cells. A row without pixels is grey.
-    """
-    K, font = len(names), ImageFont.load_default(14)
-    names = names if K <= NAMED else []
-    side = 32 if names else max(1200 // K, 2)
-    margin = 16 + int(max(map(font.getlength, [*names, "column: prediction"])))
-    shares = confusion.double() / confusion.sum(1, keepdim=True)  # NaN without pixels
-    shade = shares.sqrt()[..., None]
-    colour = (255 + shade * torch.tensor([8 - 255, 48 - 255, 107 - 255])).nan_to_num(225)  # (K, K, 3)
-    matrix = Image.fromarray(colour.round().to(torch.uint8).numpy())
-    drawn = Image.new("RGB", (margin + K * side + 16, margin + K * side + 16), "white")
-    drawn.paste(matrix.resize((K * side, K * side), Image.Resampling.NEAREST), (margin, margin))
-    draw = ImageDraw.Draw(drawn)
-    draw.rectangle((margin - 1, margin - 1, margin + K * side, margin + K * side), outline="lightgray")
-    draw.multiline_text((margin - 8, margin - 40), "row: truth\ncolumn: prediction", "gray", font, "ra")
-    above = Image.new("RGB", (margin, K * side), "white")  # the columns' names, before they are turned
-    for k, name in enumerate(names):
-        middle = (k + 0.5) * side
-        draw.text((margin - 8, margin + middle), name, "black", font, anchor="rm")
-        ImageDraw.Draw(above).text((8, middle), name, "black", font, anchor="lm")
-        for column in (shares[k] >= 0.01).nonzero().flatten().tolist():
-            place = margin + (column + 0.5) * side, margin + middle
-            ink = "white" if shares[k, column] > 0.25 else "black"
-            draw.text(place, f"{100 * shares[k, column]:.0f}", ink, font, anchor="mm")
-    if names:
-        drawn.paste(above.rotate(90, expand=True), (margin, 0))
-    return drawn
-
-
 def percent(share: float) -> str:
     return f"{share:.0%}" if share >= 0.01 else "<1%"
-
-
-def plain(text: str) -> str:
-    """ASCII, which is all that Pillow's own font has: accents are dropped, other letters become "?"."""
-    letters = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
-    return "".join(letters).encode("ascii", "replace").decode()
-
-
-def fitting(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """The text, cut off where it is wider than `width`."""
-    text = plain(text)
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
-
-
-def wrapped(text: str, font: ImageFont.FreeTypeFont, width: float, lines: int) -> list[str]:
-    """At most so many lines; what does not fit is cut off."""
-    rows, words = [""], plain(text).split()
-    for i, word in enumerate(words):
-        longer = f"{rows[-1]} {word}".strip()
-        if font.getlength(longer) <= width:
-            rows[-1] = longer
-        elif len(rows) == lines or not rows[-1]:
-            rows[-1] = fitting(" ".join([rows[-1], *words[i:]]), font, width)
-            break
-        else:
-            rows.append(word)
-    return rows

@@ -24,7 +24,8 @@ import numpy as np
 from PIL import Image
 
 from errors import DataError
-from images.read import IGNORE, decode, distinct_colour, reading
+from images.colours import complete_palette
+from images.read import IGNORE, decode, reading
 
 VOID = 0  # the id of pixels without a segment
 LARGEST_ID = 256**3 - 1  # that a colour can hold
@@ -214,10 +215,10 @@ def read_categories(content: dict, file: Path) -> Categories:
     """The `categories`; a class without a "color" gets its own."""
     classes, palette = {}, []
     for where, entry in entries_of(content, "categories", file):
-        id, name, colour = entry["id"], entry["name"], entry.get("color") or distinct_colour(len(palette) + 1)
+        id, name, colour = entry["id"], entry["name"], entry.get("color") or None
         match colour:
-            case [int(r), int(g), int(b)] if 0 <= min(r, g, b) and max(r, g, b) <= 255:
-                palette.append([r, g, b])
+            case None | [int(), int(), int()] if all(0 <= x <= 255 for x in colour or ()):
+                palette.append(colour)
             case _:
                 raise DataError(f'{where}: "color" must be [r, g, b] in 0..255, not {colour}')
         if id in classes or name in [other for other, _ in classes.values()]:
@@ -226,7 +227,7 @@ def read_categories(content: dict, file: Path) -> Categories:
     if not 1 <= len(classes) <= IGNORE:
         raise DataError(f"{file} has {len(classes)} categories: give 1 to {IGNORE}")
     names, things = zip(*classes.values(), strict=True)
-    return Categories([*names], [*classes], np.array(palette, np.uint8), np.array(things))
+    return Categories([*names], [*classes], complete_palette(palette), np.array(things))
 
 
 def read_segments(infos: list, label_of: dict[int, int], where: str) -> np.ndarray:

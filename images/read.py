@@ -1,6 +1,6 @@
 """Decode one image or label file; list the files of a folder, in order. Independent of data sets and models.
 
-Top to bottom: folders, images, label maps, the colours of classes without one.
+Top to bottom: folders, images, label maps.
 """
 
 import glob
@@ -270,8 +270,3 @@ def label_table(raw: Iterable[int], ignored: Iterable[int]) -> np.ndarray:
     for train_id, value in enumerate(raw):
         table[value] = train_id
     return table
-
-
-def distinct_colour(n: int) -> list[int]:
-    """Colour n of PASCAL VOC's map, 1..255: the bits of n are dealt to R, G, B in turn, high bits first."""
-    return [sum((n >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3)) for channel in range(3)]

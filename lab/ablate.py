@@ -27,7 +27,7 @@ from typing import NamedTuple, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -36,7 +36,8 @@ from assemble import build, make_decoder, parameter_groups
 from decoders import resize
 from errors import TadaError, run_command
 from images import scenes
-from images.draw import INK, PAPER, mosaic, overlay, wrapped
+from images.draw import INK, PAPER, mosaic, overlay
+from images.text import font_of, wrapped
 from lab.tables import BATCH, OTHER, PROBE, ROWS, Row, read_record, report
 from loading.augment import normalise
 from loading.stream import Order, classes_in, randomness
@@ -318,7 +319,7 @@ def run_all(
                 entry = finished.result()
                 record.write(json.dumps(entry) + "\n")
                 record.flush()
-                score = f"{entry['row']}, seed {entry['seed']}: mIoU {percent(entry['mIoU'])}"
+                score = f"{entry['row']}, seed {entry['seed']}: mIoU {percent(entry['mIoU'], '%')}"
                 print(f"{number}/{len(todo)} {score}, {entry['seconds']:.0f} s", flush=True)
         except BaseException:  # Ctrl-C too: cancel the runs that have not started
             pool.shutdown(cancel_futures=True)
@@ -352,7 +353,7 @@ def tile(image: np.ndarray, labels: np.ndarray | None, text: str) -> Image.Image
     if labels is not None:
         drawn = overlay(image, labels, scenes.PALETTE, scenes.CLASSES)
         drawn = drawn.crop((0, 0, drawn.width, drawn.width))  # without the legend
-    font, height = ImageFont.load_default(13), 17
+    font, height = font_of(12), 17
     canvas = Image.new("RGB", (TILE, TILE + 4 * height + 2), PAPER)
     canvas.paste(drawn.resize((TILE, TILE)))
     for i, line in enumerate(wrapped(text, font, TILE, 4)):

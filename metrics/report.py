@@ -8,13 +8,14 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from images.draw import confusion_matrix
 from images.read import IGNORE
+from metrics.charts import confusion_matrix
 from metrics.judge import PanopticResult
 
 OF_GROUPS = {"PQ_things": "PQ of things", "PQ_stuff": "PQ of stuff", "AP": "AP of things"}
@@ -41,8 +42,7 @@ class Result:
 
         As mmsegmentation (core/evaluation/metrics.py); ADE20K's own script gives an empty class 0.
         """
-        right = self.confusion.diag().double()
-        return right / (self.confusion.sum(0) + self.confusion.sum(1) - right)
+        return class_iou(self.confusion)
 
     @property
     def mIoU(self) -> float:
@@ -100,9 +100,9 @@ class Result:
         return {**numbers, **self.segments.as_json(), **self.about, "classes": classes, "classes_PQ": pq}
 
     def as_markdown(self) -> str:
-        """The warnings, the table of classes, the ten worst, the segments' summary, and the line to paste."""
+        """The line to paste, the warnings, the table of classes, the ten worst, the segments' summary."""
         about, iou = self.about, self.iou.tolist()
-        lines = [f"# {about['dataset']} {about['split']}", ""]
+        lines = [f"# {about['dataset']} {about['split']}", "", f"    {self.line()}", ""]
         lines += [f"**{sentence}**\n" for sentence in self.warnings()]
         segments = [] if self.segments is None else ["PQ %", "SQ %", "RQ %"]
         columns = ["IoU %", "recall %", "share of the pixels %", *segments]
@@ -111,14 +111,20 @@ class Result:
         numbers = [iou, self.recall.tolist(), (self.confusion.sum(1) / self.confusion.sum()).tolist()]
         if self.segments is not None:
             numbers += self.segments.quality.classes.mT.tolist()
-        for k, row in enumerate(zip(*numbers, strict=True)):
-            lines.append(f"| {k} | {self.name(k)} | {' | '.join(map(percent, row))} | {self.confused(k)} |")
+        absent = 0
+        for k, (overlap, recall, share, *quality) in enumerate(zip(*numbers, strict=True)):
+            if all(map(math.isnan, (overlap, recall, *quality))):
+                absent += 1
+                continue
+            cells = [percent(overlap), percent(recall), f"{100 * share:.2f}", *map(percent, quality)]
+            lines.append(f"| {k} | {self.name(k)} | {' | '.join(cells)} | {self.confused(k)} |")
+        lines += [f"\nLeft out: {absent} of {len(iou)} classes, which do not occur."] if absent else []
         worst = sorted((k for k, x in enumerate(iou) if not math.isnan(x)), key=iou.__getitem__)[:WORST]
         named = ", ".join(f"{self.name(k)} {percent(iou[k])}" for k in worst)
         lines.append(f"\nThe {len(worst)} worst by IoU %: {named}")
         if self.segments is not None:
             lines += ["", *self.segments.as_table()]
-        return "\n".join([*lines, f"\n    {self.line()}", ""])
+        return "\n".join([*lines, ""])
 
     def name(self, k: int) -> str:
         return self.classes[k].replace("|", "\\|")
@@ -128,7 +134,7 @@ class Result:
         wrong = self.confusion[k].clone()
         wrong[k] = 0
         most, total = int(wrong.argmax()), int(self.confusion[k].sum())
-        return f"{self.name(most)} ({percent(int(wrong[most]) / total)} %)" if wrong.any() else "-"
+        return f"{self.name(most)} ({percent(int(wrong[most]) / total, '%')})" if wrong.any() else "-"
 
     def warnings(self) -> list[str]:
         """Sentences without which the numbers mislead."""
@@ -146,20 +152,20 @@ class Result:
 
     def line(self) -> str:
         """The result and the protocol in one line, to paste."""
-        about, numbers = self.about, self.as_json()
+        about, numbers, read = self.about, self.as_json(), partial(percent, unit="%")
         occur = sum(x is not None for x in numbers["classes"].values())
         version = f" version {about['scenes_version']}" if "scenes_version" in about else ""
         quality = {key: key for key in ("PQ", "SQ", "RQ")} | OF_GROUPS
         size = "{}x{}".format
         tags = about.get("words") or about["tags"]
         parts = [
-            f"{about['dataset']}{version} {about['split']} mIoU {percent(numbers['mIoU'])}",
+            f"mIoU {read(numbers['mIoU'])} on {about['dataset']}{version} {about['split']}",
             f"{occur} of {len(self.classes)} classes occur",
-            *(f"{name} {percent(numbers[key])}" for key, name in quality.items() if key in numbers),
+            *(f"{name} {read(numbers[key])}" for key, name in quality.items() if key in numbers),
             *([numbers["segments"]] if "segments" in numbers else []),
-            f"pixel accuracy {percent(numbers['pixel_accuracy'])}",
-            f"class accuracy {percent(numbers['class_accuracy'])}",
-            *(f"{name} {percent(numbers[key])}" for key, name in OF_TAGS.items() if numbers[key] is not None),
+            f"pixel accuracy {read(numbers['pixel_accuracy'])}",
+            f"class accuracy {read(numbers['class_accuracy'])}",
+            *(f"{name} {read(numbers[key])}" for key, name in OF_TAGS.items() if numbers[key] is not None),
             f"{numbers['images']} images",
             " ".join(["scale", *(f"{x:g}" for x in about["scales"])]) + " + flip" * about["flip"],
             f"windows {size(*about['window'])} by {size(*about['stride'])}" if about["window"] else "whole",
@@ -180,13 +186,19 @@ class Result:
         with (out / "confusion.csv").open("w", newline="", encoding="utf-8") as f:
             rows = [[k, *row] for k, row in zip(self.classes, self.confusion.tolist(), strict=True)]
             csv.writer(f).writerows([["truth \\ prediction", *self.classes], *rows])
-        confusion_matrix(self.confusion, self.classes).save(out / "confusion.png")
+        confusion_matrix(out / "confusion.png", self.confusion, self.classes)
 
 
 def confusion(truth: Tensor, predicted: Tensor, K: int) -> Tensor:
     """Pixels `(K, K)` int64 [label, prediction] of two equally large maps, where the label is not 255."""
     kept = truth != IGNORE
     return torch.bincount(K * truth[kept].long() + predicted[kept], minlength=K * K).view(K, K)
+
+
+def class_iou(confusion: Tensor) -> Tensor:
+    """`(K,)` intersection over union of the pixels `(K, K)`; NaN where both are empty."""
+    right = confusion.diag().double()
+    return right / (confusion.sum(0) + confusion.sum(1) - right)
 
 
 def average_precision(scores: Tensor, positive: Tensor) -> float:
@@ -205,5 +217,6 @@ def none_if_nan(x: float | None) -> float | None:
     return None if x is None or math.isnan(x) else x
 
 
-def percent(x: float | None) -> str:
-    return "-" if none_if_nan(x) is None else f"{100 * x:.2f}"
+def percent(x: float | None, unit: str = "") -> str:
+    """A fraction as people read it, with one decimal; "-" without one."""
+    return "-" if none_if_nan(x) is None else f"{100 * x:.1f}{unit}"

@@ -3,23 +3,22 @@
 import resource
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
-from PIL import Image
 
 import kernels
 from data import Dataset
-from images.draw import mosaic, overlay, segment_overlay
+from images.draw import Target, compared, mosaic
+from metrics.charts import LOSSES
 from model import Tada
 from run.folder import Run
 from run.options import Options
 from run.recipes import recipe
-
-LOSSES = ("loss", "seg", "aux", "class", "mask", "dice", "tag")
 
 
 def describe(run: Run, options: Options, tada: Tada) -> None:
@@ -45,14 +44,24 @@ def describe(run: Run, options: Options, tada: Tada) -> None:
     run.print0(f"run folder {run.folder}")
 
 
-def draw(file: Path, dataset: Dataset, shown: Iterable[tuple[np.ndarray, Any, list[str] | None]]) -> None:
-    """Each image `(H, W, 3)`, and itself under its labels `(H, W)` or (ids, segments), with its tags."""
-    tiles, names = [], {"palette": dataset.palette, "classes": dataset.classes}
-    for image, target, tags in shown:
-        tiles.append(Image.fromarray(image))
-        over, targets = (segment_overlay, target) if isinstance(target, tuple) else (overlay, (target,))
-        tiles.append(over(image, *targets, **names, words=tags))
-    mosaic(tiles, 4).save(file, quality=92)
+Shown = tuple[np.ndarray, dict[str, Target], list[str] | None]  # image (H, W, 3), its targets, its tags
+
+
+def draw(file: Path, dataset: Dataset, shown: Iterable[Shown]) -> None:
+    """Each image beside itself under its targets, two images in a row."""
+    names = {"palette": dataset.palette, "classes": dataset.classes}
+    rows = [compared(image, "image", targets, tags, **names) for image, targets, tags in shown]
+    mosaic([tile for row in rows for tile in row], 2 * len(rows[0])).save(file, quality=92)
+
+
+@contextmanager
+def drawing(run: Run, file: Path) -> Iterator[None]:
+    """Print why the block could not draw the file: whatever fails there, training goes on."""
+    try:
+        file.parent.mkdir(exist_ok=True)
+        yield
+    except Exception as error:  # noqa: BLE001
+        run.print0(f"{file} is not drawn ({error})")
 
 
 def speed(times: Sequence[tuple[float, float]], batch: int, remaining: int) -> dict[str, float]:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 import inference
 from errors import DataError, ModelError
+from images.colours import complete_palette
 from images.draw import attention_mosaic, overlay, segment_overlay
-from images.read import distinct_colour, fit, read_image, to_rgb
+from images.read import fit, read_image, to_rgb
 from loading.augment import model_input, resize
 from loading.tags import tag_key
 from mask2former import PredictedSegment
@@ -89,8 +90,8 @@ class Segmentation:
     @property
     def palette(self) -> np.ndarray:
         """The colour of each class, `(K, 3)` uint8."""
-        K = len(self.tada.config.classes)
-        return np.array(self.tada.config.palette or [*map(distinct_colour, range(1, K + 1))], np.uint8)
+        config = self.tada.config
+        return complete_palette(config.palette or [None] * len(config.classes))
 
     def label_map(self) -> Image.Image:
         """The labels as an image of mode P: indices, shown in their classes' colours."""

@@ -38,6 +38,7 @@ from images.read import IGNORE, fit
 from inference import Prediction
 from loading.tags import open_words
 from mask2former import Instances, Panoptic
+from metrics import worst as module_worst
 from metrics.quality import compare
 from metrics.report import confusion
 from model import TadaConfig
@@ -301,7 +302,10 @@ def test_an_image_without_any_label(tada, tmp_path):
     (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
     dataset = open_dataset("folder", tmp_path, "val")
     result = evaluate(tada, dataset, words_from("oracle", dataset))
-    assert "| 0 | sky | - | - | - | - |" in result.as_markdown()
+    assert "Left out: 4 of 4 classes, which do not occur." in result.as_markdown()
+    assert "mIoU -, " not in result.line() and result.line().startswith(
+        "mIoU - on folder val, 0 of 4 classes"
+    )
     numbers = result.as_json()
     keys = ("mIoU", "pixel_accuracy", "class_accuracy", "tag_mAP", "words_precision", "words_recall")
     assert [numbers[key] for key in keys] == [None] * 6
@@ -427,6 +431,36 @@ def test_the_command_reports_what_evaluate_counts(tada, dataset, finished, capsy
     assert result.line() in printed
     assert result.as_markdown() in printed
     assert (out / "result.md").read_text().startswith(result.as_markdown())
+
+
+def by_miou(tada, dataset, **protocol) -> list[tuple[float, int]]:
+    """mIoU and index of every image evaluated alone, worst first."""
+    words = words_from("classes", dataset)
+    alone = {i: evaluate(tada, dataset, words, indices=[i], **protocol) for i in range(len(dataset))}
+    return sorted((result.mIoU, i) for i, result in alone.items())
+
+
+def test_the_worst_images_are_drawn(tada, dataset, finished, tmp_path, capsys, monkeypatch):
+    """The two of lowest mIoU, worst first, under the labels that were counted; moved with the rest."""
+    shown, compared = [], module_worst.compared
+    monkeypatch.setattr(
+        module_worst, "compared", lambda *args, **how: shown.append(args) or compared(*args, **how)
+    )
+    command = [str(finished), "--workers", "0", "--out", str(tmp_path / "out"), "--worst", "2"]
+    assert main(command) == 0
+    worst = by_miou(tada, dataset, window=(48, 64), stride=(32, 43))[:2]
+    lines = [f"mIoU {100 * score:.1f}% {dataset.path(i)}" for score, i in worst]
+    assert "\n".join(lines) in capsys.readouterr().out
+    names = [f"0{n}-{i}.jpg" for n, (_, i) in enumerate(worst, 1)]
+    assert sorted(os.listdir(tmp_path / "out/worst")) == names
+    for (score, i), (image, title, targets, _) in zip(worst, shown, strict=True):
+        sample, (truth, predicted) = dataset.load(i), targets.values()
+        assert title == Path(dataset.path(i)).name and [*targets][1] == f"prediction, mIoU {100 * score:.1f}%"
+        assert np.array_equal(image, sample.image) and np.array_equal(truth, sample.labels)
+        counts = confusion(torch.from_numpy(truth), torch.from_numpy(predicted), len(CLASSES))
+        assert result_of(counts.tolist()).mIoU == score
+    assert main(command[:-2]) == 0
+    assert not (tmp_path / "out/worst").exists() and len(os.listdir(tmp_path / "out.1/worst")) == 2
 
 
 @pytest.fixture
@@ -586,7 +620,7 @@ def test_scenes_need_no_files_and_report_their_version(tmp_path, monkeypatch, ca
     found = stored(tmp_path / "eval-test")
     expected = {"dataset": "scenes", "split": "test", "split_images": 500, "scenes_version": scenes.VERSION}
     assert {key: found[key] for key in expected} == expected
-    assert f"scenes version {scenes.VERSION} test mIoU" in capsys.readouterr().out
+    assert f" on scenes version {scenes.VERSION} test, " in capsys.readouterr().out
     assert found["segments"] == "connected components" and 0 <= found["PQ"] <= 1
 
 
@@ -598,7 +632,8 @@ def process(rank: int, folder: Path, run: Path, broken: Path, ports: list[str]) 
     with out, err, redirect_stdout(out), redirect_stderr(err):
         for port, flags in zip(ports, ([], ["--data", str(broken)]), strict=True):
             os.environ["MASTER_PORT"] = port
-            print(main([str(run), "--whole", "--workers", "0", "--out", str(folder / "out"), *flags]))
+            command = [str(run), "--whole", "--workers", "0", "--worst", "3", "--out", str(folder / "out")]
+            print(main([*command, *flags]))
 
 
 def in_two_processes(folder: Path, run: Path, broken: Path) -> None:
@@ -639,6 +674,10 @@ def test_two_processes_share_the_images(tada, root, dataset, finished, tmp_path)
     )
     first = f"{kernels.describe('cpu')}\n"
     assert output[0].startswith(first + result.as_markdown())
+    drawn = by_miou(tada, dataset)[:3]
+    assert sorted(os.listdir(tmp_path / "out.1/worst")) == [
+        f"0{n}-{i}.jpg" for n, (_, i) in enumerate(drawn, 1)
+    ]
     assert output[0].endswith(f"\n0\n{first}moved the earlier evaluation to {tmp_path / 'out.1'}\n2\n")
     assert output[1] == "0\n2\n"  # the return values alone
     assert errors[1] == ""
@@ -713,7 +752,7 @@ def test_help_names_every_default(capsys):
         main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "By default an image is resized as in training" in text
-    assert text.count("(default: ") == 18  # every option but --help
+    assert text.count("(default: ") == 19  # every option but --help
 
 
 # ---- real photographs

@@ -1,28 +1,28 @@
-"""images.py: whose colour lies where, what the legend says, sizes; text that Pillow's own font can draw."""
+"""images.py: whose colour lies where, what the legend says, sizes; attention; text that fits."""
+
+import unicodedata
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFont
+from PIL import Image
 
+from images import draw
 from images.draw import (
     HIGHEST,
     PAPER,
     WIDEST,
-    fitting,
-    heat,
     mosaic,
     overlay,
     percent,
-    plain,
     segment_overlay,
     widest,
-    wrapped,
 )
 from images.panoptic import Segment
+from images.text import fitting, font_of, readable, wrapped
 
 PALETTE = np.array([[255, 0, 0], [0, 0, 255], [0, 255, 0]], np.uint8)
 CLASSES = ["sea", "sky", "boat"]
-FONT = ImageFont.load_default(20)
+FONT = font_of(18)
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -147,7 +147,7 @@ def test_many_classes_do_not_run_over():
         ((128, 96), (512, 384)),
         ((700, 900), (700, 900)),
         ((3000, 4000), (1200, 1600)),
-        ((4000, 3000), (1320, 990)),
+        ((4000, 3000), (1280, 960)),
     ],
 )
 def test_small_images_are_enlarged_and_huge_ones_reduced(size, drawn):
@@ -169,16 +169,50 @@ def test_labels_may_be_larger_than_the_image():
     assert found[500, 810].tolist() == [45, 45, 185]
 
 
-def test_heat_rises_with_strength():
-    """Over a grey image: dark where it is lowest, bright where it is highest, whatever the scale."""
-    image = np.full((600, 800, 3), 100, np.uint8)
-    strength = np.linspace(0.2, 0.3, 8)[None].repeat(6, axis=0)
-    found = pixels(heat(image, strength, "sea"))
-    light = found[200, 40:620:20].sum(axis=1)
-    assert (np.diff(light) >= -1).all() and light[-1] > light[0] + 300
-    assert np.array_equal(found, pixels(heat(image, 1000 * strength, "sea")))
-    flat = pixels(heat(image, np.full((6, 8), 0.5), "sea"))
-    assert len(np.unique(flat[:480].reshape(-1, 3), axis=0)) == 1  # nothing to see
+def test_attention_rises_with_strength_on_one_scale_for_all_words(monkeypatch):
+    """Over a grey image: a word with little attention stays darker than one with much; the title has the ends
+    of the scale.
+    """
+    titles, caption = [], draw.captioned
+    monkeypatch.setattr(
+        draw, "captioned", lambda image, x, *rest: titles.append(x) or caption(image, x, *rest)
+    )
+    ramp = np.linspace(0, 0.02, 8, dtype=np.float32)[None].repeat(6, axis=0)
+    maps = np.stack([0.1 + ramp, 0.9 - ramp])
+    image = Image.new("RGB", (800, 600), (100, 100, 100))
+    found = pixels(draw.attention_mosaic(image, maps, CLASSES, ["flying saucer", "boat"])).sum(axis=2)
+    assert titles == [
+        "boat  89%",
+        "flying saucer  11%",
+        "attention of a pixel, from 10.0% (dark) to 90.0% (bright)",
+    ]
+    boat, saucer = (found[300, left + 40 : left + 620 : 20] for left in (0, 652))
+    assert boat.min() > saucer.max() + 300
+    assert (np.diff(boat) <= 0).all() and (np.diff(saucer) >= 0).all()
+    flat = pixels(draw.attention_mosaic(image, np.full((1, 6, 8), 0.5), CLASSES, ["sea"]))
+    assert len(np.unique(flat[100:500, 20:600].reshape(-1, 3), axis=0)) == 1  # nothing to see
+
+
+@pytest.mark.parametrize("panoptic", [False, True])
+def test_an_image_stands_beside_its_ground_truth_and_its_prediction(panoptic, monkeypatch):
+    """Each under its name, in one size, whatever that of the labels; words only in the last legend."""
+    titles, caption = [], draw.captioned
+    monkeypatch.setattr(draw, "captioned", lambda image, x: titles.append(x) or caption(image, x))
+    image = np.full((300, 400, 3), 100, np.uint8)
+    truth, predicted = np.zeros((1200, 1600), np.uint8), np.ones((300, 400), np.uint8)
+    targets = {"ground truth": truth, "prediction": predicted}
+    if panoptic:
+        segments = [Segment(7, 0, True)], [Segment(8, 1, True)]
+        targets = {
+            name: (np.full(x.shape, id, np.int16), segments[id - 7])
+            for (name, x), id in zip(targets.items(), (7, 8))
+        }
+    names = {"palette": PALETTE, "classes": CLASSES}
+    tiles = [pixels(tile) for tile in draw.compared(image, "x.png", targets, ["boat"], **names)]
+    assert titles == ["x.png", "ground truth", "prediction"]
+    assert [tile[250, 300].tolist() for tile in tiles] == [[100] * 3, [185, 45, 45], [45, 45, 185]]
+    heights, widths = zip(*(tile.shape[:2] for tile in tiles), strict=True)
+    assert widths == (512,) * 3 and heights[0] == 384 + draw.CAPTION < heights[1] < heights[2]
 
 
 def test_a_mosaic_keeps_order_and_aspect():
@@ -195,9 +229,33 @@ def test_a_mosaic_keeps_order_and_aspect():
     assert mosaic([Image.new("RGB", (4000, 1000))], 4).size == (640 + 24, 160 + 24)
 
 
-def test_text_is_what_the_font_has():
-    assert plain("Café Ångström 字") == "Cafe Angstrom ?"
-    assert FONT.getlength("...") > 0
+@pytest.mark.parametrize("name", ["Straße", "Небо", "θάλασσα", "Café Ångström"])
+def test_names_keep_their_letters(name):
+    """None is drawn as the box of a glyph that the font lacks."""
+    box = bytes(FONT.getmask("\uffff"))
+    assert readable(name) == name and readable(unicodedata.normalize("NFD", name)) == name
+    assert all(bytes(FONT.getmask(letter)) != box for letter in name if letter != " ")
+
+
+@pytest.mark.parametrize(
+    ("name", "latin"),
+    [
+        ("空", "Kong"),
+        ("سماء", "sm'"),
+        ("שמיים", "smyym"),
+        ("ท้องฟ้า", "thongfa"),
+        ("a\tb", "a b"),
+        ("\ue000", "?"),
+    ],
+)
+def test_other_names_are_in_latin_letters_and_the_legend_notes_it(name, latin):
+    """Scripts that the font lacks, and those that run from right to left."""
+    labels, image = np.zeros((512, 512), np.uint8), np.zeros((512, 512, 3), np.uint8)
+    assert readable(name) == latin
+    heights = [overlay(image, labels, PALETTE, [x, "", ""]).height for x in ("Небо", name)]
+    assert (heights[1] > heights[0]) == (name != "a\tb")
+    worded = [overlay(image, labels, PALETTE, CLASSES, [x]).height for x in ("Небо", name)]
+    assert worded[1] - worded[0] == heights[1] - heights[0]
 
 
 def test_text_fits():

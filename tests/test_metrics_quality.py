@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from errors import DataError
+from images.colours import complete_palette
 from images.panoptic import (
     Annotations,
     Categories,
@@ -202,7 +203,7 @@ def test_a_json_with_little_in_it_is_enough(tmp_path):
     assert read.file_names == ["a.jpg", "b.jpg"]
     assert read.image_ids == ["a", "b"]
     assert [read.segments(i) for i in range(2)] == [[Segment(5, 0, True)], []]
-    assert read.categories.palette.tolist() == [[128, 0, 0]]
+    assert read.categories.palette.tolist() == complete_palette([None]).tolist()
 
 
 def test_a_png_that_does_not_fit_its_segments_is_refused(tmp_path):

@@ -1,8 +1,11 @@
-"""metrics/report.py: counts against loops and numbers worked out by hand, the report, its files."""
+"""metrics/report.py and charts.py: counts against loops, numbers by hand, the report, its files, charts."""
 
 import csv
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from matplotlib.figure import Figure
+from PIL import Image
 
-from images.draw import confusion_matrix
 from images.read import IGNORE
+from metrics.charts import confusion_matrix, curves
 from metrics.judge import PanopticResult
 from metrics.quality import Quality
 from metrics.report import Result, average_precision, confusion
@@ -162,17 +167,29 @@ def test_the_report_by_hand():
     assert lines[start - 1 : start + 5] == [
         "| id | class | IoU % | recall % | share of the pixels % | most often predicted as |",
         "|--:|---|--:|--:|--:|---|",
-        "| 0 | sky | 66.67 | 75.00 | 40.00 | sea (25.00 %) |",
-        "| 1 | sea | 57.14 | 66.67 | 60.00 | red boat (25.00 %) |",
-        "| 2 | red boat | 0.00 | - | 0.00 | - |",
-        r"| 3 | a\|b | - | - | 0.00 | - |",
+        "| 0 | sky | 66.7 | 75.0 | 40.00 | sea (25.0%) |",
+        "| 1 | sea | 57.1 | 66.7 | 60.00 | red boat (25.0%) |",
+        "| 2 | red boat | 0.0 | - | 0.00 | - |",
+        "",
     ]
-    assert lines[start + 6] == "The 3 worst by IoU %: red boat 0.00, sea 57.14, sky 66.67"
-    assert lines[-1] == (
-        "    folder val mIoU 41.27, 3 of 4 classes occur, pixel accuracy 70.00, class accuracy 70.83, "
-        "words' precision 75.00, recall 50.00, 1 images, scale 1, windows 64x128 by 43x85, "
+    assert lines[start + 5] == "Left out: 1 of 4 classes, which do not occur."
+    assert lines[start + 7] == "The 3 worst by IoU %: red boat 0.0, sea 57.1, sky 66.7"
+    assert lines[2] == (
+        "    mIoU 41.3% on folder val, 3 of 4 classes occur, pixel accuracy 70.0%, class accuracy 70.8%, "
+        "words' precision 75.0%, recall 50.0%, 1 images, scale 1, windows 64x128 by 43x85, "
         "tiny fpn tagging, tags classes"
     )
+
+
+def test_classes_that_do_not_occur_are_left_out_of_the_table():
+    """Of 133 classes two are labelled and a third is predicted; the numbers stay those of the list."""
+    counts = torch.zeros(133, 133, dtype=torch.int64)
+    counts[7, 7], counts[7, 40], counts[99, 99] = 5, 2, 3
+    lines = result_of(counts.tolist()).as_markdown().splitlines()
+    rows = [line.split(" | ")[0] for line in lines if line.startswith("| ")]
+    assert rows == ["| id", "| 7", "| 40", "| 99"]
+    assert "Left out: 130 of 133 classes, which do not occur." in lines
+    assert "Left out" not in result_of([[1, 0], [0, 1]]).as_markdown()
 
 
 def test_the_report_of_segments_by_hand():
@@ -184,11 +201,11 @@ def test_the_report_of_segments_by_hand():
     lines = result.as_markdown().splitlines()
     assert "**AP needs more**" in lines
     start = lines.index("|--:|---|--:|--:|--:|--:|--:|--:|---|")
-    assert lines[start + 1] == "| 0 | sky | 66.67 | 75.00 | 40.00 | 50.00 | 75.00 | 66.67 | sea (25.00 %) |"
-    assert lines[start + 2] == "| 1 | sea | 57.14 | 66.67 | 60.00 | 0.00 | 0.00 | 0.00 | red boat (25.00 %) |"
-    assert lines[start + 3] == "| 2 | red boat | 0.00 | - | 0.00 | - | - | - | - |"
+    assert lines[start + 1] == "| 0 | sky | 66.7 | 75.0 | 40.00 | 50.0 | 75.0 | 66.7 | sea (25.0%) |"
+    assert lines[start + 2] == "| 1 | sea | 57.1 | 66.7 | 60.00 | 0.0 | 0.0 | 0.0 | red boat (25.0%) |"
+    assert lines[start + 3] == "| 2 | red boat | 0.0 | - | 0.00 | - | - | - | - |"
     assert "\n".join(segments.as_table()) in result.as_markdown()
-    assert ", PQ 25.00, SQ 37.50, RQ 33.33, PQ of things 50.00, PQ of stuff 0.00, AP of things -" in lines[-1]
+    assert ", PQ 25.0%, SQ 37.5%, RQ 33.3%, PQ of things 50.0%, PQ of stuff 0.0%, AP of things -" in lines[2]
     numbers = result.as_json()
     assert numbers["classes_PQ"] == {"sky": 0.5, "sea": 0.0, "red boat": None, "a|b": None}
     assert (numbers["PQ"], numbers["AP"], numbers["segments"]) == (0.25, None, "mask2former")
@@ -198,9 +215,9 @@ def test_only_the_ten_worst_are_named_again():
     """Class k of 30 has k + 1 pixels, one of them predicted as the next class; class 0 loses its only one."""
     counts = torch.diag(torch.arange(30)) + torch.diag(torch.ones(29, dtype=torch.int64), 1)
     lines = result_of(counts.tolist()).as_markdown().splitlines()
-    assert lines[lines.index("|--:|---|--:|--:|--:|---|") + 1].endswith("| class 1 (100.00 %) |")
+    assert lines[lines.index("|--:|---|--:|--:|--:|---|") + 1].endswith("| class 1 (100.0%) |")
     (worst,) = [line for line in lines if line.startswith("The 10 worst by IoU %: ")]
-    assert worst.split(": ")[1].startswith("class 0 0.00, class 1 33.33, ")  # 1 of 1 + 1 + 1
+    assert worst.split(": ")[1].startswith("class 0 0.0, class 1 33.3, ")  # 1 of 1 + 1 + 1
     assert re.findall(r"class \d+", worst) == [f"class {k}" for k in range(10)]
 
 
@@ -226,21 +243,65 @@ def test_files_hold_the_numbers(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("K", [3, 40, 150])
-def test_the_confusion_matrix_as_an_image(K):
-    """All of row 0 is right, a quarter of row 1 is predicted as class 0, row 2 has no pixels."""
-    counts = torch.eye(K, dtype=torch.int64) * 4
-    counts[1, :2], counts[2] = torch.tensor([1, 3]), 0
-    image = confusion_matrix(counts, ["x"] * K)
-    side = 32 if K <= 40 else 8
-    margin = image.width - 16 - K * side
-    corner = [
-        (margin + column * side + 2, margin + row * side + 2) for row in range(3) for column in range(3)
-    ]
-    dark, white, grey = (8, 48, 107), (255, 255, 255), (225, 225, 225)
-    half = tuple((a + b + 1) // 2 for a, b in zip(dark, white, strict=True))  # the root of a quarter
-    colours = [image.getpixel(place) for place in corner]
-    assert [colours[0], colours[1], *colours[6:9]] == [dark, white, grey, grey, grey]
-    assert np.abs(np.subtract(colours[3], half)).max() <= 1
-    named = np.array(image.crop((margin - 20, margin + 4, margin - 2, margin + 4 + side)).convert("L"))
-    assert (named.min() < 100) == (K <= 40)  # the name "x" left of the first row
+@pytest.fixture
+def figures(monkeypatch) -> list[Figure]:
+    """The figures that are saved."""
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda x, *args, **how: figures.append(x) or save(x, *args, **how))
+    return figures
+
+
+@pytest.mark.parametrize("K", [3, 45])
+def test_the_confusion_matrix_has_the_names_of_all_classes_that_occur(K, figures, tmp_path):
+    """All of row 0 is right, a quarter of row 1 is predicted as class 0, class 2 is only predicted, the last
+    nowhere. Every class has 24 pixels; the names of many stand on both sides.
+    """
+    counts = torch.eye(K + 1, dtype=torch.int64) * 4
+    counts[1, :2], counts[2, 2], counts[1, 2] = torch.tensor([2, 5]), 0, 1
+    counts[K] = 0
+    names = [f"${k}$ Straße" for k in range(K)]
+    confusion_matrix(tmp_path / "x.png", counts, [*names, "absent"])
+    (axes,) = figures[0].axes
+    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+        assert [x.get_text() for x in labels] == names * (1 + (K > 40))
+        assert not any(x.get_parse_math() for x in labels)
+    shade = np.ma.filled(axes.images[0].get_array(), np.nan)
+    assert shade.shape == (K, K) and np.isnan(shade[2]).all()
+    assert shade[:2, :3] == pytest.approx(np.sqrt([[1, 0, 0], [0.25, 0.625, 0.125]]))
+    texts = {x.get_position(): x.get_text() for x in axes.texts}
+    assert len(texts) == K + 1
+    assert [texts[place] for place in ((0, 0), (0, 1), (1, 1), (2, 1))] == ["100", "25", "62", "12"]
+    box = axes.get_window_extent()
+    assert (box.width, box.height) == pytest.approx((24 * K, 24 * K))
+    heights = [x.get_window_extent().height for x in axes.get_yticklabels()]
+    assert max(heights) < 24 and min(heights) >= 10
+
+
+def test_a_confusion_matrix_without_a_pixel_is_grey(figures, tmp_path):
+    confusion_matrix(tmp_path / "x.png", torch.zeros(3, 3, dtype=torch.int64), ["a", "空", "c"])
+    (axes,) = figures[0].axes
+    assert [x.get_text() for x in axes.get_yticklabels()] == ["a", "Kong", "c"]
+    assert axes.images[0].get_array().mask.all() and axes.get_xlabel().startswith("Names in scripts")
+
+
+def test_the_curves_are_those_of_the_log(figures, tmp_path):
+    """Losses, measures of the validations in percent, the learning rate."""
+    log = tmp_path / "log.jsonl"
+    entries = [{"step": i, "loss": 3.0 / i, "seg": 2.0 / i, "lr": 0.1 * i, "mem": 1.0} for i in (1, 2, 4)]
+    entries[1:1] = [{"step": 1, "val": {"mIoU": 0.5, "pixel_accuracy": 0.8}}]
+    entries += [{"step": 4, "val": {"mIoU": 0.25, "pixel_accuracy": 0.9}}]
+    log.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    curves(tmp_path / "curve.png", log)
+    assert Image.open(tmp_path / "curve.png").size == (900, 900)
+    lines = {x.get_label(): x.get_xydata().tolist() for axes in figures[0].axes for x in axes.lines}
+    assert lines.pop("loss") == [[1, 3], [2, 1.5], [4, 0.75]]
+    assert lines.pop("seg") == [[1, 2], [2, 1], [4, 0.5]]
+    assert lines.pop("mIoU") == [[1, 50], [4, 25]]
+    assert lines == {"lr": [[1, 0.1], [2, 0.2], [4, 0.4]]}
+
+
+def test_the_commands_start_without_matplotlib():
+    """Its import takes a second: only what draws waits for it."""
+    code = "import sys, train; sys.exit('matplotlib' in sys.modules)"
+    process = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False)
+    assert process.returncode == 0

@@ -980,16 +980,14 @@ def test_attention_does_not_jump_where_a_window_ends(tada):
 def test_attention_has_a_tile_for_each_word(steered, tmp_path, monkeypatch):
     """Strongest first with its share; of the class names the ten that have most."""
     drawn = []
-    monkeypatch.setattr(
-        draw, "heat", lambda image, strength, title: drawn.append(title) or Image.new("RGB", (20, 10))
-    )
+    monkeypatch.setattr(draw, "captioned", lambda image, title, *rest: drawn.append(title) or image)
     maps = np.stack([np.full((4, 6), x, np.float32) for x in (0.2, 0.5, 0.3)])
     draw.attention_mosaic(Image.new("RGB", (60, 40)), maps, CONFIG.classes, ["sea", "boat", "sky"])
-    assert drawn == ["boat  50%", "sky  30%", "sea  20%"]
+    assert drawn[:-1] == ["boat  50%", "sky  30%", "sea  20%"]
     drawn.clear()
     shares = np.linspace(0, 0.1, len(CONFIG.classes), dtype=np.float32)
     draw.attention_mosaic(Image.new("RGB", (60, 40)), shares[:, None, None], CONFIG.classes, None)
-    assert [title.split("  ")[0] for title in drawn] == list(CONFIG.classes[:-11:-1])
+    assert [title.split("  ")[0] for title in drawn[:-1]] == list(CONFIG.classes[:-11:-1])
 
 
 # ---- from Python

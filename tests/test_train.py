@@ -287,7 +287,16 @@ def uninterrupted(folder, one_thread, tmp_path_factory):
 
 def test_a_run_folder_holds_what_the_readme_lists(uninterrupted):
     names = {path.name for path in uninterrupted.iterdir()}
-    assert names >= {"config.json", "log.jsonl", "inputs.jpg", "val", "last", "best", "step-000006"}
+    assert names >= {
+        "config.json",
+        "log.jsonl",
+        "inputs.jpg",
+        "val",
+        "last",
+        "best",
+        "step-000006",
+        "curve.png",
+    }
     assert len([name for name in names if name.startswith("step-")]) <= 3
     assert os.readlink(uninterrupted / "last") == "step-000006"
     log = log_of(uninterrupted)
@@ -297,6 +306,32 @@ def test_a_run_folder_holds_what_the_readme_lists(uninterrupted):
     best = max((line for line in log if "val" in line), key=lambda line: line["val"]["mIoU"])
     assert os.readlink(uninterrupted / "best") == f"step-{best['step']:06d}"
     assert read_model(uninterrupted).config.classes == tuple(scenes.CLASSES)
+
+
+def test_val_shows_the_ground_truth_and_no_drawing_stops_training(folder, tmp_path, monkeypatch, capsys):
+    """Here both drawings of a validation fail."""
+    drawn = []
+
+    def fails(file, *arguments):
+        drawn.append((file, arguments))
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr(train, "curves", fails)
+    monkeypatch.setattr(train, "draw_inputs", lambda *arguments: None)
+    monkeypatch.setattr(train, "draw", fails)
+    run = tmp_path / "run"
+    assert train.main(command(folder, run, "--iterations", "1")) == 0
+    assert [file for file, _ in drawn] == [run / "val/step-000001.jpg", run / "curve.png"]
+    printed = capsys.readouterr().out
+    assert all(f"{file} is not drawn (no ink)\n" in printed for file, _ in drawn)
+    val, shown = drawn[0][1]
+    for i, (image, targets, tags) in enumerate(shown):
+        assert [*targets] == ["ground truth", "prediction"] and tags
+        assert np.array_equal(targets["ground truth"], val.load(i).labels)
+        assert targets["prediction"].shape == image.shape[:2]
+    assert len(shown) == 3
+    (line,) = [x for x in log_of(run) if "val" in x]
+    assert f"step 1 val mIoU {100 * line['val']['mIoU']:.1f}% pixel accuracy" in printed
 
 
 def same(run, other):
