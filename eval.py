@@ -44,7 +44,7 @@ from metrics.judge import PanopticEvaluator
 from metrics.report import Result, confusion
 from model import Size, Tada, TadaConfig, Tags
 from run.checkpoint import find_model, load_model, read_about, read_config
-from run.folder import lock
+from run.folder import lock, say
 from run.ranks import Ranks, cleanup, init_distributed
 from weights.words import digest
 
@@ -75,6 +75,7 @@ def evaluate(
     overlap: float = OVERLAP,
     folder: Path | None = None,
     instances: bool = False,
+    write: Callable[[Result], None] = lambda result: None,
 ) -> Result:
     """Predict the images `indices` (None: all) in order, each at its own size, and count.
 
@@ -82,9 +83,10 @@ def evaluate(
     image. It is read in windows of `window`, whole if None. `world` processes share the images; each calls
     this and gets the result of all. Unless `panoptic` is false, segments are measured where the data set has
     instances: those of mask2former, which reads images whole (`score`, `overlap`; `instances`: also their AP;
-    `folder`: where they are written), or the connected components of a semantic decoder's classes. No global
-    random state is touched, every module keeps its mode. Raises DataError on all ranks if one of them cannot
-    read an image.
+    `folder`: where they are written), or the connected components of a semantic decoder's classes. `write` is
+    called on every rank with what was measured, before AP and the files of segments, which take longer and
+    may fail. No global random state is touched, every module keeps its mode. Raises DataError on all ranks if
+    one of them cannot read an image.
     """
     start = time.perf_counter()
     config, ranks = tada.config, Ranks(rank, world, tada.unet.conv_in.weight.device)
@@ -139,8 +141,12 @@ def evaluate(
     stride = stride or window
     about = describe(tada, dataset, words) | {"scales": [*scales], "flip": flip}
     about |= {"window": window and [*window], "stride": stride and [*stride]}
-    segments = evaluator and evaluator.finish(ranks)
-    return Result(config.classes, about, *counts, time.perf_counter() - start, segments)
+    segments = evaluator and evaluator.measure(ranks)
+    result = Result(config.classes, about, *counts, time.perf_counter() - start, segments)
+    write(result)
+    if evaluator is not None:
+        evaluator.finish(ranks, result.segments)
+    return result
 
 
 def groups(
@@ -198,7 +204,8 @@ def describe(tada: Tada, dataset: Dataset, words: TagSource) -> dict:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is escaped
+    if sys.stdout is not None:  # None: it is closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is escaped
     options, ranks = parse(argv), init_distributed()
     work = partial(run, ranks=ranks, **vars(options))
     return run_command("eval.py", work, "interrupted: no result was written")
@@ -222,6 +229,8 @@ def run(
 ) -> int:
     """Open everything, cheapest checks first; evaluate; rank 0 reports. `flags` are of `protocol_of`."""
     kernels.use(kernel)
+    if ranks.is_main:
+        say(kernels.describe(ranks.device))
     file = find_model(Path(checkpoint)).resolve()  # `best` may point elsewhere soon
     config, home = read_config(read_about(file)["config"], file), run_folder(file)
     root = data or data_folder(home, config)
@@ -248,22 +257,26 @@ def run(
         protocol |= {"folder": out / "panoptic", "instances": True}
 
     with lock(out, "--out") if ranks.is_main else nullcontext():
-        if ranks.is_main:
-            print(kernels.describe(ranks.device), flush=True)
         sha256 = digest(file)
         tada = load_model(file, weights, ranks.device, source, threshold)
         if ranks.is_main:
             move_earlier_results(out)
         ranks.barrier()  # only now may files appear
         shares = {"workers": workers, "rank": ranks.rank, "world": ranks.world, "show": ranks.is_main}
-        result = evaluate(tada, dataset, source_words, **protocol, **shares)
         steering = {"tag_threshold": threshold, "words": given}
-        result.about |= {name: x for name, x in steering.items() if x is not None}
+
+        def write(result: Result) -> None:
+            result.about |= {name: x for name, x in steering.items() if x is not None}
+            if ranks.is_main:
+                result.write(out, checkpoint=file, sha256=sha256)
+
+        result = evaluate(tada, dataset, source_words, **protocol, **shares, write=write)
+        write(result)  # again, now with AP
         if ranks.is_main:
-            print(result.as_markdown())
-            result.write(out, checkpoint=file, sha256=sha256)
+            result.write_confusion(out)
+            say(result.as_markdown())
             more = ", panoptic.json, panoptic/" if config.decoder == "mask2former" else ""
-            print(f"written: {out}/result.json, result.md, confusion.csv, confusion.png{more}")
+            say(f"written: {out}/result.json, result.md, confusion.csv, confusion.png{more}")
     cleanup()
     return 0
 
@@ -319,7 +332,7 @@ def move_earlier_results(out: Path) -> None:
         raise TadaError(f"{fault}: give another --out") from None
     for name in earlier:
         shutil.move(out / name, folder / name)
-    print(f"moved the earlier evaluation to {folder}")
+    say(f"moved the earlier evaluation to {folder}")
 
 
 # ---- its flags

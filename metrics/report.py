@@ -172,11 +172,16 @@ class Result:
         return ", ".join(parts)
 
     def write(self, out: Path, checkpoint: Path, sha256: str) -> None:
-        """Write result.json with the checkpoint and its hash, result.md, confusion.csv and confusion.png."""
+        """Write result.json with the checkpoint and its hash, and result.md; atomically, to do it again."""
         entries = self.as_json() | {"checkpoint": str(checkpoint), "sha256": sha256}
-        (out / "result.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
         signed = f"{self.as_markdown()}\nCheckpoint {checkpoint}, sha256 {sha256}\n"
-        (out / "result.md").write_text(signed, encoding="utf-8")
+        for name, text in (("result.json", json.dumps(entries, indent=1)), ("result.md", signed)):
+            new = out / f".tmp-{name}"
+            new.write_text(text, encoding="utf-8")
+            new.replace(out / name)
+
+    def write_confusion(self, out: Path) -> None:
+        """Write confusion.csv and confusion.png."""
         with (out / "confusion.csv").open("w", newline="", encoding="utf-8") as f:
             rows = [[k, *row] for k, row in zip(self.classes, self.confusion.tolist(), strict=True)]
             csv.writer(f).writerows([["truth \\ prediction", *self.classes], *rows])

@@ -29,6 +29,14 @@ from run.ranks import Ranks
 from weights.words import digest
 
 
+def say(line: str) -> None:
+    """Print a line, above a bar if there is one; that stdout is closed or full stops nothing."""
+    if sys.stdout is not None:
+        with suppress(OSError):
+            tqdm.write(line)
+            sys.stdout.flush()
+
+
 def lock(folder: Path, flag: str, name: str = ".lock") -> TextIO:
     """Make a folder, and lock it until the returned file is closed; RunError names the `flag` to change."""
     try:
@@ -68,9 +76,7 @@ class Run:
     def print0(self, line: str) -> None:
         """Print on rank 0."""
         if self.ranks.is_main:
-            with suppress(OSError):  # stdout is closed; log.jsonl has everything
-                tqdm.write(line)
-                sys.stdout.flush()
+            say(line)
 
     def log(self, entry: dict) -> None:
         """Append a line to log.jsonl. A full disk does not stop the run."""
