@@ -143,6 +143,7 @@ class Dataset:
     paths: Sequence[str]
     categories: Categories | None = None
     image_ids: Sequence[int | str] = ()
+    meaning = b""  # a buffer of what defines the meaning of the values in the label files
 
     def __post_init__(self) -> None:
         self.prompts = [prompt(c, self.name) for c in self.classes]
@@ -185,6 +186,7 @@ class SemanticFiles(Dataset):
         self.root, self.hint = root, layout.hint
         self.raw_ids, self.train_ids = label_table(raw, layout.ignored), label_table(range(len(classes)), ())
         folder = layout.images.format(layout.splits[split])
+        self.meaning = self.raw_ids
         images = scan(root, folder, SUFFIXES, (layout.image,))
         labels = scan(root, layout.labels.format(layout.splits[split]), LOSSLESS, layout.label)
         if not images:
@@ -219,6 +221,7 @@ class PanopticFiles(Dataset):
         folder = LAYOUTS[name].splits[split]
         self.root, self.pngs = root, root / LAYOUTS[name].labels.format(folder)
         self.annotations = a = read_annotations(self.pngs.with_name(self.pngs.name + ".json"))
+        self.meaning = a.table
         paths, kinds = [f"{folder}/{file}" for file in a.file_names], a.categories
         super().__init__(name, split, kinds.names, kinds.palette, paths, kinds, a.image_ids)
         if name == "coco-panoptic":  # COCO-Stuff's names, where several of its classes are merged into one

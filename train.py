@@ -373,18 +373,19 @@ def prepare(run: Run, options: Options) -> Training:
     """Open everything, cheapest checks first: data, run folder, model, tags, optimiser, checkpoint."""
     ranks = run.ranks
     train_set, val_set = (open_dataset(options.dataset, options.data, split) for split in ("train", "val"))
-    if ranks.is_main:
-        for dataset in (train_set, val_set):
-            run.print0(str(check(dataset)))
+    run.print0(f"{options.dataset} in {options.data}: checking images and labels")
     config, frozen, read = config_of(options, train_set), {}, {}
     if ranks.is_main:
+        for dataset in (train_set, val_set):
+            report = check(dataset)
+            read |= report.fingerprint
+            run.print0(str(report))
         words = options.dataset, options.condition, options.tags, options.tag_loss_weight
         if options.model == "sd15" and (row := paper_row(*words)):
             run.print0(f"to compare with the paper's {row}")
         frozen = checkpoint.frozen_digests(config)
-        paths = (train_set.path(i) for i in range(len(train_set)))
         drawing = scenes.VERSION if options.dataset == "scenes" else None
-        read = fingerprint(paths, train_set.classes, tags=options.tags, frozen=frozen, drawing=drawing)
+        read |= fingerprint(train_set.classes, tags=options.tags, frozen=frozen, drawing=drawing)
     last = open_run(run, options, defaults=defaults(vars(options)), config=config, read=read)
 
     torch.manual_seed(options.seed)  # the same initial weights on every rank

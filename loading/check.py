@@ -1,5 +1,6 @@
 """The check of a data set before training: `print(check(dataset))`."""
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,13 @@ import numpy as np
 from data import Dataset
 from errors import DataError
 from images.read import IGNORE, SHOWN, Size
+
+# Keys of config.json, where the first one is older than the others.
+LISTS = {
+    "train": ("training", "the list of training pictures"),
+    "val": ("validation", "the list of validation images"),
+}
+STATS = ("a size", "a time")
 
 
 @dataclass
@@ -20,6 +28,7 @@ class Report:
     sizes: list[Size]  # of the images that were read
     pixels: np.ndarray  # (256,) of each train id in them
     faults: list[str]  # one sentence for each, with its path
+    fingerprint: dict[str, str]  # hashes of what training reads, by what they are of
 
     def __str__(self) -> str:
         if not self.sizes:
@@ -52,13 +61,17 @@ class CheckError(DataError):
 def check(dataset: Dataset, samples: int = 200) -> Report:
     """Check the size of every file, and decode `samples` evenly spaced images with their labels.
 
+    The sizes and times of all files are hashed, to recognise the data when a run resumes.
     Raises CheckError, with at most ten of the faults: missing counterparts, files that are empty or cannot be
     decoded, labels of a wrong mode, value or size, no labelled pixel at all.
     """
     faults, sizes, pixels, unreadable = list(dataset.missing), [], np.zeros(256, np.int64), set()
-    for i, file in ((j, file) for j in range(len(dataset)) for file in dataset.names(j)):
+    files = {"images": [], "labels": []}  # their sizes in bytes and times in ns
+    for i, (kind, file) in ((j, pair) for j in range(len(dataset)) for pair in zip(files, dataset.names(j))):
         try:
-            empty = os.stat(file).st_size == 0
+            stat = os.stat(file)
+            files[kind].append((stat.st_size, stat.st_mtime_ns))
+            empty = stat.st_size == 0
         except OSError:
             empty = True
         if empty:
@@ -77,7 +90,7 @@ def check(dataset: Dataset, samples: int = 200) -> Report:
     if sizes and not pixels[:IGNORE].any():
         faults.append(f"all {len(sizes)} label files that were read hold only ignored pixels")
     title = f"{dataset.name} {dataset.split}: {len(dataset):,} images, {len(sizes):,} of them read"
-    report = Report(title, dataset.classes, sizes, pixels, faults)
+    report = Report(title, dataset.classes, sizes, pixels, faults, fingerprint_of(dataset, files))
     if faults:
         message = f"{dataset.name} {dataset.split} has {len(faults)} faults, repair or remove these files:"
         more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
@@ -85,3 +98,14 @@ def check(dataset: Dataset, samples: int = 200) -> Report:
         error.report = report
         raise error
     return report
+
+
+def fingerprint_of(dataset: Dataset, files: dict[str, list[tuple[int, int]]]) -> dict[str, str]:
+    """Hashes of the list of images, of the labels' meaning, of the sizes and times of images and labels."""
+    split, listed = LISTS.get(dataset.split, (dataset.split, "the list of images"))
+    names = os.fsencode("\n".join(dataset.path(i) for i in range(len(dataset))))
+    contents = {listed: names, f"the meaning of the {split} labels": dataset.meaning}
+    for kind, stats in files.items():
+        values = np.array(stats, np.int64).reshape(-1, 2).T
+        contents |= {f"{what} among the {split} {kind}": x for what, x in zip(STATS, values.copy())}
+    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}

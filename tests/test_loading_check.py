@@ -1,7 +1,9 @@
 """loading/check.py: every kind of fault is listed before training starts."""
 
+import json
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -114,3 +116,40 @@ def test_a_start_looks_up_each_file_once(tmp_path, calls):
     few, many = found
     assert many["stat"] - few["stat"] == 2 * (300 - 30)
     assert (many["scandir"], many["__truediv__"]) == (few["scandir"], few["__truediv__"])
+
+
+def test_the_fingerprint_names_what_changed(tmp_path):
+    """Another list, size, time or meaning of a raw value; another place of the data set is no change."""
+    root = folder(tmp_path / "data", pictures=3)
+    before = check(open_dataset("folder", root, "train")).fingerprint
+
+    def changed(where: Path = root) -> set[str]:
+        after = check(open_dataset("folder", where, "train")).fingerprint
+        return {name for name in before | after if before.get(name) != after.get(name)}
+
+    assert changed() == changed(Path(shutil.copytree(root, tmp_path / "copy"))) == set()
+    label, image = root / "labels/train/001.png", root / "images/train/001.png"
+    os.utime(label, ns=(1, 1))
+    assert changed() == {"a time among the training labels"}
+    label.write_bytes(label.read_bytes() + b" ")
+    os.utime(image, ns=(1, 1))
+    labels = {f"a {what} among the training labels" for what in ("size", "time")}
+    assert changed() == labels | {"a time among the training images"}
+    (root / "classes.txt").write_text("a, 1\nb, 0\n")
+    assert "the meaning of the training labels" in changed()
+    label.unlink(), image.unlink()
+    assert "the list of training pictures" in changed()
+    validated = check(open_dataset("folder", root, "val")).fingerprint
+    assert "the list of validation images" in validated and not validated.keys() & before.keys()
+
+
+def test_the_fingerprint_has_the_classes_of_segments(segments, tmp_path):
+    """The PNGs stay, their JSON gives a segment another class."""
+    root = Path(shutil.copytree(segments, tmp_path / "data"))
+    before = check(open_dataset("panoptic", root, "train")).fingerprint
+    file = root / "annotations/panoptic_train.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["segments_info"][0]["category_id"] = 24
+    file.write_text(json.dumps(content))
+    after = check(open_dataset("panoptic", root, "train")).fingerprint
+    assert [name for name in before if before[name] != after[name]] == ["the meaning of the training labels"]

@@ -410,7 +410,7 @@ def test_another_machine_may_have_other_threads(folder, tmp_path, capsys):
     assert "--threads was 1, is 2: results may differ in rounding" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("change", ["image", "class", "tags"])
+@pytest.mark.parametrize("change", ["image", "label", "class", "tags"])
 def test_a_run_does_not_resume_with_other_data(folder, uninterrupted, tmp_path, capsys, change):
     """One image more changes the whole order; another order of the classes changes every label."""
     run, moved, tags = tmp_path / "run", tmp_path / "moved", tmp_path / "tags.jsonl"
@@ -425,6 +425,9 @@ def test_a_run_does_not_resume_with_other_data(folder, uninterrupted, tmp_path, 
     if change == "image":
         (moved / "images" / "train" / "7.png").unlink(), (moved / "labels" / "train" / "7.png").unlink()
         message = "the list of training pictures has changed"
+    elif change == "label":  # of a run that is complete
+        shutil.copy(moved / "labels" / "val" / "9.png", moved / "labels" / "val" / "10.png")
+        message = "a size among the validation labels has changed"
     elif change == "class":
         (moved / "classes.txt").write_text("\n".join(reversed(scenes.CLASSES)))
         message = "the list of classes has changed"
