@@ -43,7 +43,8 @@ from run.memory import keep_freed_memory
 from run.options import Options, config_of, defaults, parse
 from run.progress import StopOnSignal, describe, draw, log_line, speed
 from run.ranks import Ranks, cleanup, init_distributed
-from run.recipes import DROPS, paper_row
+from run.recipes import DROPS, learning_rate
+from run.start import find_source, start_from
 from run.tagging import open_tags
 
 SHOWN = 8  # images in inputs.jpg and in val/
@@ -131,18 +132,6 @@ def words_of(batch: Batch, words: TagSource) -> list[list[str]] | None:
     """The tags of each image of a batch; None where the condition has none per image."""
     tags = [words(path, present) for path, present in zip(batch.paths, batch.present, strict=True)]
     return None if None in tags else tags
-
-
-def learning_rate(step: int, iterations: int, warmup: int, drops: Sequence[float] = ()) -> float:
-    """The share of the full rate at step 0, 1, ...: linear decay to 0, times linear warm-up from 1e-6.
-
-    mmsegmentation's poly policy of power 1 (mmcv/runner/hooks/lr_updater.py). With `drops`, shares of the
-    run, the rate falls to a tenth at each instead of decaying.
-    """
-    warm = min(1e-6 + (1 - 1e-6) * step / warmup, 1.0) if warmup else 1.0
-    if drops:
-        return warm * 0.1 ** sum(step >= share * iterations for share in drops)
-    return warm * (1 - step / iterations)
 
 
 # ---- the loop
@@ -264,6 +253,7 @@ def evaluate_val(training: Training, limit: int | None = None) -> Result:
     val, ranks = training.val_set, training.run.ranks
     how = {"indices": range(len(val))[:limit], "panoptic": training.metric == "PQ", **training.windows}
     shares = {"workers": training.options.workers, "rank": ranks.rank, "world": ranks.world}
+    shares["show"] = ranks.is_main
     return evaluate(training.tada, val, training.val_words, **how, **shares)
 
 
@@ -380,16 +370,16 @@ def prepare(run: Run, options: Options) -> Training:
             report = check(dataset)
             read |= report.fingerprint
             run.print0(str(report))
-        words = options.dataset, options.condition, options.tags, options.tag_loss_weight
-        if options.model == "sd15" and (row := paper_row(*words)):
-            run.print0(f"to compare with the paper's {row}")
         frozen = checkpoint.frozen_digests(config)
         drawing = scenes.VERSION if options.dataset == "scenes" else None
         read |= fingerprint(train_set.classes, tags=options.tags, frozen=frozen, drawing=drawing)
+    source = find_source(run, options, config=config, read=read, frozen=frozen)
     last = open_run(run, options, defaults=defaults(vars(options)), config=config, read=read)
 
     torch.manual_seed(options.seed)  # the same initial weights on every rank
     tada = build(config, ranks.device)
+    if source and last is None:
+        run.print0(start_from(source, tada))
     tada.unet.checkpoint_activations = options.checkpoint_activations
     data = {"train_set": train_set, "val_set": val_set}
     train_words, val_words = open_tags(run, tada, options=options, **data, resumed=last is not None)
@@ -430,7 +420,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cleanup()
         return code
 
-    interrupted = "interrupted: the last checkpoint is kept, the same command resumes from it"
+    interrupted = "interrupted: what is written is kept, the same command resumes from it"
     return run_command("train.py", work, interrupted=interrupted, on_all_ranks=RunError)
 
 

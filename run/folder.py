@@ -27,7 +27,10 @@ from run.checkpoint import REMOVED, clean, newest_step, replace_text, steps
 from run.ranks import Ranks
 from weights.words import digest
 
-NOTED = ("a time among", "the model of --from")  # a change of these is printed, and the run resumes
+NOTED = {  # what is printed where it has changed -> what that means; the run resumes
+    "a time among": "if its content did, too, start over with --fresh (keeps the run)",
+    "the model of --from": "the run resumes from its own checkpoint",
+}
 
 
 def say(line: str) -> None:
@@ -166,13 +169,14 @@ def refuse_changes(run: Run, about: dict, defaults: Mapping[str, Any], free: set
     other |= {x: "is removed" for x, y in REMOVED.items() if options.get(x) not in (None, y)}
     changed = [f"--{x.replace('_', '-')} was {options[x]}, {now_is}" for x, now_is in other.items()]
     differ = [name for name, value in now["read"].items() if name in read and read[name] != value]
-    changed += [f"{name} has changed" for name in differ if not name.startswith(NOTED)]
+    changed += [f"{name} has changed" for name in differ if not name.startswith((*NOTED,))]
     if changed:
         cure = "use the same, another --run-dir, or --fresh to start over (keeps the run)"
         raise RunError(f"{run.folder} holds a run started with other settings ({'; '.join(changed)}): {cure}")
-    cure = "if its content did, too, start over with --fresh (keeps the run)"
-    for name in [name for name in differ if name.startswith(NOTED)]:
-        run.print0(f"{name} has changed: {cure}")
+    about["read"] = read | about["read"]  # of a file of --from that is gone
+    for start, meaning in NOTED.items():
+        for name in [name for name in differ if name.startswith(start)]:
+            run.print0(f"{name} has changed: {meaning}")
     threads = options["threads"], now["options"]["threads"]
     for name, (then, today) in {"torch": (torch_version, torch.__version__), "--threads": threads}.items():
         if then != today:

@@ -326,6 +326,46 @@ def test_the_same_command_resumes_exactly(folder, uninterrupted, tmp_path, monke
     assert same(tmp_path / "run", uninterrupted)
 
 
+def test_a_run_that_started_so_resumes_without_it(folder, tmp_path, monkeypatch, capsys):
+    """Killed after a checkpoint, the other run gone: the same bytes as in one go. Its sha256 is kept."""
+    source, more = tmp_path / "source", ["--iterations", "2", "--save-every", "1"]
+    assert train.main(command(folder, source, "--iterations", "1")) == 0
+    for name in ("whole", "killed"):
+        copy = shutil.copytree(source, tmp_path / f"from-{name}", symlinks=True)
+        flags = command(folder, tmp_path / name, *more, "--from", str(tmp_path / "from"))
+        copy.rename(tmp_path / "from")
+        done, step = [], train.train_step
+        if name == "killed":
+
+            def dies(*args, done=done, step=step, **kwargs):
+                if done:
+                    raise KeyboardInterrupt
+                done.append(1)
+                return step(*args, **kwargs)
+
+            monkeypatch.setattr(train, "train_step", dies)
+        capsys.readouterr()
+        assert train.main(flags) == (130 if name == "killed" else 0)
+        out = capsys.readouterr().out
+        assert f"starting from {tmp_path}/from/step-000001/model.safetensors:\n  unet     taken\n" in out
+        monkeypatch.undo()
+        shutil.rmtree(tmp_path / "from")
+    about = json.loads((tmp_path / "killed" / "config.json").read_text())
+    assert train.main(flags) == 0
+    assert "starting from" not in capsys.readouterr().out
+    assert same(tmp_path / "killed", tmp_path / "whole")
+    again = json.loads((tmp_path / "killed" / "config.json").read_text())
+    name = "the model of --from"
+    assert len(about["read"][name]) == 64 and again["read"][name] == about["read"][name]
+    assert again["options"]["from_run"] == str(tmp_path / "from")
+
+    assert train.main([*flags, "--fresh"]) == 2
+    assert "from holds no model.safetensors" in capsys.readouterr().err
+    assert train.main(command(folder, tmp_path / "from", "--iterations", "1", "--lr", "1e-2")) == 0
+    assert train.main(flags) == 0
+    assert "the model of --from has changed: the run resumes from its own" in capsys.readouterr().out
+
+
 def test_a_panoptic_run_resumes_exactly(segments, tmp_path, monkeypatch):
     """Mask2Former on one's own segments, interrupted after a checkpoint: the same points are drawn again."""
     assert train.main(command(segments, tmp_path / "uninterrupted", "--accumulate", "2")) == 0
