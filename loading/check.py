@@ -11,13 +11,6 @@ from data import Dataset
 from errors import DataError
 from images.read import IGNORE, SHOWN, Size
 
-# Keys of config.json, where the first one is older than the others.
-LISTS = {
-    "train": ("training", "the list of training pictures"),
-    "val": ("validation", "the list of validation images"),
-}
-STATS = ("a size", "a time")
-
 
 @dataclass
 class Report:
@@ -102,10 +95,10 @@ def check(dataset: Dataset, samples: int = 200) -> Report:
 
 def fingerprint_of(dataset: Dataset, files: dict[str, list[tuple[int, int]]]) -> dict[str, str]:
     """Hashes of the list of images, of the labels' meaning, of the sizes and times of images and labels."""
-    split, listed = LISTS.get(dataset.split, (dataset.split, "the list of images"))
+    split = {"train": "training", "val": "validation"}.get(dataset.split, dataset.split)
     names = os.fsencode("\n".join(dataset.path(i) for i in range(len(dataset))))
-    contents = {listed: names, f"the meaning of the {split} labels": dataset.meaning}
+    contents = {f"the list of {split} pictures": names, f"the meaning of the {split} labels": dataset.meaning}
     for kind, stats in files.items():
-        values = np.array(stats, np.int64).reshape(-1, 2).T
-        contents |= {f"{what} among the {split} {kind}": x for what, x in zip(STATS, values.copy())}
+        sizes, times = np.array(stats, np.int64).reshape(-1, 2).T.copy()
+        contents |= {f"a size among the {split} {kind}": sizes, f"a time among the {split} {kind}": times}
     return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}

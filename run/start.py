@@ -6,14 +6,12 @@
 What fits is decided part by part: the UNet, the adapter, the decoder. The optimiser and the steps start anew.
 """
 
-from dataclasses import fields
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from errors import CheckpointError
-from images.read import SHOWN
 from model import Tada, TadaConfig
 from run.checkpoint import HASHES, find_model, frozen_file, own_state, read_about, read_config, steps
 from run.folder import Run
@@ -30,15 +28,13 @@ def find_source(
 ) -> Path | None:
     """The file of --from, the same on all ranks; None without one, and if a run resumes whose file is gone.
 
-    Rank 0 adds its sha256 to what is `read`. Raises CheckpointError if a new run cannot start from it
-    (`fitting`).
+    Adds its sha256 to what is `read`. Raises CheckpointError if a new run cannot start from it (`fitting`).
     """
     found = []
     if options.from_run and run.ranks.is_main:
         try:
             file = find_model(Path(options.from_run)).resolve()  # `best` may point elsewhere soon
-            read["the model of --from"] = fitting(file, config, frozen)
-            found = [file]
+            read["the model of --from"], found = fitting(file, config, frozen), [file]
         except CheckpointError:
             if options.fresh or not steps(run.folder):
                 raise
@@ -58,8 +54,7 @@ def fitting(file: Path, config: TadaConfig, frozen: dict[str, str]) -> str:
     prior = {name: expected for name, expected in about["frozen"].items() if not name.startswith("ram/")}
     places = {name: frozen_file(config.weights, name) for name in prior.keys() - frozen.keys()}
     ours = frozen | {name: digest(place) for name, place in places.items() if place.is_file()}
-    alike = (theirs.weights == "random") == (config.weights == "random")
-    if not alike or not prior.items() <= ours.items():
+    if not prior.items() <= ours.items() or (theirs.weights == "random") != (config.weights == "random"):
         raise CheckpointError(f"{file} was trained on other weights, {theirs.weights}: give --weights")
     return sha256
 
@@ -76,34 +71,28 @@ def start_from(file: Path, tada: Tada) -> str:
         if name.startswith(("vae.", "clip.")) and not torch.equal(x.cpu(), state[name]):
             raise CheckpointError(f"{file} has random weights of another seed: give --seed as its run had")
     place = {name: k for k, name in enumerate((*theirs.classes, None))}  # None: "no object"
-    rows = [(k, place[name]) for k, name in enumerate((*config.classes, None)) if name in place]
-    new_classes = [name for name in config.classes if name not in place]
-    buffers, lines = dict(tada.named_buffers()), []  # such as the vectors of the classes, made from names
+    rows = [(k, place.get(name)) for k, name in enumerate((*config.classes, None))]
+    new = [name for name in config.classes if name not in place]
+    lines, buffers = [f"starting from {file}:"], dict(tada.named_buffers())  # such as vectors of class names
     for part in ("unet", "adapter", "decoder"):
         ours = dict(getattr(tada, part).named_parameters(prefix=part))
-        old = {name: x for name, x in state.items() if name.startswith(f"{part}.") and name not in buffers}
-        wanted, given = (
-            {(name, x.shape[name.startswith(PER_CLASS) :]) for name, x in tensors.items()}
-            for tensors in (ours, old)
-        )
+        old = {name: state[name] for name in state if name.startswith(f"{part}.") and name not in buffers}
+        shapes = ({(name, x[name].shape[name.startswith(PER_CLASS) :]) for name in x} for x in (ours, old))
+        odd = set.symmetric_difference(*shapes)
         if part == "unet" and not old:
             lines.append("unet     the prior's, which that model did not train")
-        elif wanted != given:
-            lines.append(f"{part:8} new: {min(wanted ^ given)[0]} is not in both, or has another shape")
+        elif odd:
+            lines.append(f"{part:8} new: {min(odd)[0]} is not in both, or has another shape")
         else:
             for name, x in ours.items():
                 if name.startswith(PER_CLASS):
-                    pairs = [pair for pair in rows if pair[0] < len(x)]
-                    to, of = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T
-                    x[to.to(x.device)] = old[name][of].to(x)
+                    for k, row in rows[: len(x)]:
+                        x[k] = x[k] if row is None else old[name][row]
                 else:
                     x.copy_(old[name])
             lines.append(f"{part:8} {'taken' if ours else 'has nothing to train'}")
-    if new_classes and lines[-1].endswith("taken"):
-        lines[-1] += f", but new for {len(new_classes)} of {len(config.classes)} classes: "
-        lines[-1] += ", ".join(new_classes[:SHOWN]) + ", ..." * (len(new_classes) > SHOWN)
-    for name in [field.name for field in fields(TadaConfig) if field.name not in OWN]:
-        was, now = getattr(theirs, name), getattr(config, name)
-        if was != now:
-            lines.append(f"{name} was {was}, is {now}")
-    return "\n  ".join([f"starting from {file}:", *lines])
+    if new and lines[-1].endswith("taken"):
+        lines[-1] += f", but new for {len(new)} of {len(config.classes)} classes, such as {new[0]}"
+    settings = ((name, getattr(theirs, name), x) for name, x in vars(config).items() if name not in OWN)
+    lines += [f"{name} was {old}, is {x}" for name, old, x in settings if old != x]
+    return "\n  ".join(lines)

@@ -140,7 +140,7 @@ def test_the_fingerprint_names_what_changed(tmp_path):
     label.unlink(), image.unlink()
     assert "the list of training pictures" in changed()
     validated = check(open_dataset("folder", root, "val")).fingerprint
-    assert "the list of validation images" in validated and not validated.keys() & before.keys()
+    assert "the list of validation pictures" in validated and not validated.keys() & before.keys()
 
 
 def test_the_fingerprint_has_the_classes_of_segments(segments, tmp_path):

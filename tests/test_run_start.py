@@ -53,7 +53,7 @@ def test_outputs_of_classes_are_taken_by_name(decoder, tmp_path):
             assert torch.equal(after[name][k], old[name][place]), name
         assert torch.equal(after[name][1], new[name][1]), name
     assert "  unet     taken\n  adapter  taken\n" in report
-    assert "  decoder  taken, but new for 1 of 3 classes: road" in report
+    assert "  decoder  taken, but new for 1 of 3 classes, such as road" in report
 
 
 def test_equal_classes_take_the_whole_model(tmp_path):
