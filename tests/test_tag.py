@@ -106,6 +106,26 @@ def test_an_interrupted_file_is_finished(photos, expected, tmp_path):
         assert lines_of(file)[[*expected][7]][0] == ["kept", 1.0]
 
 
+def test_ctrl_c_loses_no_finished_image(photos, tmp_path, monkeypatch, capsys):
+    """After one of two batches: its lines are whole, and the same command makes the bytes of one call."""
+    whole, file, calls = tmp_path / "whole.jsonl", tmp_path / "tags.jsonl", []
+    assert tag.main([*CLIP, str(photos), "--out", str(whole)]) == 0
+    assert capsys.readouterr().out.startswith(f"{whole}: tags of 12 images by clip\n")
+
+    def interrupted(*arguments, **named):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return zero_shot_tags(*arguments, **named)
+
+    with monkeypatch.context() as m:
+        m.setattr(assemble, "zero_shot_tags", interrupted)
+        assert tag.main([*CLIP, str(photos), "--out", str(file)]) == 130
+    assert file.read_bytes().splitlines() == whole.read_bytes().splitlines()[:8]
+    assert tag.main([*CLIP, str(photos), "--out", str(file)]) == 0
+    assert file.read_bytes() == whole.read_bytes()
+
+
 def test_a_full_disk_loses_no_finished_image(photos, expected, tmp_path, monkeypatch, capsys):
     file, calls = tmp_path / "tags.jsonl", []
 

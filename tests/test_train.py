@@ -2,6 +2,7 @@
 stop.
 """
 
+import io
 import json
 import math
 import os
@@ -409,6 +410,41 @@ def test_a_finished_run_is_left_alone(folder, uninterrupted, capsys):
     assert train.main(command(folder, uninterrupted)) == 0
     assert "is complete" in capsys.readouterr().out
     assert log_of(uninterrupted) == before
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_validation_shows_a_bar_on_a_terminal(folder, tmp_path, monkeypatch, capsys, terminal):
+    """The first line appears before data are checked."""
+    errors = io.StringIO()
+    errors.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", errors)
+    assert train.main(command(folder, tmp_path / "run", "--iterations", "1")) == 0
+    assert bool(re.search(r"folder val: 100%.* 3/3 ", errors.getvalue())) == terminal
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == f"folder in {folder}: checking images and labels"
+
+
+def test_tagging_before_training_resumes(folder, tmp_path, monkeypatch, capsys):
+    """Ctrl-C after three of eight images: the others are tagged, and the file is that of one go."""
+    whole, run, tagged = tmp_path / "whole", tmp_path / "run", []
+    flags = ["--iterations", "1", "--tags", "clip", "--check"]
+    assert train.main(command(folder, whole, *flags)) == 0
+
+    def interrupted(tada, *arguments):
+        tagged.append(1)
+        if len(tagged) == 4:
+            raise KeyboardInterrupt
+        return zero_shot_tags(tada, *arguments)
+
+    zero_shot_tags = train.Tada.zero_shot_tags
+    monkeypatch.setattr(train.Tada, "zero_shot_tags", interrupted)
+    assert train.main(command(folder, run, *flags)) == 130
+    assert "what is written is kept, the same command resumes" in capsys.readouterr().err
+    lines = (whole / "tags-train.jsonl").read_bytes().splitlines()
+    assert (run / "tags-train.jsonl").read_bytes().splitlines() == lines[:3]
+    monkeypatch.setattr(train, "smoke_test", lambda training: None)  # it tags images of the other split
+    assert train.main(command(folder, run, *flags)) == 0
+    assert len(tagged) == 4 + 5 and (run / "tags-train.jsonl").read_bytes().splitlines() == lines
 
 
 def test_tags_of_a_start_without_a_checkpoint_are_not_reused(folder, tmp_path):
