@@ -147,6 +147,7 @@ class Dataset:
     def __post_init__(self) -> None:
         self.prompts = [prompt(c, self.name) for c in self.classes]
         self.missing: list[str] = []  # a sentence for each image or label file without its counterpart
+        self.tables: list[str] = []  # the files that all samples need
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -192,6 +193,7 @@ class SemanticFiles(Dataset):
         keys = sorted(images)
         self.labels = [labels.get(key) for key in keys]
         super().__init__(name, split, classes, palette, [images[key] for key in keys])
+        self.tables = [f"{table}"] if name == "folder" else []
         self.missing = [self.unlabelled(i) for i, label in enumerate(self.labels) if label is None]
         self.missing += [f"{root / labels[key]} has no image" for key in sorted(labels) if key not in images]
 
@@ -221,6 +223,7 @@ class PanopticFiles(Dataset):
         self.annotations = a = read_annotations(self.pngs.with_name(self.pngs.name + ".json"))
         paths, kinds = [f"{folder}/{file}" for file in a.file_names], a.categories
         super().__init__(name, split, kinds.names, kinds.palette, paths, kinds, a.image_ids)
+        self.tables = [f"{a.file}"]
         if name == "coco-panoptic":  # COCO-Stuff's names, where several of its classes are merged into one
             self.prompts = [prompt(c.removesuffix("-merged"), "cocostuff") for c in self.classes]
         on_disk = {place: set(os.listdir(place)) for place in (root / folder, self.pngs)}
@@ -353,7 +356,7 @@ def read_classes(file: Path) -> tuple[list[str], np.ndarray, list[int]]:
         match = re.fullmatch(r"\s*([^,]*[^,\s])\s*(?:,\s*(\d+) (\d+) (\d+)\s*)?(?:,\s*(\d+)\s*)?", line)
         colour = [int(x) for x in match.group(2, 3, 4)] if match and match[2] else distinct_colour(i + 1)
         value = int(match[5]) if match and match[5] else i
-        if not match or max(colour) > 255 or value >= IGNORE:
+        if not match or max(colour) > 255 or value > IGNORE:
             raise DataError(f"{where}: expected a class as 'name' or 'name, r g b', not {line[:60]!r}")
         if match[1] in names or value in raw:
             raise DataError(f"{where}: {line!r} repeats a name or a value")

@@ -271,7 +271,7 @@ def histogram(labels: np.ndarray) -> np.ndarray:
 
 
 def label_table(raw: Iterable[int], ignored: Iterable[int]) -> np.ndarray:
-    """A table raw value 0..255 -> train id, 255 = ignore, -1 = illegal. Raw 255 always means ignore."""
+    """A table raw value 0..255 -> train id, 255 = ignore, -1 = illegal. 255 is ignored if no class has it."""
     table = np.full(256, -1, np.int16)
     table[[*ignored, IGNORE]] = IGNORE
     for train_id, value in enumerate(raw):
