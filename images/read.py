@@ -231,7 +231,7 @@ def read_labels(
         return look_up(image, colours, path)
     if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
         form = "labels are class numbers in a grey or palette PNG (mode L, P or I;16)"
-        cure = hint or ", or colours that classes.txt lists: add the colours to classes.txt"
+        cure = hint or ", or colours, where each class has its own: add the colours to classes.txt"
         raise DataError(f"{path} has mode {image.mode}: {form}{cure}")
     if re.search(r";\d?I", raw_mode):
         raise DataError(f"{path} stores white as 0 (a TIFF's photometric 0): save labels as PNG")
@@ -246,7 +246,8 @@ def read_labels(
         runs = np.split(legal, np.flatnonzero(np.diff(legal) > 1) + 1)
         spans = ", ".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
         values = ", ".join(map(str, wrong[:SHOWN]))
-        raise DataError(f"{path} holds the value {values}: labels here are {spans}{hint}")
+        unlabelled = "" if colours is None else unlabelled_line(wrong, table)
+        raise DataError(f"{path} holds the value {values}: labels here are {spans}{hint}{unlabelled}")
     train_ids = bytearray(raw.astype(np.uint8)).translate(table.astype(np.uint8))
     return np.frombuffer(train_ids, np.uint8).reshape(raw.shape)
 
@@ -277,6 +278,19 @@ def label_table(raw: Iterable[int], ignored: Iterable[int]) -> np.ndarray:
     for train_id, value in enumerate(raw):
         table[value] = train_id
     return table
+
+
+def unlabelled_line(wrong: list[int], table: np.ndarray) -> str:
+    """What to write in classes.txt if the 0 of label files may mean unlabelled: no class has it, or all do.
+
+    wrong: the values of a file that are illegal in `table`.
+    """
+    last = max(np.flatnonzero(table[:IGNORE] >= 0), default=IGNORE)
+    if 0 in wrong:
+        return "; if 0 means unlabelled, add the line `ignore, 0 0 0, 0` to classes.txt"
+    if wrong == [last + 1]:
+        return "; if 0 means unlabelled and the classes begin at 1, write `ignore` above them in classes.txt"
+    return ""
 
 
 def distinct_colour(n: int) -> list[int]:
