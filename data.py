@@ -28,13 +28,13 @@ choice within an image; 0 is void, pixels without a label.
 
 Training and evaluation need `train` and `val`. A segment may have `"iscrowd": 1`; "color" is optional.
 
-Top to bottom: the layouts, the data sets, what opens them, tables of classes. Decoding is in images/read.py,
-the check before training in loading/check.py, augmentation in loading/augment.py.
+Top to bottom: the layouts, the data sets, what opens them. Decoding is in images/read.py, tables of classes
+in images/classes.py, the check before training in loading/check.py, augmentation in loading/augment.py.
 """
 
 import os
-import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -44,13 +44,14 @@ from PIL import Image
 
 from errors import DataError
 from images import scenes
+from images.classes import read_classes
+from images.kinds import LOSSY
 from images.panoptic import Categories, Segment, read_annotations, read_map, semantic
 from images.read import (
-    IGNORE,
     LOSSLESS,
+    SHOWN,
     SUFFIXES,
     Size,
-    distinct_colour,
     label_table,
     read_image,
     read_labels,
@@ -128,6 +129,13 @@ IRREGULAR = {
 }
 
 
+# Label files that are not read -> why, and the cure.
+DRAWN = "which holds boxes or polygons: export label images (PNG) from the label tool"
+ARRAY = "which holds an array: save labels as PNG"
+UNREAD = dict.fromkeys((".jpg", ".jpeg", ".gif", ".webp", ".avif"), LOSSY)
+UNREAD |= dict.fromkeys((".json", ".txt", ".xml"), DRAWN) | dict.fromkeys((".npy", ".npz", ".mat"), ARRAY)
+
+
 @dataclass(eq=False)
 class Dataset:
     """One split: `classes` as shown, `prompts` as a text tower reads them, `palette (K, 3)`, its images.
@@ -143,11 +151,11 @@ class Dataset:
     paths: Sequence[str]
     categories: Categories | None = None
     image_ids: Sequence[int | str] = ()
-    meaning = b""  # a buffer of what defines the meaning of the values in the label files
 
     def __post_init__(self) -> None:
         self.prompts = [prompt(c, self.name) for c in self.classes]
         self.missing: list[str] = []  # a sentence for each image or label file without its counterpart
+        self.tables: list[str] = []  # the files that all samples need
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -182,23 +190,35 @@ class SemanticFiles(Dataset):
     def __init__(self, name: str, root: Path, split: str):
         layout = LAYOUTS[name]
         table = root / "classes.txt" if name == "folder" else Path(__file__).parent / "labels" / f"{name}.txt"
-        classes, palette, raw = read_classes(table)
+        classes = read_classes(table)
         self.root, self.hint = root, layout.hint
-        self.raw_ids, self.train_ids = label_table(raw, layout.ignored), label_table(range(len(classes)), ())
+        self.raw_ids = label_table(classes.values, classes.ignored or layout.ignored)
+        self.train_ids = label_table(range(len(classes.names)), ())
+        self.colours = classes.colours if name == "folder" else None
         folder = layout.images.format(layout.splits[split])
-        self.meaning = self.raw_ids
-        images = scan(root, folder, SUFFIXES, (layout.image,))
-        labels = scan(root, layout.labels.format(layout.splits[split]), LOSSLESS, layout.label)
+        images = composed(scan(root, folder, SUFFIXES, (layout.image,)))
+        place = layout.labels.format(layout.splits[split])
+        labels = composed(scan(root, place, LOSSLESS, layout.label))
         if not images:
             raise DataError(f"{root / folder} holds no image *{layout.image}.jpg, .png, ...: check --data")
         keys = sorted(images)
         self.labels = [labels.get(key) for key in keys]
-        super().__init__(name, split, classes, palette, [images[key] for key in keys])
+        super().__init__(name, split, classes.names, classes.palette, [images[key] for key in keys])
+        self.tables = [f"{table}"] if name == "folder" else []
+        self.unread: dict[str, str] = {}  # image -> a label file that is not read
+        for suffix in UNREAD if None in self.labels else ():
+            others = scan(root, place, (suffix,), layout.label)
+            if UNREAD[suffix] == DRAWN:
+                others = scan(root, folder, (suffix,), (layout.image,)) | others  # labelme's place
+            self.unread |= {images[key]: file for key, file in composed(others).items() if key in images}
         self.missing = [self.unlabelled(i) for i, label in enumerate(self.labels) if label is None]
         self.missing += [f"{root / labels[key]} has no image" for key in sorted(labels) if key not in images]
 
     def unlabelled(self, i: int) -> str:
-        return f"{self.root / self.path(i)} has no label file"
+        sentence = f"{self.root / self.path(i)} has no label file"
+        if (file := self.unread.get(self.path(i))) is None:
+            return sentence
+        return f"{sentence} that is read, only {self.root / file}, {UNREAD[Path(file).suffix.lower()]}"
 
     def names(self, i: int) -> list[str]:
         return [f"{self.root}/{file}" for file in (self.paths[i], self.labels[i]) if file]
@@ -209,7 +229,7 @@ class SemanticFiles(Dataset):
             raise DataError(self.unlabelled(i))
         image, size = read_image(self.root / path, short, long)
         table = self.train_ids if Path(label).stem.endswith(TRAIN_IDS) else self.raw_ids
-        labels = read_labels(self.root / label, table, self.hint)
+        labels = read_labels(self.root / label, table, self.hint, self.colours)
         require_size(self.root / label, labels, size)
         return Sample(image, labels)
 
@@ -221,9 +241,9 @@ class PanopticFiles(Dataset):
         folder = LAYOUTS[name].splits[split]
         self.root, self.pngs = root, root / LAYOUTS[name].labels.format(folder)
         self.annotations = a = read_annotations(self.pngs.with_name(self.pngs.name + ".json"))
-        self.meaning = a.table
         paths, kinds = [f"{folder}/{file}" for file in a.file_names], a.categories
         super().__init__(name, split, kinds.names, kinds.palette, paths, kinds, a.image_ids)
+        self.tables = [f"{a.file}"]
         if name == "coco-panoptic":  # COCO-Stuff's names, where several of its classes are merged into one
             self.prompts = [prompt(c.removesuffix("-merged"), "cocostuff") for c in self.classes]
         on_disk = {place: set(os.listdir(place)) for place in (root / folder, self.pngs)}
@@ -289,6 +309,15 @@ class Scenes(Dataset):
         return Sample(Image.fromarray(scene.image), np.array(scene.labels), ids.astype(np.int32), segments)
 
 
+def composed(files: dict[str, str]) -> dict[str, str]:
+    """`scan`'s files with their keys in one Unicode composition: "é" may be written as "e" and an accent."""
+    found = {}
+    for key, file in files.items():
+        if (other := found.setdefault(unicodedata.normalize("NFC", key), file)) != file:
+            raise DataError(f"{other!a} and {file!a} differ only in their Unicode composition: rename one")
+    return found
+
+
 def require_size(file: Path, labels: np.ndarray, size: Size) -> None:
     """Raise DataError unless labels `(H, W)` have the size of their image."""
     if labels.shape != size:
@@ -305,7 +334,9 @@ def open_dataset(name: str, root: str | Path, split: str) -> Dataset:
     cannot be read.
     """
     if name != "scenes" and name not in LAYOUTS:
-        raise DataError(f"no data set {name!r}: choose {', '.join(LAYOUTS)} or scenes")
+        raise DataError(
+            f"no data set {name!r}: choose {', '.join(LAYOUTS)} or scenes; data of your own is folder"
+        )
     splits = scenes.SPLITS if name == "scenes" else LAYOUTS[name].splits
     if split not in splits:
         raise DataError(f"{name} has no labelled split {split!r}: choose {', '.join(splits)}")
@@ -321,8 +352,25 @@ def open_dataset(name: str, root: str | Path, split: str) -> Dataset:
         cure = f"give --data {inside}" if inside.is_dir() else f"--data must be {layout.root}"
         if layout.panoptic and absent == [labels]:
             cure = f"unpack {labels}.zip there"
+        elif not inside.is_dir():
+            parts = {part.replace(layout.splits[split], x) for x in layout.splits.values() for part in needed}
+            expected = listing(part if "." in part else f"{part}/" for part in parts)
+            cure += f"\n  expected: {expected}\n  found:    {tree(root)}"
         raise DataError(f"{root} is not {name}: {' and '.join(absent)} not found there; {cure}")
     return (PanopticFiles if layout.panoptic else SemanticFiles)(name, root, split)
+
+
+def tree(root: Path) -> str:
+    """What a folder holds in two levels, without what is hidden and files below."""
+    paths = {x for form in ("[!.]*", "[!.]*/[!.]*/", "[!.]*/[!.]*.json") for x in root.glob(form)}
+    leaves = paths - {x.parent for x in paths}
+    return listing(f"{x.relative_to(root).as_posix()}{'/' * x.is_dir()}" for x in leaves) or "no such folder"
+
+
+def listing(names: Iterable[str]) -> str:
+    """Names in order, folders first; at most SHOWN."""
+    names = sorted(names, key=lambda name: (not name.endswith("/"), name))
+    return "  ".join(names[:SHOWN] + ["..."] * (len(names) > SHOWN))
 
 
 def default_data(name: str) -> str:
@@ -339,30 +387,3 @@ def prompt(name: str, dataset: str) -> str:
         thing, kind = name.split("-")
         return thing if kind in ("other", "stuff") else f"{kind} {thing}"
     return name.replace("_", " ")
-
-
-def read_classes(file: Path) -> tuple[list[str], np.ndarray, list[int]]:
-    """Names, palette `(K, 3)` uint8 and raw label values of a table: one class a line, in train-id order.
-
-    A line is "name", "name, r g b" or "name, r g b, raw value"; a class without a colour gets one.
-    """
-    try:
-        lines = file.read_text(encoding="utf-8-sig").rstrip().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read as UTF-8 ({error}): give it one class name a line") from None
-    names, palette, raw = [], [], []
-    for i, line in enumerate(lines):
-        where = f"{file}, line {i + 1}"
-        match = re.fullmatch(r"\s*([^,]*[^,\s])\s*(?:,\s*(\d+) (\d+) (\d+)\s*)?(?:,\s*(\d+)\s*)?", line)
-        colour = [int(x) for x in match.group(2, 3, 4)] if match and match[2] else distinct_colour(i + 1)
-        value = int(match[5]) if match and match[5] else i
-        if not match or max(colour) > 255 or value >= IGNORE:
-            raise DataError(f"{where}: expected a class as 'name' or 'name, r g b', not {line[:60]!r}")
-        if match[1] in names or value in raw:
-            raise DataError(f"{where}: {line!r} repeats a name or a value")
-        names.append(match[1])
-        palette.append(colour)
-        raw.append(value)
-    if not names:
-        raise DataError(f"{file} lists no class: give it one class name a line")
-    return names, np.array(palette, np.uint8), raw

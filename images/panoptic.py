@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from errors import DataError
-from images.read import IGNORE, distinct_colour, opened
+from images.read import IGNORE, decode_labels, distinct_colour
 
 VOID = 0  # the id of pixels without a segment
 LARGEST_ID = 256**3 - 1  # that a colour can hold
@@ -84,11 +84,11 @@ def to_colours(ids: np.ndarray) -> np.ndarray:
 
 def read_map(path: Path, segments: Sequence[Segment]) -> np.ndarray:
     """The ids `(H, W)` int32 of a PNG. Raises DataError if `segments` differ."""
-    with opened(path) as image:
-        if image.mode != "RGB":
-            form = "a panoptic PNG is RGB, its id is R + 256 G + 65536 B"
-            raise DataError(f"{path} has mode {image.mode}: {form}")
-        ids = from_colours(np.asarray(image))
+    image = decode_labels(path).image
+    if image.mode != "RGB":
+        form = "a panoptic PNG is RGB, its id is R + 256 G + 65536 B"
+        raise DataError(f"{path} has mode {image.mode}: {form}")
+    ids = from_colours(np.asarray(image))
     found, listed = set(np.unique(runs(ids)[0]).tolist()), [s.id for s in segments]
     if unlisted := found.difference(listed, [VOID]):
         raise DataError(f"{path} holds the id {min(unlisted)}, which its segments_info does not list: add it")

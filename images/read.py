@@ -6,18 +6,23 @@ Top to bottom: folders, images, label maps, the colours of classes without one.
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator
+import stat
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from errors import DataError, Unreadable
+from images.kinds import refusal, unidentified
 
 IGNORE = 255  # the label of pixels that belong to no class
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-LOSSLESS = (".png", ".bmp", ".tif", ".tiff")  # JPEG would mix the classes along every border
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")  # Pillow has others, and Ghostscript for EPS
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif")
+LABEL_FORMATS = ("PNG", "BMP", "TIFF")
+LOSSLESS = (".png", ".bmp", ".tif", ".tiff")  # JPEG mixes the classes along every border, GIF renumbers them
 MAX_PIXELS = 64_000_000  # 192 MB decoded
 SHOWN = 10  # paths in a message
 
@@ -113,23 +118,64 @@ def stop(error: OSError) -> None:
 
 
 @contextmanager
-def opened(path: Path, limit: int = MAX_PIXELS) -> Iterator[Image.Image]:
-    """The file, open and not yet decoded; whatever goes wrong with it becomes an Unreadable that names it."""
+def reading(path: str | Path, limit: int = MAX_PIXELS) -> Iterator[BinaryIO]:
+    """The open file; whatever is raised while it is decoded becomes an Unreadable that names it."""
     try:
-        with path.open("rb", 1 << 18) as file, Image.open(file) as image:  # fewer, larger reads
-            if image.width * image.height > limit:
-                raise Image.DecompressionBombError(f"{image.width}x{image.height}")
-            yield image
+        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a named pipe may wait for ever
+            raise Unreadable(f"{path} is a folder, pipe, socket or device: give a regular file")
+        with open(path, "rb", 1 << 18) as file:  # fewer, larger reads
+            try:
+                yield file
+            except UnidentifiedImageError:
+                raise Unreadable(f"{path} {unidentified(file)}") from None
     except DataError:
         raise
     except Image.DecompressionBombError as error:
         raise Unreadable(f"{path} is too large ({error}): at most {limit:,} pixels are read") from None
-    except UnidentifiedImageError:
-        fault = "is not an image, or its first bytes are corrupt"
-        raise Unreadable(f"{path} {fault}: replace or remove it") from None
-    except (OSError, SyntaxError, ValueError) as error:  # SyntaxError: a broken PNG
-        reason = getattr(error, "strerror", None) or error
+    except Exception as error:  # noqa: BLE001 - decoders raise anything: RuntimeError, struct.error, ...
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise Unreadable(f"{path} cannot be read ({reason}): replace or remove it") from None
+
+
+class Decoded(NamedTuple):
+    """The first frame of a file."""
+
+    image: Image.Image  # upright, perhaps reduced, without `info`
+    size: Size  # of the whole image, upright
+    raw_mode: str  # the samples' form in the file, in Pillow's words: "L;4" is grey of 4 bits
+
+
+def decode(
+    file: BinaryIO,
+    labels: bool = False,
+    limit: int = MAX_PIXELS,
+    box: tuple[int, int] | None = None,
+) -> Decoded:
+    """Decode an open file and turn it upright by its EXIF tag; an EXIF block that is damaged counts as none.
+
+    Pillow gets the handle and no name: of a TIFF that it maps into memory by its name it turns the rows
+    before it reads them (findings/pillow_turned_tiff.sh). box: see `read_image`.
+    """
+    if sentence := refusal(file, labels):
+        raise Unreadable(f"{file.name} {sentence}")
+    with Image.open(file, formats=LABEL_FORMATS if labels else FORMATS) as image:
+        W, H = image.size
+        if W * H > limit:
+            raise Image.DecompressionBombError(f"{W}x{H}")
+        if box:
+            h, w = fit((H, W), *box)
+            image.draft(None, (GAP * w, GAP * h))
+        form = image.tile[0].args if image.tile else None
+        image.load()
+        try:
+            orientation = image.getexif().get(0x0112)
+        except Exception:  # noqa: BLE001 - likewise
+            orientation = 1
+        image.info = {}  # exif_transpose would write EXIF anew, odd or not; convert() warns of transparency
+        if orientation in range(2, 9):
+            W, H = (H, W) if orientation > 4 else (W, H)
+            ImageOps.exif_transpose(image, in_place=True)
+        return Decoded(image, (H, W), str(form[0] if isinstance(form, tuple) else form))
 
 
 GAP = 3  # a reduced JPEG keeps at least this many times the pixels, per side, that the image is resized to
@@ -145,21 +191,13 @@ def read_image(
     1/4 or 1/8. On photographs the resized image then differs by at most 0.8 of 255 levels on average, 3 in
     99 of 100 pixels.
     """
-    with opened(Path(path), limit) as image:
-        W, H = image.size
-        if short:
-            h, w = fit((H, W), short, long)
-            image.draft(None, (GAP * w, GAP * h))
-        image.load()
-        if image.getexif().get(0x0112) in (5, 6, 7, 8):  # Orientation: the four that lie on their side
-            W, H = H, W
-        image.info = {}  # exif_transpose would write EXIF anew, odd or not; convert() warns of transparency
-        ImageOps.exif_transpose(image, in_place=True)
+    with reading(path, limit) as file:
+        image, size, _ = decode(file, limit=limit, box=(short, long) if short else None)
         if image.mode == "F":
             raise Unreadable(f"{path} holds floating-point numbers (mode F): save it with 8 bits a channel")
         if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
             image = Image.fromarray((np.asarray(image).astype(np.int32) >> 8).clip(0, 255).astype(np.uint8))
-        return image if image.mode == "RGB" else image.convert("RGB"), (H, W)
+        return image if image.mode == "RGB" else image.convert("RGB"), size
 
 
 def fit(size: Size, short: int, long: int) -> Size:
@@ -171,13 +209,36 @@ def fit(size: Size, short: int, long: int) -> Size:
     return max(int(size[0] * scale + 0.5), 1), max(int(size[1] * scale + 0.5), 1)
 
 
-def read_labels(path: str | Path, table: np.ndarray, hint: str = "") -> np.ndarray:
-    """A label file as train ids `(H, W)` uint8, by `table` (see `label_table`). Raises DataError."""
-    with opened(Path(path)) as image:
-        if image.mode not in ("L", "P", "I") and not image.mode.startswith("I;16"):
-            form = "labels are class numbers in a grey or palette PNG (mode L, P or I;16)"
-            raise DataError(f"{path} has mode {image.mode}: {form}{hint}")
-        raw = np.asarray(image)
+def decode_labels(path: str | Path) -> Decoded:
+    """Decode a file of class numbers or colours, of a format that keeps them. Raises Unreadable."""
+    with reading(path) as file:
+        return decode(file, labels=True)
+
+
+def read_labels(
+    path: str | Path,
+    table: np.ndarray,
+    hint: str = "",
+    colours: Mapping[tuple[int, int, int], int] | None = None,
+) -> np.ndarray:
+    """A label file as train ids `(H, W)` uint8, by `table` (see `label_table`). Raises DataError.
+
+    colours: (R, G, B) -> train id, 255 = ignore; label files in RGB are looked up in it. Grey and palette
+    files hold class numbers in any case, whatever their palette shows.
+    """
+    image, _, raw_mode = decode_labels(path)
+    if colours and image.mode in ("RGB", "RGBA"):
+        return look_up(image, colours, path)
+    if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
+        form = "labels are class numbers in a grey or palette PNG (mode L, P or I;16)"
+        cure = hint or ", or colours, where each class has its own: add the colours to classes.txt"
+        raise DataError(f"{path} has mode {image.mode}: {form}{cure}")
+    if re.search(r";\d?I", raw_mode):
+        raise DataError(f"{path} stores white as 0 (a TIFF's photometric 0): save labels as PNG")
+    raw = np.asarray(image)
+    if few := re.fullmatch(r"L;([24])R?", raw_mode):  # Pillow spreads 2 and 4 bits over 0..255
+        raw = raw // (255 // (2 ** int(few[1]) - 1))
+    raw = raw.astype(np.uint8) if raw.dtype == bool else raw
     found = np.flatnonzero(histogram(raw)) if raw.dtype == np.uint8 else np.unique(raw)
     wrong = [int(x) for x in found if not 0 <= x <= 255 or table[x] < 0]
     if wrong:
@@ -185,9 +246,24 @@ def read_labels(path: str | Path, table: np.ndarray, hint: str = "") -> np.ndarr
         runs = np.split(legal, np.flatnonzero(np.diff(legal) > 1) + 1)
         spans = ", ".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
         values = ", ".join(map(str, wrong[:SHOWN]))
-        raise DataError(f"{path} holds the value {values}: labels here are {spans}{hint}")
+        unlabelled = "" if colours is None else unlabelled_line(wrong, table)
+        raise DataError(f"{path} holds the value {values}: labels here are {spans}{hint}{unlabelled}")
     train_ids = bytearray(raw.astype(np.uint8)).translate(table.astype(np.uint8))
     return np.frombuffer(train_ids, np.uint8).reshape(raw.shape)
+
+
+def look_up(image: Image.Image, colours: Mapping[tuple[int, int, int], int], path: str | Path) -> np.ndarray:
+    """The train id of each pixel's colour, `(H, W)` uint8."""
+    pixels = np.asarray(image.convert("RGBA")).view("<u4")[..., 0] & 0xFFFFFF  # R + 256 G + 65536 B
+    known = np.array(sorted((r | g << 8 | b << 16, train_id) for (r, g, b), train_id in colours.items()))
+    place = np.searchsorted(known[:, 0].astype(np.uint32), pixels).clip(max=len(known) - 1)
+    unknown = pixels[known[place, 0] != pixels]
+    if unknown.size:
+        values, counts = np.unique(unknown, return_counts=True)
+        value, count = int(values[counts.argmax()]), counts.max()
+        colour = f"{value & 255} {value >> 8 & 255} {value >> 16}"
+        raise DataError(f"{path} has the colour {colour} in {count} pixels: add it to classes.txt")
+    return known[place, 1].astype(np.uint8)
 
 
 def histogram(labels: np.ndarray) -> np.ndarray:
@@ -196,12 +272,25 @@ def histogram(labels: np.ndarray) -> np.ndarray:
 
 
 def label_table(raw: Iterable[int], ignored: Iterable[int]) -> np.ndarray:
-    """A table raw value 0..255 -> train id, 255 = ignore, -1 = illegal. Raw 255 always means ignore."""
+    """A table raw value 0..255 -> train id, 255 = ignore, -1 = illegal. 255 is ignored if no class has it."""
     table = np.full(256, -1, np.int16)
     table[[*ignored, IGNORE]] = IGNORE
     for train_id, value in enumerate(raw):
         table[value] = train_id
     return table
+
+
+def unlabelled_line(wrong: list[int], table: np.ndarray) -> str:
+    """What to write in classes.txt if the 0 of label files may mean unlabelled: no class has it, or all do.
+
+    wrong: the values of a file that are illegal in `table`.
+    """
+    last = max(np.flatnonzero(table[:IGNORE] >= 0), default=IGNORE)
+    if 0 in wrong:
+        return "; if 0 means unlabelled, add the line `ignore, 0 0 0, 0` to classes.txt"
+    if wrong == [last + 1]:
+        return "; if 0 means unlabelled and the classes begin at 1, write `ignore` above them in classes.txt"
+    return ""
 
 
 def distinct_colour(n: int) -> list[int]:
