@@ -13,7 +13,6 @@ for them. Top to bottom: the loop, the command, its flags. The report is in metr
 
 import argparse
 import json
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -41,7 +40,7 @@ from loading.stream import EvaluationStream, Item
 from loading.tags import TagSource, choose_source, open_words, split_words, tag_key
 from mask2former import OVERLAP, SCORE, Instances, Mask2Former
 from metrics.judge import PanopticEvaluator
-from metrics.report import Result, confusion
+from metrics.report import Result, confusion, move_earlier_results
 from model import Size, Tada, TadaConfig, Tags
 from run.checkpoint import find_model, load_model, read_about, read_config
 from run.folder import lock, say
@@ -50,7 +49,6 @@ from weights.words import digest
 
 MULTISCALE = (1.0, 1.125, 1.25, 1.375, 1.5)  # VPD's "+MS"
 CHECKED = 10  # images and labels that are decoded before the model is loaded
-FILES = ("result.json", "result.md", "confusion.csv", "confusion.png", "panoptic.json", "panoptic")
 
 
 # ---- the loop
@@ -259,8 +257,8 @@ def run(
     with lock(out, "--out") if ranks.is_main else nullcontext():
         sha256 = digest(file)
         tada = load_model(file, weights, ranks.device, source, threshold)
-        if ranks.is_main:
-            move_earlier_results(out)
+        if ranks.is_main and (earlier := move_earlier_results(out)):
+            say(f"moved the earlier evaluation to {earlier}")
         ranks.barrier()  # only now may files appear
         shares = {"workers": workers, "rank": ranks.rank, "world": ranks.world, "show": ranks.is_main}
         steering = {"tag_threshold": threshold, "words": given}
@@ -314,25 +312,6 @@ def protocol_of(
     if any(step > side for step, side in zip(stride, window, strict=True)):
         raise TadaError(f"--stride {stride} leaves gaps between windows of {window}: give at most the window")
     return protocol | {"window": window, "stride": stride}
-
-
-def move_earlier_results(out: Path) -> None:
-    """Move earlier results to `out.N` and delete leftovers of an interrupted run."""
-    shutil.rmtree(out / ".tmp-panoptic", ignore_errors=True)
-    earlier = [name for name in FILES if (out / name).exists()]
-    if not earlier:
-        return
-    number, out = 1, out.resolve()
-    while (folder := out.with_name(f"{out.name}.{number}")).exists():
-        number += 1
-    try:
-        folder.mkdir()
-    except OSError as error:
-        fault = f"{folder}, for the earlier evaluation, cannot be created ({error.strerror})"
-        raise TadaError(f"{fault}: give another --out") from None
-    for name in earlier:
-        shutil.move(out / name, folder / name)
-    say(f"moved the earlier evaluation to {folder}")
 
 
 # ---- its flags

@@ -3,6 +3,7 @@
     python train.py                                        # tiny, on drawn scenes: minutes on a laptop
     torchrun --nproc-per-node 8 train.py --dataset ade20k  # the paper's model
     python train.py --dataset folder --data DIR            # images/, labels/, classes.txt
+    python train.py --dataset folder --data DIR --from RUN # starts from a trained model
 
 Re-running the command resumes from the last checkpoint of its run folder. Top to bottom: one step, the loop,
 validation, saving, start. The flags are in run/options.py, the run folder in run/folder.py.

@@ -58,10 +58,10 @@ class CheckError(DataError):
 def check(dataset: Dataset, samples: int = 200) -> Report:
     """Check the size of every file, and decode `samples` evenly spaced images with their labels.
 
-    The sizes and times of all files are hashed, to recognise the data when a run resumes.
-    Raises CheckError, with at most ten of the faults: missing counterparts, files that are empty or cannot be
-    decoded, labels of a wrong mode, value or size, no labelled pixel at all. Training labels of one class are
-    refused too, unless there are instances to learn; all files are read before.
+    The sizes and times of all files are hashed, to recognise the data when a run resumes. Raises CheckError,
+    with at most ten of the faults: missing counterparts, files that are empty or cannot be decoded, labels of
+    a wrong mode, value or size, no labelled pixel at all. Training labels of one class are refused too,
+    unless there are instances to learn; all files are read before.
     """
     faults, sizes, pixels, unreadable = list(dataset.missing), [], np.zeros(256, np.int64), set()
     files = {"images": [], "labels": []}  # their sizes in bytes and times in ns

@@ -6,6 +6,7 @@ Imports no model. Top to bottom: what was counted and what follows, the report, 
 import csv
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from errors import TadaError
 from images.draw import confusion_matrix
 from images.read import IGNORE
 from metrics.judge import PanopticResult
 
 OF_GROUPS = {"PQ_things": "PQ of things", "PQ_stuff": "PQ of stuff", "AP": "AP of things"}
 OF_TAGS = {"tag_mAP": "tag mAP", "words_precision": "words' precision", "words_recall": "recall"}
+# What an evaluation writes.
+FILES = ("result.json", "result.md", "confusion.csv", "confusion.png", "panoptic.json", "panoptic")
 WORST = 10  # classes that the report names again
 
 
@@ -186,6 +190,25 @@ class Result:
             rows = [[k, *row] for k, row in zip(self.classes, self.confusion.tolist(), strict=True)]
             csv.writer(f).writerows([["truth \\ prediction", *self.classes], *rows])
         confusion_matrix(self.confusion, self.classes).save(out / "confusion.png")
+
+
+def move_earlier_results(out: Path) -> Path | None:
+    """Move earlier results to the folder `out.N` and return it; delete leftovers of an interrupted run."""
+    shutil.rmtree(out / ".tmp-panoptic", ignore_errors=True)
+    earlier = [name for name in FILES if (out / name).exists()]
+    if not earlier:
+        return None
+    number, out = 1, out.resolve()
+    while (folder := out.with_name(f"{out.name}.{number}")).exists():
+        number += 1
+    try:
+        folder.mkdir()
+    except OSError as error:
+        fault = f"{folder}, for the earlier evaluation, cannot be created ({error.strerror})"
+        raise TadaError(f"{fault}: give another --out") from None
+    for name in earlier:
+        shutil.move(out / name, folder / name)
+    return folder
 
 
 def confusion(truth: Tensor, predicted: Tensor, K: int) -> Tensor:
