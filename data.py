@@ -27,6 +27,7 @@ choice within an image; 0 is void, pixels without a label.
                      {"image_id": 2, "file_name": "two.png", "segments_info": [{"id": 7, "category_id": 2}]}]}
 
 Training and evaluation need `train` and `val`. A segment may have `"iscrowd": 1`; "color" is optional.
+`python -m images.panoptic` makes such data of COCO's instances. docs/using.md describes a `folder`.
 
 Top to bottom: the layouts, the data sets, what opens them. Decoding is in images/read.py, tables of classes
 in images/classes.py, the check before training in loading/check.py, augmentation in loading/augment.py.
@@ -241,27 +242,29 @@ class PanopticFiles(Dataset):
         folder = LAYOUTS[name].splits[split]
         self.root, self.pngs = root, root / LAYOUTS[name].labels.format(folder)
         self.annotations = a = read_annotations(self.pngs.with_name(self.pngs.name + ".json"))
-        paths, kinds = [f"{folder}/{file}" for file in a.file_names], a.categories
+        images, pngs = ({*os.listdir(place)} for place in (root / folder, self.pngs))
+        files = [spelling(name, root / folder, images) for name in a.file_names]
+        self.png_names = [spelling(name, self.pngs, pngs) for name in a.pngs]
+        paths, kinds = [f"{folder}/{file}" for file in files], a.categories
         super().__init__(name, split, kinds.names, kinds.palette, paths, kinds, a.image_ids)
         self.tables = [f"{a.file}"]
         if name == "coco-panoptic":  # COCO-Stuff's names, where several of its classes are merged into one
             self.prompts = [prompt(c.removesuffix("-merged"), "cocostuff") for c in self.classes]
-        on_disk = {place: set(os.listdir(place)) for place in (root / folder, self.pngs)}
-        images, pngs = on_disk.values()
-        names = enumerate(zip(a.file_names, a.pngs, strict=True))
+        names = enumerate(zip(files, self.png_names, strict=True))
         unseen = [i for i, (image, png) in names if image not in images or png not in pngs]
         listed = [file for i in unseen for file in self.pair(i)]  # these may be in subfolders
+        on_disk = {root / folder: images, self.pngs: pngs}
         found = (x.name in on_disk[x.parent] if x.parent in on_disk else x.exists() for x in listed)
         self.lost = {file for file, exists in zip(listed, found, strict=True) if not exists}
         self.missing = [self.without(file) for file in listed if file in self.lost]
         self.missing += [
             f"{root / folder / name} has no annotation in {a.file}"
-            for name in sorted(on_disk[root / folder].difference(a.file_names))
+            for name in sorted(images.difference(files))
             if name.lower().endswith(SUFFIXES) and not name.startswith(".")
         ]
 
     def png(self, i: int) -> str:
-        return self.annotations.pngs[i]
+        return self.png_names[i]
 
     def pair(self, i: int) -> tuple[Path, Path]:
         """The image and its PNG."""
@@ -316,6 +319,14 @@ def composed(files: dict[str, str]) -> dict[str, str]:
         if (other := found.setdefault(unicodedata.normalize("NFC", key), file)) != file:
             raise DataError(f"{other!a} and {file!a} differ only in their Unicode composition: rename one")
     return found
+
+
+def spelling(name: str, folder: Path, listed: set[str]) -> str:
+    """The name as `folder`, which holds what is `listed`, spells it (see `composed`)."""
+    if name in listed or name.isascii():
+        return name
+    forms = [name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]
+    return next((x for x in forms if x in listed or (folder / x).exists()), name)
 
 
 def require_size(file: Path, labels: np.ndarray, size: Size) -> None:
