@@ -46,7 +46,6 @@ from PIL import Image
 from errors import DataError
 from images import scenes
 from images.classes import read_classes
-from images.kinds import LOSSY
 from images.panoptic import Categories, Segment, read_annotations, read_map, semantic
 from images.read import (
     LOSSLESS,
@@ -131,6 +130,7 @@ IRREGULAR = {
 
 
 # Label files that are not read -> why, and the cure.
+LOSSY = "which changes class numbers: save labels as PNG"
 DRAWN = "which holds boxes or polygons: export label images (PNG) from the label tool"
 ARRAY = "which holds an array: save labels as PNG"
 UNREAD = dict.fromkeys((".jpg", ".jpeg", ".gif", ".webp", ".avif"), LOSSY)

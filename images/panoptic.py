@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from errors import DataError, run_command
 from images.instances import paint
-from images.read import IGNORE, decode_labels, distinct_colour
+from images.read import IGNORE, decode, distinct_colour, reading
 
 VOID = 0  # the id of pixels without a segment
 LARGEST_ID = 256**3 - 1  # that a colour can hold
@@ -94,7 +94,8 @@ def to_colours(ids: np.ndarray) -> np.ndarray:
 
 def read_map(path: Path, segments: Sequence[Segment]) -> np.ndarray:
     """The ids `(H, W)` int32 of a PNG. Raises DataError if `segments` differ."""
-    image = decode_labels(path).image
+    with reading(path) as file:
+        image, *_ = decode(file, labels=True)
     if image.mode != "RGB":
         form = "a panoptic PNG is RGB, its id is R + 256 G + 65536 B"
         raise DataError(f"{path} has mode {image.mode}: {form}")
