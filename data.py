@@ -156,7 +156,7 @@ class Dataset:
     def __post_init__(self) -> None:
         self.prompts = [prompt(c, self.name) for c in self.classes]
         self.missing: list[str] = []  # a sentence for each image or label file without its counterpart
-        self.tables: list[str] = []  # the files that all samples need
+        self.tables: list[str] = []  # the files that describe all samples
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -345,9 +345,7 @@ def open_dataset(name: str, root: str | Path, split: str) -> Dataset:
     cannot be read.
     """
     if name != "scenes" and name not in LAYOUTS:
-        raise DataError(
-            f"no data set {name!r}: choose {', '.join(LAYOUTS)} or scenes; data of your own is folder"
-        )
+        raise DataError(f"no data set {name!r}: choose {', '.join(LAYOUTS)} or scenes; your own is a folder")
     splits = scenes.SPLITS if name == "scenes" else LAYOUTS[name].splits
     if split not in splits:
         raise DataError(f"{name} has no labelled split {split!r}: choose {', '.join(splits)}")

@@ -209,8 +209,9 @@ def whole(text: str) -> int | float:
 def inside(name: str, where: str, what: str) -> str:
     """A `file_name` without "./". Raises DataError if it leads out of the folder of images or PNGs."""
     if name.startswith("/") or ".." in name.split("/"):
-        out = f"leads out of the {what}' folder: give one inside it"
-        raise DataError(f"{where}: the file_name {name!r} {out}")
+        raise DataError(
+            f"{where}: the file_name {name!r} leads out of the {what}' folder: give one inside it"
+        )
     return posixpath.normpath(name)
 
 
@@ -246,12 +247,9 @@ def read_images(content: dict, file: Path) -> dict[int | str, dict]:
         if id in images:
             raise DataError(f"{where}: the id {id!r} is a duplicate")
         images[id] = entry | {"file_name": inside(entry["file_name"], where, "images")}
-    mixed = {type(id): id for id in images}
-    if len(mixed) > 1:
-        numbers_and_texts = " and ".join(map(repr, mixed.values()))
-        raise DataError(
-            f"{file} has images with the ids {numbers_and_texts}: write all as numbers, or as texts"
-        )
+    if len(kinds := {type(id): id for id in images}) > 1:
+        ids = " and ".join(map(repr, kinds.values()))
+        raise DataError(f"{file} has images with the ids {ids}: write all as numbers, or all as texts")
     return images
 
 

@@ -24,7 +24,7 @@ class Report:
     sizes: list[Size]  # of the images that were read
     pixels: np.ndarray  # (256,) of each train id in them
     faults: list[str]  # one sentence for each, with its path
-    sha256: str  # of the sizes and times of all files
+    sha256: str  # of the paths, sizes and times of all files
     warnings: list[str]
 
     def __str__(self) -> str:
@@ -59,8 +59,8 @@ def check(dataset: Dataset, samples: int = 200) -> Report:
     """Check the size of every file, and decode `samples` evenly spaced images with their labels.
 
     Raises CheckError, with at most ten of the faults: missing counterparts, files that are empty or cannot be
-    decoded, labels of a wrong mode, value or size, no labelled pixel at all. Training labels of one class are
-    refused too, unless there are instances to learn; all files are read before.
+    decoded, labels of a wrong mode, value or size, no labelled pixel at all; training labels of one class,
+    unless there are instances to learn. Before that is said all files are read.
     """
     faults, sizes, pixels, unreadable = list(dataset.missing), [], np.zeros(256, np.int64), set()
     sha256 = hashlib.sha256()
@@ -99,7 +99,7 @@ def check(dataset: Dataset, samples: int = 200) -> Report:
     warnings = [] if faults else doubts(dataset, pixels)
     report = Report(title, dataset.classes, sizes, pixels, faults, sha256.hexdigest(), warnings)
     if faults:
-        message = f"{dataset.name} {dataset.split} has {len(faults)} faults, repair or remove these files:"
+        message = f"{dataset.name} {dataset.split} has {len(faults)} faults, repair or remove what they name:"
         more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
         error = CheckError("\n  ".join([message, *faults[:SHOWN], *more]))
         error.report = report

@@ -219,7 +219,7 @@ def test_a_wrong_list_of_classes_is_refused(tmp_path, content, message):
 def test_a_list_that_is_long_is_read_at_once(tmp_path):
     """Blanks before a comma took seconds: the time was quadratic in them."""
     root = folder(tmp_path)
-    (root / "classes.txt").write_text("a" + " " * 100_000 + ", x\n" + "\n" * 100_000 + "b\n")
+    (root / "classes.txt").write_text(" " * 100_000 + ",\n" + "\n" * 100_000 + "b\n")
     start = time.process_time()
     with pytest.raises(DataError, match="line 1: expected a class"):
         open_dataset("folder", root, "train")
