@@ -27,6 +27,7 @@ choice within an image; 0 is void, pixels without a label.
                      {"image_id": 2, "file_name": "two.png", "segments_info": [{"id": 7, "category_id": 2}]}]}
 
 Training and evaluation need `train` and `val`. A segment may have `"iscrowd": 1`; "color" is optional.
+`python -m images.panoptic` makes such data of COCO's instances. docs/using.md describes a `folder`.
 
 Top to bottom: the layouts, the data sets, what opens them. Decoding is in images/read.py, tables of classes
 in images/classes.py, the check before training in loading/check.py, augmentation in loading/augment.py.
@@ -45,7 +46,6 @@ from PIL import Image
 from errors import DataError
 from images import scenes
 from images.classes import read_classes
-from images.kinds import LOSSY
 from images.panoptic import Categories, Segment, read_annotations, read_map, semantic
 from images.read import (
     LOSSLESS,
@@ -130,6 +130,7 @@ IRREGULAR = {
 
 
 # Label files that are not read -> why, and the cure.
+LOSSY = "which changes class numbers: save labels as PNG"
 DRAWN = "which holds boxes or polygons: export label images (PNG) from the label tool"
 ARRAY = "which holds an array: save labels as PNG"
 UNREAD = dict.fromkeys((".jpg", ".jpeg", ".gif", ".webp", ".avif"), LOSSY)
@@ -155,7 +156,7 @@ class Dataset:
     def __post_init__(self) -> None:
         self.prompts = [prompt(c, self.name) for c in self.classes]
         self.missing: list[str] = []  # a sentence for each image or label file without its counterpart
-        self.tables: list[str] = []  # the files that all samples need
+        self.tables: list[str] = []  # the files that describe all samples
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -241,27 +242,29 @@ class PanopticFiles(Dataset):
         folder = LAYOUTS[name].splits[split]
         self.root, self.pngs = root, root / LAYOUTS[name].labels.format(folder)
         self.annotations = a = read_annotations(self.pngs.with_name(self.pngs.name + ".json"))
-        paths, kinds = [f"{folder}/{file}" for file in a.file_names], a.categories
+        images, pngs = ({*os.listdir(place)} for place in (root / folder, self.pngs))
+        files = [spelling(name, root / folder, images) for name in a.file_names]
+        self.png_names = [spelling(name, self.pngs, pngs) for name in a.pngs]
+        paths, kinds = [f"{folder}/{file}" for file in files], a.categories
         super().__init__(name, split, kinds.names, kinds.palette, paths, kinds, a.image_ids)
         self.tables = [f"{a.file}"]
         if name == "coco-panoptic":  # COCO-Stuff's names, where several of its classes are merged into one
             self.prompts = [prompt(c.removesuffix("-merged"), "cocostuff") for c in self.classes]
-        on_disk = {place: set(os.listdir(place)) for place in (root / folder, self.pngs)}
-        images, pngs = on_disk.values()
-        names = enumerate(zip(a.file_names, a.pngs, strict=True))
+        names = enumerate(zip(files, self.png_names, strict=True))
         unseen = [i for i, (image, png) in names if image not in images or png not in pngs]
         listed = [file for i in unseen for file in self.pair(i)]  # these may be in subfolders
+        on_disk = {root / folder: images, self.pngs: pngs}
         found = (x.name in on_disk[x.parent] if x.parent in on_disk else x.exists() for x in listed)
         self.lost = {file for file, exists in zip(listed, found, strict=True) if not exists}
         self.missing = [self.without(file) for file in listed if file in self.lost]
         self.missing += [
             f"{root / folder / name} has no annotation in {a.file}"
-            for name in sorted(on_disk[root / folder].difference(a.file_names))
+            for name in sorted(images.difference(files))
             if name.lower().endswith(SUFFIXES) and not name.startswith(".")
         ]
 
     def png(self, i: int) -> str:
-        return self.annotations.pngs[i]
+        return self.png_names[i]
 
     def pair(self, i: int) -> tuple[Path, Path]:
         """The image and its PNG."""
@@ -318,6 +321,14 @@ def composed(files: dict[str, str]) -> dict[str, str]:
     return found
 
 
+def spelling(name: str, folder: Path, listed: set[str]) -> str:
+    """The name as `folder`, which holds what is `listed`, spells it (see `composed`)."""
+    if name in listed or name.isascii():
+        return name
+    forms = [name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]
+    return next((x for x in forms if x in listed or (folder / x).exists()), name)
+
+
 def require_size(file: Path, labels: np.ndarray, size: Size) -> None:
     """Raise DataError unless labels `(H, W)` have the size of their image."""
     if labels.shape != size:
@@ -334,9 +345,7 @@ def open_dataset(name: str, root: str | Path, split: str) -> Dataset:
     cannot be read.
     """
     if name != "scenes" and name not in LAYOUTS:
-        raise DataError(
-            f"no data set {name!r}: choose {', '.join(LAYOUTS)} or scenes; data of your own is folder"
-        )
+        raise DataError(f"no data set {name!r}: choose {', '.join(LAYOUTS)} or scenes; your own is a folder")
     splits = scenes.SPLITS if name == "scenes" else LAYOUTS[name].splits
     if split not in splits:
         raise DataError(f"{name} has no labelled split {split!r}: choose {', '.join(splits)}")

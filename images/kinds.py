@@ -1,4 +1,4 @@
-"""What an image file is by its first bytes, and why some kinds are not read."""
+"""What a file is by its first bytes, where it is of a kind that is not read as an image."""
 
 import re
 from typing import BinaryIO
@@ -6,9 +6,9 @@ from typing import BinaryIO
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 CONVERT = "which is not read: convert it to PNG"
-RAW = "is a camera raw file, of which only a small preview could be read: develop it to TIFF or PNG"
+RAW = "is a camera raw file, of which only a preview could be read: develop it to TIFF or PNG"
 
-# What is said of a file -> how such a file begins (the formats' specifications; FACTS: file(1)'s magic).
+# What is said of a file: how such a file begins, by the formats' specifications and file(1)'s magic.
 FOREIGN = {
     "is empty: replace or remove it": rb"\Z",
     "is a Git LFS pointer, not the file itself: run `git lfs pull`": rb"version https://git-lfs",
@@ -22,45 +22,41 @@ FOREIGN = {
     f"is a JPEG 2000 image, {CONVERT}": rb"\xff\x4f\xff\x51|.{4}jP  ",
     RAW: rb".{4}ftypcrx|.{8}CR\x02|.{6}HEAPCCDR|FUJIFILMCCD-RAW|IIR[OS]|MMOR|IIU\0|FOVb",
 }
-LOSSY = "which changes class numbers: save labels as PNG"
-LOSSY_LABELS = {  # read as images; who writes a GIF renumbers its colours
-    f"is a JPEG image, {LOSSY}": rb"\xff\xd8\xff",
-    f"is a GIF image, {LOSSY}": rb"GIF8",
-    f"is a WebP image, {LOSSY}": rb"RIFF.{4}WEBP",
-    f"is an AVIF image, {LOSSY}": rb".{4}ftyp(avi[fs]|mif1|msf1)",
-}
 
 
-def refusal(file: BinaryIO, labels: bool) -> str | None:
-    """What the open file is and the cure, if it is of a kind that is not read, as an image or as `labels`."""
+def refusal(file: BinaryIO) -> str | None:
+    """What the open file is, and the cure, if it is of a kind that is not read."""
     head = file.read(512)
-    for sentence, start in (FOREIGN | LOSSY_LABELS if labels else FOREIGN).items():
+    for sentence, start in FOREIGN.items():
         if re.match(start, head, re.DOTALL):
             return sentence
-    if tags := tiff_tags(file):
-        # A preview comes first in DNG, NEF, ARW and others; DNGVersion, NewSubfileType and SubIFDs tell them.
-        if 50706 in tags or (tags.get(254, 0) & 1 and (330 in tags or tags.next)):
-            return RAW
-        if labels and tags.get(259) in (6, 7):
-            return f"is a TIFF compressed as JPEG, {LOSSY}"
+    tags = tiff_tags(file)  # DNG, NEF, ARW and others hold a preview first, and the image in SubIFDs
+    if 50706 in tags or (tags.get(254, 0) & 1 and (330 in tags or tags.next)):  # DNGVersion, NewSubfileType
+        return RAW
     return None
 
 
 def unidentified(file: BinaryIO) -> str:
     """Why Pillow cannot open the file, and the cure."""
-    tags = tiff_tags(file)
-    if tags and 256 in tags:
-        form = f"{tags.get(277, 1)} bands, {tags.get(258, (1,))[0]} bits each, compression {tags.get(259, 1)}"
-        return f"is a TIFF of {form}, which is not read: save it with 1, 3 or 4 bands of 8 bits"
-    return "is not an image, or its first bytes are corrupt: replace or remove it"
+    if 256 not in (tags := tiff_tags(file)):
+        return "is not an image, or its first bytes are corrupt: replace or remove it"
+    form = f"bands {tags.get(277, 1)}, bits {tags.get(258, (1,))[0]}, compression {tags.get(259, 1)}"
+    return f"is a TIFF of a form that is not read ({form}): save it with 1, 3 or 4 bands of 8 bits"
 
 
-def tiff_tags(file: BinaryIO) -> ImageFileDirectory_v2 | None:
-    """The tags of a TIFF's first image."""
+def bmp_bits(file: BinaryIO) -> int:
+    """The bits a pixel of a BMP, which Pillow forgets (findings/pillow_bmp_grey_palette.sh)."""
+    file.seek(14)
+    header = file.read(16)
+    return header[10] if header[0] == 12 else header[14]  # OS/2's header is 12 bytes long
+
+
+def tiff_tags(file: BinaryIO) -> ImageFileDirectory_v2:
+    """The tags of a TIFF's first image; none of any other file."""
     file.seek(0)
     head = file.read(8)
     if head[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return None
+        return ImageFileDirectory_v2()
     tags = ImageFileDirectory_v2(head + file.read(8) if b"+" in head[:4] else head)
     file.seek(tags.next)
     tags.load(file)

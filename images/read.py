@@ -10,13 +10,13 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from errors import DataError, Unreadable
-from images.kinds import refusal, unidentified
+from images.kinds import bmp_bits, refusal, unidentified
 
 IGNORE = 255  # the label of pixels that belong to no class
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")  # Pillow has others, and Ghostscript for EPS
@@ -27,6 +27,7 @@ MAX_PIXELS = 64_000_000  # 192 MB decoded
 SHOWN = 10  # paths in a message
 
 Size = tuple[int, int]  # height, width
+Colours = Mapping[tuple[int, int, int], int]  # (R, G, B) -> train id, 255 = ignore
 
 
 def find_images(inputs: Iterable[str], out: Path, taken: dict[str, str]) -> dict[str, str]:
@@ -137,45 +138,40 @@ def reading(path: str | Path, limit: int = MAX_PIXELS) -> Iterator[BinaryIO]:
         raise Unreadable(f"{path} cannot be read ({reason}): replace or remove it") from None
 
 
-class Decoded(NamedTuple):
-    """The first frame of a file."""
-
-    image: Image.Image  # upright, perhaps reduced, without `info`
-    size: Size  # of the whole image, upright
-    raw_mode: str  # the samples' form in the file, in Pillow's words: "L;4" is grey of 4 bits
-
-
 def decode(
-    file: BinaryIO,
-    labels: bool = False,
-    limit: int = MAX_PIXELS,
-    box: tuple[int, int] | None = None,
-) -> Decoded:
-    """Decode an open file and turn it upright by its EXIF tag; an EXIF block that is damaged counts as none.
+    file: BinaryIO, labels: bool = False, limit: int = MAX_PIXELS, box: tuple[int, int] | None = None
+) -> tuple[Image.Image, Size, str]:
+    """The first frame of an open file, turned upright; its full (H, W); the form of its samples in the file.
 
-    Pillow gets the handle and no name: of a TIFF that it maps into memory by its name it turns the rows
-    before it reads them (findings/pillow_turned_tiff.sh). box: see `read_image`.
+    box: as (short, long) of `read_image`. The form is Pillow's raw mode: "L;4" is grey of 4 bits. Pillow gets
+    no name, by which it would read a TIFF that lies on its side in stripes (findings/pillow_turned_tiff.sh).
     """
-    if sentence := refusal(file, labels):
+    if sentence := refusal(file):
         raise Unreadable(f"{file.name} {sentence}")
-    with Image.open(file, formats=LABEL_FORMATS if labels else FORMATS) as image:
+    with Image.open(file, formats=FORMATS) as image:
+        if labels and (image.format not in LABEL_FORMATS or image.info.get("compression") == "jpeg"):
+            raise Unreadable(f"{file.name} is {image.format}, which alters class numbers: save labels as PNG")
+        if image.format == "BMP" and {"1": 1, "L": 8}.get(image.mode, bits := bmp_bits(file)) != bits:
+            raise Unreadable(
+                f"{file.name} is a BMP of {bits} bits in greys, which is not read: save it as PNG"
+            )
         W, H = image.size
         if W * H > limit:
             raise Image.DecompressionBombError(f"{W}x{H}")
         if box:
             h, w = fit((H, W), *box)
             image.draft(None, (GAP * w, GAP * h))
-        form = image.tile[0].args if image.tile else None
+        form = image.tile[0].args if image.tile else ""
         image.load()
         try:
             orientation = image.getexif().get(0x0112)
-        except Exception:  # noqa: BLE001 - likewise
+        except Exception:  # noqa: BLE001 - a damaged EXIF block counts as none
             orientation = 1
         image.info = {}  # exif_transpose would write EXIF anew, odd or not; convert() warns of transparency
         if orientation in range(2, 9):
             W, H = (H, W) if orientation > 4 else (W, H)
             ImageOps.exif_transpose(image, in_place=True)
-        return Decoded(image, (H, W), str(form[0] if isinstance(form, tuple) else form))
+        return image, (H, W), str(form[0] if isinstance(form, tuple) else form)
 
 
 GAP = 3  # a reduced JPEG keeps at least this many times the pixels, per side, that the image is resized to
@@ -209,36 +205,27 @@ def fit(size: Size, short: int, long: int) -> Size:
     return max(int(size[0] * scale + 0.5), 1), max(int(size[1] * scale + 0.5), 1)
 
 
-def decode_labels(path: str | Path) -> Decoded:
-    """Decode a file of class numbers or colours, of a format that keeps them. Raises Unreadable."""
-    with reading(path) as file:
-        return decode(file, labels=True)
-
-
 def read_labels(
-    path: str | Path,
-    table: np.ndarray,
-    hint: str = "",
-    colours: Mapping[tuple[int, int, int], int] | None = None,
+    path: str | Path, table: np.ndarray, hint: str = "", colours: Colours | None = None
 ) -> np.ndarray:
     """A label file as train ids `(H, W)` uint8, by `table` (see `label_table`). Raises DataError.
 
-    colours: (R, G, B) -> train id, 255 = ignore; label files in RGB are looked up in it. Grey and palette
-    files hold class numbers in any case, whatever their palette shows.
+    Label files in RGB are looked up in `colours`. Grey and palette files hold class numbers in any case.
     """
-    image, _, raw_mode = decode_labels(path)
+    with reading(path) as file:
+        image, _, form = decode(file, labels=True)
     if colours and image.mode in ("RGB", "RGBA"):
         return look_up(image, colours, path)
     if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
-        form = "labels are class numbers in a grey or palette PNG (mode L, P or I;16)"
-        cure = hint or ", or colours, where each class has its own: add the colours to classes.txt"
-        raise DataError(f"{path} has mode {image.mode}: {form}{cure}")
-    if re.search(r";\d?I", raw_mode):
+        right = "labels are class numbers in a grey or palette PNG (mode 1, L, P or I;16)"
+        cure = "; if each class has a colour of its own, add the colours to classes.txt"
+        cure = hint or (cure if image.mode.startswith("RGB") else "")
+        raise DataError(f"{path} has mode {image.mode}: {right}{cure}")
+    if re.search(r";\d?I", form):
         raise DataError(f"{path} stores white as 0 (a TIFF's photometric 0): save labels as PNG")
-    raw = np.asarray(image)
-    if few := re.fullmatch(r"L;([24])R?", raw_mode):  # Pillow spreads 2 and 4 bits over 0..255
-        raw = raw // (255 // (2 ** int(few[1]) - 1))
-    raw = raw.astype(np.uint8) if raw.dtype == bool else raw
+    raw = np.asarray(image, np.uint8) if image.mode == "1" else np.asarray(image)
+    if bits := re.fullmatch(r"L;([24])R?", form):  # which Pillow spreads over 0..255
+        raw = raw // (255 // (2 ** int(bits[1]) - 1))
     found = np.flatnonzero(histogram(raw)) if raw.dtype == np.uint8 else np.unique(raw)
     wrong = [int(x) for x in found if not 0 <= x <= 255 or table[x] < 0]
     if wrong:
@@ -252,18 +239,20 @@ def read_labels(
     return np.frombuffer(train_ids, np.uint8).reshape(raw.shape)
 
 
-def look_up(image: Image.Image, colours: Mapping[tuple[int, int, int], int], path: str | Path) -> np.ndarray:
+def look_up(image: Image.Image, colours: Colours, path: str | Path) -> np.ndarray:
     """The train id of each pixel's colour, `(H, W)` uint8."""
     pixels = np.asarray(image.convert("RGBA")).view("<u4")[..., 0] & 0xFFFFFF  # R + 256 G + 65536 B
-    known = np.array(sorted((r | g << 8 | b << 16, train_id) for (r, g, b), train_id in colours.items()))
-    place = np.searchsorted(known[:, 0].astype(np.uint32), pixels).clip(max=len(known) - 1)
-    unknown = pixels[known[place, 0] != pixels]
-    if unknown.size:
-        values, counts = np.unique(unknown, return_counts=True)
-        value, count = int(values[counts.argmax()]), counts.max()
-        colour = f"{value & 255} {value >> 8 & 255} {value >> 16}"
-        raise DataError(f"{path} has the colour {colour} in {count} pixels: add it to classes.txt")
-    return known[place, 1].astype(np.uint8)
+    table = np.zeros(1 << 24, np.uint16)  # train id + 1, 0 = unknown; where no colour is, no memory is used
+    for (r, g, b), train_id in colours.items():
+        table[r | g << 8 | b << 16] = train_id + 1
+    labels = table[pixels]
+    if not labels.all():
+        values, counts = np.unique(pixels[labels == 0], return_counts=True)
+        most = int(values[counts.argmax()])
+        colour = f"{most & 255} {most >> 8 & 255} {most >> 16} in {counts.max()} pixels"
+        count = f"{len(values)} in all, most often {colour}"
+        raise DataError(f"{path} has colours that classes.txt lacks ({count}): add them to it")
+    return (labels - 1).astype(np.uint8)
 
 
 def histogram(labels: np.ndarray) -> np.ndarray:
@@ -281,10 +270,7 @@ def label_table(raw: Iterable[int], ignored: Iterable[int]) -> np.ndarray:
 
 
 def unlabelled_line(wrong: list[int], table: np.ndarray) -> str:
-    """What to write in classes.txt if the 0 of label files may mean unlabelled: no class has it, or all do.
-
-    wrong: the values of a file that are illegal in `table`.
-    """
+    """What to write in classes.txt if the values of a file that are `wrong` show that 0 may be unlabelled."""
     last = max(np.flatnonzero(table[:IGNORE] >= 0), default=IGNORE)
     if 0 in wrong:
         return "; if 0 means unlabelled, add the line `ignore, 0 0 0, 0` to classes.txt"

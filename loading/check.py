@@ -98,7 +98,7 @@ def check(dataset: Dataset, samples: int = 200) -> Report:
     fingerprint = fingerprint_of(dataset, files)
     report = Report(title, dataset.classes, sizes, pixels, faults, fingerprint, warnings)
     if faults:
-        message = f"{dataset.name} {dataset.split} has {len(faults)} faults, repair or remove these files:"
+        message = f"{dataset.name} {dataset.split} has {len(faults)} faults, repair or remove what they name:"
         more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
         error = CheckError("\n  ".join([message, *faults[:SHOWN], *more]))
         error.report = report

@@ -219,7 +219,7 @@ def test_a_wrong_list_of_classes_is_refused(tmp_path, content, message):
 def test_a_list_that_is_long_is_read_at_once(tmp_path):
     """Blanks before a comma took seconds: the time was quadratic in them."""
     root = folder(tmp_path)
-    (root / "classes.txt").write_text("a" + " " * 100_000 + ", x\n" + "\n" * 100_000 + "b\n")
+    (root / "classes.txt").write_text(" " * 100_000 + ",\n" + "\n" * 100_000 + "b\n")
     start = time.process_time()
     with pytest.raises(DataError, match="line 1: expected a class"):
         open_dataset("folder", root, "train")
@@ -276,11 +276,11 @@ def test_labels_in_colours(tmp_path):
                   table.replace("128 0 0", "0 0 128")):  # fmt: skip
         (root / "classes.txt").write_text(wrong)
         with pytest.raises(
-            DataError, match="has mode RGB: .* colours, where each class has its own: add the"
+            DataError, match="has mode RGB: .* if each class has a colour of its own, add the"
         ):
             open_dataset("folder", root, "train").load(0)
     (root / "classes.txt").write_text(table.replace("ignore, 9 9 9, 8\n", ""))
-    with pytest.raises(DataError, match="000.png has the colour 9 9 9 in 216 pixels"):
+    with pytest.raises(DataError, match="000.png has .*often 9 9 9 in 216 pixels"):
         open_dataset("folder", root, "train").load(0)
 
 

@@ -41,8 +41,11 @@ def png(
     )
 
 
-def tiff(width: int, height: int, pixels: bytes, **tags: int | tuple[int, ...]) -> bytes:
-    """An uncompressed little-endian TIFF written out by hand; tags by their numbers, as t258=8."""
+def tiff(width: int, height: int, pixels: bytes, second: int = 0, **tags: int | tuple[int, ...]) -> bytes:
+    """An uncompressed little-endian TIFF written out by hand; tags by their numbers, as t258=8.
+
+    second: where the tags of a second image are.
+    """
     values = {256: width, 257: height, 258: 8, 259: 1, 262: 1, 273: 1024, 277: 1, 279: len(pixels)}
     values |= {int(name[1:]): value for name, value in tags.items()}
     entries, after = b"", b""
@@ -52,7 +55,7 @@ def tiff(width: int, height: int, pixels: bytes, **tags: int | tuple[int, ...]) 
         if len(packed) > 4:
             packed, after = struct.pack("<I", 512 + len(after)), after + packed
         entries += struct.pack("<HHI", tag, 4, len(value)) + packed
-    head = b"II*\0" + struct.pack("<IH", 8, len(values)) + entries + bytes(4)
+    head = b"II*\0" + struct.pack("<IH", 8, len(values)) + entries + struct.pack("<I", second)
     return (head.ljust(512, b"\0") + after).ljust(1024, b"\0") + pixels
 
 
@@ -173,6 +176,7 @@ def test_a_damaged_avif_is_named(tmp_path):
     Image.fromarray(noise(64, 64)).save(path, "AVIF")
     assert read_image(path)[1] == (64, 64)
     whole = path.read_bytes()
+    read_image(write(path, whole.replace(b"ftypavif", b"ftypmif1", 1)))  # which HEIC may begin with, too
     start = whole.index(b"mdat") + 4
     for content in (
         whole[:40],
@@ -186,15 +190,61 @@ def test_a_damaged_avif_is_named(tmp_path):
 def test_a_tiff_that_is_not_read_is_described(tmp_path):
     path = write(tmp_path / "x.tif", tiff(4, 3, bytes(60), t258=(8,) * 5, t277=5))
     with pytest.raises(
-        Unreadable, match=r"x\.tif is a TIFF of 5 bands, 8 bits each, compression 1, .*save it"
+        Unreadable, match=r"x\.tif is a TIFF of a form that .* \(bands 5, bits 8, compression 1\): save it"
     ):
         read_image(path)
     with pytest.raises(Unreadable, match=r"x\.tif is not an image, or its first bytes are corrupt"):
         read_image(write(path, b"II*\0" + struct.pack("<IHI", 8, 0, 0)))
 
 
+def bmp(bits: int, row: bytes, palette: list[int], short: bool = False) -> bytes:
+    """A BMP of 8 x 1 pixels with a palette of greys, written out by hand; `short`: with OS/2's header."""
+    colours = b"".join(bytes([grey] * 3 + [0] * (not short)) for grey in palette)
+    if short:
+        header = struct.pack("<IHHHH", 12, 8, 1, 1, bits)
+    else:
+        header = struct.pack("<IiiHHIIiiII", 40, 8, 1, 1, bits, 0, len(row), 0, 0, len(palette), 0)
+    start = 14 + len(header + colours)
+    return b"BM" + struct.pack("<IHHI", start + len(row), 0, 0, start) + header + colours + row
+
+
+def test_a_bmp_whose_bits_pillow_forgets_is_refused(tmp_path):
+    """A palette of greys is dropped, and with it the number of bits; all others are read as stored."""
+    path, two, stored = tmp_path / "x.bmp", [0, 255], bytes([0, 1, 1, 0, 1, 0, 0, 1])
+    four, one = bytes([0x01, 0x10, 0x10, 0x01]), bytes([0b01101001, 0, 0, 0])
+    for content in (bmp(8, stored, two), bmp(4, four, two), bmp(4, four, [*range(16)], short=True)):
+        for read in (read_image, lambda x: read_labels(x, ANY)):
+            with pytest.raises(
+                Unreadable, match=r"x\.bmp is a BMP of [48] bits in greys, .*: save it as PNG"
+            ):
+                read(write(path, content))
+    for content in (
+        bmp(1, one, two),
+        bmp(1, one, two, short=True),
+        bmp(8, stored, [*range(256)]),
+        bmp(8, stored, [*range(256)], short=True),
+        bmp(8, stored, [7, 9]),
+        bmp(4, four, [9, 7]),
+    ):
+        assert read_labels(write(path, content), ANY).tolist() == [[*stored]]
+
+
+def test_other_formats_are_not_tried(tmp_path):
+    """Pillow would read them, and run code that nobody asked for."""
+    for form in ("PPM", "ICO", "TGA", "PCX"):
+        Image.fromarray(noise(32, 32)).save(tmp_path / "x.png", form)
+        with pytest.raises(Unreadable, match=r"x\.png is not an image, or its first bytes are corrupt"):
+            read_image(tmp_path / "x.png")
+
+
 @pytest.mark.parametrize(
-    "tags", [{"t50706": 0x401}, {"t254": 1, "t330": 900}, {"t254": 1, "t330": 900, "t262": 32803}]
+    "tags",
+    [
+        {"t50706": 0x401},
+        {"t254": 1, "t330": 900},
+        {"t254": 1, "second": 8},
+        {"t254": 1, "t330": 900, "t262": 32803},
+    ],
 )
 def test_the_preview_of_a_camera_raw_file_is_not_taken_for_it(tmp_path, tags):
     """DNG by its version; NEF, ARW and others by a first image that is a reduced one of images below it."""
@@ -243,6 +293,7 @@ def test_labels_are_turned_as_images_are(tmp_path):
     "exif", [b"Exif\0\0MM\0*\0\0\xff\xff", b"nonsense", b"II*\0", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"]
 )
 @pytest.mark.parametrize("suffix", [".png", ".webp", ".jpg"])
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_a_damaged_exif_block_counts_as_none(tmp_path, suffix, exif):
     path = tmp_path / f"x{suffix}"
     Image.fromarray(noise(16, 24)).save(path, exif=exif, **({"lossless": True} if suffix == ".webp" else {}))
@@ -257,7 +308,7 @@ def test_a_damaged_exif_block_counts_as_none(tmp_path, suffix, exif):
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
-@pytest.mark.parametrize("kind", ["grey png", "palette png", "grey tiff"])
+@pytest.mark.parametrize("kind", ["grey png", "palette png", "grey tiff", "packed tiff"])
 def test_samples_of_few_bits_are_class_numbers(tmp_path, kind, bits):
     """As labels they are read as they are stored; an image in grey is spread over 0..255."""
     stored = np.arange(2**bits, dtype=np.uint8).repeat(8 // bits).reshape(2, -1)  # rows of whole bytes
@@ -270,11 +321,12 @@ def test_samples_of_few_bits_are_class_numbers(tmp_path, kind, bits):
             "grey png": png(bits, 0, [*map(bytes, rows)], size),
             "palette png": png(bits, 3, [*map(bytes, rows)], size, palette),
             "grey tiff": tiff(*size, packed.tobytes(), t258=bits),
+            "packed tiff": tiff(*size, zlib.compress(packed.tobytes()), t258=bits, t259=8, t278=2),
         }[kind],
     )
     labels = read_labels(path, ANY)
     assert labels.dtype == np.uint8 and (labels == stored).all()
-    if "grey" in kind:
+    if "palette" not in kind:
         assert (np.asarray(read_image(path)[0])[..., 1] == stored * (255 // (2**bits - 1))).all()
     with pytest.raises(DataError, match=rf"x\.png holds the value {2**bits - 1}: labels here are 0"):
         read_labels(path, label_table(range(2**bits - 1), ()))
@@ -296,9 +348,11 @@ def test_a_label_file_that_loses_class_numbers_is_named(tmp_path, form):
     how = {"compression": "jpeg"} if form == "TIFF" else {}
     Image.fromarray(np.full((16, 16), 7, np.uint8)).save(path, form, **how)
     with pytest.raises(
-        Unreadable, match=rf"(?i)x\.png is an? {form} .*changes class numbers: save labels as PNG"
+        Unreadable, match=rf"x\.png is {form}, which alters class numbers: save labels as PNG"
     ):
         read_labels(path, ANY)
+    with pytest.raises(Unreadable, match="alters class numbers"):
+        read_map(path, [])
     assert read_image(path)[1] == (16, 16)
 
 
@@ -327,13 +381,14 @@ def test_an_unknown_colour_is_named(tmp_path):
     Image.fromarray(pixels).save(path)
     for known in (COLOURS, {(128, 0, 0): 0}):
         with pytest.raises(
-            DataError, match=r"x\.png has the colour 254 253 252 in 16 pixels: add it to classes\.txt"
+            DataError,
+            match=r"x\.png has colours that classes\.txt lacks \(2 in all, most often 254 253 252 in 16 ",
         ) as caught:
             read_labels(path, ANY, colours=known)
         assert not isinstance(caught.value, Unreadable)
     pixels[:2] = (128, 0, 0)
     Image.fromarray(pixels).save(path)
-    with pytest.raises(DataError, match="has the colour 0 0 1 in 3 pixels"):
+    with pytest.raises(DataError, match=r"\(1 in all, most often 0 0 1 in 3 pixels\)"):
         read_labels(path, ANY, colours=COLOURS)
 
 
@@ -347,10 +402,13 @@ def test_colours_change_nothing_for_class_numbers(tmp_path):
     Image.new("RGB", (4, 3)).save(tmp_path / "x.png")
     for colours in (None, {}):
         with pytest.raises(
-            DataError, match=r"has mode RGB: labels are class numbers .*colours to classes\.txt$"
+            DataError, match=r"has mode RGB: labels are class numbers .* add the colours to classes\.txt$"
         ):
             read_labels(tmp_path / "x.png", ANY, colours=colours)
-    with pytest.raises(DataError, match=r"\(mode L, P or I;16\); use the other archive$"):
+    Image.new("LA", (4, 3)).save(tmp_path / "LA.png")
+    with pytest.raises(DataError, match=r"has mode LA: labels are class numbers .* I;16\)$"):
+        read_labels(tmp_path / "LA.png", ANY)
+    with pytest.raises(DataError, match=r"\(mode 1, L, P or I;16\); use the other archive$"):
         read_labels(tmp_path / "x.png", ANY, "; use the other archive")
 
 
