@@ -27,14 +27,15 @@ choice within an image; 0 is void, pixels without a label.
                      {"image_id": 2, "file_name": "two.png", "segments_info": [{"id": 7, "category_id": 2}]}]}
 
 Training and evaluation need `train` and `val`. A segment may have `"iscrowd": 1`; "color" is optional.
+`python -m images.panoptic` makes such data of COCO's instances. docs/using.md describes a `folder`.
 
-Top to bottom: the layouts, the data sets, what opens them, tables of classes. Decoding is in images/read.py,
-the check before training in loading/check.py, augmentation in loading/augment.py.
+Top to bottom: the layouts, the data sets, what opens them. Decoding is in images/read.py, tables of classes
+in images/classes.py, the check before training in loading/check.py, augmentation in loading/augment.py.
 """
 
 import os
-import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -44,11 +45,11 @@ from PIL import Image
 
 from errors import DataError
 from images import scenes
-from images.colours import complete_palette
+from images.classes import read_classes
 from images.panoptic import Categories, Segment, read_annotations, read_map, semantic
 from images.read import (
-    IGNORE,
     LOSSLESS,
+    SHOWN,
     SUFFIXES,
     Size,
     label_table,
@@ -128,6 +129,14 @@ IRREGULAR = {
 }
 
 
+# Label files that are not read -> why, and the cure.
+LOSSY = "which changes class numbers: save labels as PNG"
+DRAWN = "which holds boxes or polygons: export label images (PNG) from the label tool"
+ARRAY = "which holds an array: save labels as PNG"
+UNREAD = dict.fromkeys((".jpg", ".jpeg", ".gif", ".webp", ".avif"), LOSSY)
+UNREAD |= dict.fromkeys((".json", ".txt", ".xml"), DRAWN) | dict.fromkeys((".npy", ".npz", ".mat"), ARRAY)
+
+
 @dataclass(eq=False)
 class Dataset:
     """One split: `classes` as shown, `prompts` as a text tower reads them, `palette (K, 3)`, its images.
@@ -147,6 +156,7 @@ class Dataset:
     def __post_init__(self) -> None:
         self.prompts = [prompt(c, self.name) for c in self.classes]
         self.missing: list[str] = []  # a sentence for each image or label file without its counterpart
+        self.tables: list[str] = []  # the files that describe all samples
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -181,22 +191,35 @@ class SemanticFiles(Dataset):
     def __init__(self, name: str, root: Path, split: str):
         layout = LAYOUTS[name]
         table = root / "classes.txt" if name == "folder" else Path(__file__).parent / "labels" / f"{name}.txt"
-        classes, palette, raw = read_classes(table)
+        classes = read_classes(table)
         self.root, self.hint = root, layout.hint
-        self.raw_ids, self.train_ids = label_table(raw, layout.ignored), label_table(range(len(classes)), ())
+        self.raw_ids = label_table(classes.values, classes.ignored or layout.ignored)
+        self.train_ids = label_table(range(len(classes.names)), ())
+        self.colours = classes.colours if name == "folder" else None
         folder = layout.images.format(layout.splits[split])
-        images = scan(root, folder, SUFFIXES, (layout.image,))
-        labels = scan(root, layout.labels.format(layout.splits[split]), LOSSLESS, layout.label)
+        images = composed(scan(root, folder, SUFFIXES, (layout.image,)))
+        place = layout.labels.format(layout.splits[split])
+        labels = composed(scan(root, place, LOSSLESS, layout.label))
         if not images:
             raise DataError(f"{root / folder} holds no image *{layout.image}.jpg, .png, ...: check --data")
         keys = sorted(images)
         self.labels = [labels.get(key) for key in keys]
-        super().__init__(name, split, classes, palette, [images[key] for key in keys])
+        super().__init__(name, split, classes.names, classes.palette, [images[key] for key in keys])
+        self.tables = [f"{table}"] if name == "folder" else []
+        self.unread: dict[str, str] = {}  # image -> a label file that is not read
+        for suffix in UNREAD if None in self.labels else ():
+            others = scan(root, place, (suffix,), layout.label)
+            if UNREAD[suffix] == DRAWN:
+                others = scan(root, folder, (suffix,), (layout.image,)) | others  # labelme's place
+            self.unread |= {images[key]: file for key, file in composed(others).items() if key in images}
         self.missing = [self.unlabelled(i) for i, label in enumerate(self.labels) if label is None]
         self.missing += [f"{root / labels[key]} has no image" for key in sorted(labels) if key not in images]
 
     def unlabelled(self, i: int) -> str:
-        return f"{self.root / self.path(i)} has no label file"
+        sentence = f"{self.root / self.path(i)} has no label file"
+        if (file := self.unread.get(self.path(i))) is None:
+            return sentence
+        return f"{sentence} that is read, only {self.root / file}, {UNREAD[Path(file).suffix.lower()]}"
 
     def names(self, i: int) -> list[str]:
         return [f"{self.root}/{file}" for file in (self.paths[i], self.labels[i]) if file]
@@ -207,7 +230,7 @@ class SemanticFiles(Dataset):
             raise DataError(self.unlabelled(i))
         image, size = read_image(self.root / path, short, long)
         table = self.train_ids if Path(label).stem.endswith(TRAIN_IDS) else self.raw_ids
-        labels = read_labels(self.root / label, table, self.hint)
+        labels = read_labels(self.root / label, table, self.hint, self.colours)
         require_size(self.root / label, labels, size)
         return Sample(image, labels)
 
@@ -219,26 +242,29 @@ class PanopticFiles(Dataset):
         folder = LAYOUTS[name].splits[split]
         self.root, self.pngs = root, root / LAYOUTS[name].labels.format(folder)
         self.annotations = a = read_annotations(self.pngs.with_name(self.pngs.name + ".json"))
-        paths, kinds = [f"{folder}/{file}" for file in a.file_names], a.categories
+        images, pngs = ({*os.listdir(place)} for place in (root / folder, self.pngs))
+        files = [spelling(name, root / folder, images) for name in a.file_names]
+        self.png_names = [spelling(name, self.pngs, pngs) for name in a.pngs]
+        paths, kinds = [f"{folder}/{file}" for file in files], a.categories
         super().__init__(name, split, kinds.names, kinds.palette, paths, kinds, a.image_ids)
+        self.tables = [f"{a.file}"]
         if name == "coco-panoptic":  # COCO-Stuff's names, where several of its classes are merged into one
             self.prompts = [prompt(c.removesuffix("-merged"), "cocostuff") for c in self.classes]
-        on_disk = {place: set(os.listdir(place)) for place in (root / folder, self.pngs)}
-        images, pngs = on_disk.values()
-        names = enumerate(zip(a.file_names, a.pngs, strict=True))
+        names = enumerate(zip(files, self.png_names, strict=True))
         unseen = [i for i, (image, png) in names if image not in images or png not in pngs]
         listed = [file for i in unseen for file in self.pair(i)]  # these may be in subfolders
+        on_disk = {root / folder: images, self.pngs: pngs}
         found = (x.name in on_disk[x.parent] if x.parent in on_disk else x.exists() for x in listed)
         self.lost = {file for file, exists in zip(listed, found, strict=True) if not exists}
         self.missing = [self.without(file) for file in listed if file in self.lost]
         self.missing += [
             f"{root / folder / name} has no annotation in {a.file}"
-            for name in sorted(on_disk[root / folder].difference(a.file_names))
+            for name in sorted(images.difference(files))
             if name.lower().endswith(SUFFIXES) and not name.startswith(".")
         ]
 
     def png(self, i: int) -> str:
-        return self.annotations.pngs[i]
+        return self.png_names[i]
 
     def pair(self, i: int) -> tuple[Path, Path]:
         """The image and its PNG."""
@@ -286,6 +312,23 @@ class Scenes(Dataset):
         return Sample(Image.fromarray(scene.image), np.array(scene.labels), ids.astype(np.int32), segments)
 
 
+def composed(files: dict[str, str]) -> dict[str, str]:
+    """`scan`'s files with their keys in one Unicode composition: "é" may be written as "e" and an accent."""
+    found = {}
+    for key, file in files.items():
+        if (other := found.setdefault(unicodedata.normalize("NFC", key), file)) != file:
+            raise DataError(f"{other!a} and {file!a} differ only in their Unicode composition: rename one")
+    return found
+
+
+def spelling(name: str, folder: Path, listed: set[str]) -> str:
+    """The name as `folder`, which holds what is `listed`, spells it (see `composed`)."""
+    if name in listed or name.isascii():
+        return name
+    forms = [name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]
+    return next((x for x in forms if x in listed or (folder / x).exists()), name)
+
+
 def require_size(file: Path, labels: np.ndarray, size: Size) -> None:
     """Raise DataError unless labels `(H, W)` have the size of their image."""
     if labels.shape != size:
@@ -302,7 +345,7 @@ def open_dataset(name: str, root: str | Path, split: str) -> Dataset:
     cannot be read.
     """
     if name != "scenes" and name not in LAYOUTS:
-        raise DataError(f"no data set {name!r}: choose {', '.join(LAYOUTS)} or scenes")
+        raise DataError(f"no data set {name!r}: choose {', '.join(LAYOUTS)} or scenes; your own is a folder")
     splits = scenes.SPLITS if name == "scenes" else LAYOUTS[name].splits
     if split not in splits:
         raise DataError(f"{name} has no labelled split {split!r}: choose {', '.join(splits)}")
@@ -318,8 +361,25 @@ def open_dataset(name: str, root: str | Path, split: str) -> Dataset:
         cure = f"give --data {inside}" if inside.is_dir() else f"--data must be {layout.root}"
         if layout.panoptic and absent == [labels]:
             cure = f"unpack {labels}.zip there"
+        elif not inside.is_dir():
+            parts = {part.replace(layout.splits[split], x) for x in layout.splits.values() for part in needed}
+            expected = listing(part if "." in part else f"{part}/" for part in parts)
+            cure += f"\n  expected: {expected}\n  found:    {tree(root)}"
         raise DataError(f"{root} is not {name}: {' and '.join(absent)} not found there; {cure}")
     return (PanopticFiles if layout.panoptic else SemanticFiles)(name, root, split)
+
+
+def tree(root: Path) -> str:
+    """What a folder holds in two levels, without what is hidden and files below."""
+    paths = {x for form in ("[!.]*", "[!.]*/[!.]*/", "[!.]*/[!.]*.json") for x in root.glob(form)}
+    leaves = paths - {x.parent for x in paths}
+    return listing(f"{x.relative_to(root).as_posix()}{'/' * x.is_dir()}" for x in leaves) or "no such folder"
+
+
+def listing(names: Iterable[str]) -> str:
+    """Names in order, folders first; at most SHOWN."""
+    names = sorted(names, key=lambda name: (not name.endswith("/"), name))
+    return "  ".join(names[:SHOWN] + ["..."] * (len(names) > SHOWN))
 
 
 def default_data(name: str) -> str:
@@ -336,30 +396,3 @@ def prompt(name: str, dataset: str) -> str:
         thing, kind = name.split("-")
         return thing if kind in ("other", "stuff") else f"{kind} {thing}"
     return name.replace("_", " ")
-
-
-def read_classes(file: Path) -> tuple[list[str], np.ndarray, list[int]]:
-    """Names, palette `(K, 3)` uint8 and raw label values of a table: one class a line, in train-id order.
-
-    A line is "name", "name, r g b" or "name, r g b, raw value"; a class without a colour gets one.
-    """
-    try:
-        lines = file.read_text(encoding="utf-8-sig").rstrip().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read as UTF-8 ({error}): give it one class name a line") from None
-    names, palette, raw = [], [], []
-    for i, line in enumerate(lines):
-        where = f"{file}, line {i + 1}"
-        match = re.fullmatch(r"\s*([^,]*[^,\s])\s*(?:,\s*(\d+) (\d+) (\d+)\s*)?(?:,\s*(\d+)\s*)?", line)
-        colour = [int(x) for x in match.group(2, 3, 4)] if match and match[2] else None
-        value = int(match[5]) if match and match[5] else i
-        if not match or max(colour or [0]) > 255 or value >= IGNORE:
-            raise DataError(f"{where}: expected a class as 'name' or 'name, r g b', not {line[:60]!r}")
-        if match[1] in names or value in raw:
-            raise DataError(f"{where}: {line!r} repeats a name or a value")
-        names.append(match[1])
-        palette.append(colour)
-        raw.append(value)
-    if not names:
-        raise DataError(f"{file} lists no class: give it one class name a line")
-    return names, complete_palette(palette), raw

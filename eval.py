@@ -14,7 +14,6 @@ loop, the command, its flags. The report is in metrics/report.py.
 
 import argparse
 import json
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -43,17 +42,16 @@ from loading.stream import EvaluationStream, Item
 from loading.tags import TagSource, choose_source, open_words, split_words, tag_key
 from mask2former import OVERLAP, SCORE, Instances, Mask2Former
 from metrics.judge import PanopticEvaluator
-from metrics.report import Result, confusion, percent
+from metrics.report import Result, confusion, move_earlier_results, percent
 from metrics.worst import WorstImages
 from model import Size, Tada, TadaConfig, Tags
 from run.checkpoint import find_model, read_about, read_config, read_model
-from run.folder import lock
+from run.folder import lock, say
 from run.ranks import Ranks, cleanup, init_distributed
 from weights.words import digest
 
 MULTISCALE = (1.0, 1.125, 1.25, 1.375, 1.5)  # VPD's "+MS"
 CHECKED = 10  # images and labels that are decoded before the model is loaded
-FILES = ("result.json", "result.md", "confusion.csv", "confusion.png", "panoptic.json", "panoptic", "worst")
 
 
 # ---- the loop
@@ -78,6 +76,7 @@ def evaluate(
     overlap: float = OVERLAP,
     folder: Path | None = None,
     instances: bool = False,
+    write: Callable[[Result], None] = lambda result: None,
     worst: WorstImages | None = None,
 ) -> Result:
     """Predict the images `indices` (None: all) in order, each at its own size, and count.
@@ -86,9 +85,10 @@ def evaluate(
     image. It is read in windows of `window`, whole if None. `world` processes share the images; each calls
     this and gets the result of all. Unless `panoptic` is false, segments are measured where the data set has
     instances: those of mask2former, which reads images whole (`score`, `overlap`; `instances`: also their AP;
-    `folder`: where they are written), or the connected components of a semantic decoder's classes. `worst`
-    is given what this process predicts. No global random state is touched, every module keeps its mode.
-    Raises DataError on all ranks if one of them cannot read an image.
+    `folder`: where they are written), or the connected components of a semantic decoder's classes. `write` is
+    called on every rank with what was measured, before AP and the files of segments, which take longer and
+    may fail; `worst` is given what this process predicts. No global random state is touched, every module
+    keeps its mode. Raises DataError on all ranks if one of them cannot read an image.
     """
     start = time.perf_counter()
     config, ranks = tada.config, Ranks(rank, world, tada.unet.conv_in.weight.device)
@@ -145,8 +145,12 @@ def evaluate(
     stride = stride or window
     about = describe(tada, dataset, words) | {"scales": [*scales], "flip": flip}
     about |= {"window": window and [*window], "stride": stride and [*stride]}
-    segments = evaluator and evaluator.finish(ranks)
-    return Result(config.classes, about, *counts, time.perf_counter() - start, segments)
+    segments = evaluator and evaluator.measure(ranks)
+    result = Result(config.classes, about, *counts, time.perf_counter() - start, segments)
+    write(result)
+    if evaluator is not None:
+        evaluator.finish(ranks, result.segments)
+    return result
 
 
 def groups(
@@ -211,7 +215,8 @@ def describe(tada: Tada, dataset: Dataset, words: TagSource) -> dict:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is escaped
+    if sys.stdout is not None:  # None: it is closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is escaped
     options, ranks = parse(argv), init_distributed()
     work = partial(run, ranks=ranks, **vars(options))
     return run_command("eval.py", work, "interrupted: no result was written")
@@ -236,6 +241,8 @@ def run(
 ) -> int:
     """Open everything, cheapest checks first; evaluate; rank 0 reports. `flags` are of `protocol_of`."""
     kernels.use(kernel)
+    if ranks.is_main:
+        say(kernels.describe(ranks.device))
     file = find_model(Path(checkpoint)).resolve()  # `best` may point elsewhere soon
     config, home = read_config(read_about(file)["config"], file), run_folder(file)
     root = data or data_folder(home, config)
@@ -262,29 +269,33 @@ def run(
         protocol |= {"folder": out / "panoptic", "instances": True}
 
     with lock(out, "--out") if ranks.is_main else nullcontext():
-        if ranks.is_main:
-            print(kernels.describe(ranks.device), flush=True)
         sha256 = digest(file)
         tada = read_model(file, weights, ranks.device, source, threshold)
-        if ranks.is_main:
-            move_earlier_results(out)
+        if ranks.is_main and (earlier := move_earlier_results(out)):
+            say(f"moved the earlier evaluation to {earlier}")
         ranks.barrier()  # only now may files appear
         shares = {"workers": workers, "rank": ranks.rank, "world": ranks.world, "show": ranks.is_main}
-        drawn = WorstImages(dataset, worst) if worst else None
-        result = evaluate(tada, dataset, source_words, **protocol, **shares, worst=drawn)
         steering = {"tag_threshold": threshold, "words": given}
-        result.about |= {name: x for name, x in steering.items() if x is not None}
+
+        def write(result: Result) -> None:
+            result.about |= {name: x for name, x in steering.items() if x is not None}
+            if ranks.is_main:
+                result.write(out, checkpoint=file, sha256=sha256)
+
+        drawn = WorstImages(dataset, worst) if worst else None
+        result = evaluate(tada, dataset, source_words, **protocol, **shares, write=write, worst=drawn)
+        write(result)  # again, now with AP
         if ranks.is_main:
-            print(result.as_markdown())
-            result.write(out, checkpoint=file, sha256=sha256)
+            result.write_confusion(out)
+            say(result.as_markdown())
         for score, i in drawn.draw(out / "worst", ranks) if drawn else ():
             if ranks.is_main:
-                print(f"mIoU {percent(score, '%')} {dataset.path(i)}")
+                say(f"mIoU {percent(score, '%')} {dataset.path(i)}")
         if ranks.is_main:
             more = ", panoptic.json, panoptic/" if config.decoder == "mask2former" else ""
             more += ", worst/" if worst else ""
             mean = f"mIoU {percent(result.mIoU, '%')}"
-            print(f"{mean}; written: {out}/result.json, result.md, confusion.csv, confusion.png{more}")
+            say(f"{mean}; written: {out}/result.json, result.md, confusion.csv, confusion.png{more}")
     cleanup()
     return 0
 
@@ -322,25 +333,6 @@ def protocol_of(
     if any(step > side for step, side in zip(stride, window, strict=True)):
         raise TadaError(f"--stride {stride} leaves gaps between windows of {window}: give at most the window")
     return protocol | {"window": window, "stride": stride}
-
-
-def move_earlier_results(out: Path) -> None:
-    """Move earlier results to `out.N` and delete leftovers of an interrupted run."""
-    shutil.rmtree(out / ".tmp-panoptic", ignore_errors=True)
-    earlier = [name for name in FILES if (out / name).exists()]
-    if not earlier:
-        return
-    number, out = 1, out.resolve()
-    while (folder := out.with_name(f"{out.name}.{number}")).exists():
-        number += 1
-    try:
-        folder.mkdir()
-    except OSError as error:
-        fault = f"{folder}, for the earlier evaluation, cannot be created ({error.strerror})"
-        raise TadaError(f"{fault}: give another --out") from None
-    for name in earlier:
-        shutil.move(out / name, folder / name)
-    print(f"moved the earlier evaluation to {folder}")
 
 
 # ---- its flags

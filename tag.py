@@ -33,7 +33,7 @@ from loading.tags import LONGEST_CAPTION, LONGEST_TAG, checked_text, read_tags, 
 from metrics.tagging import measure_tags
 from ram import RAMConfig
 from run.checkpoint import replace_text
-from run.folder import lock
+from run.folder import lock, say
 from run.ranks import Ranks, cleanup, init_distributed
 from run.tagging import read_tag_lines, tag_images, tagger_key
 
@@ -64,6 +64,8 @@ def tag(options: argparse.Namespace, ranks: Ranks) -> int:
     files = {dataset.path(i): image_file(dataset, i) for dataset in sets for i in range(len(dataset))}
     if not sets:
         files = {path: Path(path) for path in find_images(options.inputs, options.out, {})}
+    if ranks.is_main:
+        say(f"{options.out}: tags of {len(files):,} images by {options.by}")
     tagger, side, filter, by = make_tagger(options, sets, ranks)
 
     def images(todo: list[str]) -> Iterator[list[tuple[str, Tensor | DataError]]]:
@@ -77,7 +79,7 @@ def tag(options: argparse.Namespace, ranks: Ranks) -> int:
     if ranks.is_main:
         for sentence in broken:
             print(f"skipped: {sentence}", file=sys.stderr)
-        print(f"{options.out}: {len(files) - len(broken):,} of {len(files):,} images tagged by {by}")
+        say(f"{options.out}: {len(files) - len(broken):,} of {len(files):,} images tagged by {by}")
     return 1 if broken else 0
 
 

@@ -3,6 +3,7 @@
     python train.py                                        # tiny, on drawn scenes: minutes on a laptop
     torchrun --nproc-per-node 8 train.py --dataset ade20k  # the paper's model
     python train.py --dataset folder --data DIR            # images/, labels/, classes.txt
+    python train.py --dataset folder --data DIR --from RUN # starts from a trained model
 
 Re-running the command resumes from the last checkpoint of its run folder. Top to bottom: one step, the loop,
 validation, saving, start. The flags are in run/options.py, the run folder in run/folder.py.
@@ -45,7 +46,8 @@ from run.memory import keep_freed_memory
 from run.options import Options, config_of, defaults, parse
 from run.progress import StopOnSignal, describe, draw, drawing, log_line, speed
 from run.ranks import Ranks, cleanup, init_distributed
-from run.recipes import DROPS, paper_row
+from run.recipes import DROPS, learning_rate
+from run.start import find_source, start_from
 from run.tagging import open_tags
 
 SHOWN = 8  # images in inputs.jpg and in val/
@@ -133,18 +135,6 @@ def words_of(batch: Batch, words: TagSource) -> list[list[str]] | None:
     """The tags of each image of a batch; None where the condition has none per image."""
     tags = [words(path, present) for path, present in zip(batch.paths, batch.present, strict=True)]
     return None if None in tags else tags
-
-
-def learning_rate(step: int, iterations: int, warmup: int, drops: Sequence[float] = ()) -> float:
-    """The share of the full rate at step 0, 1, ...: linear decay to 0, times linear warm-up from 1e-6.
-
-    mmsegmentation's poly policy of power 1 (mmcv/runner/hooks/lr_updater.py). With `drops`, shares of the
-    run, the rate falls to a tenth at each instead of decaying.
-    """
-    warm = min(1e-6 + (1 - 1e-6) * step / warmup, 1.0) if warmup else 1.0
-    if drops:
-        return warm * 0.1 ** sum(step >= share * iterations for share in drops)
-    return warm * (1 - step / iterations)
 
 
 # ---- the loop
@@ -268,6 +258,7 @@ def evaluate_val(training: Training, limit: int | None = None) -> Result:
     val, ranks = training.val_set, training.run.ranks
     how = {"indices": range(len(val))[:limit], "panoptic": training.metric == "PQ", **training.windows}
     shares = {"workers": training.options.workers, "rank": ranks.rank, "world": ranks.world}
+    shares["show"] = ranks.is_main
     return evaluate(training.tada, val, training.val_words, **how, **shares)
 
 
@@ -374,22 +365,23 @@ def prepare(run: Run, options: Options) -> Training:
     """Open everything, cheapest checks first: data, run folder, model, tags, optimiser, checkpoint."""
     ranks = run.ranks
     train_set, val_set = (open_dataset(options.dataset, options.data, split) for split in ("train", "val"))
-    if ranks.is_main:
-        for dataset in (train_set, val_set):
-            run.print0(str(check(dataset)))
+    run.print0(f"{options.dataset} in {options.data}: checking images and labels")
     config, frozen, read = config_of(options, train_set), {}, {}
     if ranks.is_main:
-        words = options.dataset, options.condition, options.tags, options.tag_loss_weight
-        if options.model == "sd15" and (row := paper_row(*words)):
-            run.print0(f"to compare with the paper's {row}")
+        for dataset in (train_set, val_set):
+            report = check(dataset)
+            read |= report.fingerprint
+            run.print0(str(report))
         frozen = checkpoint.frozen_digests(config)
-        paths = (train_set.path(i) for i in range(len(train_set)))
         drawing = scenes.VERSION if options.dataset == "scenes" else None
-        read = fingerprint(paths, train_set.classes, tags=options.tags, frozen=frozen, drawing=drawing)
+        read |= fingerprint(train_set.classes, tags=options.tags, frozen=frozen, drawing=drawing)
+    source = find_source(run, options, config=config, read=read, frozen=frozen)
     last = open_run(run, options, defaults=defaults(vars(options)), config=config, read=read)
 
     torch.manual_seed(options.seed)  # the same initial weights on every rank
     tada = build(config, ranks.device)
+    if source and last is None:
+        run.print0(start_from(source, tada))
     tada.unet.checkpoint_activations = options.checkpoint_activations
     data = {"train_set": train_set, "val_set": val_set}
     train_words, val_words = open_tags(run, tada, options=options, **data, resumed=last is not None)
@@ -430,7 +422,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cleanup()
         return code
 
-    interrupted = "interrupted: the last checkpoint is kept, the same command resumes from it"
+    interrupted = "interrupted: what is written is kept, the same command resumes from it"
     return run_command("train.py", work, interrupted=interrupted, on_all_ranks=RunError)
 
 

@@ -10,11 +10,19 @@ that were not separated. COCO writes the ids of an image as the colours of a PNG
 and the segments of all images into one JSON: `images`, `categories`, and for each image an annotation
 {"image_id", "file_name": PNG, "segments_info": [{"id", "category_id", "iscrowd", "area", "bbox"}, ...]}.
 
-Top to bottom: segments, the ids of a PNG, the JSON read and written, panoptic segments from a map of classes.
-The measures are in metrics/quality.py.
+Other objects that overlap, COCO's instances, become such images by
+
+    python -m images.panoptic --from-instances INSTANCES.json --out ROOT/annotations/panoptic_train.json
+
+Top to bottom: segments, the ids of a PNG, the JSON read and written, panoptic segments from a map of classes,
+and from COCO's instances. The measures are in metrics/quality.py.
 """
 
+import argparse
 import json
+import os
+import posixpath
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +30,11 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
-from errors import DataError
+from errors import DataError, run_command
 from images.colours import complete_palette
+from images.instances import paint
 from images.read import IGNORE, decode, reading
 
 VOID = 0  # the id of pixels without a segment
@@ -152,21 +162,14 @@ def read_annotations(file: str | Path, truth: Annotations | None = None) -> Anno
 
     A prediction may have annotations alone: its categories and images are then those of the `truth`.
     """
-    file = Path(file)
-    try:
-        content = json.loads(file.read_bytes())
-    except OSError as error:
-        raise DataError(f"{file} cannot be read ({error.strerror}): give a panoptic JSON") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file} is not JSON ({error}): give a panoptic JSON") from None
-    if truth is not None and isinstance(content, dict):
+    file, given = Path(file), {}
+    if truth is not None:
         names = zip(truth.image_ids, truth.file_names, strict=True)
-        images = [{"id": id, "file_name": name} for id, name in names]
-        content = {"categories": truth.categories.as_json(), "images": images} | content
-    if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in FORMS):
-        raise DataError(f"{file} must be an object with the lists {', '.join(FORMS)}")
+        given["images"] = [{"id": id, "file_name": name} for id, name in names]
+        given["categories"] = truth.categories.as_json()
+    content = read_lists(file, given)
     categories = read_categories(content, file)
-    names = {entry["id"]: entry["file_name"] for _, entry in entries_of(content, "images", file)}
+    names = {id: entry["file_name"] for id, entry in read_images(content, file).items()}
     label_of = {id: k for k, id in enumerate(categories.ids)}
     found = {}  # the id of an image -> its name, PNG and segments
     for where, entry in entries_of(content, "annotations", file):
@@ -175,9 +178,7 @@ def read_annotations(file: str | Path, truth: Annotations | None = None) -> Anno
             raise DataError(f"{where}: there is no image with the id {id!r}")
         if id in found:
             raise DataError(f"{where}: the image {id!r} has two annotations")
-        if Path(png).is_absolute() or ".." in Path(png).parts:
-            out = "leads out of the PNGs' folder: give one inside it"
-            raise DataError(f"{where}: the file_name {png!r} {out}")
+        png = inside(png, where, "PNGs")
         found[id] = names[id], png, read_segments(entry["segments_info"], label_of, where)
     if not found:
         raise DataError(f"{file} has no annotation: it needs one for each image")
@@ -185,6 +186,34 @@ def read_annotations(file: str | Path, truth: Annotations | None = None) -> Anno
     file_names, pngs, tables = map(list, zip(*(found[id] for id in image_ids), strict=True))
     starts = np.cumsum([0, *map(len, tables)])
     return Annotations(file, categories, image_ids, file_names, pngs, np.concatenate(tables), starts)
+
+
+def read_lists(file: Path, given: dict | None = None) -> dict:
+    """The lists of a JSON, or those `given` where it has none. A number such as 1.0 is the int 1."""
+    try:
+        content = json.loads(file.read_bytes(), parse_float=whole)
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror}): give a panoptic JSON") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file} is not JSON ({error}): give a panoptic JSON") from None
+    content = (given or {}) | content if isinstance(content, dict) else {}
+    if not all(isinstance(content.get(key), list) for key in FORMS):
+        raise DataError(f"{file} must be an object with the lists {', '.join(FORMS)}")
+    return content
+
+
+def whole(text: str) -> int | float:
+    number = float(text)
+    return int(number) if number.is_integer() else number
+
+
+def inside(name: str, where: str, what: str) -> str:
+    """A `file_name` without "./". Raises DataError if it leads out of the folder of images or PNGs."""
+    if name.startswith("/") or ".." in name.split("/"):
+        raise DataError(
+            f"{where}: the file_name {name!r} leads out of the {what}' folder: give one inside it"
+        )
+    return posixpath.normpath(name)
 
 
 FORMS = {  # list: (what its entries must have, what is said where they lack it)
@@ -195,20 +224,34 @@ FORMS = {  # list: (what its entries must have, what is said where they lack it)
     "images": ({"id": int | str, "file_name": str}, ' must have "id" and "file_name"'),
     "annotations": (
         {"image_id": int | str, "file_name": str, "segments_info": list},
-        ': give "image_id", "file_name" and "segments_info"',
+        ': give "image_id", "file_name" and "segments_info"; images.panoptic converts COCO\'s instances',
     ),
 }
 
 
-def entries_of(content: dict, key: str, file: Path) -> Iterator[tuple[str, dict]]:
+def entries_of(content: dict, key: str, file: Path, form=None) -> Iterator[tuple[str, dict]]:
     """The entries of one list, each after its place as messages name it."""
-    fields, fault = FORMS[key]
+    fields, fault = form or FORMS[key]
     for i, entry in enumerate(content[key]):
         where = f"{file}, {key}[{i}]"
         complete = isinstance(entry, dict) and all(isinstance(entry.get(k), t) for k, t in fields.items())
         if not complete or entry.get("isthing", 0) not in (0, 1):
             raise DataError(f"{where}{fault}: {str(entry)[:80]}")
         yield where, entry
+
+
+def read_images(content: dict, file: Path) -> dict[int | str, dict]:
+    """The `images` by their ids, all numbers or all texts."""
+    images = {}
+    for where, entry in entries_of(content, "images", file):
+        id = entry["id"]
+        if id in images:
+            raise DataError(f"{where}: the id {id!r} is a duplicate")
+        images[id] = entry | {"file_name": inside(entry["file_name"], where, "images")}
+    if len(kinds := {type(id): id for id in images}) > 1:
+        ids = " and ".join(map(repr, kinds.values()))
+        raise DataError(f"{file} has images with the ids {ids}: write all as numbers, or all as texts")
+    return images
 
 
 def read_categories(content: dict, file: Path) -> Categories:
@@ -308,3 +351,67 @@ def components(
         ids[box] += id_of[parts]
         segments += [Segment(id, k, bool(things[k])) for id in id_of[kept].tolist()]
     return ids, segments
+
+
+INSTANCE = {"image_id": int | str, "category_id": int, "segmentation": list | dict}
+INSTANCE_FORM = INSTANCE, ': give "image_id", "category_id" and "segmentation"'
+
+
+def from_instances(file: Path, out: Path) -> tuple[int, int, int]:
+    """Write COCO's instances in the panoptic form: the JSON `out`, and PNGs in the folder of its name.
+
+    Every class is one of things, and pixels of no object are void; see `paint` for objects that overlap.
+    Returns the numbers of images, of objects, and of those without a visible pixel. Raises DataError.
+    """
+    content = read_lists(file)
+    content["categories"] = [x | {"isthing": 1} if isinstance(x, dict) else x for x in content["categories"]]
+    categories, images = read_categories(content, file), read_images(content, file)
+    label_of = {id: k for k, id in enumerate(categories.ids)}
+    objects = {id: [] for id in images}
+    for where, entry in entries_of(content, "annotations", file, INSTANCE_FORM):
+        for key, known in (("image_id", images), ("category_id", label_of)):
+            if entry[key] not in known:
+                raise DataError(f"{where}: there is no {key} {entry[key]!r} in this file")
+        objects[entry["image_id"]].append((where, entry))
+    entries, pngs, hidden = [], {}, 0
+    for id, image in tqdm(images.items(), "writing PNGs", disable=None):
+        name, png = image["file_name"], f"{os.path.splitext(image['file_name'])[0]}.png"
+        if (other := pngs.setdefault(png, name)) is not name:
+            raise DataError(f"{file}: the images {other} and {name} would share {png}: rename one")
+        size = image.get("height"), image.get("width")
+        ids, visible = paint(objects[id], size, f"{file}: the image {name}")
+        segments = [
+            Segment(i, label_of[x["category_id"]], True, x.get("iscrowd", 0) == 1) for i, x in visible.items()
+        ]
+        write_ids(ids, out.with_suffix("") / png)
+        entries.append(annotation(id, png, ids, segments, categories.ids))
+        hidden += len(objects[id]) - len(segments)
+    kept = [{key: x[key] for key in ("id", "file_name", "height", "width")} for x in images.values()]
+    write_annotations(out, categories, kept, entries)
+    return len(images), sum(map(len, objects.values())), hidden
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Convert COCO's instances."""
+    about = "COCO's instances, as polygons or RLE, in the panoptic form: for train.py --dataset panoptic."
+    parser = argparse.ArgumentParser(prog="python -m images.panoptic", description=about)
+    source, out = "such as instances_train2017.json", "its name is that of the PNGs' folder, too"
+    parser.add_argument("--from-instances", metavar="INSTANCES.json", required=True, help=source)
+    parser.add_argument("--out", metavar="ROOT/annotations/panoptic_train.json", required=True, help=out)
+    options = parser.parse_args(argv)
+    out = Path(options.out)
+    if out.suffix != ".json" or len(out.parents) < 2:
+        parser.error(f"--out {out}: give ROOT/annotations/panoptic_train.json, or panoptic_val.json")
+
+    def work() -> int:
+        images, objects, hidden = from_instances(Path(options.from_instances), out)
+        print(f"{out}: {images} images, {objects} objects, {hidden} of them without a visible pixel")
+        place = out.parents[1] / out.stem.removeprefix("panoptic_")
+        print(f"next: put the images into {place}, then train.py --dataset panoptic --data {out.parents[1]}")
+        return 0
+
+    return run_command("images.panoptic", work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -223,8 +223,9 @@ def read_labels(
         return look_up(image, colours, path)
     if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
         right = "labels are class numbers in a grey or palette PNG (mode 1, L, P or I;16)"
-        cure = "; if they are colours, add the colours to classes.txt" if image.mode.startswith("RGB") else ""
-        raise DataError(f"{path} has mode {image.mode}: {right}{hint or cure}")
+        cure = "; if each class has a colour of its own, add the colours to classes.txt"
+        cure = hint or (cure if image.mode.startswith("RGB") else "")
+        raise DataError(f"{path} has mode {image.mode}: {right}{cure}")
     if re.search(r";\d?I", form):
         raise DataError(f"{path} stores white as 0 (a TIFF's photometric 0): save labels as PNG")
     raw = np.asarray(image, np.uint8) if image.mode == "1" else np.asarray(image)
@@ -237,7 +238,8 @@ def read_labels(
         runs = np.split(legal, np.flatnonzero(np.diff(legal) > 1) + 1)
         spans = ", ".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
         values = ", ".join(map(str, wrong[:SHOWN]))
-        raise DataError(f"{path} holds the value {values}: labels here are {spans}{hint}")
+        unlabelled = "" if colours is None else unlabelled_line(wrong, table)
+        raise DataError(f"{path} holds the value {values}: labels here are {spans}{hint}{unlabelled}")
     train_ids = bytearray(raw.astype(np.uint8)).translate(table.astype(np.uint8))
     return np.frombuffer(train_ids, np.uint8).reshape(raw.shape)
 
@@ -264,9 +266,19 @@ def histogram(labels: np.ndarray) -> np.ndarray:
 
 
 def label_table(raw: Iterable[int], ignored: Iterable[int]) -> np.ndarray:
-    """A table raw value 0..255 -> train id, 255 = ignore, -1 = illegal. Raw 255 always means ignore."""
+    """A table raw value 0..255 -> train id, 255 = ignore, -1 = illegal. 255 is ignored if no class has it."""
     table = np.full(256, -1, np.int16)
     table[[*ignored, IGNORE]] = IGNORE
     for train_id, value in enumerate(raw):
         table[value] = train_id
     return table
+
+
+def unlabelled_line(wrong: list[int], table: np.ndarray) -> str:
+    """What to write in classes.txt if the values of a file that are `wrong` show that 0 may be unlabelled."""
+    last = max(np.flatnonzero(table[:IGNORE] >= 0), default=IGNORE)
+    if 0 in wrong:
+        return "; if 0 means unlabelled, add the line `ignore, 0 0 0, 0` to classes.txt"
+    if wrong == [last + 1]:
+        return "; if 0 means unlabelled and the classes begin at 1, write `ignore` above them in classes.txt"
+    return ""

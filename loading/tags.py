@@ -261,7 +261,8 @@ def parse_tag(pair: object) -> tuple[str, float]:
 def checked_text(value: object, longest: int) -> str:
     """`value` with single blanks, if it is 1 to `longest` printable characters. Raises ValueError."""
     words = " ".join(value.split()) if isinstance(value, str) else ""
-    if not 1 <= len(words) <= longest or not words.translate(JOINERS).isprintable():
+    letters = words.translate(JOINERS)
+    if not letters or len(words) > longest or not letters.isprintable():
         raise ValueError(
             f"a tag or caption must be 1 to {longest} printable characters, not {str(value)[:80]!r}"
         )

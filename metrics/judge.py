@@ -2,7 +2,8 @@
 
     evaluator = PanopticEvaluator(dataset, "mask2former", folder=out / "panoptic", instances=True)
     evaluator.add(item, ids, segments, instances)  # every image of this process, at its own size
-    result = evaluator.finish(ranks)               # `PanopticResult`, the same on all ranks
+    result = evaluator.measure(ranks)              # `PanopticResult`, the same on all ranks
+    evaluator.finish(ranks, result)                # adds AP, writes the files
 
 The measures are those of metrics/quality.py. A semantic decoder is measured too, by the connected components
 of its classes: the baseline of a panoptic one.
@@ -24,6 +25,9 @@ from images.panoptic import annotation, write_annotations, write_ids
 from loading.stream import Item
 from metrics.quality import GROUPS, Quality, average_precision, coco_results, coco_truth, count, pycocotools
 from run.ranks import Ranks
+
+# What pycocotools raises: all else was measured by then, so the reason is reported instead.
+FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, TypeError, ValueError)
 
 
 @dataclass
@@ -93,17 +97,25 @@ class PanopticEvaluator:
             self.results += coco_results(image_id, things, categories)
             self.truth += coco_truth(image_id, item.ids, item.segments, categories)
 
-    def finish(self, ranks: Ranks) -> PanopticResult:
-        """The measures of all processes' images; rank 0 renames the folder and writes the JSON next to it."""
+    def measure(self, ranks: Ranks) -> PanopticResult:
+        """The quality of all processes' images; AP, which takes longer and may fail, is lacking yet."""
         counts = ranks.all_reduce(self.counts.to(ranks.device)).cpu()
+        lacking = "AP is lacking: the evaluation ended before it" if self.instances else self.lacking
+        return PanopticResult(self.how, Quality(counts, self.dataset.categories.things), None, lacking)
+
+    def finish(self, ranks: Ranks, result: PanopticResult) -> None:
+        """Add AP to the result, or why it failed; rank 0 renames the folder, writes the JSON next to it."""
         images, entries, truth, results = (
             ranks.gather_object(x) for x in (self.images, self.entries, self.truth, self.results)
         )
-        categories, precision = self.dataset.categories, None
+        categories, measured = self.dataset.categories, []
+        if self.instances and ranks.is_main:
+            try:
+                measured = [(average_precision(images, truth, results, categories), "")]
+            except FAULTS as error:
+                measured = [(None, f"AP is lacking: {type(error).__name__}: {error}")]
         if self.instances:
-            measured = [average_precision(images, truth, results, categories)] if ranks.is_main else []
-            (precision,) = ranks.all_gather_object(measured)
+            ((result.precision, result.lacking),) = ranks.all_gather_object(measured)
         if self.folder is not None and ranks.is_main:
             os.rename(self.new, self.folder)
             write_annotations(self.folder.with_suffix(".json"), categories, images, entries)
-        return PanopticResult(self.how, Quality(counts, categories.things), precision, self.lacking)

@@ -127,18 +127,22 @@ class Quality:
 def compare(truth: Annotations, folder: Path, predicted: Annotations, predicted_folder: Path) -> Quality:
     """The quality of a written prediction: JSON and PNGs in `predicted_folder`, the truth's in `folder`.
 
-    Images are matched by `image_id`, classes by `category_id`. Raises DataError if the prediction lacks an
-    image of the truth, has other categories or another size.
+    Images are matched by `image_id`, classes by `category_id`, whatever their order. Raises DataError if the
+    prediction lacks an image of the truth, or has a category that the truth lacks or another size.
     """
-    if truth.categories.ids != predicted.categories.ids:
-        raise DataError(f"{predicted.file} has other categories than {truth.file}: use the same")
+    labels = {id: k for k, id in enumerate(truth.categories.ids)}
+    if unknown := [id for id in predicted.categories.ids if id not in labels]:
+        fault = f"has the category_id {unknown[0]}, which {truth.file} lacks"
+        raise DataError(f"{predicted.file} {fault}: use the categories of the truth")
+    label_of = [labels[id] for id in predicted.categories.ids]
     place = {id: i for i, id in enumerate(predicted.image_ids)}
     counts = torch.zeros(len(truth.categories), 4, dtype=torch.float64)
     for i, id in enumerate(tqdm(truth.image_ids, "comparing", disable=None)):
         if id not in place:
             raise DataError(f"{predicted.file} has no annotation for the image {id!r}: every one needs it")
         j = place[id]
-        truths, others = truth.segments(i), predicted.segments(j)
+        truths = truth.segments(i)
+        others = [s._replace(label=label_of[s.label]) for s in predicted.segments(j)]
         ids = read_map(folder / truth.pngs[i], truths)
         other = read_map(predicted_folder / predicted.pngs[j], others)
         try:
@@ -195,9 +199,13 @@ def average_precision(
     """
     coco, cocoeval = pycocotools("coco"), pycocotools("cocoeval")
     things = [c for c in categories.as_json() if c["isthing"]]
-    dataset = {"info": {}, "images": [*images], "categories": things}
+    number = {entry["id"]: i for i, entry in enumerate(images)}  # pycocotools sorts: no mix of int and str
+    dataset = {"info": {}, "images": [{**entry, "id": number[entry["id"]]} for entry in images]}
+    dataset["categories"] = things
+    known = (entry | {"image_id": number[id]} for entry in truth if (id := entry["image_id"]) in number)
     # From 1: pycocotools takes a match with the annotation 0 for none.
-    dataset["annotations"] = [{**entry, "id": i} for i, entry in enumerate(truth, 1)]
+    dataset["annotations"] = [entry | {"id": i} for i, entry in enumerate(known, 1)]
+    copies = [entry | {"image_id": number[entry["image_id"]]} for entry in results]  # it writes into them
     if not results:  # pycocotools does not take an empty list
         any_thing = any(not entry["iscrowd"] for entry in dataset["annotations"])
         return dict.fromkeys(AP, 0.0 if any_thing else float("nan"))
@@ -205,7 +213,6 @@ def average_precision(
         reference = coco.COCO()
         reference.dataset = dataset
         reference.createIndex()
-        copies = [{**entry} for entry in results]  # pycocotools writes into them
         evaluation = cocoeval.COCOeval(reference, reference.loadRes(copies), "segm")
         evaluation.evaluate()
         evaluation.accumulate()

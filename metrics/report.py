@@ -6,6 +6,7 @@ Imports no model. Top to bottom: what was counted and what follows, the report, 
 import csv
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +15,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from errors import TadaError
 from images.read import IGNORE
 from metrics.charts import confusion_matrix
 from metrics.judge import PanopticResult
 
 OF_GROUPS = {"PQ_things": "PQ of things", "PQ_stuff": "PQ of stuff", "AP": "AP of things"}
 OF_TAGS = {"tag_mAP": "tag mAP", "words_precision": "words' precision", "words_recall": "recall"}
+# What an evaluation writes.
+FILES = ("result.json", "result.md", "confusion.csv", "confusion.png", "panoptic.json", "panoptic", "worst")
 WORST = 10  # classes that the report names again
 
 
@@ -178,15 +182,39 @@ class Result:
         return ", ".join(parts)
 
     def write(self, out: Path, checkpoint: Path, sha256: str) -> None:
-        """Write result.json with the checkpoint and its hash, result.md, confusion.csv and confusion.png."""
+        """Write result.json with the checkpoint and its hash, and result.md; atomically, to do it again."""
         entries = self.as_json() | {"checkpoint": str(checkpoint), "sha256": sha256}
-        (out / "result.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
         signed = f"{self.as_markdown()}\nCheckpoint {checkpoint}, sha256 {sha256}\n"
-        (out / "result.md").write_text(signed, encoding="utf-8")
+        for name, text in (("result.json", json.dumps(entries, indent=1)), ("result.md", signed)):
+            new = out / f".tmp-{name}"
+            new.write_text(text, encoding="utf-8")
+            new.replace(out / name)
+
+    def write_confusion(self, out: Path) -> None:
+        """Write confusion.csv and confusion.png."""
         with (out / "confusion.csv").open("w", newline="", encoding="utf-8") as f:
             rows = [[k, *row] for k, row in zip(self.classes, self.confusion.tolist(), strict=True)]
             csv.writer(f).writerows([["truth \\ prediction", *self.classes], *rows])
         confusion_matrix(out / "confusion.png", self.confusion, self.classes)
+
+
+def move_earlier_results(out: Path) -> Path | None:
+    """Move earlier results to the folder `out.N` and return it; delete leftovers of an interrupted run."""
+    shutil.rmtree(out / ".tmp-panoptic", ignore_errors=True)
+    earlier = [name for name in FILES if (out / name).exists()]
+    if not earlier:
+        return None
+    number, out = 1, out.resolve()
+    while (folder := out.with_name(f"{out.name}.{number}")).exists():
+        number += 1
+    try:
+        folder.mkdir()
+    except OSError as error:
+        fault = f"{folder}, for the earlier evaluation, cannot be created ({error.strerror})"
+        raise TadaError(f"{fault}: give another --out") from None
+    for name in earlier:
+        shutil.move(out / name, folder / name)
+    return folder
 
 
 def confusion(truth: Tensor, predicted: Tensor, K: int) -> Tensor:

@@ -6,14 +6,13 @@ with Run(Path("runs/NAME"), ranks) as run:
 """
 
 import fcntl
-import hashlib
 import json
 import math
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -27,6 +26,19 @@ from model import TadaConfig
 from run.checkpoint import REMOVED, clean, newest_step, replace_text, steps
 from run.ranks import Ranks
 from weights.words import digest
+
+NOTED = {  # what is printed where it has changed -> what that means; the run resumes
+    "a time among": "if its content did, too, start over with --fresh (keeps the run)",
+    "the model of --from": "the run resumes from its own checkpoint",
+}
+
+
+def say(line: str) -> None:
+    """Print a line, above a bar if there is one; that stdout is closed or full stops nothing."""
+    if sys.stdout is not None:
+        with suppress(OSError):
+            tqdm.write(line)
+            sys.stdout.flush()
 
 
 def lock(folder: Path, flag: str, name: str = ".lock") -> TextIO:
@@ -68,9 +80,7 @@ class Run:
     def print0(self, line: str) -> None:
         """Print on rank 0."""
         if self.ranks.is_main:
-            with suppress(OSError):  # stdout is closed; log.jsonl has everything
-                tqdm.write(line)
-                sys.stdout.flush()
+            say(line)
 
     def log(self, entry: dict) -> None:
         """Append a line to log.jsonl. A full disk does not stop the run."""
@@ -104,7 +114,8 @@ def open_run(
     """Lock the run folder, write config.json, and find the step to resume from, None for a new run.
 
     The fields of the dataclass `options` carry a "role" (run/options.py), `defaults` holds their values
-    without flags, `read` is a `fingerprint`. Raises RunError unless the run there may resume.
+    without flags, `read` is a `fingerprint` and that of the data. Raises RunError unless the run there may
+    resume.
     """
     last = None
     if run.ranks.is_main:
@@ -157,10 +168,15 @@ def refuse_changes(run: Run, about: dict, defaults: Mapping[str, Any], free: set
     other = {x: f"is {y}" for x, y in now["options"].items() if x not in free and options[x] != y}
     other |= {x: "is removed" for x, y in REMOVED.items() if options.get(x) not in (None, y)}
     changed = [f"--{x.replace('_', '-')} was {options[x]}, {now_is}" for x, now_is in other.items()]
-    changed += [f"{name} has changed" for name, value in now["read"].items() if read.get(name) != value]
+    differ = [name for name, value in now["read"].items() if name in read and read[name] != value]
+    changed += [f"{name} has changed" for name in differ if not name.startswith((*NOTED,))]
     if changed:
         cure = "use the same, another --run-dir, or --fresh to start over (keeps the run)"
         raise RunError(f"{run.folder} holds a run started with other settings ({'; '.join(changed)}): {cure}")
+    about["read"] = read | about["read"]  # of a file of --from that is gone
+    for start, meaning in NOTED.items():
+        for name in [name for name in differ if name.startswith(start)]:
+            run.print0(f"{name} has changed: {meaning}")
     threads = options["threads"], now["options"]["threads"]
     for name, (then, today) in {"torch": (torch_version, torch.__version__), "--threads": threads}.items():
         if then != today:
@@ -180,11 +196,10 @@ def rename_run(run: Run) -> None:
 
 
 def fingerprint(
-    images: Iterable[str], classes: Sequence[str], tags: str, *, frozen: dict[str, str], drawing: int | None
-) -> dict:
-    """What training reads besides its options; `tags` may be a file, `drawing` is the version of scenes."""
+    classes: Sequence[str], tags: str, *, frozen: dict[str, str], drawing: int | None
+) -> dict[str, Any]:
+    """What training reads besides options and data; `tags` may be a file, `drawing` is scenes' version."""
     return {
-        "the list of training pictures": hashlib.sha256(os.fsencode("\n".join(images))).hexdigest(),
         "the list of classes": [*classes],
         "a frozen file": frozen,
         "the file of tags": digest(Path(tags)) if Path(tags).is_file() else None,

@@ -33,6 +33,7 @@ def flag(help: str, default: Any = MISSING, **metadata: Any) -> Any:
 # Texts and choices too long for one line below.
 DECODERS = "mask2former needs instances, as scenes have; * coco-panoptic, panoptic: mask2former, else fpn"
 TOKENS = "a tag is one pooled vector, or all tags are one prompt"
+FROM = "a run, step or file to start from: its UNet, adapter, decoder, where they fit; * none"
 START = "the adapter's first context: the empty prompt's, or its own"
 KERNELS = "what won the benchmark, plain torch, or the Triton kernels"
 PRESET = "vpd: VPD's recipe; demo: a first look at scenes in minutes; flags override it"
@@ -55,6 +56,7 @@ class Options:
 
     model: str = flag("* scenes: tiny, else sd15", role="start", choices=["sd15", "tiny"], group="the model")
     weights: str = flag("the prior, or `random`; * weights/<model>", metavar="DIR")
+    from_run: str | None = flag(FROM, None, metavar="RUN")
     decoder: str = flag(DECODERS, role="start", choices=["fpn", "upernet", "mask2former"])
     condition: str = flag("a row of Table 5", TadaConfig.condition, role="start", choices=CONDITIONS)
     tags: str = flag(TAGS)
@@ -123,7 +125,8 @@ def parser() -> argparse.ArgumentParser:
                 argument["metavar"] = "N" if kind is int else "X"
             text += f" (default: {option.default})" if option.default not in (MISSING, None) else ""
         # torchrun takes --run alone for an abbreviation of its own --run-path.
-        names = ["--run-dir", "--run"] if option.name == "run" else [f"--{option.name.replace('_', '-')}"]
+        several = {"run": ["--run-dir", "--run"], "from_run": ["--from", "--from-run"]}
+        names = several.get(option.name, [f"--{option.name.replace('_', '-')}"])
         group.add_argument(*names, dest=option.name, help=text, **argument)
     return p
 
@@ -212,6 +215,7 @@ def readable(value: Any) -> str:
     if isinstance(value, tuple):
         return "x".join(map(str, value[: 1 if len(set(value)) == 1 else None]))
     if isinstance(value, str):
+        value = re.sub(r"(/(best|last|model\.safetensors))*/*$", "", value).replace("/step-", "-step-")
         return "_" + re.sub(r"[^A-Za-z0-9_.]+", "_", Path(value).stem)[:40]
     return "" if value is True else str(value) if isinstance(value, int) else f"{value:.10g}"
 

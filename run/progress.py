@@ -18,7 +18,7 @@ from metrics.charts import LOSSES
 from model import Tada
 from run.folder import Run
 from run.options import Options
-from run.recipes import recipe
+from run.recipes import paper_row, recipe
 
 
 def describe(run: Run, options: Options, tada: Tada) -> None:
@@ -40,6 +40,9 @@ def describe(run: Run, options: Options, tada: Tada) -> None:
     schedule = f"{options.iterations:,} iterations, lr {options.lr:g}" + (paper and f"; the paper: {paper}")
     machine = f"device {device}, {options.threads} threads, torch {torch.__version__}"
     run.print0(f"{batch}, {schedule}; {machine}")
+    words = options.dataset, options.condition, options.tags, options.tag_loss_weight
+    if options.model == "sd15" and (row := paper_row(*words)):
+        run.print0(f"to compare with the paper's {row}")
     run.print0(kernels.describe(device))
     run.print0(f"run folder {run.folder}")
 

@@ -4,6 +4,7 @@ Section 4.1 and the captions of Tables 1 to 3; what the paper leaves open is mar
 train.py, in run/options.py, have these as defaults.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from loading.jitter import SCALES
@@ -70,6 +71,18 @@ VPD = {  # fpn_vpd_sd1-5_512x512_gpu8x2.py and vpd_seg.py
 # The most that `make demo` learns in its minutes. Drawn images are all of one size and style, so they are
 # mirrored and no more, as in lab/ablate.py.
 DEMO = {"iterations": 350, "lr": 2e-3, "scales": (1.0, 1.0), "colours": False}
+
+
+def learning_rate(step: int, iterations: int, warmup: int, drops: Sequence[float] = ()) -> float:
+    """The share of the full rate at step 0, 1, ...: linear decay to 0, times linear warm-up from 1e-6.
+
+    mmsegmentation's poly policy of power 1 (mmcv/runner/hooks/lr_updater.py). With `drops`, shares of the
+    run, the rate falls to a tenth at each instead of decaying.
+    """
+    warm = min(1e-6 + (1 - 1e-6) * step / warmup, 1.0) if warmup else 1.0
+    if drops:
+        return warm * 0.1 ** sum(step >= share * iterations for share in drops)
+    return warm * (1 - step / iterations)
 
 
 def paper_row(dataset: str, condition: str, tags: str, tag_loss_weight: float) -> str:

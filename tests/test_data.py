@@ -187,7 +187,27 @@ def test_classes_of_a_folder(tmp_path):
         (b"a\na\n", "line 2: 'a' repeats"),
         (b"a, 1 2 3, 7\nb, 1 2 3, 7\n", "line 2: .* repeats"),
         (b"\xff\xfe", "cannot be read as UTF-8"),
-        (b"\n".join(b"%d" % i for i in range(256)), "line 256: expected"),
+        (b"a, 0 0 0, 256\n", "line 1: expected a class"),
+        (b", 0 0 0\n", "line 1: expected a class"),
+        (b"a, %s\n" % (b"9" * 4300), "line 1: expected a class"),
+        (b"ignore\nignore, 0\na\n", "line 2: .* repeats"),
+        (b"ignore\n", "lists no class"),
+        (
+            b"\n".join(b"c%d" % i for i in range(300)),
+            "line 256 is class 256 of 300: 255 classes are the most",
+        ),
+        (b"names:\n  0: cat\n  1: dog\n", "line 1: 'names:' is YAML or JSON: write one class name a line"),
+        (b"path: x\nnames: [cat, dog]\n", "line 2: .* is YAML"),
+        (b"- cat\n- dog\n", "line 1: '- cat' is YAML"),
+        (b"0: cat\n1: dog\n", "line 1: '0: cat' is YAML"),
+        (b'["cat", "dog"]\n', "line 1: .* is YAML or JSON"),
+        (b'{"cat": 0}\n', "line 1: .* is YAML or JSON"),
+        (b"0 cat\n1 dog\n", "numbers its lines, such as '0 cat': write the names alone"),
+        (b"1 cat\n2 dog\n", "numbers its lines"),
+        *(
+            (f"a\nb{x}c\n".encode(), rf"line 2 holds the control character {re.escape(repr(x))}: remove it")
+            for x in "\r\v\f\0\x1c\x85\u2028\u2029"
+        ),
     ],
 )
 def test_a_wrong_list_of_classes_is_refused(tmp_path, content, message):
@@ -195,6 +215,74 @@ def test_a_wrong_list_of_classes_is_refused(tmp_path, content, message):
     (root / "classes.txt").write_bytes(content)
     with pytest.raises(DataError, match=rf"classes\.txt.*{message}"):
         open_dataset("folder", root, "train")
+
+
+def test_a_list_that_is_long_is_read_at_once(tmp_path):
+    """Blanks before a comma took seconds: the time was quadratic in them."""
+    root = folder(tmp_path)
+    (root / "classes.txt").write_text(" " * 100_000 + ",\n" + "\n" * 100_000 + "b\n")
+    start = time.process_time()
+    with pytest.raises(DataError, match="line 1: expected a class"):
+        open_dataset("folder", root, "train")
+    assert time.process_time() - start < 0.5
+
+
+def test_values_that_are_ignored(tmp_path):
+    """Line i is the value i - 1; a line `ignore` is not a class, wherever it stands; 255 may be one."""
+    root = folder(tmp_path, pictures=1)
+    save(np.arange(24 * 36).reshape(24, 36).astype(np.uint8) % 4, root / "labels/train/000.png")
+    for text, expected in {
+        "ignore\ncat\ndog\ncow\n": [255, 0, 1, 2],
+        "cat, 1\ndog, 1 2 3, 2\ncow, 3\nIgnore, 0 0 0, 0\n": [255, 0, 1, 2],
+        "cat\nignore\nignore\ndog": [0, 255, 255, 1],
+    }.items():
+        (root / "classes.txt").write_text(text)
+        dataset = open_dataset("folder", root, "train")
+        assert dataset.load(0).labels[0, :4].tolist() == expected
+        assert len(dataset.classes) == len(dataset.palette) == 1 + max({*expected} - {255})
+    (root / "classes.txt").write_text("sky\nbuilding, 0 0 0, 255\n")
+    save(np.repeat(np.array([0, 255], np.uint8), 12 * 36).reshape(24, 36), root / "labels/train/000.png")
+    assert open_dataset("folder", root, "train").load(0).labels[:, 0].tolist() == [0] * 12 + [1] * 12
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("cat\ndog\n", "classes begin at 1, write `(ignore)` above them"),
+        ("cat, 1\ndog, 2\n", "if 0 means unlabelled, add the line `(.*)` to classes.txt"),
+    ],
+)
+def test_where_0_is_unlabelled_the_error_says_what_to_write(tmp_path, text, advice):
+    """And what it says helps."""
+    root = folder(tmp_path, pictures=1)
+    save(np.arange(24 * 36).reshape(24, 36).astype(np.uint8) % 3, root / "labels/train/000.png")
+    (root / "classes.txt").write_text(text)
+    with pytest.raises(DataError, match=advice) as caught:
+        open_dataset("folder", root, "train").load(0)
+    line = re.search(advice, str(caught.value))[1] + "\n"
+    (root / "classes.txt").write_text(line + text if "above" in advice else text + line)
+    assert open_dataset("folder", root, "train").load(0).labels[0, :3].tolist() == [255, 0, 1]
+
+
+def test_labels_in_colours(tmp_path):
+    """Looked up in classes.txt; refused unless each class has a colour of its own, written out."""
+    root = folder(tmp_path, pictures=1)
+    colours = np.array([[0, 0, 0], [128, 0, 0], [0, 0, 128], [9, 9, 9]], np.uint8)
+    pattern = np.arange(24 * 36).reshape(24, 36) % 4
+    save(colours[pattern], root / "labels/train/000.png")
+    table = "sea, 0 0 128\nignore, 0 0 0, 7\nignore, 9 9 9, 8\nred, 128 0 0\n"
+    (root / "classes.txt").write_text(table)
+    assert open_dataset("folder", root, "train").load(0).labels[0, :4].tolist() == [255, 1, 0, 255]
+    for wrong in ("sea\n" + table.partition("\n")[2], table.replace("9 9 9", "128 0 0"),
+                  table.replace("128 0 0", "0 0 128")):  # fmt: skip
+        (root / "classes.txt").write_text(wrong)
+        with pytest.raises(
+            DataError, match="has mode RGB: .* if each class has a colour of its own, add the"
+        ):
+            open_dataset("folder", root, "train").load(0)
+    (root / "classes.txt").write_text(table.replace("ignore, 9 9 9, 8\n", ""))
+    with pytest.raises(DataError, match="000.png has .*often 9 9 9 in 216 pixels"):
+        open_dataset("folder", root, "train").load(0)
 
 
 # ---- layouts ---------------------------------------------------------------------------------------------
@@ -346,6 +434,64 @@ def test_the_wrong_root_is_refused(tmp_path):
         open_dataset("folder", root, "val")
     (root / "classes.txt").unlink()
     with pytest.raises(DataError, match=r"classes\.txt not found"):
+        open_dataset("folder", root, "train")
+
+
+@pytest.mark.parametrize(
+    ("there", "found"),
+    [
+        (["images/train", "images/valid", "labels/train", "labels/valid"], None),
+        (["images", "labels"], None),
+        (["img_dir/train", "img_dir/val", "ann_dir/train", "ann_dir/val"],
+         "ann_dir/train/  ann_dir/val/  img_dir/train/  img_dir/val/  classes.txt"),
+        (["Annotations", "ImageSets/Segmentation", "JPEGImages", "SegmentationClass"], None),
+        ([f"{i:02}" for i in range(12)], "  ".join(f"{i:02}/" for i in range(10)) + "  ..."),
+    ],
+)  # fmt: skip
+def test_another_tree_is_shown_beside_the_expected_one(tmp_path, there, found):
+    for folder_ in there:
+        save(noise(8, 8), tmp_path / folder_ / "a.jpg")
+    (tmp_path / "classes.txt").touch()
+    (tmp_path / ".git/objects").mkdir(parents=True)
+    with pytest.raises(DataError) as caught:
+        open_dataset("folder", tmp_path, "val")
+    expected = "images/train/  images/val/  labels/train/  labels/val/  classes.txt"
+    found = found or "  ".join([*(f"{x}/" for x in there), "classes.txt"])
+    assert str(caught.value).splitlines()[1:] == [f"  expected: {expected}", f"  found:    {found}"]
+    with pytest.raises(DataError, match="found:    no such folder"):
+        open_dataset("folder", tmp_path / "absent", "val")
+
+
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        ("labels/train/000.jpg", "which changes class numbers: save labels as PNG"),
+        ("labels/train/000.GIF", "which changes class numbers: save labels as PNG"),
+        ("labels/train/000.npy", "which holds an array: save labels as PNG"),
+        ("labels/train/000.txt", "which holds boxes or polygons: export label images"),
+        ("images/train/000.json", "which holds boxes or polygons: export label images"),
+    ],
+)
+def test_a_label_file_that_is_not_read_is_named(tmp_path, file, reason):
+    root = folder(tmp_path)
+    (root / "labels/train/000.png").rename(root / file)
+    expected = f"{root}/images/train/000.png has no label file that is read, only {root / file}, {reason}"
+    dataset = open_dataset("folder", root, "train")
+    (sentence,) = dataset.missing
+    assert sentence.startswith(expected)
+    with pytest.raises(DataError, match=re.escape(sentence)):
+        dataset.load(0)
+
+
+def test_names_in_another_unicode_composition_are_the_same(tmp_path):
+    """macOS stores "é" as "e" and an accent where a program wrote one character."""
+    root = folder(tmp_path, pictures=1)
+    (root / "images/train/000.png").rename(root / "images/train/caf\u00e9.png")
+    (root / "labels/train/000.png").rename(root / "labels/train/cafe\u0301.png")
+    dataset = open_dataset("folder", root, "train")
+    assert check(dataset).faults == [] and dataset.path(0) == "images/train/caf\u00e9.png"
+    save(noise(24, 36), root / "images/train/cafe\u0301.png")
+    with pytest.raises(DataError, match=r"cafe\\u0301.* and .*caf\\xe9.* differ only in their Unicode"):
         open_dataset("folder", root, "train")
 
 
@@ -543,7 +689,7 @@ def test_label_values_out_of_range(tmp_path, value, kind):
     save(labels, root / "labels/train/000.png")
     dataset = open_dataset("folder", root, "train")
     with pytest.raises(
-        DataError, match=rf"000\.png holds the value {value}: labels here are 0\.\.1, 255$"
+        DataError, match=rf"000\.png holds the value {value}: labels here are 0\.\.1, 255(; if 0 .*)?$"
     ) as caught:
         dataset.load(0)
     assert not isinstance(caught.value, Unreadable)

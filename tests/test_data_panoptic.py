@@ -194,7 +194,7 @@ def test_what_is_not_such_a_data_set_is_refused(tmp_path, coco):
         open_dataset("coco", coco, "val")
     with pytest.raises(DataError, match="coco-panoptic has no labelled split 'test': choose train, val"):
         open_dataset("coco-panoptic", coco, "test")
-    with pytest.raises(DataError, match=r"is not coco-panoptic: train2017 and .*; --data must be coco$"):
+    with pytest.raises(DataError, match=r"is not coco-panoptic: train2017 and .*; --data must be coco\n"):
         open_dataset("coco-panoptic", coco, "train")
     own(tmp_path / "coco")
     with pytest.raises(DataError, match=f"; give --data {tmp_path}/coco$"):

@@ -38,6 +38,7 @@ from images.read import IGNORE, fit
 from inference import Prediction
 from loading.tags import open_words
 from mask2former import Instances, Panoptic
+from metrics import judge
 from metrics import worst as module_worst
 from metrics.quality import compare
 from metrics.report import confusion
@@ -722,7 +723,8 @@ def test_bad_input_is_one_sentence(root, finished, tada, tmp_path, capsys):
         assert main([*arguments, "--workers", "0"]) == 2, arguments
         out, err = capsys.readouterr()
         assert re.match(f"eval.py: .*{message}", err), err
-        assert out in ("", f"{kernels.describe('cpu')}\n") and err.count("\n") == 1 + ("faults" in message)
+        more = ("faults" in message) + 2 * ("is not folder" in message)  # the trees expected and found
+        assert out in ("", f"{kernels.describe('cpu')}\n") and err.count("\n") == 1 + more
 
 
 @pytest.mark.parametrize(
@@ -878,6 +880,27 @@ def test_the_report_names_the_reason_why_ap_is_absent(panoptic_run, monkeypatch)
     result = evaluate(tada, dataset, words_from("classes", dataset), instances=True)
     assert result.as_json()["AP"] is None and "PQ" in result.as_json()
     assert "AP needs pycocotools: pip install pycocotools" in result.as_markdown()
+
+
+def test_what_was_measured_is_on_the_disk_before_ap(panoptic_run, tmp_path, monkeypatch):
+    """AP takes longest and may be interrupted, or run out of memory."""
+    monkeypatch.setattr(judge, "average_precision", interrupted)
+    flags = ["--workers", "0", "--out", str(tmp_path)]
+    assert main([str(panoptic_run[0] / "step-000007"), *flags]) == 130
+    found = stored(tmp_path)
+    assert found["mIoU"] is not None and found["PQ"] is not None and found["AP"] is None
+    assert "**AP is lacking: the evaluation ended before it**" in (tmp_path / "result.md").read_text()
+
+
+@pytest.mark.parametrize("place", ["/dev/full", None])
+def test_a_closed_or_full_stdout_loses_nothing(finished, tmp_path, monkeypatch, place):
+    output = None if place is None else open(place, "w")  # noqa: SIM115
+    monkeypatch.setattr(sys, "stdout", output)
+    assert main([str(finished), "--workers", "0", "--out", str(tmp_path)]) == 0
+    assert stored(tmp_path)["mIoU"] is not None and (tmp_path / "confusion.png").is_file()
+    if output is not None:
+        with pytest.raises(OSError, match="No space left"):
+            output.close()  # what was printed is still in its buffer
 
 
 def test_segments_are_measured_only_if_requested(panoptic_run):

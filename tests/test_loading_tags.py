@@ -128,6 +128,8 @@ GOOD = '{"image": "images/a.jpg", "tags": [["car", 0.93]]}'
         ('{"image": "images/d.jpg", "tags": [["car", "0.9"]]}', r"score in 0\.\.1"),
         ('{"image": "images/d.jpg", "tags": [["", 0.9]]}', "1 to 200 printable characters, not ''"),
         ('{"image": "images/d.jpg", "tags": [["c\\u0000r", 0.9]]}', "1 to 200 printable characters"),
+        ('{"image": "images/d.jpg", "tags": ["\\ud83d"]}', "1 to 200 printable characters"),
+        ('{"image": "images/d.jpg", "tags": ["\\u200c"]}', "1 to 200 printable characters"),
         (json.dumps({"image": "images/d.jpg", "tags": [["x" * 2**20, 1]]}), "1 to 200 printable characters"),
         ('{"image": "images/d.jpg", "caption": ["a"]}', "1 to 10000 printable characters"),
         (GOOD, r"images/a\.jpg has tags in line 1 already"),

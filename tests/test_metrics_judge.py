@@ -11,6 +11,7 @@ import torch
 from data import open_dataset
 from images.panoptic import components, read_annotations
 from loading.stream import EvaluationStream, Item
+from metrics import judge
 from metrics.judge import PanopticEvaluator, PanopticResult
 from metrics.quality import Quality, compare
 from run.ranks import Ranks
@@ -39,7 +40,13 @@ def evaluate_truth(dataset) -> PanopticResult:
     evaluator = PanopticEvaluator(dataset, "by hand", instances=True)
     for item in items(dataset):
         evaluator.add(item, item.ids, item.segments, things_of(item))
-    return evaluator.finish(HERE)
+    return finished(evaluator, HERE)
+
+
+def finished(evaluator: PanopticEvaluator, ranks: Ranks) -> PanopticResult:
+    result = evaluator.measure(ranks)
+    evaluator.finish(ranks, result)
+    return result
 
 
 def test_perfect_segments_have_full_marks(dataset):
@@ -57,6 +64,20 @@ def test_without_pycocotools_there_is_no_ap_with_its_reason(dataset, monkeypatch
     assert (result.as_json()["AP"], result.as_json()["PQ"]) == (None, 1)
 
 
+def test_ap_that_fails_leaves_all_else_with_its_reason(dataset, tmp_path, monkeypatch):
+    """Until then the result says that AP is lacking; the files of the prediction are written all the same."""
+    monkeypatch.setattr(judge, "average_precision", lambda *a: max([1, "1"]))
+    evaluator = PanopticEvaluator(dataset, "by hand", tmp_path / "panoptic", instances=True)
+    for item in items(dataset):
+        evaluator.add(item, item.ids, item.segments, things_of(item))
+    result = evaluator.measure(HERE)
+    assert (result.as_json()["PQ"], result.as_json()["AP"]) == (1, None) and "ended before" in result.lacking
+    evaluator.finish(HERE, result)
+    assert (result.as_json()["PQ"], result.as_json()["AP"]) == (1, None)
+    assert result.lacking.startswith("AP is lacking: TypeError: '>' not supported")
+    assert len(read_annotations(tmp_path / "panoptic.json")) == len(dataset)
+
+
 def test_the_written_prediction_has_the_quality_that_was_counted(dataset, tmp_path):
     """Segments of shifted labels, so some match and some do not; PNGs appear under their name at the end."""
     folder = tmp_path / "panoptic"
@@ -65,7 +86,7 @@ def test_the_written_prediction_has_the_quality_that_was_counted(dataset, tmp_pa
         labels = np.roll(item.labels, 6, axis=1)
         evaluator.add(item, *components(labels, dataset.categories.things))
         assert not folder.exists() and (tmp_path / ".tmp-panoptic").is_dir()
-    result = evaluator.finish(HERE)
+    result = finished(evaluator, HERE)
     assert not (tmp_path / ".tmp-panoptic").exists()
     written = read_annotations(tmp_path / "panoptic.json")
     assert written.image_ids == dataset.image_ids
@@ -83,7 +104,7 @@ def test_an_image_without_predicted_segments_is_counted(dataset):
     evaluator = PanopticEvaluator(dataset, "none")
     item = items(dataset)[0]
     evaluator.add(item, np.zeros_like(item.ids), [])
-    counts = evaluator.finish(HERE).quality.counts
+    counts = evaluator.measure(HERE).quality.counts
     assert counts[:, :3].sum() == 0
     assert counts[:, 3].sum() == sum(not s.crowd for s in item.segments)
 
@@ -100,7 +121,7 @@ class Second(Ranks):
         return []
 
     def all_gather_object(self, part):
-        whole = 2 * part or [{"AP": 1.0}]
+        whole = 2 * part or [({"AP": 1.0}, "")]
         Second.received += len(pickle.dumps(whole))
         return whole
 
@@ -113,7 +134,7 @@ def test_another_rank_receives_no_segments_of_others(dataset):
         for item in items(dataset)[:n]:
             evaluator.add(item, item.ids, item.segments, things_of(item))
         Second.received = 0
-        result = evaluator.finish(Second(1, 2, torch.device("cpu")))
+        result = finished(evaluator, Second(1, 2, torch.device("cpu")))
         sizes.append(Second.received)
         assert result.precision == {"AP": 1.0} and result.quality.mean()["PQ"] == 1
     assert sizes[0] == sizes[1]

@@ -417,8 +417,10 @@ def test_counting_takes_memory_for_segments_and_not_for_their_pairs():
 
 def test_comparing_files_that_do_not_belong_together(golden, tmp_path):
     truth, folder, predicted, predicted_folder, _ = golden
-    with pytest.raises(DataError, match="has other categories than .*gt.json"):
-        compare(truth, folder, small(tmp_path, np.array([[1]]), [Segment(1, 0, True)]), tmp_path)
+    more = Categories(["quokka"], [777], np.zeros((1, 3), np.uint8), np.array([True]))
+    other = small(tmp_path, np.array([[1]]), [Segment(1, 0, True)], more)
+    with pytest.raises(DataError, match="x.json has the category_id 777, which .*gt.json lacks"):
+        compare(truth, folder, other, tmp_path)
     content = json.loads(predicted.file.read_text())
     del content["annotations"][0]
     (tmp_path / "less.json").write_text(json.dumps(content))
@@ -430,11 +432,29 @@ def test_comparing_files_that_do_not_belong_together(golden, tmp_path):
         compare(first, tmp_path / "a", second, tmp_path / "b")
 
 
-def small(folder, ids: np.ndarray, segments: list[Segment]) -> Annotations:
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0), (2, 1, 0)])
+def test_classes_are_matched_by_their_ids(tmp_path, order):
+    """../shared/cases/pq_categories.py: a rug of IoU 1 and a false one, half of a road, a person: 55.56."""
+    things = np.array([True, False, False])
+    kinds = Categories(["person", "road", "rug"], [1, 7, 200], np.zeros((3, 3), np.uint8), things)
+    other = Categories(*([column[k] for k in order] for column in (kinds.names, kinds.ids)),
+                       kinds.palette, things[[*order]])  # fmt: skip
+    ids = np.repeat([3, 3, 2, 1], 8).reshape(4, 8)
+    found = ids.copy()
+    found[2, :4] = 4
+    truth = small(tmp_path / "truth", ids, [Segment(id, id - 1, id == 1) for id in (1, 2, 3)], kinds)
+    label = {id: order.index(k) for id, k in ((1, 0), (2, 1), (3, 2), (4, 2))}
+    predicted = small(tmp_path / "found", found, [Segment(id, label[id], False) for id in label], other)
+    quality = compare(truth, tmp_path / "truth", predicted, tmp_path / "found")
+    assert quality.mean()["PQ"] == pytest.approx((1 + 0 + 1 / 1.5) / 3)
+    assert quality.classes[:, 0].tolist() == pytest.approx([1, 0, 1 / 1.5])
+
+
+def small(folder, ids: np.ndarray, segments: list[Segment], kinds: Categories = CATEGORIES) -> Annotations:
     """One written image."""
     write_ids(ids, folder / "x.png")
-    entries = [entry(1, "x.png", ids, segments, CATEGORIES)]
-    write_annotations(folder / "x.json", CATEGORIES, [{"id": 1, "file_name": "x.jpg"}], entries)
+    entries = [entry(1, "x.png", ids, segments, kinds)]
+    write_annotations(folder / "x.json", kinds, [{"id": 1, "file_name": "x.jpg"}], entries)
     return read_annotations(folder / "x.json")
 
 
@@ -484,6 +504,17 @@ def test_measuring_leaves_the_results_as_they_are():
     images, truth = [{"id": 5, "height": 40, "width": 60}], coco_truth(5, ids, segments, CATEGORIES.ids)
     average_precision(images, truth, results, CATEGORIES)
     assert json.dumps(results) == before
+
+
+def test_image_ids_may_be_numbers_and_texts():
+    """pycocotools sorts them, which ends in a TypeError; annotations of images not evaluated do not count."""
+    ids, segments = scene_of_things()
+    found = [Instance(0.9, s.label, ids == s.id) for s in segments if s.thing]
+    names = (5, "000005", "x")
+    images = [{"id": id, "height": 40, "width": 60} for id in names[:2]]
+    truth = [entry for id in names for entry in coco_truth(id, ids, segments, CATEGORIES.ids)]
+    results = [entry for id in names[:2] for entry in coco_results(id, found, CATEGORIES.ids)]
+    assert average_precision(images, truth, results, CATEGORIES)["AP"] == pytest.approx(1)
 
 
 def test_things_as_instances_are_cocos_own_conversion(golden, panopticapi_samples):

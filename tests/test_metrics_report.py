@@ -226,6 +226,7 @@ def test_files_hold_the_numbers(tmp_path):
     result, out = result_of([[3, 1], [0, 2]], ["größe", 'a "b", c'], random_weights=True), tmp_path
     sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     result.write(out, checkpoint=tmp_path / "model", sha256=sha256)
+    result.write_confusion(out)
     stored = json.loads((out / "result.json").read_text(encoding="utf-8"))
     assert stored == result.as_json() | {"checkpoint": str(tmp_path / "model"), "sha256": sha256}
     text = (out / "result.md").read_text(encoding="utf-8")

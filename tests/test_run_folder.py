@@ -85,9 +85,10 @@ class Settings:
     newer: str = "off"
 
 
-def start(folder: Path, **options) -> Path | None:
-    """Open a run with these options; the step to resume from."""
-    config, read = TadaConfig(("sea",)), fingerprint(["a.jpg"], ["sea"], tags="clip", frozen={}, drawing=None)
+def start(folder: Path, *, hashes: dict[str, str] | None = None, **options) -> Path | None:
+    """Open a run with these options and hashes of the data; the step to resume from."""
+    config, read = TadaConfig(("sea",)), fingerprint(["sea"], tags="clip", frozen={}, drawing=None)
+    read |= hashes or {}
     with Run(folder, HERE) as run:
         return open_run(run, Settings(**options), defaults=vars(Settings()), config=config, read=read)
 
@@ -136,6 +137,21 @@ def test_only_free_settings_may_change(old_run):
         start(folder, crop=(32, 32))
     assert start(folder, crop=(32, 32), fresh=True) is None
     assert (folder.with_name(f"{folder.name}.1") / step_name(1)).is_dir()
+
+
+def test_other_data_is_refused_and_another_time_is_printed(old_run, capsys):
+    """A data set that was copied elsewhere may have other times; a run of older code has neither."""
+    folder, hashes = (
+        old_run(),
+        {"a size among the training labels": "1", "a time among the training labels": "1"},
+    )
+    assert start(folder, hashes=hashes) is not None, "written by code that did not look"
+    capsys.readouterr()
+    assert start(folder, hashes=hashes) is not None and capsys.readouterr().out == ""
+    assert start(folder, hashes=hashes | {"a time among the training labels": "2"}) is not None
+    assert "a time among the training labels has changed: if its content did" in capsys.readouterr().out
+    with pytest.raises(RunError, match=r"settings \(a size among the training labels has changed\).*--fresh"):
+        start(folder, hashes=hashes | {"a size among the training labels": "2"})
 
 
 def test_the_run_folder_imports_no_data_set():

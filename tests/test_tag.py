@@ -22,9 +22,10 @@ import predict
 import tag
 import train
 from clip import zero_shot_tags
-from data import open_dataset, prompt, read_classes
+from data import open_dataset, prompt
 from errors import DataError
 from images import scenes
+from images.classes import read_classes
 from loading.augment import normalise, to_tensor
 from loading.tags import choose_source, read_tags, split_words, tag_key
 from metrics.tagging import SYNONYMS, classes_named, measure_tags
@@ -104,6 +105,26 @@ def test_an_interrupted_file_is_finished(photos, expected, tmp_path):
         assert tag.main([*CLIP, str(photos), "--out", str(file)]) == 0
         assert [json.loads(line)["image"] for line in file.read_bytes().splitlines()] == [*expected]
         assert lines_of(file)[[*expected][7]][0] == ["kept", 1.0]
+
+
+def test_ctrl_c_loses_no_finished_image(photos, tmp_path, monkeypatch, capsys):
+    """After one of two batches: its lines are whole, and the same command makes the bytes of one call."""
+    whole, file, calls = tmp_path / "whole.jsonl", tmp_path / "tags.jsonl", []
+    assert tag.main([*CLIP, str(photos), "--out", str(whole)]) == 0
+    assert capsys.readouterr().out.startswith(f"{whole}: tags of 12 images by clip\n")
+
+    def interrupted(*arguments, **named):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return zero_shot_tags(*arguments, **named)
+
+    with monkeypatch.context() as m:
+        m.setattr(assemble, "zero_shot_tags", interrupted)
+        assert tag.main([*CLIP, str(photos), "--out", str(file)]) == 130
+    assert file.read_bytes().splitlines() == whole.read_bytes().splitlines()[:8]
+    assert tag.main([*CLIP, str(photos), "--out", str(file)]) == 0
+    assert file.read_bytes() == whole.read_bytes()
 
 
 def test_a_full_disk_loses_no_finished_image(photos, expected, tmp_path, monkeypatch, capsys):
@@ -220,7 +241,8 @@ def test_bad_input_is_one_sentence(photos, tmp_path, capsys, arguments, message)
     arguments = [places.get(x, x) for x in arguments]
     assert tag.main([*arguments, "--out", str(tmp_path / "tags.jsonl")]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("tag.py: ") and error.count("\n") == 1 and message in error
+    assert error.startswith("tag.py: ") and message in error
+    assert error.count("\n") == 1 + 2 * ("is not folder" in message)  # the trees expected and found
 
 
 @pytest.mark.parametrize(
@@ -300,7 +322,7 @@ def test_synonyms_are_of_classes_that_exist(tmp_path):
     """Every line names a class of the three sets; a synonym names it as its own name does."""
     known = set()
     for name in ("ade20k", "cocostuff", "cityscapes"):
-        classes, _, _ = read_classes(ROOT / "labels" / f"{name}.txt")
+        classes = read_classes(ROOT / "labels" / f"{name}.txt").names
         known |= {tag_key(prompt(x, name)) for x in classes}
     lines = [line for line in SYNONYMS.read_text().splitlines() if line and not line.startswith("#")]
     assert {tag_key(line.partition(":")[0]) for line in lines} <= known

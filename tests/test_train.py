@@ -2,6 +2,7 @@
 stop.
 """
 
+import io
 import json
 import math
 import os
@@ -361,6 +362,46 @@ def test_the_same_command_resumes_exactly(folder, uninterrupted, tmp_path, monke
     assert same(tmp_path / "run", uninterrupted)
 
 
+def test_a_run_that_started_so_resumes_without_it(folder, tmp_path, monkeypatch, capsys):
+    """Killed after a checkpoint, the other run gone: the same bytes as in one go. Its sha256 is kept."""
+    source, more = tmp_path / "source", ["--iterations", "2", "--save-every", "1"]
+    assert train.main(command(folder, source, "--iterations", "1")) == 0
+    for name in ("whole", "killed"):
+        copy = shutil.copytree(source, tmp_path / f"from-{name}", symlinks=True)
+        flags = command(folder, tmp_path / name, *more, "--from", str(tmp_path / "from"))
+        copy.rename(tmp_path / "from")
+        done, step = [], train.train_step
+        if name == "killed":
+
+            def dies(*args, done=done, step=step, **kwargs):
+                if done:
+                    raise KeyboardInterrupt
+                done.append(1)
+                return step(*args, **kwargs)
+
+            monkeypatch.setattr(train, "train_step", dies)
+        capsys.readouterr()
+        assert train.main(flags) == (130 if name == "killed" else 0)
+        out = capsys.readouterr().out
+        assert f"starting from {tmp_path}/from/step-000001/model.safetensors:\n  unet     taken\n" in out
+        monkeypatch.undo()
+        shutil.rmtree(tmp_path / "from")
+    about = json.loads((tmp_path / "killed" / "config.json").read_text())
+    assert train.main(flags) == 0
+    assert "starting from" not in capsys.readouterr().out
+    assert same(tmp_path / "killed", tmp_path / "whole")
+    again = json.loads((tmp_path / "killed" / "config.json").read_text())
+    name = "the model of --from"
+    assert len(about["read"][name]) == 64 and again["read"][name] == about["read"][name]
+    assert again["options"]["from_run"] == str(tmp_path / "from")
+
+    assert train.main([*flags, "--fresh"]) == 2
+    assert "from holds no model.safetensors" in capsys.readouterr().err
+    assert train.main(command(folder, tmp_path / "from", "--iterations", "1", "--lr", "1e-2")) == 0
+    assert train.main(flags) == 0
+    assert "the model of --from has changed: the run resumes from its own" in capsys.readouterr().out
+
+
 def test_a_panoptic_run_resumes_exactly(segments, tmp_path, monkeypatch):
     """Mask2Former on one's own segments, interrupted after a checkpoint: the same points are drawn again."""
     assert train.main(command(segments, tmp_path / "uninterrupted", "--accumulate", "2")) == 0
@@ -406,6 +447,41 @@ def test_a_finished_run_is_left_alone(folder, uninterrupted, capsys):
     assert log_of(uninterrupted) == before
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_validation_shows_a_bar_on_a_terminal(folder, tmp_path, monkeypatch, capsys, terminal):
+    """The first line appears before data are checked."""
+    errors = io.StringIO()
+    errors.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", errors)
+    assert train.main(command(folder, tmp_path / "run", "--iterations", "1")) == 0
+    assert bool(re.search(r"folder val: 100%.* 3/3 ", errors.getvalue())) == terminal
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == f"folder in {folder}: checking images and labels"
+
+
+def test_tagging_before_training_resumes(folder, tmp_path, monkeypatch, capsys):
+    """Ctrl-C after three of eight images: the others are tagged, and the file is that of one go."""
+    whole, run, tagged = tmp_path / "whole", tmp_path / "run", []
+    flags = ["--iterations", "1", "--tags", "clip", "--check"]
+    assert train.main(command(folder, whole, *flags)) == 0
+
+    def interrupted(tada, *arguments):
+        tagged.append(1)
+        if len(tagged) == 4:
+            raise KeyboardInterrupt
+        return zero_shot_tags(tada, *arguments)
+
+    zero_shot_tags = train.Tada.zero_shot_tags
+    monkeypatch.setattr(train.Tada, "zero_shot_tags", interrupted)
+    assert train.main(command(folder, run, *flags)) == 130
+    assert "what is written is kept, the same command resumes" in capsys.readouterr().err
+    lines = (whole / "tags-train.jsonl").read_bytes().splitlines()
+    assert (run / "tags-train.jsonl").read_bytes().splitlines() == lines[:3]
+    monkeypatch.setattr(train, "smoke_test", lambda training: None)  # it tags images of the other split
+    assert train.main(command(folder, run, *flags)) == 0
+    assert len(tagged) == 4 + 5 and (run / "tags-train.jsonl").read_bytes().splitlines() == lines
+
+
 def test_tags_of_a_start_without_a_checkpoint_are_not_reused(folder, tmp_path):
     """They may be those of another model or data set."""
     run = tmp_path / "run"
@@ -445,7 +521,7 @@ def test_another_machine_may_have_other_threads(folder, tmp_path, capsys):
     assert "--threads was 1, is 2: results may differ in rounding" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("change", ["image", "class", "tags"])
+@pytest.mark.parametrize("change", ["image", "label", "class", "tags"])
 def test_a_run_does_not_resume_with_other_data(folder, uninterrupted, tmp_path, capsys, change):
     """One image more changes the whole order; another order of the classes changes every label."""
     run, moved, tags = tmp_path / "run", tmp_path / "moved", tmp_path / "tags.jsonl"
@@ -460,6 +536,9 @@ def test_a_run_does_not_resume_with_other_data(folder, uninterrupted, tmp_path, 
     if change == "image":
         (moved / "images" / "train" / "7.png").unlink(), (moved / "labels" / "train" / "7.png").unlink()
         message = "the list of training pictures has changed"
+    elif change == "label":  # of a run that is complete
+        shutil.copy(moved / "labels" / "val" / "9.png", moved / "labels" / "val" / "10.png")
+        message = "a size among the validation labels has changed"
     elif change == "class":
         (moved / "classes.txt").write_text("\n".join(reversed(scenes.CLASSES)))
         message = "the list of classes has changed"
@@ -623,7 +702,7 @@ def test_killed_at_any_time(folder, uninterrupted, tmp_path):
 def test_bad_input_is_named(folder, tmp_path, capsys, flags, message):
     assert train.main(command(folder, tmp_path / "run", *flags)) == 2
     error = capsys.readouterr().err
-    assert len(error.strip().splitlines()) == 1
+    assert len(error.strip().splitlines()) == 1 + 2 * ("not folder" in message)  # the trees
     assert re.search(message, error)
 
 
