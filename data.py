@@ -361,7 +361,7 @@ def open_dataset(name: str, root: str | Path, split: str) -> Dataset:
         cure = f"give --data {inside}" if inside.is_dir() else f"--data must be {layout.root}"
         if layout.panoptic and absent == [labels]:
             cure = f"unpack {labels}.zip there"
-        elif not inside.is_dir():
+        elif root.is_dir() and not inside.is_dir():
             parts = {part.replace(layout.splits[split], x) for x in layout.splits.values() for part in needed}
             expected = listing(part if "." in part else f"{part}/" for part in parts)
             cure += f"\n  expected: {expected}\n  found:    {tree(root)}"
@@ -373,7 +373,7 @@ def tree(root: Path) -> str:
     """What a folder holds in two levels, without what is hidden and files below."""
     paths = {x for form in ("[!.]*", "[!.]*/[!.]*/", "[!.]*/[!.]*.json") for x in root.glob(form)}
     leaves = paths - {x.parent for x in paths}
-    return listing(f"{x.relative_to(root).as_posix()}{'/' * x.is_dir()}" for x in leaves) or "no such folder"
+    return listing(f"{x.relative_to(root).as_posix()}{'/' * x.is_dir()}" for x in leaves) or "nothing"
 
 
 def listing(names: Iterable[str]) -> str:

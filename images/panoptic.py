@@ -247,7 +247,8 @@ def read_images(content: dict, file: Path) -> dict[int | str, dict]:
         id = entry["id"]
         if id in images:
             raise DataError(f"{where}: the id {id!r} is a duplicate")
-        images[id] = entry | {"file_name": inside(entry["file_name"], where, "images")}
+        entry["file_name"] = inside(entry["file_name"], where, "images")
+        images[id] = entry
     if len(kinds := {type(id): id for id in images}) > 1:
         ids = " and ".join(map(repr, kinds.values()))
         raise DataError(f"{file} has images with the ids {ids}: write all as numbers, or all as texts")

@@ -723,8 +723,8 @@ def test_bad_input_is_one_sentence(root, finished, tada, tmp_path, capsys):
         assert main([*arguments, "--workers", "0"]) == 2, arguments
         out, err = capsys.readouterr()
         assert re.match(f"eval.py: .*{message}", err), err
-        more = ("faults" in message) + 2 * ("is not folder" in message)  # the trees expected and found
-        assert out in ("", f"{kernels.describe('cpu')}\n") and err.count("\n") == 1 + more
+        lines = 1 + ("faults" in message) + 2 * ("is not folder" in message)
+        assert out in ("", f"{kernels.describe('cpu')}\n") and err.count("\n") == lines
 
 
 @pytest.mark.parametrize(
