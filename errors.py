@@ -1,12 +1,18 @@
-"""The errors that a user can cure, and the wrapper that turns them into one sentence and exit code 2.
+"""The errors that a user can cure, and what turns them into one sentence and exit code 2: the wrapper of a
+command's work, and the parser of its flags.
 
 Every command ends with `sys.exit(main())`, and its `main` runs its work under `run_command`. Imports nothing
 of this project, so that every file may raise and catch these.
 """
 
+import argparse
+import difflib
+import io
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NoReturn
 
 
 class TadaError(ValueError):
@@ -51,9 +57,13 @@ def run_command(
     130 after Ctrl-C.
 
     Errors of `on_all_ranks` are raised by every process of torchrun alike, so only rank 0 prints them; any
-    other error is printed by the rank that has it.
+    other error is printed by the rank that has it. A name that the terminal cannot show is escaped.
     """
     main = os.environ.get("RANK", "0") == "0"
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not a notebook's
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # after `end_quietly`
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return work()
     except KeyboardInterrupt:
@@ -64,3 +74,70 @@ def run_command(
         if main or not isinstance(error, on_all_ranks):
             print(f"{name}: {error}", file=sys.stderr)
         return 2
+
+
+def end_quietly() -> None:
+    """Let Ctrl-C end the process at once, without a traceback, until `run_command` handles it.
+
+    A command calls this before its slow imports. A shell reports 130, as of any process that SIGINT ends.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where the shell ignores SIGINT
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+class Parser(argparse.ArgumentParser):
+    """The flags of a command: an error is one line of usage and one sentence with the nearest flag or value.
+
+    `hints` are what to say of a flag that does not exist, or whose value is none of its choices. A flag is
+    given by its whole name, and a flag of several values may stand before the other arguments.
+    """
+
+    def __init__(self, prog: str, hints: Mapping[str, str] | None = None, **settings: Any):
+        super().__init__(prog, allow_abbrev=False, **settings)
+        self.hints = hints or {}
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        """As argparse's, in any order: `--size 128 "sheep"`, where argparse would take the sheep for a size.
+
+        After its first value, a flag of several values takes only numbers or its choices.
+        """
+        words, flags = [*(sys.argv[1:] if args is None else args)], self._option_string_actions
+        end = words.index("--") if "--" in words else len(words)
+        several, others, lists = None, [], []
+        for i, word in enumerate(words[:end]):
+            name = word.partition("=")[0]
+            if word[:1] == "-" != word and " " not in word and not is_number(word):
+                if name not in flags:
+                    hint = self.hints.get(name) or nearest(name, flags) or "leave it out"
+                    self.error(f"unknown flag {name}: {hint}")
+                several = flags[name] if flags[name].nargs == "+" and name == word else None
+            elif several and words[i - 1] not in flags:
+                several = several if word in (several.choices or ()) or is_number(word) else None
+            (lists if several else others).append(word)
+        return self.parse_intermixed_args([*others, *lists, *words[end:]], namespace)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = [*map(str, action.choices)]
+            hint = nearest(str(value), choices) or self.hints.get(action.option_strings[0], "choose one")
+            raise argparse.ArgumentError(action, f"{value!r} is none of {', '.join(choices)}: {hint}")
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit code 2."""
+        arguments = " ".join(x.metavar or x.dest for x in self._get_positional_actions())
+        usage = f"usage: {self.prog} {arguments} [flags]".replace("  ", " ")
+        self.exit(2, f"{usage}; {self.prog} --help lists them\n{self.prog}: {message}\n")
+
+
+def nearest(given: str, known: Iterable[str]) -> str:
+    """Ask "did you mean --dataset?"; "" if nothing known is near."""
+    near = difflib.get_close_matches(given, known, 1)
+    return f"did you mean {near[0]}?" if near else ""
+
+
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

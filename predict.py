@@ -29,6 +29,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from errors import Parser, TadaError, Unreadable, end_quietly, run_command
+
+if __name__ == "__main__":
+    end_quietly()  # at Ctrl-C during the imports
+
 import numpy as np
 import torch
 from PIL import Image
@@ -36,7 +41,6 @@ from tqdm import tqdm
 
 import inference
 import kernels
-from errors import TadaError, Unreadable, run_command
 from eval import add_segment_flags, add_word_flags, groups, scale, segment_options
 from images.draw import attention_mosaic, overlay, percent, segment_overlay
 from images.panoptic import to_colours
@@ -48,7 +52,7 @@ from model import Size, Tada, TadaConfig
 from run.checkpoint import find_model, load_model, read_about, read_config
 from run.folder import lock
 from run.predictions import SEGMENTS, Settings, read_list, tidy, to_do, write
-from run.ranks import Ranks, cleanup, init_distributed
+from run.ranks import DEVICE, DEVICE_HINTS, Ranks, cleanup, init_distributed
 from weights.words import digest
 
 AHEAD = 4  # images that threads read, and as many that they draw, beside the model
@@ -157,9 +161,8 @@ def encoded(image: Image.Image, ending: str) -> bytes:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is escaped
-    options, ranks = parse(argv), init_distributed()
-    work = partial(run, ranks=ranks, **vars(options))
+    options = vars(parse(argv))
+    work = partial(run, ranks=init_distributed(options.pop("device")), **options)
     return run_command("predict.py", work, "interrupted: results stay, re-run the command to continue")
 
 
@@ -245,8 +248,9 @@ def run(
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options; argparse ends the command with code 2 where a flag is wrong."""
-    parser = argparse.ArgumentParser(
-        prog="predict.py",
+    parser = Parser(
+        "predict.py",
+        DEVICE_HINTS,
         description="Predict: for x.jpg the label map x.png, x.overlay.jpg, and a line of predictions.jsonl.",
     )
     parser.add_argument("checkpoint", help="a run folder (its best step), a step folder, model.safetensors")
@@ -260,8 +264,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--scales", type=scale, nargs="+", metavar="X", default=[1.0], help=sizes)
     add("--flip", action="store_true", help="average with the mirrored image's prediction")
     add("--attention", action="store_true", help="draw the attention to each word")
+    add("--device", **DEVICE)
     add_segment_flags(parser)
-    return parser.parse_intermixed_args(argv)  # images may follow flags too
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,13 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
+from errors import Parser, end_quietly, run_command
+
+if __name__ == "__main__":
+    end_quietly()  # at Ctrl-C during the imports
+
 import numpy as np
 from PIL import Image, ImageDraw
-
-from errors import run_command
 
 VERSION = 1  # raise it with any change of drawing: results of different versions must not be compared
 SIZE = 128  # image height and width; every length below is in these pixels
@@ -684,8 +687,10 @@ def write_folder(root: Path, counts: dict[str, int]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Write evenly spaced scenes of a split as PNG files, to view and to predict on."""
-    parser = argparse.ArgumentParser(
-        description="Draw scenes as PNG files.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    parser = Parser(
+        "python -m images.scenes",
+        description="Draw scenes as PNG files.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--split", choices=list(SPLITS), default="test", help="which range of indices")
     parser.add_argument("--count", type=int, default=6, metavar="N", help="number of scenes")

@@ -24,6 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
 
+from errors import Parser, TadaError, end_quietly, run_command
+
+if __name__ == "__main__":
+    end_quietly()  # at Ctrl-C during the imports
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -34,7 +39,6 @@ from torch import Tensor, nn
 from adapter import multi_hot
 from assemble import build, make_decoder, parameter_groups
 from decoders import resize
-from errors import TadaError, run_command
 from images import scenes
 from images.draw import INK, PAPER, mosaic, overlay, wrapped
 from lab.tables import BATCH, OTHER, PROBE, ROWS, Row, read_record, report
@@ -364,7 +368,7 @@ def tile(image: np.ndarray, labels: np.ndarray | None, text: str) -> Image.Image
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="The paper's tables in miniature.")
+    parser = Parser("python -m lab.ablate", description="The paper's tables in miniature.")
     add, names = parser.add_argument, list(ROWS)
     add("--rows", nargs="+", choices=names, default=names, metavar="ROW", help="rows to run (default: all)")
     add("--seeds", type=int, metavar="N", help="of each row (default: its own, 1 to 5)")

@@ -20,12 +20,16 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
+from errors import TadaError, end_quietly, run_command
+
+if __name__ == "__main__":
+    end_quietly()  # at Ctrl-C during the imports
+
 import numpy as np
 import torch
 from PIL import Image
 
 from data import open_dataset
-from errors import TadaError, run_command
 from lab.bench_before import ROOT, check_out
 from loading.augment import Augment
 from loading.stream import TrainStream

@@ -16,10 +16,14 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+from errors import DataError, end_quietly, run_command
+
+if __name__ == "__main__":
+    end_quietly()  # at Ctrl-C during the imports
+
 import numpy as np
 from scipy.ndimage import distance_transform_edt
 
-from errors import DataError, run_command
 from images.panoptic import Categories, Segment, annotation, read_annotations, write_annotations, write_ids
 from lab.bench import alone, memory
 from mask2former import COCO_THINGS

@@ -14,13 +14,17 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
+from errors import Parser, end_quietly, run_command
+
+if __name__ == "__main__":
+    end_quietly()  # at Ctrl-C during the imports
+
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from assemble import prior
-from errors import run_command
 from unet import TIMES, UNet, alphas_cumprod
 
 FORMATS = (".png", ".jpg", ".jpeg", ".webp")
@@ -77,7 +81,7 @@ def draw(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m lab.draw",
         description="Draw an image from a prompt with Stable Diffusion.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

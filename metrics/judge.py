@@ -95,7 +95,7 @@ class PanopticEvaluator:
 
     def finish(self, ranks: Ranks) -> PanopticResult:
         """The measures of all processes' images; rank 0 renames the folder and writes the JSON next to it."""
-        counts = ranks.all_reduce(self.counts.to(ranks.device)).cpu()
+        counts = ranks.all_reduce(self.counts).cpu()
         images, entries, truth, results = (
             ranks.gather_object(x) for x in (self.images, self.entries, self.truth, self.results)
         )

@@ -11,7 +11,6 @@ size and hash match the table below. Re-run after a failure: complete files are 
 leftovers in `.tmp-fetch` are deleted, so run one process per destination.
 """
 
-import argparse
 import hashlib
 import os
 import shutil
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from errors import WeightsError, run_command
+from errors import Parser, WeightsError, run_command
 
 
 @dataclass(frozen=True)
@@ -186,7 +185,7 @@ def fetch_ram(root: Path, source: Path | None = None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m weights.fetch",
         description="Download the official weights (5.5 GB; fp16: 3.6 GB) and verify them.",
     )
