@@ -101,20 +101,27 @@ class Parser(argparse.ArgumentParser):
 
         After its first value, a flag of several values takes only numbers or its choices.
         """
-        words, flags = [*(sys.argv[1:] if args is None else args)], self._option_string_actions
+        words, known = [*(sys.argv[1:] if args is None else args)], self._option_string_actions
         end = words.index("--") if "--" in words else len(words)
-        several, others, lists = None, [], []
-        for i, word in enumerate(words[:end]):
-            name = word.partition("=")[0]
+        flags, others, free = [], [], 0  # free: values that the last flag may still take
+        for word in words[:end]:
+            name, equals, _ = word.partition("=")
             if word[:1] == "-" != word and " " not in word and not is_number(word):
-                if name not in flags:
-                    hint = self.hints.get(name) or nearest(name, flags) or "leave it out"
+                if name not in known:
+                    hint = self.hints.get(name) or nearest(name, known) or "leave it out"
                     self.error(f"unknown flag {name}: {hint}")
-                several = flags[name] if flags[name].nargs == "+" and name == word else None
-            elif several and words[i - 1] not in flags:
-                several = several if word in (several.choices or ()) or is_number(word) else None
-            (lists if several else others).append(word)
-        return self.parse_intermixed_args([*others, *lists, *words[end:]], namespace)
+                action = known[name]
+                free = 0 if equals else {None: 1, 0: 0}.get(action.nargs, len(words))
+                flags.append(word)
+            elif free and (flags[-1] in known or is_number(word) or word in (action.choices or ())):
+                free -= 1
+                flags.append(word)
+            else:
+                free = 0
+                others.append(word)
+        if end < len(words):
+            return super().parse_args([*flags, "--", *others, *words[end + 1 :]], namespace)
+        return super().parse_args([*others, *flags], namespace)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

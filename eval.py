@@ -11,6 +11,11 @@ eval-val.2 and so on first. The checkpoint holds its data set, classes, sizes an
 for them. Top to bottom: the loop, the command, its flags. The report is in metrics/report.py.
 """
 
+from errors import DataError, ModelError, Parser, TadaError, end_quietly, run_command
+
+if __name__ == "__main__":
+    end_quietly()  # at Ctrl-C during the imports below
+
 import argparse
 import json
 import shutil
@@ -22,11 +27,6 @@ from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
-
-from errors import DataError, ModelError, Parser, TadaError, end_quietly, run_command
-
-if __name__ == "__main__":
-    end_quietly()  # at Ctrl-C during the imports
 
 import numpy as np
 import torch

@@ -19,6 +19,11 @@ overwritten: a line is written before the files that it lists, so files without 
 image is skipped if its line has the same model, settings, size and time, and its files exist.
 """
 
+from errors import Parser, TadaError, Unreadable, end_quietly, run_command
+
+if __name__ == "__main__":
+    end_quietly()  # at Ctrl-C during the imports below
+
 import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,11 +33,6 @@ from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from errors import Parser, TadaError, Unreadable, end_quietly, run_command
-
-if __name__ == "__main__":
-    end_quietly()  # at Ctrl-C during the imports
 
 import numpy as np
 import torch

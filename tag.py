@@ -11,6 +11,11 @@ soon as it is tagged: after an interruption the same command resumes. The path i
 absolute for photos of your own. `train.py`, `eval.py` and `predict.py` take the file as `--tags FILE.jsonl`.
 """
 
+from errors import DataError, Parser, TadaError, Unreadable, end_quietly, run_command
+
+if __name__ == "__main__":
+    end_quietly()  # at Ctrl-C during the imports below
+
 import argparse
 import json
 import os
@@ -18,11 +23,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-
-from errors import DataError, Parser, TadaError, Unreadable, end_quietly, run_command
-
-if __name__ == "__main__":
-    end_quietly()  # at Ctrl-C during the imports
 
 from PIL import Image
 from torch import Tensor

@@ -8,6 +8,11 @@ Re-running the command resumes from the last checkpoint of its run folder. Top t
 validation, saving, start. The flags are in run/options.py, the run folder in run/folder.py.
 """
 
+from errors import CheckpointError, ModelError, RunError, end_quietly, run_command
+
+if __name__ == "__main__":
+    end_quietly()  # at Ctrl-C during the imports below
+
 import math
 import signal
 import sys
@@ -17,11 +22,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-
-from errors import CheckpointError, ModelError, RunError, end_quietly, run_command
-
-if __name__ == "__main__":
-    end_quietly()  # at Ctrl-C during the imports
 
 import numpy as np
 import torch

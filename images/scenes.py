@@ -11,6 +11,11 @@ numpy's PCG64), and the arithmetic on pixels is elementwise: a version draws the
 Top to bottom: tables, the brush, sky and ground, things, from the canvas to the scene, the command.
 """
 
+from errors import Parser, end_quietly, run_command
+
+if __name__ == "__main__":
+    end_quietly()  # at Ctrl-C during the imports below
+
 import argparse
 import sys
 from functools import lru_cache
@@ -18,11 +23,6 @@ from math import cos, pi, sin
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
-
-from errors import Parser, end_quietly, run_command
-
-if __name__ == "__main__":
-    end_quietly()  # at Ctrl-C during the imports
 
 import numpy as np
 from PIL import Image, ImageDraw

@@ -12,6 +12,11 @@ Each run reads the test images once, at its end; steps, rate and the adapter's s
 Top to bottom: the rows, the cached images, one run, all runs, the tables, the figure, the command line.
 """
 
+from errors import Parser, TadaError, end_quietly, run_command
+
+if __name__ == "__main__":
+    end_quietly()  # at Ctrl-C during the imports below
+
 import argparse
 import json
 import multiprocessing
@@ -23,11 +28,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
-
-from errors import Parser, TadaError, end_quietly, run_command
-
-if __name__ == "__main__":
-    end_quietly()  # at Ctrl-C during the imports
 
 import numpy as np
 import torch
@@ -49,6 +49,7 @@ from model import Output, Tada, TadaConfig, Tags
 from run.folder import lock
 from train import learning_rate
 from unet import UNet
+from weights.load import locate
 from weights.words import digest, prior_files
 
 WEIGHTS = "weights/tiny"
@@ -284,7 +285,7 @@ def spread(n: int) -> list[int]:
 def conditions(split: str, steps: int) -> dict:
     """Return what all runs of a record share; runs under other conditions need another record."""
     files = prior_files(WEIGHTS, ("vae", "unet", "clip", "tokenizer"))
-    weights = {file: digest(Path(WEIGHTS, file))[:16] for file in files}
+    weights = {file: digest(locate(WEIGHTS) / file)[:16] for file in files}
     shared = {"split": split, "scenes_version": scenes.VERSION, "weights": weights, "steps": steps}
     shared |= {"batch": BATCH, "lr": LR, "weight_decay": WEIGHT_DECAY, "warmup": WARMUP}
     return shared | {"adapter_start": TadaConfig.adapter_start}

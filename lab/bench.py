@@ -14,6 +14,11 @@ fastest runs. Peak memory is measured in a process of its own for each side. If 
 make the exit code 1.
 """
 
+from errors import Parser, end_quietly, run_command
+
+if __name__ == "__main__":
+    end_quietly()  # at Ctrl-C during the imports below
+
 import argparse
 import ctypes
 import json
@@ -30,11 +35,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-
-from errors import Parser, end_quietly, run_command
-
-if __name__ == "__main__":
-    end_quietly()  # at Ctrl-C during the imports
 
 import torch
 from torch import Tensor, nn

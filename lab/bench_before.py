@@ -7,6 +7,11 @@ predict.py seconds by the clock), in turns, whole processes with threads that sl
 train.py the difference between a long and a short run, which is what a step takes.
 """
 
+from errors import Parser, TadaError, end_quietly, run_command
+
+if __name__ == "__main__":
+    end_quietly()  # at Ctrl-C during the imports below
+
 import argparse
 import os
 import subprocess
@@ -16,11 +21,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-
-from errors import Parser, TadaError, end_quietly, run_command
-
-if __name__ == "__main__":
-    end_quietly()  # at Ctrl-C during the imports
 
 from PIL import Image
 

@@ -8,6 +8,11 @@ process of its own, as a loader's worker is: freed memory of the one would spare
 A start: list and check 120,000 pairs and hash their names, each time in a new process.
 """
 
+from errors import TadaError, end_quietly, run_command
+
+if __name__ == "__main__":
+    end_quietly()  # at Ctrl-C during the imports below
+
 import os
 import subprocess
 import sys
@@ -19,11 +24,6 @@ from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-
-from errors import TadaError, end_quietly, run_command
-
-if __name__ == "__main__":
-    end_quietly()  # at Ctrl-C during the imports
 
 import numpy as np
 import torch

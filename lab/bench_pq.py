@@ -7,6 +7,11 @@ read the same files and must find the same PQ; then they take turns. The table h
 the sets' ratios ours / peer, and the peak memory of one set in a process of its own.
 """
 
+from errors import DataError, end_quietly, run_command
+
+if __name__ == "__main__":
+    end_quietly()  # at Ctrl-C during the imports below
+
 import contextlib
 import json
 import sys
@@ -15,11 +20,6 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-
-from errors import DataError, end_quietly, run_command
-
-if __name__ == "__main__":
-    end_quietly()  # at Ctrl-C during the imports
 
 import numpy as np
 from scipy.ndimage import distance_transform_edt

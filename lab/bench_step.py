@@ -12,6 +12,11 @@ seconds of all threads: also on a busy machine they say how much work a step is.
 same processes, with weights and optimiser, without imports and construction.
 """
 
+from errors import Parser, end_quietly, run_command
+
+if __name__ == "__main__":
+    end_quietly()  # at Ctrl-C during the imports below
+
 import argparse
 import ctypes
 import json
@@ -24,11 +29,6 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-
-from errors import Parser, end_quietly, run_command
-
-if __name__ == "__main__":
-    end_quietly()  # at Ctrl-C during the imports
 
 import torch
 import torch.nn.functional as F

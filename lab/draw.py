@@ -8,16 +8,16 @@ Salimans 2022), equal to diffusers' `DDIMScheduler` with the settings of Stable 
 (tests/test_lab_draw.py).
 """
 
+from errors import Parser, end_quietly, run_command
+
+if __name__ == "__main__":
+    end_quietly()  # at Ctrl-C during the imports below
+
 import argparse
 import sys
 import time
 from collections.abc import Collection
 from pathlib import Path
-
-from errors import Parser, end_quietly, run_command
-
-if __name__ == "__main__":
-    end_quietly()  # at Ctrl-C during the imports
 
 import torch
 from PIL import Image

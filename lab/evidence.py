@@ -7,6 +7,11 @@ the denoising loss with an image's own caption, the empty one and another image'
 classifier, trained on real scenes, finds in images drawn from prompts. weights/tiny/README.md lists results.
 """
 
+from errors import Parser, end_quietly, run_command
+
+if __name__ == "__main__":
+    end_quietly()  # at Ctrl-C during the imports below
+
 import argparse
 import json
 import math
@@ -14,11 +19,6 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 from random import Random
-
-from errors import Parser, end_quietly, run_command
-
-if __name__ == "__main__":
-    end_quietly()  # at Ctrl-C during the imports
 
 import torch
 import torch.nn.functional as F

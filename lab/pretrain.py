@@ -8,6 +8,11 @@ randomness is a function of seed and step alone, so an interrupted run resumes f
 numbers. `python -m lab.evidence` measures the result.
 """
 
+from errors import Parser, RunError, end_quietly, run_command
+
+if __name__ == "__main__":
+    end_quietly()  # at Ctrl-C during the imports below
+
 import argparse
 import json
 import math
@@ -19,11 +24,6 @@ from functools import partial
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
-
-from errors import Parser, RunError, end_quietly, run_command
-
-if __name__ == "__main__":
-    end_quietly()  # at Ctrl-C during the imports
 
 import numpy as np
 import tokenizers

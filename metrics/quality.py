@@ -19,6 +19,11 @@ at all, their mean stops with a division by zero and ours is NaN.
 Top to bottom: counting, PQ, AP, the command line.
 """
 
+from errors import DataError, Parser, end_quietly, run_command
+
+if __name__ == "__main__":
+    end_quietly()  # at Ctrl-C during the imports below
+
 import contextlib
 import io
 import math
@@ -26,11 +31,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from errors import DataError, Parser, end_quietly, run_command
-
-if __name__ == "__main__":
-    end_quietly()  # at Ctrl-C during the imports
 
 import numpy as np
 import torch

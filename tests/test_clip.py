@@ -286,15 +286,22 @@ def test_different_names_are_spelled_differently(clip_bpe):
     assert torch.equal(*spelled(["é", unicodedata.normalize("NFD", "é")]))
 
 
-@given(st.lists(st.text(max_size=90), min_size=1, max_size=3))
+@given(st.lists(st.text(st.characters(), max_size=90), min_size=1, max_size=3))
 def test_any_text_can_be_spelled(texts):
-    """Ids of the vocabulary; one start, no end before the last byte, at least one end. It never raises."""
+    """Ids of the vocabulary; one start, no end before the last byte, at least one end. It never raises, also
+    for lone surrogates, as of a Latin-1 terminal or of "\\ud83d" in JSON."""
     ids = spelled(texts)
     assert ids.shape == (len(texts), 77) and ids.dtype == torch.int64
     for row in ids.tolist():
         first_end = row.index(1023)
         assert row[0] == 1022 and set(row[first_end:]) == {1023}
         assert all(0 <= i < 512 for i in row[1:first_end])
+
+
+def test_surrogates_are_joined_or_replaced():
+    """JSON writes a car as two surrogates; a lone one has no character of its own."""
+    assert torch.equal(*spelled(["\ud83d\ude97", "🚗"]))
+    assert torch.equal(*spelled(["caf\udce9", "caf\ufffd"]))
 
 
 def test_a_vocabulary_must_have_room_for_all_bytes():

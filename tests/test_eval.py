@@ -500,7 +500,7 @@ def test_a_folder_in_use_is_refused(finished, uncounted, tmp_path, capsys):
 
 def test_a_process_whose_own_files_fail_prints_its_error(monkeypatch, capsys):
     """A full disk is an error of one machine. What all processes raise alike, rank 0 alone prints."""
-    monkeypatch.setattr(module, "init_distributed", lambda: Ranks(1, 2, torch.device("cpu")))
+    monkeypatch.setattr(module, "init_distributed", lambda device: Ranks(1, 2, torch.device("cpu")))
     monkeypatch.setenv("RANK", "1")
     for error, printed in ((OSError("no room"), "eval.py: no room\n"), (TadaError("wrong"), "")):
 
@@ -713,7 +713,7 @@ def test_help_names_every_default(capsys):
         main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "By default an image is resized as in training" in text
-    assert text.count("(default: ") == 18  # every option but --help
+    assert text.count("(default: ") == 19  # every option but --help
 
 
 # ---- real photographs
