@@ -225,6 +225,8 @@ def run(
 ) -> int:
     """Open everything, cheapest checks first; evaluate; rank 0 reports. `flags` are of `protocol_of`."""
     kernels.use(kernel, ranks.device)
+    if ranks.is_main:
+        print(kernels.describe(ranks.device), flush=True)  # first: a large data set takes seconds to open
     file = find_model(Path(checkpoint)).resolve()  # `best` may point elsewhere soon
     config, home = read_config(read_about(file)["config"], file), run_folder(file)
     root = data or data_folder(home, config)
@@ -251,8 +253,6 @@ def run(
         protocol |= {"folder": out / "panoptic", "instances": True}
 
     with lock(out, "--out") if ranks.is_main else nullcontext():
-        if ranks.is_main:
-            print(kernels.describe(ranks.device), flush=True)
         sha256 = digest(file)
         tada = load_model(file, weights, ranks.device, source, threshold)
         if ranks.is_main:

@@ -376,6 +376,7 @@ def train(options: Options, ranks: Ranks) -> int:
 def prepare(run: Run, options: Options) -> Training:
     """Open everything, cheapest checks first: data, run folder, model, tags, optimiser, checkpoint."""
     ranks = run.ranks
+    run.print0(f"opening the data set {options.dataset}")
     train_set, val_set = (open_dataset(options.dataset, options.data, split) for split in ("train", "val"))
     if ranks.is_main:
         for dataset in (train_set, val_set):

@@ -40,7 +40,7 @@ def use(which: str, device: torch.device | str = "cuda") -> None:
     assert which in ("auto", "torch", "triton"), f"unknown kernels {which!r}: choose auto, torch or triton"
     gpu = torch.cuda.is_available() and torch.device(device).type == "cuda"
     if which == "triton" and not (gpu or os.environ.get("TRITON_INTERPRET") == "1"):
-        raise ModelError("kernels triton: torch finds no GPU, or is not to use it; choose auto or torch")
+        raise ModelError("kernels triton: no GPU is used here; choose auto or torch")
     _asked = which
 
 
