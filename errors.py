@@ -9,10 +9,13 @@ import argparse
 import difflib
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
+
+NUMBER = re.compile(r"-?[\d.]+(e-?\d+)?")
 
 
 class TadaError(ValueError):
@@ -88,8 +91,8 @@ def end_quietly() -> None:
 class Parser(argparse.ArgumentParser):
     """The flags of a command: an error is one line of usage and one sentence with the nearest flag or value.
 
-    `hints` are what to say of a flag that does not exist, or whose value is none of its choices. A flag is
-    given by its whole name, and a flag of several values may stand before the other arguments.
+    `hints` are what to say of a flag like "--epochs" that does not exist, or of a value that is none of the
+    choices of "dataset". A flag is given by its whole name, and may stand before the other arguments.
     """
 
     def __init__(self, prog: str, hints: Mapping[str, str] | None = None, **settings: Any):
@@ -106,14 +109,14 @@ class Parser(argparse.ArgumentParser):
         flags, others, free = [], [], 0  # free: values that the last flag may still take
         for word in words[:end]:
             name, equals, _ = word.partition("=")
-            if word[:1] == "-" != word and " " not in word and not is_number(word):
+            if word[:1] == "-" != word and " " not in word and not NUMBER.fullmatch(word):
                 if name not in known:
                     hint = self.hints.get(name) or nearest(name, known) or "leave it out"
                     self.error(f"unknown flag {name}: {hint}")
                 action = known[name]
                 free = 0 if equals else {None: 1, 0: 0}.get(action.nargs, len(words))
                 flags.append(word)
-            elif free and (flags[-1] in known or is_number(word) or word in (action.choices or ())):
+            elif free and (flags[-1] in known or NUMBER.fullmatch(word) or word in (action.choices or ())):
                 free -= 1
                 flags.append(word)
             else:
@@ -126,7 +129,7 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             choices = [*map(str, action.choices)]
-            hint = nearest(str(value), choices) or self.hints.get(action.option_strings[0], "choose one")
+            hint = nearest(str(value), choices) or self.hints.get(action.dest, "choose one")
             raise argparse.ArgumentError(action, f"{value!r} is none of {', '.join(choices)}: {hint}")
 
     def error(self, message: str) -> NoReturn:
@@ -140,11 +143,3 @@ def nearest(given: str, known: Iterable[str]) -> str:
     """Ask "did you mean --dataset?"; "" if nothing known is near."""
     near = difflib.get_close_matches(given, known, 1)
     return f"did you mean {near[0]}?" if near else ""
-
-
-def is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

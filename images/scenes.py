@@ -687,11 +687,8 @@ def write_folder(root: Path, counts: dict[str, int]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Write evenly spaced scenes of a split as PNG files, to view and to predict on."""
-    parser = Parser(
-        "python -m images.scenes",
-        description="Draw scenes as PNG files.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    kind = argparse.ArgumentDefaultsHelpFormatter
+    parser = Parser("python -m images.scenes", description="Draw scenes as PNG files.", formatter_class=kind)
     parser.add_argument("--split", choices=list(SPLITS), default="test", help="which range of indices")
     parser.add_argument("--count", type=int, default=6, metavar="N", help="number of scenes")
     parser.add_argument("--out", default="scenes", metavar="DIR", help="output folder")

@@ -44,11 +44,10 @@ PLACE = "cpu, cuda, cuda:1, or mps, which is untested; * cuda where there is a G
 SETS = [*LAYOUTS, "scenes"]
 CONDITIONS = ["none", "caption", "classes", "implicit", "tagging", "tags", "oracle"]
 TAGS = "of each image: classes, clip, ram, oracle or FILE.jsonl; * the paper's data sets: ram, else clip"
-DATASET_HINT = {"--dataset": "images and labels of your own are --dataset folder --data DIR"}
+DATASET_HINT = {"dataset": "images and labels of your own are --dataset folder --data DIR"}
 HINTS = {  # flags that other programs have
     "--epochs": "give --iterations, the number of updates",
     "--learning-rate": "did you mean --lr?",
-    "--resume": "the same command resumes; --fresh starts over",
     **DEVICE_HINTS,
     **DATASET_HINT,
 }

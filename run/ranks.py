@@ -3,7 +3,6 @@
 import argparse
 import inspect
 import os
-import re
 import sys
 from datetime import timedelta
 from typing import NamedTuple
@@ -68,17 +67,13 @@ class Ranks(NamedTuple):
 
 def usable_device(text: str) -> str:
     """The type of --device: refuse what torch does not have here."""
-    kind, _, number = text.partition(":")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", text):
-        fault = "give cpu, cuda, cuda:1 or mps"
-    elif number and "RANK" in os.environ:
+    known = ["cpu", *["cuda"][:gpus], *(f"cuda:{i}" for i in range(gpus))]
+    known += ["mps"] * torch.backends.mps.is_available()
+    if text not in known:
+        fault = f"torch {torch.__version__} has {', '.join(known)} here; choose one"
+    elif ":" in text and "RANK" in os.environ:
         fault = "each process of torchrun takes a GPU of its own; give cuda, or set CUDA_VISIBLE_DEVICES"
-    elif kind == "cuda" and int(number or 0) >= gpus:
-        cure = f"give cuda:0 to cuda:{gpus - 1}" if gpus else "give cpu"
-        fault = f"torch {torch.__version__} finds {gpus or 'no'} GPUs here; {cure}"
-    elif kind == "mps" and not torch.backends.mps.is_available():
-        fault = f"torch {torch.__version__} finds no Apple GPU here; give cpu or cuda"
     else:
         return text
     raise argparse.ArgumentTypeError(f"{text}: {fault}")

@@ -60,7 +60,7 @@ def test_a_text_that_the_terminal_cannot_show_is_escaped(monkeypatch):
 
 @pytest.fixture
 def parser() -> Parser:
-    parser = Parser("paint.py", {"--epochs": "give --steps", "--sky": "mix one of your own"})
+    parser = Parser("paint.py", {"--epochs": "give --steps", "sky": "mix one of your own"})
     parser.add_argument("words", nargs="*", metavar="WORD")
     parser.add_argument("--size", nargs="+", type=int)
     parser.add_argument("--sky", choices=["blue", "grey"])

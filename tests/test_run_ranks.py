@@ -47,27 +47,21 @@ def test_only_rank_0_has_what_is_gathered(monkeypatch):
     assert second.gather_object(["theirs"]) == []
 
 
-@pytest.mark.parametrize(
-    ("text", "fault"),
-    [
-        ("gpu", "gpu: give cpu, cuda, cuda:1 or mps"),
-        ("cuda:-1", "cuda:-1: give cpu, cuda, cuda:1 or mps"),
-        ("cuda:2", "cuda:2: torch .* finds 2 GPUs here; give cuda:0 to cuda:1"),
-        ("mps", "mps: torch .* finds no Apple GPU here; give cpu or cuda"),
-    ],
-)
-def test_a_device_that_is_not_here_is_refused(text, fault, monkeypatch):
+@pytest.mark.parametrize("text", ["gpu", "cuda:-1", "cuda:2", "mps"])
+def test_a_device_that_is_not_here_is_refused(text, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert [usable_device(x) for x in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda", "cuda:1"]
-    with pytest.raises(argparse.ArgumentTypeError, match=f"^{fault}$"):
+    with pytest.raises(
+        argparse.ArgumentTypeError, match=f"^{text}: torch .+ has cpu, cuda, cuda:0, cuda:1 here"
+    ):
         usable_device(text)
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(argparse.ArgumentTypeError, match="each process of torchrun takes a GPU of its own"):
         usable_device("cuda:1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(argparse.ArgumentTypeError, match="finds no GPUs here; give cpu$"):
+    with pytest.raises(argparse.ArgumentTypeError, match="has cpu here; choose one$"):
         usable_device("cuda")
 
 
