@@ -133,10 +133,11 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"{value!r} is none of {', '.join(choices)}: {hint}")
 
     def error(self, message: str) -> NoReturn:
-        """End with exit code 2."""
+        """End with exit code 2; of torchrun's processes rank 0 prints."""
         arguments = " ".join(x.metavar or x.dest for x in self._get_positional_actions())
         usage = f"usage: {self.prog} {arguments} [flags]".replace("  ", " ")
-        self.exit(2, f"{usage}; {self.prog} --help lists them\n{self.prog}: {message}\n")
+        lines = f"{usage}; {self.prog} --help lists them\n{self.prog}: {message}\n"
+        self.exit(2, lines if os.environ.get("RANK", "0") == "0" else None)
 
 
 def nearest(given: str, known: Iterable[str]) -> str:

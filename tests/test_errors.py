@@ -93,6 +93,14 @@ def test_a_wrong_flag_is_two_lines_and_code_2(line, sentence, parser, capsys):
     assert capsys.readouterr().err == f"{usage}\npaint.py: {sentence}\n"
 
 
+def test_a_wrong_flag_is_printed_once(parser, monkeypatch, capsys):
+    """torchrun gives all its processes the same flags."""
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--szie", "3"])
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("line", "words", "size", "part"),
     [
