@@ -42,8 +42,9 @@ def part_configs(model: str, weights: str | Path) -> tuple[VAEConfig, UNetConfig
         return VAEConfig(), UNetConfig(), CLIPConfig()
     vae = VAEConfig.tiny()
     if str(weights) != "random":
-        weights_loader.find(Path(weights, "vae"), weights_loader.OFFICIAL[VAE])  # reports a missing folder
-        file = Path(weights, SCALE_FILE)
+        folder = weights_loader.locate(weights)
+        weights_loader.find(folder / "vae", weights_loader.OFFICIAL[VAE])  # reports a missing folder
+        file = folder / SCALE_FILE
         try:
             vae = replace(vae, scale=float(json.loads(file.read_text())["scaling_factor"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -67,7 +68,7 @@ def load_part(kind: type[nn.Module], config: Any, weights: str | Path) -> nn.Mod
         return kind(config)
     with torch.device("meta"), Undrawn():  # skip initialisation; the weights are loaded next
         part = kind(config)
-    return weights_loader.load(part, Path(weights) / kind.__name__.lower())
+    return weights_loader.load(part, weights_loader.locate(weights) / kind.__name__.lower())
 
 
 class Undrawn(TorchFunctionMode):
@@ -84,7 +85,7 @@ def load_clip(config: CLIPConfig, weights: str | Path) -> tuple[CLIP, Tokenizer]
     clip = load_part(CLIP, config, weights)
     if str(weights) == "random":
         return clip, Tokenizer.spelling(config.vocabulary)
-    return clip, Tokenizer(Path(weights) / "tokenizer")
+    return clip, Tokenizer(weights_loader.locate(weights) / "tokenizer")
 
 
 def build(config: TadaConfig, device: torch.device | str = "cpu") -> Tada:

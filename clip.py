@@ -147,7 +147,9 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The byte-pair tokens of each text, without start and end."""
-        return [encoding.ids for encoding in self.bpe.encode_batch(list(texts), add_special_tokens=False)]
+        # Surrogates of broken JSON or of a Latin-1 terminal, which the library refuses: joined or replaced.
+        texts = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
+        return [encoding.ids for encoding in self.bpe.encode_batch(texts, add_special_tokens=False)]
 
 
 class CLIP(nn.Module):

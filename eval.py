@@ -12,6 +12,11 @@ checkpoint holds its data set, classes, sizes and condition, so no flag asks for
 loop, the command, its flags. The report is in metrics/report.py.
 """
 
+from errors import DataError, ModelError, Parser, TadaError, end_quietly, run_command
+
+if __name__ == "__main__":
+    end_quietly()  # at Ctrl-C during the imports below
+
 import argparse
 import json
 import sys
@@ -30,7 +35,6 @@ from tqdm import tqdm
 import inference
 import kernels
 from data import Dataset, default_data, open_dataset
-from errors import DataError, ModelError, TadaError, run_command
 from images.draw import Target
 from images.panoptic import components
 from images.read import fit
@@ -47,7 +51,7 @@ from metrics.worst import WorstImages
 from model import Size, Tada, TadaConfig, Tags
 from run.checkpoint import find_model, read_about, read_config, read_model
 from run.folder import lock, say
-from run.ranks import Ranks, cleanup, init_distributed
+from run.ranks import DEVICE, DEVICE_HINTS, Ranks, cleanup, init_distributed
 from weights.words import digest
 
 MULTISCALE = (1.0, 1.125, 1.25, 1.375, 1.5)  # VPD's "+MS"
@@ -215,10 +219,8 @@ def describe(tada: Tada, dataset: Dataset, words: TagSource) -> dict:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    if sys.stdout is not None:  # None: it is closed
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is escaped
-    options, ranks = parse(argv), init_distributed()
-    work = partial(run, ranks=ranks, **vars(options))
+    options = vars(parse(argv))
+    work = partial(run, ranks=init_distributed(options.pop("device")), **options)
     return run_command("eval.py", work, "interrupted: no result was written")
 
 
@@ -240,9 +242,9 @@ def run(
     **flags: Any,
 ) -> int:
     """Open everything, cheapest checks first; evaluate; rank 0 reports. `flags` are of `protocol_of`."""
-    kernels.use(kernel)
+    kernels.use(kernel, ranks.device)
     if ranks.is_main:
-        say(kernels.describe(ranks.device))
+        say(kernels.describe(ranks.device))  # first: a large data set takes seconds to open
     file = find_model(Path(checkpoint)).resolve()  # `best` may point elsewhere soon
     config, home = read_config(read_about(file)["config"], file), run_folder(file)
     root = data or data_folder(home, config)
@@ -340,8 +342,9 @@ def protocol_of(
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options; argparse ends the command with code 2 where a flag is wrong."""
-    parser = argparse.ArgumentParser(
-        prog="eval.py",
+    parser = Parser(
+        "eval.py",
+        DEVICE_HINTS,
         description="Evaluate a trained model: mIoU, every class, the confusion matrix, its tags.",
         epilog="By default an image is resized as in training and, where it is then larger than the crop of "
         "training, read in windows of that crop; their logits are averaged where they overlap.",
@@ -366,6 +369,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_segment_flags(parser)
     add = parser.add_argument_group("the run").add_argument
     add("--weights", metavar="DIR", help="the frozen files (default: their folder in training)")
+    add("--device", **DEVICE)
     add("--workers", type=int, default=2, metavar="N", help="processes that load images (default: 2)")
     which = "what won the benchmark, plain torch, or the Triton kernels (default: auto)"
     add("--kernels", dest="kernel", choices=["auto", "torch", "triton"], default="auto", help=which)
@@ -396,7 +400,7 @@ def add_word_flags(add: Callable[..., Any]) -> None:
     add("--tag-threshold", type=fraction, metavar="X", help=least)
 
 
-def add_segment_flags(parser: argparse.ArgumentParser) -> None:
+def add_segment_flags(parser: Parser) -> None:
     """--score and --overlap of eval.py and predict.py; the options lack one that is not given."""
     add = parser.add_argument_group("the segments of mask2former").add_argument
     common = {"type": fraction, "metavar": "X", "default": argparse.SUPPRESS}

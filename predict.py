@@ -20,6 +20,11 @@ overwritten: a line is written before the files that it lists, so files without 
 image is skipped if its line has the same model, settings, size and time, and its files exist.
 """
 
+from errors import Parser, TadaError, Unreadable, end_quietly, run_command
+
+if __name__ == "__main__":
+    end_quietly()  # at Ctrl-C during the imports below
+
 import argparse
 import os
 import sys
@@ -37,7 +42,6 @@ from PIL import Image
 from tqdm import tqdm
 
 import kernels
-from errors import TadaError, Unreadable, run_command
 from eval import add_segment_flags, add_word_flags, groups, scale, segment_options
 from images.draw import percent
 from images.panoptic import to_colours
@@ -48,7 +52,7 @@ from model import Size, Tada
 from run.checkpoint import find_model, read_about, read_config, read_model
 from run.folder import lock
 from run.predictions import SEGMENTS, Settings, read_list, tidy, to_do, write
-from run.ranks import Ranks, cleanup, init_distributed
+from run.ranks import DEVICE, DEVICE_HINTS, Ranks, cleanup, init_distributed
 from run.segmentation import Photo, Segmentation, attend, open_image, predict_photos, sizes
 from weights.words import digest
 
@@ -139,9 +143,8 @@ def encoded(image: Image.Image, ending: str) -> bytes:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is escaped
-    options, ranks = parse(argv), init_distributed()
-    work = partial(run, ranks=ranks, **vars(options))
+    options = vars(parse(argv))
+    work = partial(run, ranks=init_distributed(options.pop("device")), **options)
     return run_command("predict.py", work, "interrupted: results stay, re-run the command to continue")
 
 
@@ -236,8 +239,9 @@ def run(
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options; argparse ends the command with code 2 where a flag is wrong."""
-    parser = argparse.ArgumentParser(
-        prog="predict.py",
+    parser = Parser(
+        "predict.py",
+        DEVICE_HINTS,
         description="Predict: for x.jpg the label map x.png, x.overlay.jpg, and a line of predictions.jsonl.",
     )
     parser.add_argument("checkpoint", help="a run folder (its best step), a step folder, model.safetensors")
@@ -251,8 +255,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--scales", type=scale, nargs="+", metavar="X", default=[1.0], help=sizes)
     add("--flip", action="store_true", help="average with the mirrored image's prediction")
     add("--attention", action="store_true", help="draw the attention to each word")
+    add("--device", **DEVICE)
     add_segment_flags(parser)
-    return parser.parse_intermixed_args(argv)  # images may follow flags too
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,11 @@ soon as it is tagged: after an interruption the same command resumes. The path i
 absolute for photos of your own. `train.py`, `eval.py` and `predict.py` take the file as `--tags FILE.jsonl`.
 """
 
+from errors import DataError, Parser, TadaError, Unreadable, end_quietly, run_command
+
+if __name__ == "__main__":
+    end_quietly()  # at Ctrl-C during the imports below
+
 import argparse
 import json
 import os
@@ -25,7 +30,6 @@ from tqdm import tqdm
 
 from assemble import Tagger, clip_tagger, load_clip, part_configs, ram_tagger
 from data import LAYOUTS, Dataset, default_data, open_dataset
-from errors import DataError, TadaError, Unreadable, run_command
 from images.read import find_images, read_image
 from loading.augment import to_tensor
 from loading.stream import EvaluationStream, load_in_order
@@ -34,7 +38,8 @@ from metrics.tagging import measure_tags
 from ram import RAMConfig
 from run.checkpoint import replace_text
 from run.folder import lock, say
-from run.ranks import Ranks, cleanup, init_distributed
+from run.options import DATASET_HINT
+from run.ranks import DEVICE, DEVICE_HINTS, Ranks, cleanup, init_distributed
 from run.tagging import read_tag_lines, tag_images, tagger_key
 
 BATCH = 8  # images at once
@@ -194,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.judge or options.by == "tadp":
             alone = judge_file if options.judge else convert_captions
             return alone(options) if os.environ.get("RANK", "0") == "0" else 0  # the work of one process
-        code = tag(options, init_distributed())
+        code = tag(options, init_distributed(options.device))
         cleanup()
         return code
 
@@ -203,9 +208,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options; argparse ends the command with code 2 where a flag is wrong."""
-    parser = argparse.ArgumentParser(
-        prog="tag.py", description="Tag images with RAM or CLIP; convert captions; judge a file of tags."
-    )
+    about = "Tag images with RAM or CLIP; convert captions; judge a file of tags."
+    parser = Parser("tag.py", DEVICE_HINTS | DATASET_HINT, description=about)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--by", choices=["ram", "clip", "tadp"], help="the tagger, or TADP's file of captions")
     what.add_argument("--judge", metavar="FILE.jsonl", help="compare its tags with the labels of --dataset")
@@ -222,8 +226,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", choices=["sd15", "tiny"], default="sd15", help="whose CLIP (default: sd15)")
     folder = "its folder, RAM's lies next to it (default: weights/<model>)"
     add("--weights", type=Path, metavar="DIR", help=folder)
+    add("--device", **DEVICE)
     add("--workers", type=int, default=2, metavar="N", help="processes that load images (default: 2)")
-    options = parser.parse_intermixed_args(argv)
+    options = parser.parse_args(argv)
     options.weights = options.weights or Path("weights", options.model)
     if options.judge and not options.dataset:
         parser.error("--judge needs the labels: give --dataset")

@@ -9,6 +9,11 @@ Re-running the command resumes from the last checkpoint of its run folder. Top t
 validation, saving, start. The flags are in run/options.py, the run folder in run/folder.py.
 """
 
+from errors import CheckpointError, ModelError, RunError, end_quietly, run_command
+
+if __name__ == "__main__":
+    end_quietly()  # at Ctrl-C during the imports below
+
 import math
 import signal
 import sys
@@ -27,7 +32,6 @@ import inference
 import kernels
 from assemble import build, parameter_groups
 from data import Dataset, open_dataset
-from errors import CheckpointError, ModelError, RunError, run_command
 from eval import Result, evaluate, predict_items, target_of
 from images import scenes
 from images.panoptic import Segment
@@ -100,8 +104,8 @@ def train_step(
     norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
     if clip:
         nn.utils.clip_grads_with_norm_(trained, clip, norm)
-    reduced = ranks.all_reduce(torch.stack([*sums.values(), norm.new_tensor(float(stopping))]).double())
-    *losses, stop = reduced.tolist()
+    parts = torch.stack([*sums.values(), norm.new_tensor(float(stopping))])
+    *losses, stop = ranks.all_reduce(parts.cpu().double()).tolist()  # Apple's GPUs lack float64
     step = {"loss": sum(losses), **dict(zip(sums, losses, strict=True)), "grad_norm": float(norm)}
     if not all(map(math.isfinite, step.values())):
         wrong = [] if all(x.isfinite() for x in sums.values()) else [p for x in batches for p in x.paths]
@@ -364,6 +368,7 @@ def train(options: Options, ranks: Ranks) -> int:
 def prepare(run: Run, options: Options) -> Training:
     """Open everything, cheapest checks first: data, run folder, model, tags, optimiser, checkpoint."""
     ranks = run.ranks
+    run.print0(f"opening the data set {options.dataset}")
     train_set, val_set = (open_dataset(options.dataset, options.data, split) for split in ("train", "val"))
     run.print0(f"{options.dataset} in {options.data}: checking images and labels")
     config, frozen, read = config_of(options, train_set), {}, {}
@@ -411,10 +416,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     torch.set_num_threads(options.threads)
     keep_freed_memory()
-    ranks = init_distributed()
+    ranks = init_distributed(options.device)
 
     def work() -> int:
-        kernels.use(options.kernels)
+        kernels.use(options.kernels, ranks.device)
         try:
             code = train(options, ranks)
         except torch.OutOfMemoryError as error:

@@ -265,6 +265,8 @@ def read_categories(content: dict, file: Path) -> Categories:
                 palette.append(colour)
             case _:
                 raise DataError(f'{where}: "color" must be [r, g, b] in 0..255, not {colour}')
+        if any("\ud800" <= letter <= "\udfff" for letter in name):  # no file or drawing could hold it
+            raise DataError(f"{where}: the name {name!r} has half a character: write it anew")
         if id in classes or name in [other for other, _ in classes.values()]:
             raise DataError(f"{where}: the id {id} or the name {name!r} is a duplicate")
         classes[id] = name, bool(entry["isthing"])

@@ -11,6 +11,11 @@ numpy's PCG64), and the arithmetic on pixels is elementwise: a version draws the
 Top to bottom: tables, the brush, sky and ground, things, from the canvas to the scene, the command.
 """
 
+from errors import Parser, end_quietly, run_command
+
+if __name__ == "__main__":
+    end_quietly()  # at Ctrl-C during the imports below
+
 import argparse
 import sys
 from functools import lru_cache
@@ -21,8 +26,6 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
-
-from errors import run_command
 
 VERSION = 1  # raise it with any change of drawing: results of different versions must not be compared
 SIZE = 128  # image height and width; every length below is in these pixels
@@ -684,9 +687,8 @@ def write_folder(root: Path, counts: dict[str, int]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Write evenly spaced scenes of a split as PNG files, to view and to predict on."""
-    parser = argparse.ArgumentParser(
-        description="Draw scenes as PNG files.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    kind = argparse.ArgumentDefaultsHelpFormatter
+    parser = Parser("python -m images.scenes", description="Draw scenes as PNG files.", formatter_class=kind)
     parser.add_argument("--split", choices=list(SPLITS), default="test", help="which range of indices")
     parser.add_argument("--count", type=int, default=6, metavar="N", help="number of scenes")
     parser.add_argument("--out", default="scenes", metavar="DIR", help="output folder")

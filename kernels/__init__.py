@@ -34,12 +34,13 @@ MANY = 1024  # keys from which row_attention is worth a megabyte for each shape 
 _asked = "auto"
 
 
-def use(which: str) -> None:
+def use(which: str, device: torch.device | str = "cuda") -> None:
     """Choose for this process: "auto" (by WINS), "torch" (the reference), or "triton" (the kernels)."""
     global _asked
     assert which in ("auto", "torch", "triton"), f"unknown kernels {which!r}: choose auto, torch or triton"
-    if which == "triton" and not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
-        raise ModelError("kernels triton: torch finds no GPU; choose auto or torch")
+    gpu = torch.cuda.is_available() and torch.device(device).type == "cuda"
+    if which == "triton" and not (gpu or os.environ.get("TRITON_INTERPRET") == "1"):
+        raise ModelError("kernels triton: no GPU is used here; choose auto or torch")
     _asked = which
 
 

@@ -12,6 +12,11 @@ Each run reads the test images once, at its end; steps, rate and the adapter's s
 Top to bottom: the rows, the cached images, one run, all runs, the tables, the figure, the command line.
 """
 
+from errors import Parser, TadaError, end_quietly, run_command
+
+if __name__ == "__main__":
+    end_quietly()  # at Ctrl-C during the imports below
+
 import argparse
 import json
 import multiprocessing
@@ -34,7 +39,6 @@ from torch import Tensor, nn
 from adapter import multi_hot
 from assemble import build, make_decoder, parameter_groups
 from decoders import resize
-from errors import TadaError, run_command
 from images import scenes
 from images.draw import INK, PAPER, mosaic, overlay
 from images.text import font_of, wrapped
@@ -46,6 +50,7 @@ from model import Output, Tada, TadaConfig, Tags
 from run.folder import lock
 from train import learning_rate
 from unet import UNet
+from weights.load import locate
 from weights.words import digest, prior_files
 
 WEIGHTS = "weights/tiny"
@@ -281,7 +286,7 @@ def spread(n: int) -> list[int]:
 def conditions(split: str, steps: int) -> dict:
     """Return what all runs of a record share; runs under other conditions need another record."""
     files = prior_files(WEIGHTS, ("vae", "unet", "clip", "tokenizer"))
-    weights = {file: digest(Path(WEIGHTS, file))[:16] for file in files}
+    weights = {file: digest(locate(WEIGHTS) / file)[:16] for file in files}
     shared = {"split": split, "scenes_version": scenes.VERSION, "weights": weights, "steps": steps}
     shared |= {"batch": BATCH, "lr": LR, "weight_decay": WEIGHT_DECAY, "warmup": WARMUP}
     return shared | {"adapter_start": TadaConfig.adapter_start}
@@ -365,7 +370,7 @@ def tile(image: np.ndarray, labels: np.ndarray | None, text: str) -> Image.Image
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="The paper's tables in miniature.")
+    parser = Parser("python -m lab.ablate", description="The paper's tables in miniature.")
     add, names = parser.add_argument, list(ROWS)
     add("--rows", nargs="+", choices=names, default=names, metavar="ROW", help="rows to run (default: all)")
     add("--seeds", type=int, metavar="N", help="of each row (default: its own, 1 to 5)")

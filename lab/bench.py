@@ -14,6 +14,11 @@ fastest runs. Peak memory is measured in a process of its own for each side. If 
 make the exit code 1.
 """
 
+from errors import Parser, end_quietly, run_command
+
+if __name__ == "__main__":
+    end_quietly()  # at Ctrl-C during the imports below
+
 import argparse
 import ctypes
 import json
@@ -35,7 +40,6 @@ import torch
 from torch import Tensor, nn
 
 from clip import CLIP, pixels
-from errors import run_command
 from kernels import arrange
 from lab import bench_choices
 from lab import bench_mask2former as masks
@@ -326,7 +330,7 @@ def cpu_suite(names: list[str], dtypes: list[str], size: int, rounds: int, out: 
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m lab.bench",
         description="Measure TADA against its peers.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

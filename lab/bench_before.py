@@ -7,6 +7,11 @@ predict.py seconds by the clock), in turns, whole processes with threads that sl
 train.py the difference between a long and a short run, which is what a step takes.
 """
 
+from errors import Parser, TadaError, end_quietly, run_command
+
+if __name__ == "__main__":
+    end_quietly()  # at Ctrl-C during the imports below
+
 import argparse
 import os
 import subprocess
@@ -19,7 +24,6 @@ from statistics import median
 
 from PIL import Image
 
-from errors import TadaError, run_command
 from images import scenes
 
 ROOT, BEFORE = Path(__file__).parents[1], "82e1c58"
@@ -98,7 +102,7 @@ def rows(images: int, photos: int, rounds: int) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m lab.bench_before",
         description="Measure the commands against those of an earlier commit.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

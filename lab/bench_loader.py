@@ -8,6 +8,11 @@ process of its own, as a loader's worker is: freed memory of the one would spare
 A start: list and check 120,000 pairs and hash their names, each time in a new process.
 """
 
+from errors import TadaError, end_quietly, run_command
+
+if __name__ == "__main__":
+    end_quietly()  # at Ctrl-C during the imports below
+
 import os
 import subprocess
 import sys
@@ -25,7 +30,6 @@ import torch
 from PIL import Image
 
 from data import open_dataset
-from errors import TadaError, run_command
 from lab.bench_before import ROOT, check_out
 from loading.augment import Augment
 from loading.stream import TrainStream

@@ -8,6 +8,11 @@ Salimans 2022), equal to diffusers' `DDIMScheduler` with the settings of Stable 
 (tests/test_lab_draw.py).
 """
 
+from errors import Parser, end_quietly, run_command
+
+if __name__ == "__main__":
+    end_quietly()  # at Ctrl-C during the imports below
+
 import argparse
 import sys
 import time
@@ -20,7 +25,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from assemble import prior
-from errors import run_command
 from unet import TIMES, UNet, alphas_cumprod
 
 FORMATS = (".png", ".jpg", ".jpeg", ".webp")
@@ -77,7 +81,7 @@ def draw(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m lab.draw",
         description="Draw an image from a prompt with Stable Diffusion.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -8,6 +8,11 @@ randomness is a function of seed and step alone, so an interrupted run resumes f
 numbers. `python -m lab.evidence` measures the result.
 """
 
+from errors import Parser, RunError, end_quietly, run_command
+
+if __name__ == "__main__":
+    end_quietly()  # at Ctrl-C during the imports below
+
 import argparse
 import json
 import math
@@ -33,7 +38,6 @@ from tqdm import tqdm
 
 from assemble import part_configs
 from clip import CLIP, END, PROMPT, START, TEMPLATES, CLIPConfig, Tokenizer
-from errors import RunError, run_command
 from images import scenes
 from run.checkpoint import replace_text, sync
 from run.folder import commit, lock
@@ -361,7 +365,7 @@ def train_all(job: Job, longer: float, count: int) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m lab.pretrain",
         description="Train the tiny Stable Diffusion on drawn scenes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

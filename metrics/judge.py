@@ -99,7 +99,7 @@ class PanopticEvaluator:
 
     def measure(self, ranks: Ranks) -> PanopticResult:
         """The quality of all processes' images; AP, which takes longer and may fail, is lacking yet."""
-        counts = ranks.all_reduce(self.counts.to(ranks.device)).cpu()
+        counts = ranks.all_reduce(self.counts).cpu()
         lacking = "AP is lacking: the evaluation ended before it" if self.instances else self.lacking
         return PanopticResult(self.how, Quality(counts, self.dataset.categories.things), None, lacking)
 

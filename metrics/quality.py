@@ -19,7 +19,11 @@ at all, their mean stops with a division by zero and ours is NaN.
 Top to bottom: counting, PQ, AP, the command line.
 """
 
-import argparse
+from errors import DataError, Parser, end_quietly, run_command
+
+if __name__ == "__main__":
+    end_quietly()  # at Ctrl-C during the imports below
+
 import contextlib
 import io
 import math
@@ -33,7 +37,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from errors import DataError, run_command
 from images.panoptic import (
     VOID,
     Annotations,
@@ -235,7 +238,7 @@ def pycocotools(module: str):
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the quality of a written prediction, in percent; 2 if it cannot be compared."""
     description = "The panoptic quality of a prediction in COCO's format, as panopticapi counts."
-    parser = argparse.ArgumentParser(prog="python -m metrics.quality", description=description)
+    parser = Parser(prog="python -m metrics.quality", description=description)
     parser.add_argument("truth", metavar="TRUTH.json", help="a panoptic JSON, such as panoptic_val2017.json")
     parser.add_argument("prediction", metavar="PREDICTION.json", help="such as the panoptic.json of eval.py")
     pngs = "the folder of its PNGs (default: that of its name, without .json)"

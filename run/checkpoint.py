@@ -52,7 +52,9 @@ def frozen_digests(config: TadaConfig) -> dict[str, str]:
 
 def frozen_file(weights: str, name: str) -> Path:
     """Where a file of `frozen_digests` is: RAM has a folder beside the prior's."""
-    return ram_folder(weights) / name[4:] if name.startswith("ram/") else Path(weights, name)
+    if name.startswith("ram/"):
+        return ram_folder(weights) / name[4:]
+    return weights_loader.locate(weights) / name
 
 
 def own_state(tada: Tada) -> dict[str, Tensor]:
@@ -90,7 +92,7 @@ def read_model(
     random = config.weights == "random"
     if weights and not random:
         config = replace(config, weights=str(weights))
-    folder = Path(config.weights)
+    folder = weights_loader.locate(config.weights)
     if threshold is None and source in (None, config.tags):
         threshold = config.tag_threshold
     source = source or config.tags
@@ -99,7 +101,9 @@ def read_model(
         present = place.is_file()
         if (source == "ram" or not ram) and (not present or digest(place) != expected):
             fault = f"not the file that {file} was trained with" if present else "missing"
-            cure = f"get it with `python -m weights.fetch{' --ram' * ram}`, or give its folder with --weights"
+            cure = "give its folder with --weights"
+            if ram or config.model == "sd15":
+                cure = f"get it with `python -m weights.fetch{' --ram' * ram}`, or {cure}"
             raise CheckpointError(f"{place} is {fault}: {cure}")
 
     with torch.device("meta"), Undrawn():  # skip initialisation; every tensor comes from one of the files

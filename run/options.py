@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 from data import LAYOUTS, Dataset, default_data
+from errors import Parser
 from inference import stride_of
 from loading.tags import SOURCES
 from model import TadaConfig
+from run.ranks import DEVICE_HINTS, usable_device
 from run.recipes import DEMO, PAPER, VPD, recipe
 
 LONGEST = 200  # characters of a run folder's name; file systems allow 255 bytes
@@ -39,9 +41,17 @@ KERNELS = "what won the benchmark, plain torch, or the Triton kernels"
 PRESET = "vpd: VPD's recipe; demo: a first look at scenes in minutes; flags override it"
 PRESETS = {"vpd": VPD, "demo": DEMO}
 FOLDER = "its folder; * runs/<dataset>-<model>-<decoder>-<condition> and the flags that change the result"
+PLACE = "cpu, cuda, cuda:1, or mps, which is untested; * cuda where there is a GPU, else cpu"
 SETS = [*LAYOUTS, "scenes"]
 CONDITIONS = ["none", "caption", "classes", "implicit", "tagging", "tags", "oracle"]
 TAGS = "of each image: classes, clip, ram, oracle or FILE.jsonl; * the paper's data sets: ram, else clip"
+DATASET_HINT = {"dataset": "images and labels of your own are --dataset folder --data DIR"}
+HINTS = {  # flags that other programs have
+    "--epochs": "give --iterations, the number of updates",
+    "--learning-rate": "did you mean --lr?",
+    **DEVICE_HINTS,
+    **DATASET_HINT,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +95,7 @@ class Options:
     seed: int = flag("of weights, order, augmentation and dropout", 0, least=0, below=2**63)
     threads: int = flag("per process; * the CPUs / processes", least=1, role="free")
     kernels: str = flag(KERNELS, "auto", role="speed", choices=["auto", "torch", "triton"])
+    device: str | None = flag(PLACE, None, role="free", type=usable_device, metavar="DEVICE")
     compile: bool = flag("torch.compile the UNet and the decoder", False, role="speed")
     checkpoint_activations: bool = flag("less memory, about a third slower", False, role="speed")
 
@@ -106,21 +117,24 @@ class Options:
 FLAGS = [option for option in fields(Options) if option.metadata]
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The flags of `Options`; its result holds those that were given, `parse` adds the others."""
-    p = argparse.ArgumentParser(
+    p = Parser(
+        "train.py",
+        HINTS,
         description="Train TADA. A default marked * depends on the other flags.",
         argument_default=argparse.SUPPRESS,
     )
     for option in FLAGS:
         text, metadata = option.metadata["help"], option.metadata
-        argument = {key: metadata[key] for key in ("choices", "metavar", "nargs") if key in metadata}
+        argument = {key: metadata[key] for key in ("choices", "metavar", "nargs", "type") if key in metadata}
         if "group" in metadata:
             group = p.add_argument_group(metadata["group"])
         if option.type is bool:
             argument["action"] = "store_true"
         else:
-            argument["type"] = kind = (get_args(option.type) or [option.type])[0]
+            kind = (get_args(option.type) or [option.type])[0]
+            argument.setdefault("type", kind)
             if "choices" not in argument and kind in (int, float):
                 argument["metavar"] = "N" if kind is int else "X"
             text += f" (default: {option.default})" if option.default not in (MISSING, None) else ""
@@ -220,7 +234,7 @@ def readable(value: Any) -> str:
     return "" if value is True else str(value) if isinstance(value, int) else f"{value:.10g}"
 
 
-def refuse_nonsense(p: argparse.ArgumentParser, o: Options) -> None:
+def refuse_nonsense(p: Parser, o: Options) -> None:
     """Validate ranges and combinations of flags; end with exit code 2 and one sentence."""
     if not o.data:
         p.error(f"--dataset {o.dataset}: give its folder with --data")

@@ -83,7 +83,7 @@ def speed(times: Sequence[tuple[float, float]], batch: int, remaining: int) -> d
 
 def peak_memory() -> int:
     """Bytes of the GPU, or of this process where there is none."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,5 +1,6 @@
 """The processes of one run, started by torchrun or alone: rank and device, collectives, data parallelism."""
 
+import argparse
 import inspect
 import os
 import sys
@@ -26,9 +27,9 @@ class Ranks(NamedTuple):
         return self.rank == 0
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The elementwise sum over all ranks."""
+        """The elementwise sum over all ranks, on this one's device; alone, x itself."""
         if self.world > 1:
-            x = x.clone()
+            x = x.to(self.device, copy=True)
             dist.all_reduce(x)
         return x
 
@@ -64,20 +65,47 @@ class Ranks(NamedTuple):
         return DistributedDataParallel(model, device_ids=devices, **{argument: False})
 
 
-def init_distributed() -> Ranks:
+def usable_device(text: str) -> str:
+    """The type of --device: refuse what torch does not have here."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    known = ["cpu", *["cuda"][:gpus], *(f"cuda:{i}" for i in range(gpus))]
+    known += ["mps"] * torch.backends.mps.is_available()
+    if text not in known:
+        fault = f"torch {torch.__version__} has {', '.join(known)} here; choose one"
+    elif ":" in text and "RANK" in os.environ:
+        fault = "each process of torchrun takes a GPU of its own; give cuda, or set CUDA_VISIBLE_DEVICES"
+    else:
+        return text
+    raise argparse.ArgumentTypeError(f"{text}: {fault}")
+
+
+DEVICE = {
+    "type": usable_device,
+    "metavar": "DEVICE",
+    "help": "cpu, cuda, cuda:1, or mps, which is untested (default: cuda where there is a GPU, else cpu)",
+}
+# Of flags that other programs have.
+DEVICE_HINTS = dict.fromkeys(
+    ("--gpu", "--gpus", "--num-gpus", "--devices"),
+    "choose a GPU with --device cuda:1, use N of them by torchrun --nproc-per-node N",
+)
+
+
+def init_distributed(device: str | None = None) -> Ranks:
     """Join the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or run as a single one.
 
-    The device is this process's own GPU, or the CPU where there is none.
+    `device` is a `usable_device`; by default this process's own GPU, or the CPU where there is none.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and device.index is None:
         local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local >= gpus:
             fault = f"process {local} of this machine has no GPU"
             print(f"{fault}: give --nproc-per-node {gpus}", file=sys.stderr)
             sys.exit(2)
         device = torch.device("cuda", local)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)

@@ -24,6 +24,7 @@ from run.checkpoint import replace_text
 from run.folder import Run
 from run.options import Options
 from run.ranks import Ranks
+from weights.load import locate
 from weights.ram import ram_folder, require_files
 from weights.words import digest_once, prior_files, word_vectors
 
@@ -106,7 +107,7 @@ def tagger_key(source: str, weights: str | Path, *settings: object) -> str:
         files = [ram_folder(weights) / name for name in require_files(ram_folder(weights))]
     else:
         names = [] if str(weights) == "random" else prior_files(str(weights), ("clip", "tokenizer"))
-        files = [Path(weights, name) for name in names]
+        files = [locate(weights) / name for name in names]
     hashes = [digest_once(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(repr((hashes, settings)).encode()).hexdigest()[:8]
 

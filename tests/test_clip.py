@@ -297,6 +297,12 @@ def test_any_text_can_be_spelled(texts):
         assert all(0 <= i < 512 for i in row[1:first_end])
 
 
+def test_surrogates_are_joined_or_replaced():
+    """JSON writes a car as two surrogates; a lone one has no character of its own."""
+    assert torch.equal(*spelled(["\ud83d\ude97", "🚗"]))
+    assert torch.equal(*spelled(["caf\udce9", "caf\ufffd"]))
+
+
 def test_a_vocabulary_must_have_room_for_all_bytes():
     Tokenizer.spelling(514)
     with pytest.raises(AssertionError, match="a vocabulary of 513 is too small: bytes need 514"):

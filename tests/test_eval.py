@@ -535,7 +535,7 @@ def test_a_folder_in_use_is_refused(finished, uncounted, tmp_path, capsys):
 
 def test_a_process_whose_own_files_fail_prints_its_error(monkeypatch, capsys):
     """A full disk is an error of one machine. What all processes raise alike, rank 0 alone prints."""
-    monkeypatch.setattr(module, "init_distributed", lambda: Ranks(1, 2, torch.device("cpu")))
+    monkeypatch.setattr(module, "init_distributed", lambda device: Ranks(1, 2, torch.device("cpu")))
     monkeypatch.setenv("RANK", "1")
     for error, printed in ((OSError("no room"), "eval.py: no room\n"), (TadaError("wrong"), "")):
 

@@ -87,9 +87,10 @@ def test_kernels_asked_for_by_name_are_described():
 
 def test_without_a_gpu_triton_is_refused_in_one_sentence(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(kernels.ModelError, match="torch finds no GPU; choose auto or torch"):
-        kernels.use("triton")
+    for gpu, device in ((False, "cuda"), (True, "cpu")):  # none there; --device cpu
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        with pytest.raises(kernels.ModelError, match="no GPU is used here; choose auto or torch"):
+            kernels.use("triton", device)
 
 
 def test_a_gpu_runs_a_kernel_where_the_table_lists_it(monkeypatch):

@@ -155,6 +155,10 @@ def named(png: str) -> list[dict]:
         (sample(categories=[{"id": 7, "name": "cat"}]), r"categories\[0\] must have .*isthing"),
         (sample(categories=2 * sample()["categories"]), r"categories\[1\]: the id 7 .* is a duplicate"),
         (
+            sample(categories=[{"id": 7, "name": "c\ud83dt", "isthing": 1}]),
+            "has half a character",
+        ),
+        (
             sample(categories=[{"id": 7, "name": "cat", "isthing": 1, "color": [1, 2, 300]}]),
             r"categories\[0\]: \"color\" must be .* not \[1, 2, 300\]",
         ),

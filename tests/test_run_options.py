@@ -154,7 +154,7 @@ def test_the_first_screen_names_the_row_of_the_paper(settings, row):
 
 
 def test_the_options_of_config_json_keep_their_names():
-    assert sorted(asdict(parse([])).keys() - {"colours"}) == KEYS.split()
+    assert sorted(asdict(parse([])).keys() - {"colours", "device"}) == KEYS.split()
 
 
 def test_settings_of_the_model_have_one_default():

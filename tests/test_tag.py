@@ -414,6 +414,7 @@ def test_ram_from_photos_to_a_label_map(ram, folder, tmp_path, capsys):
 
 def test_missing_ram_is_one_sentence_before_training(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("weights.load.CODE", tmp_path)  # a fetched RAM lies beside the code
     flags = f"--dataset folder --data {folder} --model tiny --weights random --run run --tags ram --workers 0"
     assert train.main(flags.split()) == 2
     error = capsys.readouterr().err

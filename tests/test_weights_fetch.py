@@ -51,6 +51,7 @@ class Hub(ThreadingHTTPServer):
         self.contents: dict[str, bytes] = {}
         # The next GETs of a path fail: ("cut" | "reset" | "stall", after that many bytes).
         self.troubles: dict[str, list[tuple[str, int]]] = {}
+        self.refusal = 0  # the status of every answer, if any
         self.elsewhere = False  # whether content lies on another host, as the real Hub's large files do
         self.requests: list[tuple[str, str, str | None]] = []  # method, file name, Range
         self.stalled = threading.Event()
@@ -84,7 +85,9 @@ class Answer(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.server.requests.append(("HEAD", self.path, None))
         content = self.server.contents.get(self.path)
-        if content is None:
+        if self.server.refusal:
+            self.answer(self.server.refusal, 0)
+        elif content is None:
             self.answer(404, 0)
         elif self.server.elsewhere:
             self.redirect(len(content))
@@ -475,6 +478,24 @@ def test_missing_file_on_the_hub_is_one_sentence(hub, table, command, tmp_path, 
     assert "404" in message and hub.url + hub.path(table[0]) in message
 
 
+@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize(
+    ("token", "cure"),
+    [
+        ("hf_expired", "token is expired or too narrow: unset HF_TOKEN"),
+        ("", "Hub refuses it to everyone"),
+    ],
+)
+def test_a_refusal_names_the_token(hub, table, command, tmp_path, capsys, monkeypatch, status, token, cure):
+    """The Hub answers 401 to an expired token also for files that need none."""
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no login"))
+    hub.refusal = status
+    assert command(table, "--to", tmp_path / "sd15") == 2
+    message = the_error(capsys)
+    assert cure in message and "--from DIR" in message and "connection" not in message.split("): ")[1]
+
+
 def test_refused_port_is_one_sentence(table, command, tmp_path, no_waits, capsys):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
@@ -659,8 +680,19 @@ def test_a_name_that_two_files_share_is_not_taken_flat(hub, table, command, tmp_
     """DIR/diffusion_pytorch_model.safetensors may be a UNet or a VAE: only its folder distinguishes them."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / Path(UNET).name).write_bytes(hub.contents[hub.path(table[0])])
-    assert command(table[:1], "--to", tmp_path / "sd15", "--from", tmp_path / "mine") == 0
-    assert hub.gets(table[0]) == [None]
+    (tmp_path / "mine" / "vocab.json").write_bytes(hub.contents[hub.path(table[2])])
+    assert command([table[0], table[2]], "--to", tmp_path / "sd15", "--from", tmp_path / "mine") == 0
+    assert hub.gets(table[0]) == [None] and hub.gets(table[2]) == []
+
+
+def test_a_from_folder_with_none_of_the_files_is_refused(hub, table, command, tmp_path, capsys):
+    """Before anything is created or requested: gigabytes are no answer to a wrong folder."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / Path(UNET).name).write_bytes(hub.contents[hub.path(table[0])])
+    assert command(table, "--to", tmp_path / "sd15", "--from", tmp_path / "mine") == 2
+    assert hub.requests == [] and not (tmp_path / "sd15").exists()
+    names = f"{UNET}, clip/model.safetensors, model.safetensors, tokenizer/vocab.json, vocab.json"
+    assert the_error(capsys).startswith(f"--from {tmp_path / 'mine'} holds none of {names}: give the folder")
 
 
 def test_a_from_folder_that_does_not_exist_is_one_sentence(hub, table, command, tmp_path, capsys):

@@ -24,7 +24,7 @@ from clip import CLIP
 from errors import WeightsError
 from unet import UNet
 from vae import VAE
-from weights.load import OFFICIAL, load, match
+from weights.load import CODE, OFFICIAL, load, locate, match
 
 MANIFESTS = Path(__file__).parents[1] / "weights" / "manifests"
 
@@ -351,3 +351,28 @@ def test_what_is_missing_is_named(tmp_path):
     assert "does not exist" in refusal(tmp_path / "nowhere")
     (tmp_path / "unet").mkdir()
     assert "but unet;" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["unet", "unet/diffusion_pytorch_model.safetensors"])
+def test_a_dangling_link_is_named_with_its_target(tmp_path, name):
+    """As in a cache of the Hub whose blobs were deleted; the folder itself or its file."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).symlink_to("/gone/blob")
+    assert refusal(tmp_path / "unet").startswith(f"{tmp_path / name} is a link to /gone/blob, which does not")
+
+
+def test_weights_beside_the_code_are_found_from_any_folder(tmp_path, monkeypatch):
+    """A folder of that name here comes first; what is nowhere keeps its name."""
+    monkeypatch.chdir(tmp_path)
+    assert locate("weights/tiny") == CODE / "weights" / "tiny"
+    assert locate("weights/nothing") == Path("weights/nothing")
+    assert locate(tmp_path / "weights/tiny") == tmp_path / "weights/tiny", "an absolute path is meant"
+    (tmp_path / "weights" / "tiny").mkdir(parents=True)
+    assert locate("weights/tiny") == Path("weights/tiny")
+
+
+def test_the_cure_can_be_typed_where_the_user_is(tmp_path, monkeypatch):
+    """`python -m weights.fetch` runs in the clone alone."""
+    for folder, where in ((CODE, ""), (tmp_path, f" in {CODE}")):
+        monkeypatch.chdir(folder)
+        assert refusal(tmp_path / "nowhere").endswith(f"`python -m weights.fetch`{where}")

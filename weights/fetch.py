@@ -11,7 +11,6 @@ size and hash match the table below. Re-run after a failure: complete files are 
 leftovers in `.tmp-fetch` are deleted, so run one process per destination.
 """
 
-import argparse
 import hashlib
 import os
 import shutil
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from errors import WeightsError, run_command
+from errors import Parser, WeightsError, run_command
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def link_or_copy(path: Path, folder: Path) -> Path:
 
 def download(file: File, folder: Path, endpoint: str | None) -> Path:
     """Download `file` into `folder` and verify it. Raise WeightsError, or OSError if the disk fails."""
-    from huggingface_hub import hf_hub_download  # slow to import
+    from huggingface_hub import get_token, hf_hub_download  # slow to import
 
     print(f"{file.local}: downloading {amount(file.size)} from {file.repo}", flush=True)
     try:
@@ -123,8 +122,13 @@ def download(file: File, folder: Path, endpoint: str | None) -> Path:
     except Exception as error:  # the library's errors have no common class
         if isinstance(error, OSError) and error.errno:  # the disk is full, read-only, ...
             raise
-        reason = " ".join(str(error.__cause__ or error).split())  # one line
-        cure = f"check the connection and {AGAIN}, or give files that you already have with --from DIR"
+        cause, cure = error.__cause__ or error, f"check the connection and {AGAIN}, or"
+        if getattr(getattr(cause, "response", None), "status_code", None) in (401, 403):
+            cure = "the Hub refuses it to everyone;"
+            if get_token():
+                cure = f"your token is expired or too narrow: unset HF_TOKEN or `hf auth logout`, {AGAIN}, or"
+        cure += " give files that you already have with --from DIR"
+        reason = " ".join(str(cause).split())  # one line
         raise WeightsError(f"cannot download {file.remote} of {file.repo} ({reason}): {cure}") from error
     if difference := mismatch(path, file):
         cure = f"{AGAIN}; if this repeats, compare the published file with the table in weights/fetch.py"
@@ -141,6 +145,10 @@ def fetch(files: Sequence[File], root: Path, source: Path | None = None, endpoin
     """
     if source and not source.is_dir():
         raise WeightsError(f"--from {source} is not a folder: give one that holds downloaded files")
+    names = [*dict.fromkeys(name for file in files for name in (file.local, file.remote))]
+    if source and not any((source / name).is_file() for name in names):
+        cure = "give the folder that holds one of them, or leave --from out to download all"
+        raise WeightsError(f"--from {source} holds none of {', '.join(names)}: {cure}")
     print(f"{len(files)} files, {amount(sum(file.size for file in files))}, into {root}", flush=True)
     scratch = root / SCRATCH
     shutil.rmtree(scratch, ignore_errors=True)  # leftovers of a killed run
@@ -186,7 +194,7 @@ def fetch_ram(root: Path, source: Path | None = None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m weights.fetch",
         description="Download the official weights (5.5 GB; fp16: 3.6 GB) and verify them.",
     )

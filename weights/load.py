@@ -24,6 +24,7 @@ from vae import VAE
 Module = TypeVar("Module", bound=nn.Module)
 Rename = tuple[str, str | Callable[[re.Match], str]]  # a pattern and its replacement, for re.sub
 
+CODE = Path(__file__).parents[1]
 FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # file names in a component's folder
 FILES += tuple(name.replace(".safetensors", ".fp16.safetensors") for name in FILES)
 
@@ -86,7 +87,7 @@ class Official:
 
     @property
     def cure(self) -> str:
-        return f"get {self.file}: `{self.command}`"
+        return f"get {self.file}: `{self.command}`{'' if Path.cwd() == CODE else f' in {CODE}'}"
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors of stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -133,15 +134,30 @@ def load(module: Module, path: str | Path) -> Module:
     return module
 
 
+def locate(path: str | Path) -> Path:
+    """`path`, or the same path beside the code where only that exists: weights/tiny, from any folder."""
+    beside = CODE / path
+    return Path(path) if Path(path).exists() or not beside.exists() else beside
+
+
+def absence(path: Path) -> str:
+    """Why a file that is needed is not there."""
+    if path.is_symlink():
+        return f"{path} is a link to {path.readlink()}, which does not exist"
+    return f"{path} does not exist"
+
+
 def find(path: Path, official: Official) -> Path:
     """Return `path` if it is a file, else the first official file in the folder `path`."""
     if path.is_file():
         return path
     if not path.is_dir():
-        raise WeightsError(f"{path} does not exist; {official.cure}")
+        raise WeightsError(f"{absence(path)}; {official.cure}")
     for name in FILES:
         if (path / name).is_file():
             return path / name
+        if (path / name).is_symlink():
+            raise WeightsError(f"{absence(path / name)}; {official.cure}")
     held = ", ".join(sorted(x.name for x in path.iterdir())[:10]) or "nothing"
     raise WeightsError(f"{path} holds none of {', '.join(FILES)} but {held}; {official.cure}")
 

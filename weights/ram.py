@@ -16,7 +16,7 @@ from torch import Tensor
 
 from errors import WeightsError
 from ram import RAM, RAMConfig
-from weights.load import OFFICIAL, kind, load, match
+from weights.load import OFFICIAL, absence, kind, load, locate, match
 
 MODEL = "model.safetensors"
 NAMES = "ram_tag_list.txt"
@@ -25,7 +25,7 @@ THRESHOLDS = "ram_tag_list_threshold.txt"
 
 def ram_folder(weights: str | Path) -> Path:
     """RAM's folder, next to that of the prior; weights/ram of random weights."""
-    return Path("weights" if str(weights) == "random" else Path(weights).parent, "ram")
+    return locate(Path("weights" if str(weights) == "random" else Path(weights).parent, "ram"))
 
 
 class LoadedRAM(NamedTuple):
@@ -70,7 +70,7 @@ def require_files(folder: Path) -> tuple[str, ...]:
     """The names of the three files; raise WeightsError if one is missing."""
     for name in (MODEL, NAMES, THRESHOLDS):
         if not (folder / name).is_file():
-            raise WeightsError(f"{folder / name} does not exist; {OFFICIAL[RAM].cure}, or use other tags")
+            raise WeightsError(f"{absence(folder / name)}; {OFFICIAL[RAM].cure}, or use other tags")
     return MODEL, NAMES, THRESHOLDS
 
 
@@ -115,7 +115,7 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Tensor]:
     """The tensors by name, mapped from the file and not yet read."""
     cure = OFFICIAL[RAM].cure
     if not checkpoint.is_file():
-        raise WeightsError(f"{checkpoint} does not exist; {cure}")
+        raise WeightsError(f"{absence(checkpoint)}; {cure}")
     with checkpoint.open("rb") as stream:
         start = stream.read(512)
     if start[:4] != b"PK\x03\x04":  # torch's zip format, the only one that can be mapped

@@ -18,7 +18,7 @@ from torch import Tensor
 from clip import CLIP, PROMPT, TEMPLATES, Tokenizer, name_vectors
 from unet import UNet
 from vae import VAE
-from weights.load import OFFICIAL, find
+from weights.load import OFFICIAL, find, locate
 
 
 def word_vectors(
@@ -36,10 +36,11 @@ def word_vectors(
     prompts = (PROMPT,) if templates == 1 else TEMPLATES
     if weights == "random":
         return name_vectors(clip, tokenizer, words, prompts, shared)
-    files = [Path(weights, file) for file in prior_files(weights, ("clip", "tokenizer"))]
+    folder = locate(weights)
+    files = [folder / file for file in prior_files(weights, ("clip", "tokenizer"))]
     hashes = [digest_once(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = hashlib.sha256(json.dumps([hashes, words, prompts, shared]).encode()).hexdigest()
-    file = Path(weights, ".vectors", f"{key[:32]}.safetensors")
+    file = folder / ".vectors" / f"{key[:32]}.safetensors"
     with suppress(OSError, SafetensorError):  # missing, or truncated by a crash: recompute
         return load_file(file)["vectors"].to(clip.logit_scale.device)
     vectors = name_vectors(clip, tokenizer, words, prompts, shared)
@@ -55,14 +56,14 @@ def word_vectors(
 
 def prior_files(weights: str, parts: Sequence[str]) -> list[str]:
     """The files of the `parts` vae, unet, clip or tokenizer, relative to the folder `weights`."""
-    files = []
+    files, folder = [], locate(weights)
     for part in parts:
         if part == "tokenizer":
             files += ["tokenizer/vocab.json", "tokenizer/merges.txt"]
         else:
             kind = {"vae": VAE, "unet": UNet, "clip": CLIP}[part]
-            file = find(Path(weights, part), OFFICIAL[kind])
-            files.append(file.relative_to(weights).as_posix())
+            file = find(folder / part, OFFICIAL[kind])
+            files.append(file.relative_to(folder).as_posix())
     return files
 
 
