@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ("train.py", "eval.py", "predict.py")
+SCRIPTS = ("train.py", "eval.py", "predict.py", "page.py")
 MODULES = (
     "images.scenes",
     "lab.ablate",
