@@ -109,12 +109,13 @@ class Viewer:
         """The attention to one word, all words on one scale: from 0 to the highest attention to any."""
         with self.lock:
             found = self.result(content, name, words)
-            strength = found.attention(to)
-        level = Image.fromarray((strength * (255 / found.maps.max())).round().astype(np.uint8))
+            strength, top = found.attention(to), float(found.maps.max())
+        level = Image.fromarray((strength * (255 / top)).round().astype(np.uint8))
         stops = np.linspace(0, 255, len(HEAT))
         colours = np.stack([np.interp(range(256), stops, x) for x in zip(*HEAT, strict=True)], axis=-1)
         level.putpalette(colours.round().astype(np.uint8).tobytes())
-        return {"map": data_url(level), "low": float(strength.min()), "high": float(strength.max())}
+        ends = {"low": float(strength.min()), "high": float(strength.max()), "top": top}
+        return {"map": data_url(level)} | ends
 
 
 def decoded(content: bytes, name: str) -> Image.Image:

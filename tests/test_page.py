@@ -111,7 +111,7 @@ def test_attention_is_on_one_scale_for_all_words(tada):
         strength, image = expected.attention(word), opened(answer["map"])
         levels[word] = np.asarray(image)
         assert np.array_equal(levels[word], (strength * (255 / top)).round())
-        assert (answer["low"], answer["high"]) == (strength.min(), strength.max())
+        assert (answer["low"], answer["high"], answer["top"]) == (strength.min(), strength.max(), top)
         lightness = np.asarray(image.convert("L"), int).ravel()[levels[word].ravel().argsort(kind="stable")]
         assert (np.diff(lightness) >= 0).all(), "more attention is lighter"
     assert max(level.max() for level in levels.values()) == 255
@@ -416,6 +416,26 @@ def test_a_word_moves_the_map(tab, tada):
 
 
 @pytest.mark.browser
+def test_words_are_edited_by_keyboard(tab):
+    """The focus stays on a word whose attention is shown, and goes to the field when the word is gone."""
+    first, second, *rest = chips(tab)
+    tab.get_by_label("Add a word").focus()
+    for _ in range(2 * (2 + len(rest))):  # back to the first word
+        tab.keyboard.press("Shift+Tab")
+    tab.keyboard.press("Enter")
+    tab.get_by_text(f"Attention to “{first}”").wait_for()
+    tab.keyboard.press("Tab")
+    tab.keyboard.press("Enter")  # remove it: the view falls back to the maps
+    settled(tab)
+    assert chips(tab) == [second, *rest]
+    assert tab.locator("figcaption").first.inner_text() == "Without words"
+    tab.keyboard.type(first)
+    tab.keyboard.press("Enter")
+    settled(tab)
+    assert chips(tab) == [second, *rest, first]
+
+
+@pytest.mark.browser
 def test_attention_and_what_changed_are_shown(tab):
     both = pixels(tab)
     word = chips(tab)[0]
@@ -430,7 +450,7 @@ def test_attention_and_what_changed_are_shown(tab):
 
 
 @pytest.mark.browser
-def test_a_broken_file_is_one_sentence(tab):
+def test_a_broken_file_is_one_sentence(tab, tmp_path):
     """Dropped on the page; what was there stays, and a whole image takes the sentence away."""
     before = labels(tab)
     data = tab.evaluate_handle("new DataTransfer()")
@@ -440,8 +460,9 @@ def test_a_broken_file_is_one_sentence(tab):
     alert.wait_for()
     assert alert.inner_text().startswith("broken.jpg ") and "\n" not in alert.inner_text()
     assert np.array_equal(labels(tab), before)
-    large = {"name": "large.png", "mimeType": "image/png", "buffer": bytes(LIMIT + 1)}
-    tab.locator("#file").set_input_files(large)
+    with (tmp_path / "large.png").open("wb") as file:
+        file.truncate(LIMIT + 1)
+    tab.locator("#file").set_input_files(file.name)
     tab.get_by_text("large.png has 20 MB: at most 20 MB are read.").wait_for()
     whole = {"name": "whole.png", "mimeType": "image/png", "buffer": file_of(SCENE.resize((200, 100)))}
     tab.locator("#file").set_input_files(whole)
