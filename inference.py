@@ -55,7 +55,8 @@ def predict(
     the whole image or on windows whose logits are averaged where they overlap; `flip` adds the mirrored
     image. The softmax of all passes is averaged at `size` (the protocol of VPD and mmsegmentation). If the
     model uses CLIP's tags and none are given, every pass gets the tags of the whole image. `tags` and `seen`
-    are those of `resolve_tags`.
+    are those of `resolve_tags`. The image is taken as it is: predict.py's `predict_image` resizes it into the
+    model's box and reads it in the model's windows first, as the commands do.
     """
     if tags is None:
         tags, seen = tada.resolve_tags(image, None)
@@ -132,16 +133,21 @@ def attention(tada: Tada, image: Tensor, tags: Tags | None = None) -> Tensor:
 
 
 def attention_in_windows(tada: Tada, image: Tensor, tags: Tags | None = None) -> Tensor:
-    """`attention` in the windows of training's crop, averaged where they overlap: `(B, T, H, W)`."""
+    """`attention` in the windows of training's crop, blended where they overlap: `(B, T, H, W)`.
+
+    A window's weight falls from its middle to its border, so that no border shows as a seam.
+    """
     size, parts = tuple(image.shape[2:]), []
     for top, left, bottom, right in windows(size, tada.config.crop, tada.config.stride):
         part = attention(tada, image[..., top:bottom, left:right], tags)
         parts.append((part, (top, left, bottom, right)))
-    total, count = part.new_zeros(*part.shape[:2], *size), part.new_zeros(size)
+    total, weights = part.new_zeros(*part.shape[:2], *size), part.new_zeros(size)
+    rows, columns = (torch.arange(1, side + 1).to(part) for side in part.shape[2:])
+    weight = torch.minimum(rows, rows.flip(0))[:, None] * torch.minimum(columns, columns.flip(0))
     for part, (top, left, bottom, right) in parts:
-        total[..., top:bottom, left:right] += part
-        count[top:bottom, left:right] += 1
-    return total.div_(count)
+        total[..., top:bottom, left:right] += weight * part
+        weights[top:bottom, left:right] += weight
+    return total.div_(weights)
 
 
 # ---- parts

@@ -5,7 +5,8 @@
     labels = predict(tada.eval(), image, tags).labels  # (B, H, W), inference.py
 
 Top to bottom: the settings of a model, the model (its `forward` is Figure 2), its loss, words to vectors.
-assemble.py builds models, inference.py predicts images of any size, run/checkpoint.py saves and loads.
+assemble.py builds models, inference.py predicts images of any size, run/checkpoint.py saves and loads;
+predict.py's `predict_image` takes a path or an image and does the rest.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from adapter import Condition, Implicit, Tagging, Text, Words, asymmetric_loss, multi_hot
 from clip import CLIP, PROMPT, TEMPLATES, Tokenizer, likely_names, name_vectors, zero_shot_tags
 from decoders import Logits, SemanticDecoder
+from errors import ModelError
 from kernels import IGNORE
 from mask2former import Mask2Former, Queries, Rand, Target
 from unet import UNet, alphas_cumprod
@@ -201,8 +203,11 @@ class Tada(nn.Module):
     def text(self, tags: Tags | None) -> Text | None:
         """Encode each image's words, `(B, T, C)`; None if the condition uses class names or no text.
 
-        An image without words gets the empty-prompt vector.
+        An image without words gets the empty-prompt vector. Raises ModelError for a string in place of a
+        list, which would be read letter by letter.
         """
+        if tags is not None and any(isinstance(words, str) for words in (tags, *tags)):
+            raise ModelError(f'words {tags!r}: give a list of words for each image, as [["sea", "boat"]]')
         if tags is None or not self.uses_words:
             return None
         device = self.unet.conv_in.weight.device

@@ -6,7 +6,8 @@
 
 For `x.jpg` it writes into --out:
 
-    x.png            the class of every pixel: one channel, the image's size, upright by its EXIF tag
+    x.png            the class of every pixel, the image's size, upright by its EXIF tag: indices of a
+                     palette (Pillow's mode P) of the classes' colours
     x.overlay.jpg    the image under its classes' colours (mask2former: and outlines), a legend, its words
     x.attention.jpg  with --attention: where the model attends to each word
     x.segments.png   mask2former: the segment of every pixel, its id as R + 256 G + 65536 B, 0 = none
@@ -67,11 +68,11 @@ def load_model(
 ) -> Tada:
     """Load the model of a run folder (its best step), a step folder, `last`, `best` or a model.safetensors.
 
-    `device` is CUDA by default, where there is one. The others are the flags of predict.py; `tags`, "clip" or
-    "ram", chooses another tagger than that of training. Raises CheckpointError.
+    It is in eval mode, without gradients; `device` is CUDA by default, where there is one. The others are the
+    flags of predict.py: `tags`, "clip" or "ram", is another tagger than training's. Raises CheckpointError.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return read_model(checkpoint, weights, device, tags, tag_threshold)
+    return read_model(checkpoint, weights, device, tags, tag_threshold).requires_grad_(False)
 
 
 def predict_image(
@@ -81,19 +82,17 @@ def predict_image(
     *,
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
-    score: float | None = None,
-    overlap: float | None = None,
+    **segments: float,
 ) -> Segmentation:
     """Predict an image as predict.py does: the same labels to the pixel.
 
     image: a path, a PIL image (turned upright by its EXIF tag, as files are) or an array of uint8 in 0..255,
     `(H, W, 3)` in the order RGB or `(H, W)` grey. words: a list such as ["sea", "boat"]; [] for none, as
-    `--tags none`; None for those of the model's tagger. score and overlap are of mask2former. Raises
-    DataError or ModelError.
+    `--tags none`; None for those of the model's tagger. `segments` are `score` and `overlap` of mask2former.
+    Raises DataError or ModelError.
     """
-    config, given = tada.config, {"score": score, "overlap": overlap}
-    given = {name: value for name, value in given.items() if value is not None}
-    reading = segment_options(given, config.decoder, {"flip": flip, "scales": tuple(scales) != (1.0,)})
+    config = tada.config
+    reading = segment_options(segments, config.decoder, {"flip": flip, "scales": tuple(scales) != (1.0,)})
     if words is not None:
         words = checked_words(words, config.condition)
     elif tada.tagger is None:  # the class names, or a file of tags by the image's path
@@ -131,7 +130,8 @@ def draw(found: Segmentation, settings: Settings) -> tuple[dict, dict[str, bytes
 
 def encoded(image: Image.Image, ending: str) -> bytes:
     file = BytesIO()
-    image.save(file, "PNG" if ending.endswith(".png") else "JPEG", quality=92)
+    kind = {"format": "PNG", "bits": 8} if ending.endswith(".png") else {"format": "JPEG", "quality": 92}
+    image.save(file, **kind)  # 8 bits also of few classes: some programs misread 4
     return file.getvalue()
 
 

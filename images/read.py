@@ -153,14 +153,13 @@ def read_image(
         image.load()
         if image.getexif().get(0x0112) in (5, 6, 7, 8):  # Orientation: the four that lie on their side
             W, H = H, W
-        return upright(image, path), (H, W)
+        image.info = {}  # exif_transpose would write EXIF anew, odd or not; convert() warns of transparency
+        ImageOps.exif_transpose(image, in_place=True)
+        return to_rgb(image, path), (H, W)
 
 
-def upright(image: Image.Image, name: str | Path) -> Image.Image:
-    """Turn the image upright by its EXIF tag, in place, and return it as 8-bit RGB. Raises Unreadable."""
-    image.getexif()  # read before its bytes are dropped
-    image.info = {}  # exif_transpose would write EXIF anew, odd or not; convert() warns of transparency
-    ImageOps.exif_transpose(image, in_place=True)
+def to_rgb(image: Image.Image, name: str | Path) -> Image.Image:
+    """The image with 8 bits a channel, RGB. Raises Unreadable."""
     if image.mode == "F":
         raise Unreadable(f"{name} holds floating-point numbers (mode F): save it with 8 bits a channel")
     if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255

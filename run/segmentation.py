@@ -11,12 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from torch import Tensor
 
 import inference
 from errors import DataError, ModelError
 from images.draw import attention_mosaic, overlay, segment_overlay
-from images.read import distinct_colour, fit, read_image, upright
+from images.read import distinct_colour, fit, read_image, to_rgb
 from loading.augment import model_input, resize
 from loading.tags import tag_key
 from mask2former import PredictedSegment
@@ -49,7 +50,11 @@ def open_image(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
         image = Image.fromarray(image)
     if not isinstance(image, Image.Image):
         raise DataError(f"an image of type {type(image).__name__}: give a path, a PIL image or a numpy array")
-    return upright(image.copy(), "the image")
+    image = image.copy()
+    image.getexif()  # kept by the image
+    image.info = {}  # as `read_image`
+    ImageOps.exif_transpose(image, in_place=True)
+    return to_rgb(image, "the image")
 
 
 def sizes(photo: Photo) -> tuple[Size, Size]:
@@ -67,6 +72,12 @@ class Segmentation:
     tags: list[str] | None  # the words that it was given; None without words per image
     ids: np.ndarray | None = None  # (H, W), of mask2former: the id of each pixel's segment, 0 = none
     segments: Sequence[PredictedSegment] = ()  # of mask2former
+
+    @property
+    def input(self) -> Tensor:
+        """The image as the model reads it, `(1, 3, h, w)` in [-1, 1], on the model's device."""
+        small = self.photo.small
+        return model_input(small, small.size[::-1]).to(self.tada.unet.conv_in.weight.device)
 
     @property
     def shares(self) -> dict[str, float]:
@@ -144,12 +155,10 @@ def predict_photos(
 @torch.no_grad()
 def attend(found: Sequence[Segmentation]) -> list[np.ndarray]:
     """The attention of images of one size to their words, `(T, h, w)` each."""
-    tada, size = found[0].tada, sizes(found[0].photo)[0]
-    device = tada.unet.conv_in.weight.device
-    x = torch.cat([model_input(one.photo.small, size) for one in found]).to(device)
+    x = torch.cat([one.input for one in found])
     tags = None if found[0].tags is None else [one.tags for one in found]
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        maps = inference.attention_in_windows(tada, x, tags).cpu().numpy()  # (B, T, h, w)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+        maps = inference.attention_in_windows(found[0].tada, x, tags).cpu().numpy()  # (B, T, h, w)
     if tags is None:
         return [*maps]
     return [rows[: max(len(words), 1)] for rows, words in zip(maps, tags, strict=True)]  # no padding

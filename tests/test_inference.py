@@ -16,6 +16,7 @@ import inference
 from adapter import Condition
 from clip import TEMPLATES, name_vectors
 from decoders import Logits
+from errors import ModelError
 from inference import predict, vote, windows
 from model import Output, Tada
 
@@ -252,3 +253,15 @@ def test_other_sizes_and_windows_have_features_of_their_own(image, how, monkeypa
     result, expected = predict(tada, image[:1], **how), predict(tada, image[:1], words, **how)
     assert torch.equal(result.labels, expected.labels)
     assert torch.equal(result.tag_logits, expected.tag_logits)
+
+
+@pytest.mark.parametrize("words", ["sea", "sea, boat", ["sea, boat", "sky"], [["sea"], "sky"]])
+@pytest.mark.parametrize("condition", ["tagging", "none"])
+def test_words_are_never_read_letter_by_letter(tagging, image, words, condition):
+    """A bare string in place of a list of words is refused, wherever it enters."""
+    tada = tagging if condition == "tagging" else make(condition=condition)
+    for read in (predict, inference.attention, Tada.forward) if condition == "tagging" else (predict,):
+        with pytest.raises(
+            ModelError, match=r'give a list of words for each image, as \[\["sea", "boat"\]\]'
+        ):
+            read(tada, image, words)

@@ -6,6 +6,8 @@ import fcntl
 import json
 import multiprocessing
 import os
+import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -27,10 +29,10 @@ import kernels
 import predict as module
 from assemble import build
 from clip import CLIP
-from errors import DataError, ModelError
+from errors import DataError, ModelError, WeightsError
 from images import draw, scenes
 from images.panoptic import from_colours
-from images.read import find_images
+from images.read import find_images, label_table, read_labels
 from loading.augment import evaluation, model_input, normalise
 from loading.tags import LONGEST_TAG, choose_words
 from model import Tada, TadaConfig
@@ -939,12 +941,40 @@ def test_attention_needs_words(tada, condition):
 
 @torch.no_grad()
 def test_attention_is_that_of_the_windows(tada):
-    """Of an image larger than the crop: each window by itself, averaged where two overlap."""
+    """Of an image larger than the crop: each window by itself, blended where two overlap."""
     image = 2 * torch.rand(1, 3, 64, 85) - 1
     found = inference.attention_in_windows(tada, image, TAGS[1:])
     left, right = (inference.attention(tada, image[..., x : x + 64], TAGS[1:]) for x in (0, 21))
-    expected = torch.cat([left[..., :21], (left[..., 21:] + right[..., :43]) / 2, right[..., 43:]], dim=3)
+    weight = torch.tensor([min(x + 1, 64 - x) for x in range(64)])
+    share = weight[:43] / (weight[21:] + weight[:43])
+    both = (1 - share) * left[..., 21:] + share * right[..., :43]
+    expected = torch.cat([left[..., :21], both, right[..., 43:]], dim=3)
     assert torch.allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(64, 200), (150, 64), (100, 170)])
+def test_attention_has_no_seams(tada, size, monkeypatch):
+    """Windows that agree stay as they are; those that differ are cross-faded, never by a step."""
+    image, one = torch.zeros(1, 3, *size), torch.rand(1, 2, 1, 1)
+    monkeypatch.setattr(inference, "attention", lambda tada, x, tags: one.expand(1, 2, *x.shape[2:]))
+    assert torch.allclose(inference.attention_in_windows(tada, image), one.expand(1, 2, *size))
+    turn = iter([0.0, 1.0] * 99)
+    monkeypatch.setattr(inference, "attention", lambda tada, x, tags: torch.full((1, 1, 64, 64), next(turn)))
+    found = inference.attention_in_windows(tada, image)
+    assert found.min() == 0 and found.max() > 0.9  # the windows differ by 1,
+    assert max(found.diff(dim=2).max(), found.diff(dim=3).max()) < 0.1  # and overlap by 21 pixels
+
+
+@torch.no_grad()
+def test_attention_does_not_jump_where_a_window_ends(tada):
+    """Of a real model on a wide image: no larger steps at the windows' borders than elsewhere."""
+    image = model_input(Image.fromarray(noise(64, 200)), (64, 200))
+    steps = inference.attention_in_windows(tada, image, TAGS[:1]).diff(dim=3).abs().mean(dim=(0, 1, 2))
+    windows = inference.windows((64, 200), (64, 64), (43, 43))
+    at_border = torch.zeros(201, dtype=torch.bool)
+    at_border[[x for _, left, _, right in windows for x in (left, right)]] = True
+    at_border = at_border[1:200]  # of the steps
+    assert at_border.sum() == 8 and steps[at_border].max() <= steps[~at_border].max()
 
 
 def test_attention_has_a_tile_for_each_word(steered, tmp_path, monkeypatch):
@@ -1013,3 +1043,164 @@ def test_from_python_as_by_the_command(steered, surest, tmp_path, decoder, words
                 x["id"] for x in line["segments"]
             ]
     assert len(lines(out)) == 3 and not tada.training
+
+
+@pytest.mark.parametrize(
+    ("image", "sentence"),
+    [
+        (np.zeros((4, 5, 3)), "float64 and shape (4, 5, 3) cannot be read: give uint8 in 0..255 of shape"),
+        (np.zeros((3, 4, 5), np.uint8), "uint8 and shape (3, 4, 5)"),
+        (np.zeros((1, 4, 5, 3), np.uint8), "shape (1, 4, 5, 3)"),
+        (np.zeros(5, np.uint8), "shape (5,)"),
+        (np.zeros((0, 5, 3), np.uint8), "shape (0, 5, 3)"),
+        (torch.zeros(3, 4, 5), "type Tensor: give a path, a PIL image or a numpy array"),
+        (Image.new("F", (4, 5)), "the image holds floating-point numbers"),
+        ("gone.jpg", "gone.jpg cannot be read (No such file or directory)"),
+    ],
+)
+def test_what_is_no_image_is_refused_in_one_sentence(tada, image, sentence):
+    with pytest.raises(DataError, match=re.escape(sentence)):
+        predict_image(tada, image, ["sea"])
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("sea, boat", """words 'sea, boat' is one string: give a list, ["sea", "boat"]"""),
+        ("sea", """words 'sea' is one string: give a list, ["sea"]"""),
+        (["sky", "sea, boat"], """words 'sea, boat' is one string: give a list, ["sea", "boat"]"""),
+        (["sea", 3], "1 to 200 printable characters, not '3'"),
+        ([""], "1 to 200 printable characters, not ''"),
+        ([f"word {i}" for i in range(1001)], "has 1001 words: give at most 1000"),
+    ],
+)
+def test_words_are_a_list(tada, words, sentence):
+    with pytest.raises(DataError, match=re.escape(sentence)):
+        predict_image(tada, noise(8, 8), words)
+
+
+def test_words_that_the_condition_cannot_use(tmp_path):
+    """As of the command: none where there are no words, the ground truth is given; captions have commas."""
+    plain = restless(replace(CONFIG, condition="none", tags="classes"))
+    assert predict_image(plain, noise(8, 8)).tags is None
+    with pytest.raises(DataError, match="condition none uses no words per image"):
+        predict_image(plain, noise(8, 8), ["sea"])
+    with pytest.raises(ModelError, match="condition none has no words to attend to"):
+        predict_image(plain, noise(8, 8)).attention("sea")
+    with pytest.raises(ModelError, match="score is for mask2former's segments"):
+        predict_image(plain, noise(8, 8), score=0.5)
+    caption = SimpleNamespace(config=replace(CONFIG, condition="caption", tags="oracle"), tagger=None)
+    with pytest.raises(DataError, match=re.escape('give a list, ["a boat, at sea"]')):
+        predict_image(caption, noise(8, 8), "a boat, at sea")
+    with pytest.raises(DataError, match="ground-truth tags of new images are not at hand"):
+        predict_image(caption, noise(8, 8))
+    file = tmp_path / "tags.jsonl"
+    file.write_text(json.dumps({"image": "1.png", "tags": ["sea"]}))
+    by_file = restless(replace(CONFIG, tags=str(file)))
+    assert predict_image(by_file, save(tmp_path / "1.png")).tags == ["sea"]
+    with pytest.raises(DataError, match="lacks 1 of 1 images, such as the image"):
+        predict_image(by_file, noise(8, 8))
+
+
+def test_scales_and_flip_from_python(steered, tada, tmp_path):
+    path, flags = save(tmp_path / "x.png", noise(100, 150)), ["--scales", "1", "1.5", "--flip"]
+    assert main([steered, str(path), "--out", str(tmp_path / "out"), *flags]) == 0
+    result = predict_image(tada, path, scales=(1, 1.5), flip=True)
+    assert np.array_equal(result.labels, labels(tmp_path / "out" / "x.png"))
+    assert (result.labels != predict_image(tada, path).labels).any()
+
+
+def test_attention_from_python(steered, tada, tmp_path):
+    """Of one word at the size that the model reads; the drawing of the command; the caller's image stays."""
+    image = Image.fromarray(noise(70, 150)).convert("RGBA")
+    before = image.tobytes()
+    result = predict_image(tada, image, ["sea", "Boat"])
+    maps = inference.attention_in_windows(tada, result.input, [["sea", "Boat"]])[0].numpy()
+    assert result.input.shape == (1, 3, 60, 128) and maps.shape == (2, 60, 128)
+    assert np.array_equal(result.attention(" boat"), maps[1]) and result.attention("sea").dtype == np.float32
+    with pytest.raises(ModelError, match="'cow' is not among the words: give one of sea, boat"):
+        result.attention("cow")
+    assert image.mode == "RGBA" and image.tobytes() == before
+    image.convert("RGB").save(tmp_path / "x.png")
+    assert main([steered, str(tmp_path / "x.png"), "--out", str(tmp_path), "--words", "sea, Boat"]) == 2
+    flags = ["--out", str(tmp_path / "out"), "--words", "sea, Boat", "--attention"]
+    assert main([steered, str(tmp_path / "x.png"), *flags]) == 0
+    drawn = module.encoded(result.attention_overlay(), ".jpg")
+    assert (tmp_path / "out" / "x.attention.jpg").read_bytes() == drawn
+
+
+def test_label_maps_are_in_colour(steered, tada, tmp_path):
+    """8-bit indices whatever the number of classes, shown in the model's palette; our reader reads them."""
+    path, out = save(tmp_path / "x.png", noise(100, 150)), tmp_path / "out"
+    assert main([steered, str(path), "--out", str(out), "--words", "sea"]) == 0
+    result = predict_image(tada, path, ["sea"])
+    everything = label_table(range(len(CONFIG.classes)), [])
+    assert np.array_equal(read_labels(out / "x.png", everything), result.labels)
+    assert (out / "x.png").read_bytes()[24:26] == bytes([8, 3])  # PNG's bit depth; palette
+    shown = np.asarray(Image.open(out / "x.png").convert("RGB"))
+    assert np.array_equal(shown, scenes.PALETTE[result.labels])
+    grey = Image.fromarray(result.labels)
+    grey.save(out / "x.png")  # an earlier version's
+    before = (out / "x.png").stat().st_mtime_ns
+    assert main([steered, str(path), "--out", str(out), "--words", "sea"]) == 0
+    assert (out / "x.png").stat().st_mtime_ns == before
+
+
+def test_what_to_open_is_printed_last(steered, tmp_path, monkeypatch, capsys):
+    """The overlay of one image as --out was given; of many the folder; nothing where there is none."""
+    monkeypatch.chdir(tmp_path)
+    save(Path("in/1.png"))
+    for inputs, code, last in (
+        (["in/1.png"], 0, "predictions/1.overlay.jpg"),
+        (["in/1.png"], 0, "predictions/1.overlay.jpg"),  # which was there
+        (["in/1.png", "in/2.png"], 0, "predictions: 1 predicted, 1 skipped, 0 unreadable"),
+        (["in/bad.png"], 1, "predictions: 0 predicted, 0 skipped, 1 unreadable"),
+    ):
+        for name in inputs:
+            save(Path(name)) if "1" not in name else None
+        Path("in/bad.png").write_bytes(b"")
+        assert main([steered, *inputs, "--words", "sea"]) == code
+        assert capsys.readouterr().out.splitlines()[-1] == last
+    assert Path("predictions/1.overlay.jpg").is_file()
+
+
+def test_importing_does_nothing():
+    """No argument is parsed, nothing is printed, standard output stays as it is."""
+    code = "import sys; before = sys.stdout.errors; from predict import load_model, predict_image"
+    code += "; import torch; assert sys.stdout.errors == before and torch.is_grad_enabled()"
+    command = [sys.executable, "-c", code, "--no-such-flag"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == done.stderr == ""
+
+
+def run_text(code: str, names: dict) -> dict:
+    """Run the lines with these names; return the names after them."""
+    Path("lines.py").write_text(code)
+    return names | runpy.run_path("lines.py", names)
+
+
+def test_the_lines_of_the_documents_run(steered, tmp_path, monkeypatch):
+    """As they are printed, in a folder with runs/NAME and photo.jpg; the official weights are not at hand."""
+    monkeypatch.chdir(tmp_path)
+    step = tmp_path / "runs" / "NAME" / "step-000100"
+    step.mkdir(parents=True)
+    os.link(steered, step / "model.safetensors")
+    for link in ("best", "last"):
+        step.with_name(link).symlink_to(step.name)
+    save(tmp_path / "photo.jpg", noise(90, 150))
+    names, blocks = {}, []
+    for page in ("README.md", "docs/using.md"):
+        blocks += re.findall("^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+    for block in blocks:
+        if "weights/sd15" in block:
+            with pytest.raises(WeightsError, match="weights/sd15/vae"):
+                run_text(block, {})
+        else:
+            names = run_text(block, names)
+    result, tada, features = names["result"], names["tada"], names["features"]
+    assert result.tags == ["sea", "boat"] and result.labels.shape == (90, 150)
+    seen = []
+    with tada.decoder.register_forward_pre_hook(lambda decoder, given: seen.append(given[0])):
+        tada(result.input, [result.tags])
+    assert all(torch.equal(*pair) for pair in zip(features, seen[0], strict=True))
+    assert not features[0].requires_grad and not tada.training
