@@ -25,7 +25,7 @@ from pathlib import Path
 from socket import create_server
 from tempfile import NamedTemporaryFile
 from threading import Lock, Thread
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -39,14 +39,9 @@ from loading.tags import PER_IMAGE
 from model import Tada
 from predict import Segmentation, load_model, predict_image
 
-if TYPE_CHECKING:
-    from starlette.applications import Starlette
-
 LIMIT = 20 * 2**20  # bytes of an image's file
 KEPT = 3  # predictions: without words, and of the last two lists of words
 SHOWN = 1600  # longer side of an image as the page shows it
-DIMMED = 20, 22, 26  # the colour over what did not change; the page gives its opacity
-LOCAL = ("localhost", "127.0.0.1")
 HEADERS = {  # the page's own inline code, data: images, requests to itself, and nothing else
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -95,7 +90,7 @@ class Viewer:
         colours = dict(zip(self.tada.config.classes, colours, strict=True))
         moved = found.labels != plain.labels
         mask = Image.fromarray(moved.astype(np.uint8))
-        mask.putpalette([*DIMMED, 0, 0, 0])
+        mask.putpalette([20, 22, 26, 0, 0, 0])  # nearly black over what did not move; page.html dims it
         return {
             "tags": found.tags,
             "size": found.labels.shape,
@@ -114,8 +109,8 @@ class Viewer:
         stops = np.linspace(0, 255, len(HEAT))
         colours = np.stack([np.interp(range(256), stops, x) for x in zip(*HEAT, strict=True)], axis=-1)
         level.putpalette(colours.round().astype(np.uint8).tobytes())
-        ends = {"low": float(strength.min()), "high": float(strength.max()), "top": top}
-        return {"map": data_url(level)} | ends
+        low, high = float(strength.min()), float(strength.max())
+        return {"map": data_url(level), "low": low, "high": high, "top": top}
 
 
 def decoded(content: bytes, name: str) -> Image.Image:
@@ -142,8 +137,8 @@ def data_url(image: Image.Image, **options: bytes) -> str:
 # ---- HTTP
 
 
-def application(viewer: Viewer, hosts: Collection[str]) -> "Starlette":
-    """The page and its answers; `hosts` are the names by which requests may call this server."""
+def application(viewer: Viewer, hosts: Collection[str]) -> Callable:
+    """The page and its answers, by ASGI; `hosts` are the names by which requests may call this server."""
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
@@ -190,11 +185,9 @@ def application(viewer: Viewer, hosts: Collection[str]) -> "Starlette":
     routes = [Route("/", lambda _: HTMLResponse(html)), Route("/example", example)]
     routes += [Route("/model", lambda _: JSONResponse(viewer.model))]
     routes += [Route(f"/{f.__name__}", f, methods=["POST"]) for f in (image, predict, attention)]
-    faults = {
-        TadaError: lambda _, error: PlainTextResponse(str(error), 400),
-        ClientDisconnect: lambda _, error: Response(status_code=400),  # a reload while a file was sent
-    }
     guards = [Middleware(BaseHTTPMiddleware, dispatch=guard)]
+    faults = {TadaError: lambda _, error: PlainTextResponse(str(error), 400)}
+    faults[ClientDisconnect] = lambda *_: Response(status_code=400)  # a reload while a file was sent
     return Starlette(routes=routes, middleware=guards, exception_handlers=faults)
 
 
@@ -233,7 +226,7 @@ def run(checkpoint: str, *, weights: str | None, host: str, port: int, browser: 
     with listener:
         print(f"loading {checkpoint}", flush=True)
         viewer = Viewer(load_model(checkpoint, weights=weights), checkpoint)
-        app = application(viewer, dict.fromkeys([*LOCAL, host.lower()]))
+        app = application(viewer, dict.fromkeys(["localhost", "127.0.0.1", host.lower()]))
         url = f"http://{host}:{listener.getsockname()[1]}/"
         print(f"{url} (Ctrl-C stops it)", flush=True)
         if browser and (sys.platform == "darwin" or {"DISPLAY", "WAYLAND_DISPLAY"} & {*os.environ}):

@@ -120,12 +120,16 @@ def test_attention_is_on_one_scale_for_all_words(tada):
     assert answer.status_code == 400 and "'zebra'" in answer.text
 
 
-def test_the_image_is_shown_as_it_was_read(tada):
-    """Upright, as a JPEG, and no larger than a screen."""
-    exif = Image.Exif()
+def test_the_image_is_shown_as_it_was_read(tada, tmp_path):
+    """Upright, as a JPEG, and no larger than a screen; the map has the file's size."""
+    exif, file = Image.Exif(), tmp_path / "x.tif"
     exif[0x0112] = 6
-    turned = file_of(Image.new("RGB", (2 * SHOWN, SHOWN), "red"), "TIFF", exif=exif)
-    answer = client(tada).post("/image?name=x.tif", content=turned)
+    file.write_bytes(file_of(SCENE.resize((2 * SHOWN, SHOWN)), "TIFF", exif=exif, compression="tiff_lzw"))
+    labels = predict_image(tada, file, ["sea"]).labels
+    answer = client(tada).post("/predict?name=x.tif&word=sea", content=file.read_bytes())
+    assert labels.shape == (2 * SHOWN, SHOWN)
+    assert np.array_equal(np.asarray(opened(answer.json()["map"])), labels)
+    answer = client(tada).post("/image?name=x.tif", content=file.read_bytes())
     assert answer.headers["content-type"] == "image/jpeg"
     image = Image.open(BytesIO(answer.content))
     assert image.format == "JPEG" and image.size == (SHOWN // 2, SHOWN)
