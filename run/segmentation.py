@@ -1,4 +1,4 @@
-"""One image as predict.py and page.py read it, and what the model predicts for it.
+"""One image as predict.py reads it, from the command or from Python, and what the model predicts for it.
 
 Top to bottom: the image, its segmentation, the model's passes over images of one size.
 """
@@ -111,7 +111,8 @@ class Segmentation:
         """
         words = [*map(tag_key, self.tada.config.classes if self.tags is None else self.tags)]
         if tag_key(word) not in words:
-            raise ModelError(f"{word!r} is not among the words: give one of {', '.join(words) or 'them'}")
+            words = ", ".join(words)[:200] or "none"
+            raise ModelError(f"{word!r} is not among the words ({words}): predict the image with it")
         return self.maps[words.index(tag_key(word))]
 
     def attention_overlay(self) -> Image.Image:

@@ -1118,7 +1118,7 @@ def test_attention_from_python(steered, tada, tmp_path):
     maps = inference.attention_in_windows(tada, result.input, [["sea", "Boat"]])[0].numpy()
     assert result.input.shape == (1, 3, 60, 128) and maps.shape == (2, 60, 128)
     assert np.array_equal(result.attention(" boat"), maps[1]) and result.attention("sea").dtype == np.float32
-    with pytest.raises(ModelError, match="'cow' is not among the words: give one of sea, boat"):
+    with pytest.raises(ModelError, match=r"'cow' is not among the words \(sea, boat\): predict"):
         result.attention("cow")
     assert image.mode == "RGBA" and image.tobytes() == before
     image.convert("RGB").save(tmp_path / "x.png")
@@ -1162,6 +1162,18 @@ def test_what_to_open_is_printed_last(steered, tmp_path, monkeypatch, capsys):
         assert main([steered, *inputs, "--words", "sea"]) == code
         assert capsys.readouterr().out.splitlines()[-1] == last
     assert Path("predictions/1.overlay.jpg").is_file()
+
+
+def test_a_model_is_loaded_where_there_is_a_gpu(steered, monkeypatch):
+    """Unless a device is given."""
+    devices, real = [], module.read_model
+    monkeypatch.setattr(module, "read_model", lambda file, *rest: devices.append(rest[1]) or real(file))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    load_model(steered), load_model(steered, "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    tada = load_model(steered)
+    assert devices == ["cuda", "cpu", "cpu"]
+    assert not tada.training and not any(x.requires_grad for x in tada.parameters())
 
 
 def test_importing_does_nothing():
