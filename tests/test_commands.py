@@ -20,7 +20,7 @@ import train
 from run.checkpoint import read_model
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ("train.py", "eval.py", "predict.py", "tag.py")
+SCRIPTS = ("train.py", "eval.py", "predict.py", "tag.py", "page.py")
 MODULES = (
     "images.scenes",
     "lab.ablate",

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PARTS = ("unet.py", "vae.py", "clip.py", "adapter.py", "decoders.py", "mask2former.py")
 READING = ("model.py", "assemble.py", "inference.py", *PARTS)
 TAGGER = "ram.py"  # an image tagger beside the model
-COMMANDS = ("data.py", "train.py", "eval.py", "predict.py", "tag.py")
+COMMANDS = ("data.py", "train.py", "eval.py", "predict.py", "tag.py", "page.py")
 SHELVES = ("images", "kernels", "lab", "loading", "metrics", "run", "weights")
 LONG = ("mask2former.py", "images/scenes.py")  # may have more lines than other files, as kernels may
 
@@ -33,6 +33,7 @@ FLOORS = (
     ("run/",),
     ("eval.py",),
     ("train.py", "predict.py", "tag.py"),
+    ("page.py",),
     ("lab/",),
 )
 
