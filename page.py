@@ -13,6 +13,11 @@ The body of a POST is the image's file: the server keeps nothing but the last pr
 computer alone unless --host names another address, and refuses requests that other sites may have sent.
 """
 
+from errors import Parser, TadaError, Unreadable, end_quietly, run_command
+
+if __name__ == "__main__":
+    end_quietly()  # at Ctrl-C during the imports below
+
 import argparse
 import os
 import sys
@@ -31,13 +36,13 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
-from errors import TadaError, Unreadable, run_command
 from images import scenes
 from images.draw import HEAT
 from images.read import read_image
 from loading.tags import PER_IMAGE
 from model import Tada
 from predict import Segmentation, load_model, predict_image
+from run.ranks import DEVICE, DEVICE_HINTS
 
 LIMIT = 20 * 2**20  # bytes of an image's file
 KEPT = 3  # predictions: without words, and of the last two lists of words
@@ -211,7 +216,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command("page.py", partial(run, **vars(parse(argv))), "stopped")
 
 
-def run(checkpoint: str, *, weights: str | None, host: str, port: int, browser: bool) -> int:
+def run(
+    checkpoint: str, *, weights: str | None, device: str | None, host: str, port: int, browser: bool
+) -> int:
     """Serve until Ctrl-C."""
     try:
         import starlette  # noqa: F401
@@ -225,7 +232,7 @@ def run(checkpoint: str, *, weights: str | None, host: str, port: int, browser: 
         raise TadaError(f"{host}, port {port}, cannot be opened ({reason}): give another --port") from None
     with listener:
         print(f"loading {checkpoint}", flush=True)
-        viewer = Viewer(load_model(checkpoint, weights=weights), checkpoint)
+        viewer = Viewer(load_model(checkpoint, device, weights=weights), checkpoint)
         app = application(viewer, dict.fromkeys(["localhost", "127.0.0.1", host.lower()]))
         url = f"http://{host}:{listener.getsockname()[1]}/"
         print(f"{url} (Ctrl-C stops it)", flush=True)
@@ -236,10 +243,11 @@ def run(checkpoint: str, *, weights: str | None, host: str, port: int, browser: 
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="page.py", description="Edit an image's words in the browser.")
+    parser = Parser("page.py", DEVICE_HINTS, description="Edit an image's words in the browser.")
     add = parser.add_argument
     add("checkpoint", help="a run folder (its best step), a step folder, model.safetensors")
     add("--weights", metavar="DIR", help="its frozen files (default: their folder in training)")
+    add("--device", **DEVICE)
     add("--host", default="127.0.0.1", help="the address to listen on (default: this computer alone)")
     add("--port", type=int, default=0, help="its port (default: a free one)")
     add("--no-browser", dest="browser", action="store_false", help="print the address, open nothing")

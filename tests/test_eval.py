@@ -754,7 +754,7 @@ def test_help_names_every_default(capsys):
         main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "By default an image is resized as in training" in text
-    assert text.count("(default: ") == 19  # every option but --help
+    assert text.count("(default: ") == 20  # every option but --help
 
 
 # ---- real photographs
