@@ -22,9 +22,10 @@ import predict
 import tag
 import train
 from clip import zero_shot_tags
-from data import open_dataset, prompt, read_classes
+from data import open_dataset, prompt
 from errors import DataError
 from images import scenes
+from images.classes import read_classes
 from loading.augment import normalise, to_tensor
 from loading.tags import choose_source, read_tags, split_words, tag_key
 from metrics.tagging import SYNONYMS, classes_named, measure_tags
@@ -300,7 +301,7 @@ def test_synonyms_are_of_classes_that_exist(tmp_path):
     """Every line names a class of the three sets; a synonym names it as its own name does."""
     known = set()
     for name in ("ade20k", "cocostuff", "cityscapes"):
-        classes, _, _ = read_classes(ROOT / "labels" / f"{name}.txt")
+        classes = read_classes(ROOT / "labels" / f"{name}.txt").names
         known |= {tag_key(prompt(x, name)) for x in classes}
     lines = [line for line in SYNONYMS.read_text().splitlines() if line and not line.startswith("#")]
     assert {tag_key(line.partition(":")[0]) for line in lines} <= known
