@@ -18,7 +18,6 @@ Top to bottom: segments, the ids of a PNG, the JSON read and written, panoptic s
 and from COCO's instances. The measures are in metrics/quality.py.
 """
 
-import argparse
 import json
 import os
 import posixpath
@@ -32,7 +31,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from errors import DataError, run_command
+from errors import DataError, Parser, run_command
 from images.colours import complete_palette
 from images.instances import paint
 from images.read import IGNORE, decode, reading
@@ -397,7 +396,7 @@ def from_instances(file: Path, out: Path) -> tuple[int, int, int]:
 def main(argv: list[str] | None = None) -> int:
     """Convert COCO's instances."""
     about = "COCO's instances, as polygons or RLE, in the panoptic form: for train.py --dataset panoptic."
-    parser = argparse.ArgumentParser(prog="python -m images.panoptic", description=about)
+    parser = Parser("python -m images.panoptic", description=about)
     source, out = "such as instances_train2017.json", "its name is that of the PNGs' folder, too"
     parser.add_argument("--from-instances", metavar="INSTANCES.json", required=True, help=source)
     parser.add_argument("--out", metavar="ROOT/annotations/panoptic_train.json", required=True, help=out)
