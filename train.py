@@ -368,9 +368,8 @@ def train(options: Options, ranks: Ranks) -> int:
 def prepare(run: Run, options: Options) -> Training:
     """Open everything, cheapest checks first: data, run folder, model, tags, optimiser, checkpoint."""
     ranks = run.ranks
-    run.print0(f"opening the data set {options.dataset}")
-    train_set, val_set = (open_dataset(options.dataset, options.data, split) for split in ("train", "val"))
     run.print0(f"{options.dataset} in {options.data}: checking images and labels")
+    train_set, val_set = (open_dataset(options.dataset, options.data, split) for split in ("train", "val"))
     config, frozen, read = config_of(options, train_set), {}, {}
     if ranks.is_main:
         for dataset in (train_set, val_set):
