@@ -161,20 +161,13 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def path(self, i: int) -> str:
-        """The path of image `i`."""
-        return self.paths[i]
-
     def names(self, i: int) -> list[str]:
         """The files of sample `i` that exist, as text: a Path takes longer to make than to look up."""
         return []
 
-    def files(self, i: int) -> list[Path]:
-        return [Path(name) for name in self.names(i)]
-
     def png(self, i: int) -> str:
         """The name of sample `i`'s PNG in COCO's panoptic files."""
-        return "/".join(self.path(i).split("/")[1:]) + ".png"
+        return "/".join(self.paths[i].split("/")[1:]) + ".png"
 
     def load(self, i: int, short: int | None = None, long: int | None = None) -> Sample:
         """Sample `i`. Raises DataError with the path.
@@ -216,8 +209,8 @@ class SemanticFiles(Dataset):
         self.missing += [f"{root / labels[key]} has no image" for key in sorted(labels) if key not in images]
 
     def unlabelled(self, i: int) -> str:
-        sentence = f"{self.root / self.path(i)} has no label file"
-        if (file := self.unread.get(self.path(i))) is None:
+        sentence = f"{self.root / self.paths[i]} has no label file"
+        if (file := self.unread.get(self.paths[i])) is None:
             return sentence
         return f"{sentence} that is read, only {self.root / file}, {UNREAD[Path(file).suffix.lower()]}"
 
@@ -268,13 +261,13 @@ class PanopticFiles(Dataset):
 
     def pair(self, i: int) -> tuple[Path, Path]:
         """The image and its PNG."""
-        return self.root / self.path(i), self.pngs / self.png(i)
+        return self.root / self.paths[i], self.pngs / self.png(i)
 
     def without(self, file: Path) -> str:
         return f"{file} does not exist, but {self.annotations.file} lists it"
 
     def names(self, i: int) -> list[str]:
-        names = f"{self.root}/{self.path(i)}", f"{self.pngs}/{self.png(i)}"
+        names = f"{self.root}/{self.paths[i]}", f"{self.pngs}/{self.png(i)}"
         return [name for name in names if not self.lost or Path(name) not in self.lost]
 
     def load(self, i: int, short: int | None = None, long: int | None = None) -> Sample:

@@ -45,7 +45,8 @@ except ImportError:  # before
 start = time.process_time()
 dataset = open_dataset("folder", sys.argv[1], "train")
 check(dataset)
-names = os.fsencode("\\n".join(dataset.path(i) for i in range(len(dataset))))
+paths = getattr(dataset, "paths", None) or [dataset.path(i) for i in range(len(dataset))]  # before
+names = os.fsencode("\\n".join(paths))
 print(hashlib.sha256(names).hexdigest(), time.process_time() - start)"""
 
 
@@ -97,12 +98,12 @@ def ten(root: Path, peer: bool, i: int) -> float:
     stream = TrainStream(dataset, Augment((CROP, CROP), short=CROP, long=4 * CROP), batch=1, seed=0)
     start = time.process_time()
     for j in range(10 * i, 10 * i + 10):
-        item = peer_sample(*dataset.files(stream.order(j)[1]), rng) if peer else stream[j]
+        item = peer_sample(*dataset.names(stream.order(j)[1]), rng) if peer else stream[j]
         assert item[0].shape == (3, CROP, CROP)
     return (time.process_time() - start) / 10
 
 
-def peer_sample(image: Path, labels: Path, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def peer_sample(image: str, labels: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """mmsegmentation's LoadImageFromFile, LoadAnnotations, RandomResize, RandomCrop, RandomFlip and
     PhotoMetricDistortion (mmseg/datasets/transforms) without mmcv; then padding, and channels first.
     """

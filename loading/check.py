@@ -109,7 +109,7 @@ def check(dataset: Dataset, samples: int = 200) -> Report:
 def fingerprint_of(dataset: Dataset, files: dict[str, list[tuple[int, int]]]) -> dict[str, str]:
     """Hashes of the list of images, of the labels' table, of the sizes and times of images and labels."""
     split = {"train": "training", "val": "validation"}.get(dataset.split, dataset.split)
-    names = os.fsencode("\n".join(dataset.path(i) for i in range(len(dataset))))
+    names = os.fsencode("\n".join(dataset.paths))
     tables = b"".join(Path(file).read_bytes() for file in dataset.tables)
     contents = {f"the list of {split} pictures": names, f"the table of the {split} labels": tables}
     for kind, stats in files.items():

@@ -20,7 +20,7 @@ Scored = list[tuple[str, float]]  # tags and their scores, 0..1
 
 
 class Tags(NamedTuple):
-    """The entries of a tag file for the images of a data set, by `Dataset.path`."""
+    """The entries of a tag file for the images of a data set, by `Dataset.paths`."""
 
     tags: dict[str, Scored]
     captions: dict[str, str]
@@ -73,7 +73,7 @@ class TagSource:
         self.tags, self.prompts, self.table = tags, prompts, table
 
     def __call__(self, path: str, present: Collection[int]) -> list[str] | None:
-        """The words of the image at `path` (`Dataset.path`), whose whole label map has the classes `present`.
+        """The words of the image at `path` (`Dataset.paths`), whose whole map has the classes `present`.
 
         None where there are none per image: "classes", and "clip" and "ram", whose tagger reads the image.
         """

@@ -63,7 +63,7 @@ def test_coco_in_its_official_layout(coco):
     dataset = open_dataset("coco-panoptic", coco, "val")
     assert len(dataset) == 2
     assert len(dataset.classes) == 133
-    assert dataset.path(0) == "val2017/000000142238.jpg"
+    assert dataset.paths[0] == "val2017/000000142238.jpg"
     assert dataset.image_ids == [142238, 439180]
     assert dataset.palette.tolist()[0] == [220, 20, 60]
     picture, _, ids, segments = dataset.load(0)
@@ -137,7 +137,7 @@ def test_ones_own_data(tmp_path):
         (4, 0, True, True),
     ]
     assert count(ids, segments, ids, segments, 2)[:, 1].tolist() == [2, 1]
-    assert dataset.files(0) == [tmp_path / "val/0.png", tmp_path / "annotations/panoptic_val/0.png"]
+    assert dataset.names(0) == [f"{tmp_path}/val/0.png", f"{tmp_path}/annotations/panoptic_val/0.png"]
 
 
 def test_missing_files_are_told_by_name(tmp_path):
@@ -152,7 +152,7 @@ def test_missing_files_are_told_by_name(tmp_path):
         f"{tmp_path}/annotations/panoptic_val/2.png does not exist, but {json_file} lists it",
         f"{tmp_path}/val/more.jpg has no annotation in {json_file}",
     ]
-    assert [len(dataset.files(i)) for i in range(4)] == [1, 2, 1, 2]
+    assert [len(dataset.names(i)) for i in range(4)] == [1, 2, 1, 2]
     for i in (0, 2):
         with pytest.raises(DataError, match="does not exist, but .* lists it"):
             dataset.load(i)
@@ -170,8 +170,7 @@ def test_images_in_folders_below(tmp_path):
     content["images"][1]["file_name"] = "deep/1.png"
     file.write_text(json.dumps(content))
     dataset = open_dataset("panoptic", tmp_path, "val")
-    assert [dataset.path(i) for i in range(2)] == ["val/0.png", "val/deep/1.png"]
-    assert [dataset.path(i) for i in range(2)] == ["val/0.png", "val/deep/1.png"]
+    assert dataset.paths[:2] == ["val/0.png", "val/deep/1.png"]
     assert dataset.names(1) == [f"{tmp_path}/val/deep/1.png", f"{tmp_path}/annotations/panoptic_val/1.png"]
 
 
@@ -231,5 +230,5 @@ def test_scenes_in_panoptic_form(split):
             assert (instances[0] > 0) == s.thing
         assert sum(s.thing for s in segments) == scene.instances.max()
     assert len(dataset) == len(scenes.SPLITS[split])
-    assert dataset.path(0) == f"scenes/{scenes.SPLITS[split][0]:06d}"
-    assert dataset.files(0) == []
+    assert dataset.paths[0] == f"scenes/{scenes.SPLITS[split][0]:06d}"
+    assert dataset.names(0) == []

@@ -111,7 +111,7 @@ def dataset(root):
 
 
 def words_from(tags, dataset, condition="tagging"):
-    paths = [dataset.path(i) for i in range(len(dataset))]
+    paths = dataset.paths
     return open_words(condition, str(tags), dataset.prompts, dataset.root, paths)
 
 
@@ -450,13 +450,14 @@ def test_the_worst_images_are_drawn(tada, dataset, finished, tmp_path, capsys, m
     command = [str(finished), "--workers", "0", "--out", str(tmp_path / "out"), "--worst", "2"]
     assert main(command) == 0
     worst = by_miou(tada, dataset, window=(48, 64), stride=(32, 43))[:2]
-    lines = [f"mIoU {100 * score:.1f}% {dataset.path(i)}" for score, i in worst]
+    lines = [f"mIoU {100 * score:.1f}% {dataset.paths[i]}" for score, i in worst]
     assert "\n".join(lines) in capsys.readouterr().out
     names = [f"0{n}-{i}.jpg" for n, (_, i) in enumerate(worst, 1)]
     assert sorted(os.listdir(tmp_path / "out/worst")) == names
     for (score, i), (image, title, targets, _) in zip(worst, shown, strict=True):
         sample, (truth, predicted) = dataset.load(i), targets.values()
-        assert title == Path(dataset.path(i)).name and [*targets][1] == f"prediction, mIoU {100 * score:.1f}%"
+        assert title == Path(dataset.paths[i]).name
+        assert [*targets][1] == f"prediction, mIoU {100 * score:.1f}%"
         assert np.array_equal(image, sample.image) and np.array_equal(truth, sample.labels)
         counts = confusion(torch.from_numpy(truth), torch.from_numpy(predicted), len(CLASSES))
         assert result_of(counts.tolist()).mIoU == score
