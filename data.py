@@ -5,29 +5,7 @@
 
 Images are 8-bit RGB; labels are uint8 `(H, W)` with classes 0..K-1 and 255 = ignore.
 
-COCO panoptic (cocodataset.org, panoptic_annotations_trainval2017.zip and its inner zips) has the layout
-
-    coco/annotations/panoptic_train2017.json    coco/annotations/panoptic_train2017/000000000009.png
-    coco/train2017/000000000009.jpg             and the same of val2017
-
-Your own, `--dataset panoptic`, is a folder with `panoptic_train.json`, `train/` and so on in these places.
-Example: a street of 4 x 2 pixels with two cars side by side, and an image of the street alone. Ids are your
-choice within an image; 0 is void, pixels without a label.
-
-    annotations/panoptic_train/one.png      1 1 2 2      annotations/panoptic_train/two.png      7 7 7 7
-    (R; G and B are 0)                      3 3 3 3                                              7 7 0 0
-
-    annotations/panoptic_train.json, for the images train/one.jpg and train/two.jpg:
-    {"categories": [{"id": 1, "name": "car", "isthing": 1, "color": [0, 0, 142]},
-                    {"id": 2, "name": "street", "isthing": 0, "color": [128, 64, 128]}],
-     "images": [{"id": 1, "file_name": "one.jpg", "height": 2, "width": 4},
-                {"id": 2, "file_name": "two.jpg", "height": 2, "width": 4}],
-     "annotations": [{"image_id": 1, "file_name": "one.png", "segments_info":
-                     [{"id": 1, "category_id": 1}, {"id": 2, "category_id": 1}, {"id": 3, "category_id": 2}]},
-                     {"image_id": 2, "file_name": "two.png", "segments_info": [{"id": 7, "category_id": 2}]}]}
-
-Training and evaluation need `train` and `val`. A segment may have `"iscrowd": 1`; "color" is optional.
-`python -m images.panoptic` makes such data of COCO's instances. docs/using.md describes a `folder`.
+docs/using.md describes the layout of one's own, `folder` and `panoptic`, with examples.
 
 Top to bottom: the layouts, the data sets, what opens them. Decoding is in images/read.py, tables of classes
 in images/classes.py, the check before training in loading/check.py, augmentation in loading/augment.py.
@@ -47,16 +25,7 @@ from errors import DataError
 from images import scenes
 from images.classes import read_classes
 from images.panoptic import Categories, Segment, read_annotations, read_map, semantic
-from images.read import (
-    LOSSLESS,
-    SHOWN,
-    SUFFIXES,
-    Size,
-    label_table,
-    read_image,
-    read_labels,
-    scan,
-)
+from images.read import LOSSLESS, SHOWN, SUFFIXES, Size, label_table, read_image, read_labels, scan
 
 TRAIN_IDS = "_labelTrainIds"  # label files with this ending already hold 0..K-1
 
@@ -115,9 +84,7 @@ LAYOUTS = {
     ),
     "folder": Layout("the folder that holds images, labels and classes.txt", "images/{}", "labels/{}", SAME),
     "coco-panoptic": Layout("coco", "{}", PANOPTIC, COCO, panoptic=True),
-    "panoptic": Layout(
-        "the folder that holds annotations, train and val", "{}", PANOPTIC, SAME, panoptic=True
-    ),
+    "panoptic": Layout("the folder of annotations, train and val", "{}", PANOPTIC, SAME, panoptic=True),
 }
 
 # COCO-Stuff's compounds are "thing-kind"; these are not, or would read badly.

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from test_data import damage, noise, save
 
-import data as module
 from data import open_dataset
 from errors import DataError, Unreadable
 from images import scenes
@@ -106,10 +105,10 @@ def test_a_large_jpeg_comes_reduced_and_its_ids_never(coco):
 # ---- one's own -------------------------------------------------------------------------------------------
 
 
-def test_the_example_of_the_docstring_works(tmp_path):
-    """Its JSON is parsed out of the docstring, its ids are the numbers drawn there."""
-    text = module.__doc__
-    content = json.loads(text[text.index('{"categories"') : text.index("\nTraining and evaluation")])
+def test_the_example_of_the_documentation_works(tmp_path):
+    """Its JSON is parsed out of docs/using.md, its ids are the numbers drawn there."""
+    text = (Path(__file__).parents[1] / "docs/using.md").read_text(encoding="utf-8")
+    content = json.loads(text[text.index('{"categories"') :].partition("```")[0])
     for split in ("train", "val"):
         for name, ids in (("one", [[1, 1, 2, 2], [3, 3, 3, 3]]), ("two", [[7, 7, 7, 7], [7, 7, 0, 0]])):
             save(to_colours(np.array(ids)), tmp_path / f"annotations/panoptic_{split}/{name}.png")
