@@ -213,9 +213,7 @@ class PanopticFiles(Dataset):
         names = enumerate(zip(files, self.png_names, strict=True))
         unseen = [i for i, (image, png) in names if image not in images or png not in pngs]
         listed = [file for i in unseen for file in self.pair(i)]  # these may be in subfolders
-        on_disk = {root / folder: images, self.pngs: pngs}
-        found = (x.name in on_disk[x.parent] if x.parent in on_disk else x.exists() for x in listed)
-        self.lost = {file for file, exists in zip(listed, found, strict=True) if not exists}
+        self.lost = {file for file in listed if not file.exists()}
         self.missing = [self.without(file) for file in listed if file in self.lost]
         self.missing += [
             f"{root / folder / name} has no annotation in {a.file}"
