@@ -257,11 +257,10 @@ def run(
     protocol = protocol_of(config, **flags)
     trained = {"condition": config.condition, "trained": (config.tags, config.tag_threshold)}
     source, given, threshold = choose_source(tags, words, tag_threshold, **trained)
-    paths = [dataset.path(i) for i in range(len(dataset))]
     if given is None:
-        source_words = open_words(config.condition, source, dataset.prompts, root, paths, threshold)
+        source_words = open_words(config.condition, source, dataset.prompts, root, dataset.paths, threshold)
     else:
-        table = dict.fromkeys(paths, split_words(given, config.condition))
+        table = dict.fromkeys(dataset.paths, split_words(given, config.condition))
         source_words = TagSource(source, dataset.prompts, table)
     check(dataset, CHECKED)
     n = min(limit or len(dataset), len(dataset))
@@ -292,7 +291,7 @@ def run(
             say(result.as_markdown())
         for score, i in drawn.draw(out / "worst", ranks) if drawn else ():
             if ranks.is_main:
-                say(f"mIoU {percent(score, '%')} {dataset.path(i)}")
+                say(f"mIoU {percent(score, '%')} {dataset.paths[i]}")
         if ranks.is_main:
             more = ", panoptic.json, panoptic/" if config.decoder == "mask2former" else ""
             more += ", worst/" if worst else ""

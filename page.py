@@ -25,7 +25,6 @@ import webbrowser
 from base64 import b64encode
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache, partial
-from io import BytesIO
 from pathlib import Path
 from socket import create_server
 from tempfile import NamedTemporaryFile
@@ -41,7 +40,7 @@ from images.draw import HEAT
 from images.read import read_image
 from loading.tags import PER_IMAGE
 from model import Tada
-from predict import Segmentation, load_model, predict_image
+from predict import Segmentation, encoded, load_model, predict_image
 from run.ranks import DEVICE, DEVICE_HINTS
 
 LIMIT = 20 * 2**20  # bytes of an image's file
@@ -84,25 +83,25 @@ class Viewer:
         with self.lock:
             image = decoded(content, name)
         image.thumbnail((SHOWN, SHOWN))
-        return encoded(image, "JPEG", quality=92)
+        return encoded(image, ".jpg")
 
     def predict(self, content: bytes, name: str, words: Words) -> dict:
         """The label map, and where it differs from the one without words."""
         with self.lock:
             found = self.result(content, name, words)
             plain = self.result(content, name, ()) if self.uses_words else found
-        colours = [f"#{bytes(colour).hex()}" for colour in found.palette]
-        colours = dict(zip(self.tada.config.classes, colours, strict=True))
+        colours = {k: f"#{bytes(x).hex()}" for k, x in zip(self.tada.config.classes, found.palette)}
         moved = found.labels != plain.labels
         mask = Image.fromarray(moved.astype(np.uint8))
         mask.putpalette([20, 22, 26, 0, 0, 0])  # nearly black over what did not move; page.html dims it
+        mask.info["transparency"] = b"\xff\x00"
         return {
             "tags": found.tags,
             "size": found.labels.shape,
             "map": data_url(found.label_map()),
             "shares": [{"name": k, "share": x, "colour": colours[k]} for k, x in found.shares.items()],
             "moved": float(moved.mean()),
-            "changed": None if found is plain else data_url(mask, transparency=b"\xff\x00"),
+            "changed": None if found is plain else data_url(mask),
         }
 
     def attention(self, content: bytes, name: str, words: Words, to: str) -> dict:
@@ -129,14 +128,8 @@ def decoded(content: bytes, name: str) -> Image.Image:
             raise Unreadable(str(error).replace(file.name, name)) from None
 
 
-def encoded(image: Image.Image, form: str = "PNG", **options: bytes | int) -> bytes:
-    file = BytesIO()
-    image.save(file, form, **options)
-    return file.getvalue()
-
-
-def data_url(image: Image.Image, **options: bytes) -> str:
-    return "data:image/png;base64," + b64encode(encoded(image, **options)).decode()
+def data_url(image: Image.Image) -> str:
+    return "data:image/png;base64," + b64encode(encoded(image, ".png")).decode()
 
 
 # ---- HTTP
@@ -169,7 +162,7 @@ def application(viewer: Viewer, hosts: Collection[str]) -> Callable:
     def example(request: Request) -> Response:
         number, indices = request.query_params.get("number", ""), scenes.SPLITS["test"]
         scene = scenes.draw(indices[int(number[:9]) % len(indices) if number.isdecimal() else 0])
-        return Response(encoded(Image.fromarray(scene.image)), media_type="image/png")
+        return Response(encoded(Image.fromarray(scene.image), ".png"), media_type="image/png")
 
     async def image(request: Request) -> Response:
         return Response(await work(request, viewer.image), media_type="image/jpeg")

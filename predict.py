@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 import kernels
 from eval import add_segment_flags, add_word_flags, groups, scale, segment_options
-from images.draw import percent
+from images.draw import rounded
 from images.panoptic import to_colours
 from images.read import find_images, read_image
 from loading.stream import in_order
@@ -224,7 +224,7 @@ def run(
                 write(folder, name, record, results=results, rank=ranks.rank)
                 bar.update()
                 if ranks.is_main and bar.disable:
-                    most = [f"{name} {percent(share)}" for name, share in [*record["shares"].items()][:3]]
+                    most = [f"{name} {rounded(share)}" for name, share in [*record["shares"].items()][:3]]
                     print(f"{folder / record['labels']}: {', '.join(most)}")
         failed = int(ranks.all_reduce(torch.tensor(failed, device=ranks.device)))
         if ranks.is_main:

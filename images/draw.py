@@ -126,7 +126,7 @@ def with_legend(
     text = min(max(width // 40, 14), 24)
     font, line, margin, box = font_of(text), round(1.6 * text), text, text
     seen = sorted((k for k in range(len(classes)) if counts[k]), key=lambda k: -counts[k])
-    entries = [f"{classes[k]}  {percent(counts[k] / sum(counts))}" for k in seen]
+    entries = [f"{classes[k]}  {rounded(counts[k] / sum(counts))}" for k in seen]
     room = width - 2 * margin
     cell = max((font.getlength(readable(entry)) for entry in entries), default=room) + 3 * box
     columns = min(max(int(room / cell), 2), 4)
@@ -199,7 +199,7 @@ def attention_mosaic(
     image.thumbnail((TILE, TILE))
     low, high = float(maps[order].min()), float(maps[order].max())
     levels = (maps[order].astype(np.float32) - low) / max(high - low, 1e-12)
-    titles = [f"{names[i]}  {percent(strength[i])}" for i in order]
+    titles = [f"{names[i]}  {rounded(strength[i])}" for i in order]
     tiles = [captioned(glow(image, x), y, 160) for x, y in zip(levels, titles, strict=True)]
     title = f"attention of a pixel, from {low:.1%} (dark) to {high:.1%} (bright)"
     return captioned(mosaic(tiles, 3 if image.width > image.height else 4), title)
@@ -231,5 +231,5 @@ def mosaic(images: Sequence[Image.Image], columns: int) -> Image.Image:
     return canvas
 
 
-def percent(share: float) -> str:
+def rounded(share: float) -> str:
     return f"{share:.0%}" if share >= 0.01 else "<1%"

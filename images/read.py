@@ -77,8 +77,8 @@ def scan(root: Path, folder: str, suffixes: tuple[str, ...], endings: tuple[str,
 
     Of several files with one key, the one whose ending comes first is used; two of one ending are refused.
     """
-    found: list[dict[str, str]] = [{} for _ in endings]
-    longest_first = sorted(range(len(endings)), key=lambda place: -len(endings[place]))
+    found: dict[str, tuple[int, str]] = {}  # key -> the place of the file's ending, its path
+    longest_first = sorted(endings, key=len, reverse=True)
     for where, _, names in walk(root / folder):
         below = Path(where).relative_to(root).as_posix() + "/"
         start = below.removeprefix(folder)
@@ -86,19 +86,16 @@ def scan(root: Path, folder: str, suffixes: tuple[str, ...], endings: tuple[str,
             stem, dot, suffix = name.rpartition(".")
             if dot + suffix.lower() not in suffixes:
                 continue
-            for place in longest_first:
-                if stem.endswith(endings[place]):
-                    key, path = start + stem.removesuffix(endings[place]), below + name
-                    if place and any(key in better for better in found[:place]):
-                        break
-                    if (other := found[place].setdefault(key, path)) is not path:
-                        files = f"{root / other} and {root / path}"
-                        raise DataError(f"{files} differ only in their extension: rename one")
-                    break
-    paths = found.pop()
-    while found:
-        paths |= found.pop()
-    return paths
+            for ending in filter(stem.endswith, longest_first):
+                key, path = start + stem.removesuffix(ending), below + name
+                place, other = found.setdefault(key, (endings.index(ending), path))
+                if place > endings.index(ending):
+                    found[key] = endings.index(ending), path
+                elif place == endings.index(ending) and other is not path:
+                    files = f"{root / other} and {root / path}"
+                    raise DataError(f"{files} differ only in their extension: rename one")
+                break
+    return {key: path for key, (_, path) in found.items()}
 
 
 def walk(top: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
@@ -152,9 +149,7 @@ def decode(
         if labels and (image.format not in LABEL_FORMATS or image.info.get("compression") == "jpeg"):
             raise Unreadable(f"{file.name} is {image.format}, which alters class numbers: save labels as PNG")
         if image.format == "BMP" and {"1": 1, "L": 8}.get(image.mode, bits := bmp_bits(file)) != bits:
-            raise Unreadable(
-                f"{file.name} is a BMP of {bits} bits in greys, which is not read: save it as PNG"
-            )
+            raise Unreadable(f"{file.name} is a BMP of {bits} bits in greys, not read: save it as PNG")
         W, H = image.size
         if W * H > limit:
             raise Image.DecompressionBombError(f"{W}x{H}")

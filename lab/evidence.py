@@ -7,11 +7,6 @@ the denoising loss with an image's own caption, the empty one and another image'
 classifier, trained on real scenes, finds in images drawn from prompts. weights/tiny/README.md lists results.
 """
 
-from errors import Parser, end_quietly, run_command
-
-if __name__ == "__main__":
-    end_quietly()  # at Ctrl-C during the imports below
-
 import argparse
 import json
 import math
@@ -27,6 +22,7 @@ from tqdm import tqdm
 
 from assemble import prior
 from clip import CLIP, TEMPLATES, Tokenizer, name_vectors, zero_shot
+from errors import Parser, run_command
 from images import scenes
 from lab.draw import ddim_times, sample
 from lab.pretrain import DrawnScenes, draw_scenes, noised

@@ -8,11 +8,6 @@ randomness is a function of seed and step alone, so an interrupted run resumes f
 numbers. `python -m lab.evidence` measures the result.
 """
 
-from errors import Parser, RunError, end_quietly, run_command
-
-if __name__ == "__main__":
-    end_quietly()  # at Ctrl-C during the imports below
-
 import argparse
 import json
 import math
@@ -38,6 +33,7 @@ from tqdm import tqdm
 
 from assemble import part_configs
 from clip import CLIP, END, PROMPT, START, TEMPLATES, CLIPConfig, Tokenizer
+from errors import Parser, RunError, run_command
 from images import scenes
 from run.checkpoint import replace_text, sync
 from run.folder import commit, lock

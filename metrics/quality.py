@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from images.instances import pycocotools
 from images.panoptic import (
     VOID,
     Annotations,
@@ -225,14 +226,6 @@ def average_precision(
 
 
 AP = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-
-
-def pycocotools(module: str):
-    """A module of pycocotools, which only AP needs."""
-    try:
-        return __import__(f"pycocotools.{module}", fromlist=[module])
-    except ImportError:
-        raise DataError("AP needs pycocotools: pip install pycocotools") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -92,7 +92,7 @@ class TagReport:
 def measure_tags(
     tags: Mapping[str, Scored], present: Mapping[str, Sequence[int]], prompts: Sequence[str]
 ) -> TagReport:
-    """Compare the tags of images with the classes `present` in their label maps, both by `Dataset.path`."""
+    """Compare the tags of images with the classes `present` in their label maps, both by `Dataset.paths`."""
     named, n, K = classes_named(prompts), len(present), len(prompts)
     truth, scores = torch.zeros(n, K, dtype=torch.bool), torch.full((n, K), -1.0)
     naming = right = 0

@@ -33,7 +33,7 @@ def open_tags(
     run: Run, tada: Tada, *, options: Options, train_set: Dataset, val_set: Dataset, resumed: bool
 ) -> tuple[TagSource, TagSource]:
     """The tags of the images of training and of validation; the text vectors of known tags are cached."""
-    paths = [dataset.path(i) for dataset in (train_set, val_set) for i in range(len(dataset))]
+    paths = [*train_set.paths, *val_set.paths]
     tags, threshold = options.tags, options.tag_threshold
     words = open_words(options.condition, tags, train_set.prompts, options.data, paths, threshold)
     if tada.tagger is None:
@@ -77,7 +77,7 @@ def tag_all(run: Run, tada: Tada, dataset: Dataset, workers: int, resumed: bool)
     """
     box = tada.config.box or (None, None)
     stream = EvaluationStream(dataset, *box, workers=workers, device=run.ranks.device.type)
-    paths = {dataset.path(i): i for i in range(len(dataset))}
+    paths = {path: i for i, path in enumerate(dataset.paths)}
 
     def images(todo: list[str]) -> Iterator[list[tuple[str, Tensor]]]:
         for item in stream.items(paths[path] for path in todo):
@@ -85,7 +85,7 @@ def tag_all(run: Run, tada: Tada, dataset: Dataset, workers: int, resumed: bool)
 
     file = run.folder / "tags-train.jsonl"
     config = tada.config
-    settings = config.tag_threshold, config.prompts, box, dataset.files(0)
+    settings = config.tag_threshold, config.prompts, box, dataset.names(0)
     by = f"{config.tags} {tagger_key(config.tags, config.weights, *settings)}"
     if resumed and file.is_file():  # its options are those of this run
         by = made_by(file)

@@ -111,7 +111,7 @@ def dataset(root):
 
 
 def words_from(tags, dataset, condition="tagging"):
-    paths = [dataset.path(i) for i in range(len(dataset))]
+    paths = dataset.paths
     return open_words(condition, str(tags), dataset.prompts, dataset.root, paths)
 
 
@@ -450,13 +450,14 @@ def test_the_worst_images_are_drawn(tada, dataset, finished, tmp_path, capsys, m
     command = [str(finished), "--workers", "0", "--out", str(tmp_path / "out"), "--worst", "2"]
     assert main(command) == 0
     worst = by_miou(tada, dataset, window=(48, 64), stride=(32, 43))[:2]
-    lines = [f"mIoU {100 * score:.1f}% {dataset.path(i)}" for score, i in worst]
+    lines = [f"mIoU {100 * score:.1f}% {dataset.paths[i]}" for score, i in worst]
     assert "\n".join(lines) in capsys.readouterr().out
     names = [f"0{n}-{i}.jpg" for n, (_, i) in enumerate(worst, 1)]
     assert sorted(os.listdir(tmp_path / "out/worst")) == names
     for (score, i), (image, title, targets, _) in zip(worst, shown, strict=True):
         sample, (truth, predicted) = dataset.load(i), targets.values()
-        assert title == Path(dataset.path(i)).name and [*targets][1] == f"prediction, mIoU {100 * score:.1f}%"
+        assert title == Path(dataset.paths[i]).name
+        assert [*targets][1] == f"prediction, mIoU {100 * score:.1f}%"
         assert np.array_equal(image, sample.image) and np.array_equal(truth, sample.labels)
         counts = confusion(torch.from_numpy(truth), torch.from_numpy(predicted), len(CLASSES))
         assert result_of(counts.tolist()).mIoU == score
@@ -879,7 +880,7 @@ def test_the_report_names_the_reason_why_ap_is_absent(panoptic_run, monkeypatch)
     monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
     result = evaluate(tada, dataset, words_from("classes", dataset), instances=True)
     assert result.as_json()["AP"] is None and "PQ" in result.as_json()
-    assert "AP needs pycocotools: pip install pycocotools" in result.as_markdown()
+    assert "need pycocotools: pip install pycocotools" in result.as_markdown()
 
 
 def test_what_was_measured_is_on_the_disk_before_ap(panoptic_run, tmp_path, monkeypatch):

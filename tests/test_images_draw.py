@@ -13,7 +13,7 @@ from images.draw import (
     WIDEST,
     mosaic,
     overlay,
-    percent,
+    rounded,
     segment_overlay,
     widest,
 )
@@ -273,4 +273,4 @@ def test_text_fits():
 
 
 def test_a_share_is_never_rounded_to_nothing():
-    assert [percent(x) for x in (1.0, 0.426, 0.01, 0.0099, 1e-6)] == ["100%", "43%", "1%", "<1%", "<1%"]
+    assert [rounded(x) for x in (1.0, 0.426, 0.01, 0.0099, 1e-6)] == ["100%", "43%", "1%", "<1%", "<1%"]

@@ -60,7 +60,7 @@ def test_perfect_segments_have_full_marks(dataset):
 def test_without_pycocotools_there_is_no_ap_with_its_reason(dataset, monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
     result = evaluate_truth(dataset)
-    assert result.lacking == "AP needs pycocotools: pip install pycocotools"
+    assert "need pycocotools: pip install pycocotools" in result.lacking
     assert (result.as_json()["AP"], result.as_json()["PQ"]) == (None, 1)
 
 

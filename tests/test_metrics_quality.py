@@ -162,13 +162,13 @@ def named(png: str) -> list[dict]:
             sample(categories=[{"id": 7, "name": "cat", "isthing": 1, "color": [1, 2, 300]}]),
             r"categories\[0\]: \"color\" must be .* not \[1, 2, 300\]",
         ),
-        (sample(images=[{"id": 1}]), r"images\[0\] must have \"id\" and \"file_name\""),
+        (sample(images=[{"id": 1}]), r"images\[0\] must have \"id\", \"file_name\""),
         (sample(annotations=annotated(image_id=2)), r"annotations\[0\]: there is no image with the id 2"),
         (sample(annotations=2 * annotated()), r"annotations\[1\]: the image 1 has two annotations"),
-        (sample(annotations=[{"image_id": 1}]), r"annotations\[0\]: give \"image_id\", \"file_name\""),
+        (sample(annotations=[{"image_id": 1}]), r"annotations\[0\] must have \"image_id\", \"file_name\""),
         (
             sample(annotations=annotated({"id": 5, "category_id": 8})),
-            r"annotations\[0\]: the segment 5 has the category_id 8, which is not a category",
+            r"annotations\[0\]: the category_id 8 of the segment 5 is not a category",
         ),
         (sample(annotations=annotated({"id": 0, "category_id": 7})), 'an "id" in 1..16777215'),
         (sample(annotations=annotated(*2 * [{"id": 5, "category_id": 7}])), "the id 5 is a duplicate"),
@@ -541,7 +541,7 @@ def test_things_as_instances_are_cocos_own_conversion(golden, panopticapi_sample
 def test_without_pycocotools_one_sentence_says_so(monkeypatch):
     for name in ("pycocotools", "pycocotools.mask"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(DataError, match="AP needs pycocotools: pip install pycocotools"):
+    with pytest.raises(DataError, match="need pycocotools: pip install pycocotools"):
         coco_results(1, [Instance(1.0, 0, np.ones((2, 2), bool))], [1])
 
 

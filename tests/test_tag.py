@@ -536,10 +536,7 @@ class Listed:
     """A data set of which only the paths are asked for."""
 
     def __init__(self, paths: list[str]):
-        self.path, self.n = paths.__getitem__, len(paths)
-
-    def __len__(self) -> int:
-        return self.n
+        self.paths = paths
 
 
 def test_a_name_that_is_not_utf8_is_tagged(photos, tmp_path):
