@@ -416,6 +416,8 @@ def segment_options(given: dict[str, float], decoder: str, several: dict[str, An
     if decoder == "mask2former":
         for name in [name for name, value in several.items() if value][:1]:
             raise ModelError(f"--{name}: mask2former reads an image whole, once; leave it out")
+        for name in [name for name, value in given.items() if not 0 <= value <= 1]:
+            raise ModelError(f"--{name} {given[name]}: give a share in 0..1")
         return {"score": SCORE, "overlap": OVERLAP} | given
     for name in given:
         here = f"this model's decoder is {decoder}"

@@ -20,7 +20,7 @@ overwritten: a line is written before the files that it lists, so files without 
 image is skipped if its line has the same model, settings, size and time, and its files exist.
 """
 
-from errors import Parser, TadaError, Unreadable, end_quietly, run_command
+from errors import ModelError, Parser, TadaError, Unreadable, end_quietly, run_command
 
 if __name__ == "__main__":
     end_quietly()  # at Ctrl-C during the imports below
@@ -73,8 +73,12 @@ def load_model(
     """Load the model of a run folder (its best step), a step folder, `last`, `best` or a model.safetensors.
 
     It is in eval mode, without gradients; `device` is CUDA by default, where there is one. The others are the
-    flags of predict.py: `tags`, "clip" or "ram", is another tagger than training's. Raises CheckpointError.
+    flags of predict.py: `tags`, "clip" or "ram", is another tagger than training's. Raises TadaError.
     """
+    if tags not in (None, "clip", "ram"):
+        raise TadaError(f'tags {tags!r}: give "clip" or "ram" here, and words to predict_image')
+    if not 0 <= (tag_threshold or 0) <= 1:
+        raise TadaError(f"tag_threshold {tag_threshold}: give a score in 0..1")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return read_model(checkpoint, weights, device, tags, tag_threshold).requires_grad_(False)
 
@@ -96,6 +100,8 @@ def predict_image(
     Raises DataError or ModelError.
     """
     config = tada.config
+    if not scales or not all(0.1 <= x <= 10 for x in scales):
+        raise ModelError(f"scales {scales}: give numbers in 0.1..10")
     reading = segment_options(segments, config.decoder, {"flip": flip, "scales": tuple(scales) != (1.0,)})
     if words is not None:
         words = checked_words(words, config.condition)
@@ -189,8 +195,7 @@ def run(
             print(f"tags: {source}; of training: {config.tags}", flush=True)
             if config.weights == "random":
                 print("random weights: without a prior")
-        chosen = {"weights": weights, "tags": source, "tag_threshold": threshold}
-        tada = load_model(file, ranks.device, **chosen) if todo else None
+        tada = read_model(file, weights, ranks.device, source, threshold) if todo else None
         failed, mine = 0, todo[ranks.rank :: ranks.world]
         bar = tqdm(total=len(mine), desc="predicting", disable=None if ranks.is_main else True)
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, replace
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +30,7 @@ import kernels
 import predict as module
 from assemble import build
 from clip import CLIP
-from errors import DataError, ModelError, WeightsError
+from errors import DataError, ModelError, TadaError, WeightsError
 from images import draw, scenes
 from images.panoptic import from_colours
 from images.read import find_images, label_table, read_labels
@@ -98,6 +99,13 @@ def noise(*size: int) -> np.ndarray:
     H, W = size
     small = np.random.default_rng(H * W).integers(0, 256, (5, 6, 3), np.uint8)
     return np.asarray(Image.fromarray(small).resize((W, H), Image.Resampling.BICUBIC))
+
+
+def truncated() -> Image.Image:
+    """A file that Pillow opens, and cannot decode."""
+    file = BytesIO()
+    Image.fromarray(noise(40, 40)).save(file, "PNG")
+    return Image.open(BytesIO(file.getvalue()[:-40]))
 
 
 def save(path: Path, pixels: np.ndarray | None = None, **options) -> Path:
@@ -1053,6 +1061,8 @@ def test_from_python_as_by_the_command(steered, surest, tmp_path, decoder, words
         (np.zeros((0, 5, 3), np.uint8), "shape (0, 5, 3)"),
         (torch.zeros(3, 4, 5), "type Tensor: give a path, a PIL image or a numpy array"),
         (Image.new("F", (4, 5)), "the image holds floating-point numbers"),
+        (Image.new("RGB", (0, 5)), "the image cannot be read (its size is 0x5): give another"),
+        (truncated(), "the image cannot be read (image file is truncated): give another"),
         ("gone.jpg", "gone.jpg cannot be read (No such file or directory)"),
     ],
 )
@@ -1098,6 +1108,28 @@ def test_words_that_the_condition_cannot_use(tmp_path):
     assert predict_image(by_file, save(tmp_path / "1.png")).tags == ["sea"]
     with pytest.raises(DataError, match="lacks 1 of 1 images, such as the image"):
         predict_image(by_file, noise(8, 8))
+
+
+@pytest.mark.parametrize("scales", [(), (0,), (-1,), (1, float("nan")), (11,)])
+def test_scales_that_cannot_be(tada, scales):
+    with pytest.raises(ModelError, match=r"^scales \(.*\): give numbers in 0.1..10$"):
+        predict_image(tada, noise(8, 8), ["sea"], scales=scales)
+
+
+@pytest.mark.parametrize("option", [{"score": 5}, {"overlap": -0.1}, {"score": float("nan")}])
+def test_shares_of_segments_that_cannot_be(option):
+    panoptic = SimpleNamespace(config=replace(CONFIG, decoder="mask2former"))
+    with pytest.raises(ModelError, match="give a share in 0..1"):
+        predict_image(panoptic, noise(8, 8), ["sea"], **option)
+
+
+@pytest.mark.parametrize("option", [{"tags": x} for x in ("RAM", "none", "oracle", "sea")])
+def test_a_tagger_that_cannot_be(steered, option):
+    """None of them is a tagger: the model would be steered by all class names without a word."""
+    with pytest.raises(TadaError, match=f'^tags \'{option["tags"]}\': give "clip" or "ram" here'):
+        load_model(steered, "cpu", **option)
+    with pytest.raises(TadaError, match="^tag_threshold 5: give a score in 0..1$"):
+        load_model(steered, "cpu", tag_threshold=5)
 
 
 def test_scales_and_flip_from_python(steered, tada, tmp_path):
