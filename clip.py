@@ -104,10 +104,7 @@ class Tokenizer:
 
     @classmethod
     def spelling(cls, vocabulary: int, positions: int = 77) -> "Tokenizer":
-        """Make a tokenizer for random weights: it needs no files and encodes words byte by byte.
-
-        Start and end are the last two of the `vocabulary` ids, as in CLIP.
-        """
+        """Make a tokenizer for random weights: it needs no files and encodes words byte by byte."""
         assert vocabulary >= 514, f"a vocabulary of {vocabulary} is too small: bytes need 514"
         tokenizer = cls.__new__(cls)
         tokenizer.prepare(token_ids([], vocabulary), [], positions)

@@ -156,18 +156,14 @@ def read_about(file: Path) -> dict:
         raise CheckpointError(f"{file} lacks the {HASHES} of its step folder: use another step")
     try:
         with safe_open(file, "pt") as f:
-            metadata = f.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is not a whole safetensors file ({error}): use another step") from None
-    if "tada" not in metadata:
-        raise CheckpointError(f"{file} was not written by train.py: give a run folder or its {MODEL}")
-    try:
-        about = json.loads(metadata["tada"])
+            about = json.loads((f.metadata() or {})["tada"])
         newer = about["format"] > FORMAT
         _ = {**about["config"], **about["frozen"], **about["metrics"]}
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        fault = f"has no valid metadata ({type(error).__name__}: {error})"
-        raise CheckpointError(f"{file} {fault}: use another step") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is not a whole safetensors file ({error}): use another step") from None
+    except (ValueError, LookupError, TypeError, RecursionError):
+        fault = f"was not written by train.py: give a run folder or its {MODEL}"
+        raise CheckpointError(f"{file} {fault}") from None
     if newer:
         fault = f"has format {about['format']}, this code reads {FORMAT}"
         raise CheckpointError(f"{file} {fault}: use a newer TADA")
@@ -189,7 +185,10 @@ def read_config(entries: dict, file: Path) -> TadaConfig:
     unknown = sorted(set(entries) - {field.name for field in fields(TadaConfig)})
     if unknown:
         raise CheckpointError(f"{file} has unknown settings {', '.join(unknown)}: use a newer TADA")
-    return TadaConfig(**entries)
+    try:
+        return TadaConfig(**entries)
+    except TypeError as error:
+        raise CheckpointError(f"{file} lacks settings ({error}): use another step") from None
 
 
 def as_tuples(value: object) -> object:

@@ -742,7 +742,12 @@ def test_metadata_of_another_shape(tmp_path, text):
     """Of a lone file, which has no hash."""
     file = tmp_path / "model.safetensors"
     save_file({"x": torch.zeros(3)}, file, metadata={"tada": text})
-    assert "has no valid metadata (" in refusal(file)
+    assert "was not written by train.py: give a run folder" in refusal(file)
+
+
+def test_settings_that_lack(saved):
+    """Of a file that someone else wrote."""
+    assert "lacks settings (" in refusal(rewritten(saved, lambda about: about["config"].pop("classes")))
 
 
 def test_incomplete_steps_are_skipped(tmp_path):

@@ -333,10 +333,10 @@ def test_an_inconsistent_header_is_refused(file):
     assert "corrupt" in refusal(file)
 
 
-@pytest.mark.parametrize("header", ["[" * 2000, '{"a":' * 2000, '{"__metadata__":' + "[" * 2000])
+@pytest.mark.parametrize("header", ['{"a":' * 2000, '{"__metadata__":' + "[" * 2000])
 def test_a_nested_header_is_refused(file, header):
-    """Which the JSON library refuses in its own way."""
-    file.write_bytes(struct.pack("<Q", len(header) + 2) + b"{ " + header.encode())
+    """Which the JSON library refuses with an error of its own."""
+    file.write_bytes(struct.pack("<Q", len(header)) + header.encode())
     assert "truncated or corrupt: its header cannot be read" in refusal(file)
 
 

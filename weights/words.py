@@ -60,17 +60,11 @@ def read_vectors(file: Path) -> Tensor | None:
     """The cached vectors; None if there are none with the hash of their content (older files have none)."""
     if not file.is_file():
         return None
-    try:
-        with safe_open(file, "pt") as f:
-            vectors, expected = f.get_tensor("vectors"), (f.metadata() or {}).get("sha256")
-        if expected is None:
-            return None
-        if tensor_digest(vectors) == expected:
-            return vectors
-        fault = "it changed after it was written"
-    except (OSError, SafetensorError, RuntimeError, TypeError) as error:
-        fault = " ".join(str(error).split())
-    warnings.warn(f"{file} is damaged ({fault}): its vectors are computed again", stacklevel=3)
+    with suppress(OSError, SafetensorError, RuntimeError, TypeError), safe_open(file, "pt") as f:
+        vectors, expected = f.get_tensor("vectors"), (f.metadata() or {}).get("sha256")
+        if expected in (None, tensor_digest(vectors)):
+            return vectors if expected else None
+    warnings.warn(f"{file} changed after it was written: its vectors are computed again", stacklevel=3)
     return None
 
 
