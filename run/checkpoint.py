@@ -11,6 +11,7 @@ synced to the disk, and renamed: a folder under its own name is complete, whenev
 import json
 import os
 import shutil
+import warnings
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from run.ranks import Ranks
 from unet import UNet
 from vae import VAE
 from weights.ram import ram_folder, require_files
-from weights.words import digest, prior_files
+from weights.words import digest, digest_once, prior_files
 
 FORMAT = 1  # of a model's file; a change that older code cannot read raises it
 MODEL, TENSORS, FACTS, HASHES = "model.safetensors", "train.safetensors", "train.json", "sha256.json"
@@ -85,9 +86,6 @@ def read_model(
     """
     file = find_model(Path(path))
     about = read_about(file)
-    hashes = file.with_name(HASHES)
-    if hashes.is_file() and digest(file).encode() not in hashes.read_bytes():
-        raise CheckpointError(f"{file} changed after it was written: use another step")
     config = read_config(about["config"], file)
     random = config.weights == "random"
     if weights and not random:
@@ -145,18 +143,32 @@ def find_model(path: Path) -> Path:
 
 
 def read_about(file: Path) -> dict:
-    """The format, config, frozen hashes and metrics of a model's file; CheckpointError for any other file."""
+    """The format, config, frozen hashes and metrics of a model's file, whose hash is checked first.
+
+    A file without `sha256.json` is used with a warning, in a step folder refused. Raises CheckpointError.
+    """
+    real = file.resolve()
+    stat, hashes = real.stat(), real.with_name(HASHES)
+    if hashes.exists():
+        if digest_once(real, stat.st_size, stat.st_mtime_ns) not in read_hashes(hashes).values():
+            raise CheckpointError(f"{file} changed after it was written: use another step")
+    elif real.parent.name.startswith("step-"):
+        raise CheckpointError(f"{file} lacks the {HASHES} of its step folder: use another step")
     try:
         with safe_open(file, "pt") as f:
-            metadata = f.metadata() or {}
+            about = json.loads((f.metadata() or {})["tada"])
+        newer = about["format"] > FORMAT
+        _ = {**about["config"], **about["frozen"], **about["metrics"]}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is not a whole safetensors file ({error}): use another step") from None
-    if "tada" not in metadata:
-        raise CheckpointError(f"{file} was not written by train.py: give a run folder or its {MODEL}")
-    about = json.loads(metadata["tada"])
-    if about["format"] > FORMAT:
+    except (ValueError, LookupError, TypeError, RecursionError):
+        fault = f"was not written by train.py: give a run folder or its {MODEL}"
+        raise CheckpointError(f"{file} {fault}") from None
+    if newer:
         fault = f"has format {about['format']}, this code reads {FORMAT}"
         raise CheckpointError(f"{file} {fault}: use a newer TADA")
+    if not hashes.exists():
+        warnings.warn(f"{file} is used unchecked: no {HASHES} is beside it", stacklevel=1)  # once a process
     return about
 
 
@@ -173,7 +185,10 @@ def read_config(entries: dict, file: Path) -> TadaConfig:
     unknown = sorted(set(entries) - {field.name for field in fields(TadaConfig)})
     if unknown:
         raise CheckpointError(f"{file} has unknown settings {', '.join(unknown)}: use a newer TADA")
-    return TadaConfig(**entries)
+    try:
+        return TadaConfig(**entries)
+    except TypeError as error:
+        raise CheckpointError(f"{file} lacks settings ({error}): use another step") from None
 
 
 def as_tuples(value: object) -> object:
@@ -334,11 +349,22 @@ def newest_step(run: Path) -> tuple[Path | None, list[str]]:
 def corruption_of(folder: Path) -> str | None:
     """A sentence if a step folder is incomplete or a file lacks its hash, else None."""
     try:
-        hashes = json.loads((folder / HASHES).read_text())
+        hashes = read_hashes(folder / HASHES)
         wrong = [name for name, expected in hashes.items() if digest(folder / name) != expected]
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, CheckpointError) as error:
         return f"it is incomplete ({error})"
     return f"{', '.join(wrong)} changed after it was written" if wrong else None
+
+
+def read_hashes(file: Path) -> dict[str, str]:
+    """A step folder's `sha256.json`; CheckpointError unless it lists the other three files."""
+    try:
+        hashes = json.loads(file.read_bytes())
+        if {*hashes} != {MODEL, TENSORS, FACTS} or isinstance(hashes, list):
+            raise ValueError(f"it does not list {MODEL}, {TENSORS} and {FACTS}")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{file} is corrupt ({error}): use another step") from None
+    return hashes
 
 
 def read_step(folder: Path, tada: Tada) -> tuple[dict[str, Tensor], dict]:
