@@ -718,7 +718,7 @@ def test_a_file_without_hashes(saved, tmp_path):
     """A lone copy is used, with a warning; in a step folder, or under its links, it is refused."""
     lone = shutil.copy(saved, tmp_path / "mine.safetensors")
     with pytest.warns(UserWarning, match=f"{lone} is used unchecked: no sha256.json is beside it"):
-        load_model(lone)
+        read_model(lone)
     folder = write(tmp_path / "run", 1)
     (folder / "sha256.json").unlink()
     for path in (folder, tmp_path / "run", tmp_path / "run" / "last" / "model.safetensors"):
