@@ -19,7 +19,7 @@ from images.text import fitting, font_of, note, readable, wrapped
 
 SMALLEST = 512  # of an image's longer side as drawn: smaller ones are enlarged, text must fit below
 WIDEST, HIGHEST = 1600, 1280  # of an image as drawn: with its legend it is at most 1600 pixels high
-ROWS = 4  # of classes in a legend, in 2 to 4 columns
+LEGEND_ROWS = 4  # of classes in a legend, in 2 to 4 columns
 TILE = 640  # the widest image in a mosaic
 CAPTION = 36  # pixels above an image, for a line of text
 MOST_CLASSES, MOST_WORDS = 10, 24  # whose attention is drawn
@@ -131,8 +131,8 @@ def with_legend(
     cell = max((font.getlength(readable(entry)) for entry in entries), default=room) + 3 * box
     columns = min(max(int(room / cell), 2), 4)
     cell = room / columns
-    if len(seen) > ROWS * columns:
-        entries[ROWS * columns - 1 :] = [f"and {len(seen) - ROWS * columns + 1} more"]
+    if len(seen) > LEGEND_ROWS * columns:
+        entries[LEGEND_ROWS * columns - 1 :] = [f"and {len(seen) - LEGEND_ROWS * columns + 1} more"]
     rows = -(-len(entries) // columns)
     sentences = []
     if words is not None:
@@ -145,7 +145,7 @@ def with_legend(
     draw = ImageDraw.Draw(canvas)
     for i, entry in enumerate(entries):
         x, y = margin + i % columns * cell, drawn.height + margin + i // columns * line
-        if i < ROWS * columns - 1 or len(entries) == len(seen):
+        if i < LEGEND_ROWS * columns - 1 or len(entries) == len(seen):
             draw.rectangle((x, y, x + box, y + box), tuple(map(int, palette[seen[i]])), GREY)
         draw.text((x + 1.5 * box, y + box / 2), fitting(entry, font, cell - 2 * box), INK, font, "lm")
     for i, sentence in enumerate(sentences, rows):
