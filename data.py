@@ -95,7 +95,6 @@ IRREGULAR = {
     "waterdrops": "water drops",
 }
 
-
 # Label files that are not read -> why, and the cure.
 LOSSY = "which changes class numbers: save labels as PNG"
 DRAWN = "which holds boxes or polygons: export label images (PNG) from the label tool"

@@ -36,7 +36,7 @@ import numpy as np
 from PIL import Image
 
 from images import scenes
-from images.draw import HEAT
+from images.draw import heat
 from images.read import read_image
 from loading.tags import PER_IMAGE
 from model import Tada
@@ -110,9 +110,7 @@ class Viewer:
             found = self.result(content, name, words)
             strength, top = found.attention(to), float(found.maps.max())
         level = Image.fromarray((strength * (255 / top)).round().astype(np.uint8))
-        stops = np.linspace(0, 255, len(HEAT))
-        colours = np.stack([np.interp(range(256), stops, x) for x in zip(*HEAT, strict=True)], axis=-1)
-        level.putpalette(colours.round().astype(np.uint8).tobytes())
+        level.putpalette(heat(np.linspace(0, 1, 256)).round().astype(np.uint8).tobytes())
         low, high = float(strength.min()), float(strength.max())
         return {"map": data_url(level), "low": low, "high": high, "top": top}
 

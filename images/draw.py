@@ -27,7 +27,6 @@ LINE = 0.75  # of white in the line around a segment
 PAPER, INK, GREY = (250, 249, 246), (28, 32, 40), (112, 116, 124)
 HEAT = (8, 8, 24), (84, 18, 110), (188, 55, 84), (246, 136, 30), (253, 240, 170)  # rising in lightness
 
-
 Names = Sequence[str]
 Drawable = np.ndarray | Image.Image
 Target = np.ndarray | tuple[np.ndarray, Sequence]  # labels (H, W), or ids (H, W) and their segments
@@ -210,9 +209,13 @@ def glow(image: Image.Image, level: np.ndarray) -> Image.Image:
     size = tile_size(image.height, image.width)
     grey = np.asarray(image.convert("L").resize(size, Image.Resampling.BICUBIC), np.float32)
     level = np.asarray(Image.fromarray(level).resize(size, Image.Resampling.BICUBIC)).clip(0, 1)
+    return Image.fromarray((0.45 * grey[..., None] + 0.65 * heat(level)).clip(0, 255).astype(np.uint8))
+
+
+def heat(level: np.ndarray) -> np.ndarray:
+    """The colours `(..., 3)` of levels in 0..1, in 0..255."""
     stops = np.linspace(0, 1, len(HEAT))
-    colours = np.stack([np.interp(level, stops, channel) for channel in zip(*HEAT, strict=True)], axis=-1)
-    return Image.fromarray((0.45 * grey[..., None] + 0.65 * colours).clip(0, 255).astype(np.uint8))
+    return np.stack([np.interp(level, stops, channel) for channel in zip(*HEAT, strict=True)], axis=-1)
 
 
 def mosaic(images: Sequence[Image.Image], columns: int) -> Image.Image:
