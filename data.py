@@ -55,7 +55,7 @@ class Layout:
 
 
 SAME, COCO = {"train": "train", "val": "val"}, {"train": "train2017", "val": "val2017"}
-PANOPTIC = "annotations/panoptic_{}"
+PNGS = "annotations/panoptic_{}"
 LAYOUTS = {
     "ade20k": Layout(
         root="ADEChallengeData2016",
@@ -83,8 +83,8 @@ LAYOUTS = {
         ignored=range(34),  # the labelIds; labels/cityscapes.txt lists the 19 that are evaluated
     ),
     "folder": Layout("the folder that holds images, labels and classes.txt", "images/{}", "labels/{}", SAME),
-    "coco-panoptic": Layout("coco", "{}", PANOPTIC, COCO, panoptic=True),
-    "panoptic": Layout("the folder of annotations, train and val", "{}", PANOPTIC, SAME, panoptic=True),
+    "coco-panoptic": Layout("coco", "{}", PNGS, COCO, panoptic=True),
+    "panoptic": Layout("the folder of annotations, train and val", "{}", PNGS, SAME, panoptic=True),
 }
 
 # COCO-Stuff's compounds are "thing-kind"; these are not, or would read badly.
@@ -94,7 +94,6 @@ IRREGULAR = {
     "playingfield": "playing field",
     "waterdrops": "water drops",
 }
-
 
 # Label files that are not read -> why, and the cure.
 LOSSY = "which changes class numbers: save labels as PNG"

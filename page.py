@@ -36,7 +36,7 @@ import numpy as np
 from PIL import Image
 
 from images import scenes
-from images.draw import HEAT
+from images.draw import heat
 from images.read import read_image
 from loading.tags import PER_IMAGE
 from model import Tada
@@ -44,8 +44,8 @@ from predict import Segmentation, encoded, load_model, predict_image
 from run.ranks import DEVICE, DEVICE_HINTS
 
 LIMIT = 20 * 2**20  # bytes of an image's file
-KEPT = 3  # predictions: without words, and of the last two lists of words
-SHOWN = 1600  # longer side of an image as the page shows it
+CACHED = 3  # predictions: without words, and of the last two lists of words
+SIDE = 1600  # longer side of an image as the page shows it
 HEADERS = {  # the page's own inline code, data: images, requests to itself, and nothing else
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -63,7 +63,7 @@ class Viewer:
 
     def __init__(self, tada: Tada, title: str):
         config, self.tada, self.lock = tada.config, tada, Lock()
-        self.result = lru_cache(KEPT)(self.segmentation)
+        self.result = lru_cache(CACHED)(self.segmentation)
         self.uses_words, caption = config.condition in PER_IMAGE, config.condition == "caption"
         self.model = {
             "title": f"{title}: {config.model}, {config.decoder}, {config.condition}",
@@ -79,10 +79,10 @@ class Viewer:
         return predict_image(self.tada, decoded(content, name), words if words is None else [*words])
 
     def image(self, content: bytes, name: str, _: Words) -> bytes:
-        """A JPEG of at most `SHOWN` pixels a side: browsers show no TIFF, and need no 12 megapixels."""
+        """A JPEG of at most `SIDE` pixels a side: browsers show no TIFF, and need no 12 megapixels."""
         with self.lock:
             image = decoded(content, name)
-        image.thumbnail((SHOWN, SHOWN))
+        image.thumbnail((SIDE, SIDE))
         return encoded(image, ".jpg")
 
     def predict(self, content: bytes, name: str, words: Words) -> dict:
@@ -110,9 +110,7 @@ class Viewer:
             found = self.result(content, name, words)
             strength, top = found.attention(to), float(found.maps.max())
         level = Image.fromarray((strength * (255 / top)).round().astype(np.uint8))
-        stops = np.linspace(0, 255, len(HEAT))
-        colours = np.stack([np.interp(range(256), stops, x) for x in zip(*HEAT, strict=True)], axis=-1)
-        level.putpalette(colours.round().astype(np.uint8).tobytes())
+        level.putpalette(heat(np.linspace(0, 1, 256)).round().astype(np.uint8).tobytes())
         low, high = float(strength.min()), float(strength.max())
         return {"map": data_url(level), "low": low, "high": high, "top": top}
 
@@ -174,7 +172,7 @@ def application(viewer: Viewer, hosts: Collection[str]) -> Callable:
         return JSONResponse(await work(request, viewer.attention, request.query_params.get("to", "")))
 
     async def guard(request: Request, call_next) -> Response:
-        if sentence := refusal(request.method, request.headers, hosts):
+        if sentence := forbidden(request.method, request.headers, hosts):
             return PlainTextResponse(sentence, 403)
         response = await call_next(request)
         response.headers.update(HEADERS)
@@ -189,7 +187,7 @@ def application(viewer: Viewer, hosts: Collection[str]) -> Callable:
     return Starlette(routes=routes, middleware=guards, exception_handlers=faults)
 
 
-def refusal(method: str, headers: Mapping[str, str], hosts: Collection[str]) -> str | None:
+def forbidden(method: str, headers: Mapping[str, str], hosts: Collection[str]) -> str | None:
     """Why a request is refused: a site may point its own name at this computer, or post to its address."""
     host, origin = headers.get("host", ""), headers.get("origin")
     try:

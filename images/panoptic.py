@@ -196,8 +196,8 @@ def read_lists(file: Path, given: dict | None = None) -> dict:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not JSON ({error}): give a panoptic JSON") from None
     content = (given or {}) | content if isinstance(content, dict) else {}
-    if not all(isinstance(content.get(key), list) for key in FORMS):
-        raise DataError(f"{file} must be an object with the lists {', '.join(FORMS)}")
+    if not all(isinstance(content.get(key), list) for key in ENTRIES):
+        raise DataError(f"{file} must be an object with the lists {', '.join(ENTRIES)}")
     return content
 
 
@@ -213,7 +213,7 @@ def inside(name: str, where: str, what: str) -> str:
     return posixpath.normpath(name)
 
 
-FORMS = {  # what the entries of each list must have
+ENTRIES = {  # what the entries of each list must have
     "categories": {"id": int, "name": str, "isthing": int | float},
     "images": {"id": int | str, "file_name": str},
     "annotations": {"image_id": int | str, "file_name": str, "segments_info": list},
@@ -223,7 +223,7 @@ INSTANCE = {"image_id": int | str, "category_id": int, "segmentation": list | di
 
 def entries_of(content: dict, key: str, file: Path, form=None) -> Iterator[tuple[str, dict]]:
     """The entries of one list, each after its place as messages name it."""
-    form = form or FORMS[key]
+    form = form or ENTRIES[key]
     for i, entry in enumerate(content[key]):
         where = f"{file}, {key}[{i}]"
         complete = isinstance(entry, dict) and all(isinstance(entry.get(k), t) for k, t in form.items())
@@ -320,13 +320,11 @@ def write_annotations(file: Path, categories: Categories, images: list[dict], en
     Path(file).write_text(json.dumps(content), encoding="utf-8")
 
 
-def components(
-    labels: np.ndarray, things: Sequence[bool], smallest: int = 1
-) -> tuple[np.ndarray, list[Segment]]:
+def components(labels: np.ndarray, things: Sequence[bool]) -> tuple[np.ndarray, list[Segment]]:
     """A map of classes `(H, W)` as a panoptic prediction: every connected part of a thing is an instance.
 
-    Stuff is one segment a class; pixels of 255, and parts below `smallest` pixels, become void. This is what
-    a semantic decoder can say, and what a panoptic one must beat. Things that touch are one to it.
+    Stuff is one segment a class; pixels of 255 become void. This is what a semantic decoder can say, and what
+    a panoptic one must beat. Things that touch are one to it.
     """
     from scipy.ndimage import find_objects
     from scipy.ndimage import label as connected
@@ -336,13 +334,9 @@ def components(
         if box is None:
             continue
         mask = labels[box] == k
-        parts = connected(mask)[0] if things[k] else mask.astype(np.int32)  # 0 outside, then 1, 2, ...
-        sizes = np.bincount(parts.ravel())
-        kept = np.flatnonzero(sizes[1:] >= smallest) + 1
-        id_of = np.zeros(len(sizes), np.int32)
-        id_of[kept] = len(segments) + np.arange(1, len(kept) + 1)
-        ids[box] += id_of[parts]
-        segments += [Segment(id, k, bool(things[k])) for id in id_of[kept].tolist()]
+        parts, n = connected(mask) if things[k] else (mask.astype(np.int32), 1)  # 0 outside, then 1..n
+        ids[box] += (len(segments) + parts) * mask
+        segments += [Segment(len(segments) + i, k, bool(things[k])) for i in range(1, n + 1)]
     return ids, segments
 
 

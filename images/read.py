@@ -116,7 +116,7 @@ def stop(error: OSError) -> None:
 
 
 @contextmanager
-def reading(path: str | Path, limit: int = MAX_PIXELS) -> Iterator[BinaryIO]:
+def reading(path: str | Path) -> Iterator[BinaryIO]:
     """The open file; whatever is raised while it is decoded becomes an Unreadable that names it."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # to open a named pipe may wait for ever
@@ -129,14 +129,14 @@ def reading(path: str | Path, limit: int = MAX_PIXELS) -> Iterator[BinaryIO]:
     except DataError:
         raise
     except Image.DecompressionBombError as error:
-        raise Unreadable(f"{path} is too large ({error}): at most {limit:,} pixels are read") from None
+        raise Unreadable(f"{path} is too large ({error}): at most {MAX_PIXELS:,} pixels are read") from None
     except Exception as error:  # noqa: BLE001 - decoders raise anything: RuntimeError, struct.error, ...
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise Unreadable(f"{path} cannot be read ({reason}): replace or remove it") from None
 
 
 def decode(
-    file: BinaryIO, labels: bool = False, limit: int = MAX_PIXELS, box: tuple[int, int] | None = None
+    file: BinaryIO, labels: bool = False, box: tuple[int, int] | None = None
 ) -> tuple[Image.Image, Size, str]:
     """The first frame of an open file, turned upright; its full (H, W); the form of its samples in the file.
 
@@ -151,7 +151,7 @@ def decode(
         if image.format == "BMP" and {"1": 1, "L": 8}.get(image.mode, bits := bmp_bits(file)) != bits:
             raise Unreadable(f"{file.name} is a BMP of {bits} bits in greys, not read: save it as PNG")
         W, H = image.size
-        if W * H > limit:
+        if W * H > MAX_PIXELS:
             raise Image.DecompressionBombError(f"{W}x{H}")
         if box:
             h, w = fit((H, W), *box)
@@ -173,7 +173,7 @@ GAP = 3  # a reduced JPEG keeps at least this many times the pixels, per side, t
 
 
 def read_image(
-    path: str | Path, short: int | None = None, long: int | None = None, limit: int = MAX_PIXELS
+    path: str | Path, short: int | None = None, long: int | None = None
 ) -> tuple[Image.Image, Size]:
     """The first frame as 8-bit RGB, turned upright by its EXIF tag, and its full (H, W). Raises Unreadable.
 
@@ -182,8 +182,8 @@ def read_image(
     1/4 or 1/8. On photographs the resized image then differs by at most 0.8 of 255 levels on average, 3 in
     99 of 100 pixels.
     """
-    with reading(path, limit) as file:
-        image, size, _ = decode(file, limit=limit, box=(short, long) if short else None)
+    with reading(path) as file:
+        image, size, _ = decode(file, box=(short, long) if short else None)
         return to_rgb(image, path), size
 
 
@@ -215,7 +215,7 @@ def read_labels(
     with reading(path) as file:
         image, _, form = decode(file, labels=True)
     if colours and image.mode in ("RGB", "RGBA"):
-        return look_up(image, colours, path)
+        return by_colour(image, colours, path)
     if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
         right = "labels are class numbers in a grey or palette PNG (mode 1, L, P or I;16)"
         cure = "; if each class has a colour of its own, add the colours to classes.txt"
@@ -239,7 +239,7 @@ def read_labels(
     return np.frombuffer(train_ids, np.uint8).reshape(raw.shape)
 
 
-def look_up(image: Image.Image, colours: Colours, path: str | Path) -> np.ndarray:
+def by_colour(image: Image.Image, colours: Colours, path: str | Path) -> np.ndarray:
     """The train id of each pixel's colour, `(H, W)` uint8."""
     pixels = np.asarray(image.convert("RGBA")).view("<u4")[..., 0] & 0xFFFFFF  # R + 256 G + 65536 B
     table = np.zeros(1 << 24, np.uint16)  # train id + 1, 0 = unknown; where no colour is, no memory is used

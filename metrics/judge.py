@@ -24,7 +24,7 @@ from errors import DataError
 from images.instances import pycocotools
 from images.panoptic import annotation, write_annotations, write_ids
 from loading.stream import Item
-from metrics.quality import GROUPS, Quality, average_precision, coco_results, coco_truth, count
+from metrics.quality import GROUPS, Quality, coco_results, coco_truth, count, mask_precision
 from run.ranks import Ranks
 
 # What pycocotools raises: all else was measured by then, so the reason is reported instead.
@@ -110,7 +110,7 @@ class PanopticEvaluator:
         categories, measured = self.dataset.categories, []
         if self.instances and ranks.is_main:
             try:
-                measured = [(average_precision(images, truth, results, categories), "")]
+                measured = [(mask_precision(images, truth, results, categories), "")]
             except FAULTS as error:
                 measured = [(None, f"AP is lacking: {type(error).__name__}: {error}")]
         if self.instances:

@@ -191,7 +191,7 @@ def as_json(encoded: dict) -> dict:
     return {"size": encoded["size"], "counts": encoded["counts"].decode("ascii")}
 
 
-def average_precision(
+def mask_precision(
     images: Sequence[dict], truth: Iterable[dict], results: Sequence[dict], categories: Categories
 ) -> dict[str, float]:
     """AP of the things as COCO defines it: mean over classes and IoU 0.50, 0.55, ..., 0.95; AP50, AP75, and

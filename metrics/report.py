@@ -72,9 +72,7 @@ class Result:
         """The multi-label head's mean average precision over the classes that are in some image."""
         if not self.about["tag_head"] or not self.present.any():
             return None
-        occurring = self.present.any(dim=0).nonzero().flatten().tolist()
-        values = [average_precision(self.scores[:, k], self.present[:, k] > 0) for k in occurring]
-        return sum(values) / len(values)
+        return mean_average_precision(self.scores, self.present > 0)
 
     @property
     def words_precision(self) -> float | None:
@@ -238,6 +236,12 @@ def average_precision(scores: Tensor, positive: Tensor) -> float:
     no_lower = torch.searchsorted(-scores, -scores, right=True)  # how many
     right = positive[order].cumsum(0)[no_lower - 1]
     return (right / no_lower)[positive[order]].double().mean().item()
+
+
+def mean_average_precision(scores: Tensor, positive: Tensor) -> float:
+    """The mean of `average_precision` over the columns `(n, K)` with a positive."""
+    occurring = positive.any(dim=0).nonzero().flatten().tolist()
+    return sum(average_precision(scores[:, k], positive[:, k]) for k in occurring) / len(occurring)
 
 
 def none_if_nan(x: float | None) -> float | None:

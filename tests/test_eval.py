@@ -885,7 +885,7 @@ def test_the_report_names_the_reason_why_ap_is_absent(panoptic_run, monkeypatch)
 
 def test_what_was_measured_is_on_the_disk_before_ap(panoptic_run, tmp_path, monkeypatch):
     """AP takes longest and may be interrupted, or run out of memory."""
-    monkeypatch.setattr(judge, "average_precision", interrupted)
+    monkeypatch.setattr(judge, "mask_precision", interrupted)
     flags = ["--workers", "0", "--out", str(tmp_path)]
     assert main([str(panoptic_run[0] / "step-000007"), *flags]) == 130
     found = stored(tmp_path)

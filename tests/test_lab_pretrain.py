@@ -16,7 +16,7 @@ from clip import TEMPLATES, CLIPConfig, name_vectors, zero_shot
 from errors import RunError, WeightsError
 from images import scenes
 from lab import pretrain
-from lab.evidence import mean_average_precision, psnr, tags_matrix
+from lab.evidence import precision_and_chance, psnr, tags_matrix
 from lab.pretrain import (
     FILES,
     RECORD,
@@ -272,5 +272,5 @@ def test_committed_clip_finds_tags(tiny, drawn):
         _, embedding = clip.image(drawn.batch(torch.arange(128)))
     names = name_vectors(clip, tokenizer, scenes.CLASSES, TEMPLATES, shared=True)
     targets = tags_matrix(drawn.tags[:128])
-    found, chance = mean_average_precision(zero_shot(clip, embedding, names), targets)
+    found, chance = precision_and_chance(zero_shot(clip, embedding, names), targets)
     assert found > 2 * chance

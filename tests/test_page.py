@@ -29,7 +29,7 @@ from starlette.testclient import TestClient
 import page as module
 from images import scenes
 from model import Tada
-from page import KEPT, LIMIT, SHOWN, Viewer, application, main
+from page import CACHED, LIMIT, SIDE, Viewer, application, main
 from predict import load_model, predict_image
 from run.checkpoint import save_model
 
@@ -125,15 +125,15 @@ def test_the_image_is_shown_as_it_was_read(tada, tmp_path):
     """Upright, as a JPEG, and no larger than a screen; the map has the file's size."""
     exif, file = Image.Exif(), tmp_path / "x.tif"
     exif[0x0112] = 6
-    file.write_bytes(file_of(SCENE.resize((2 * SHOWN, SHOWN)), "TIFF", exif=exif, compression="tiff_lzw"))
+    file.write_bytes(file_of(SCENE.resize((2 * SIDE, SIDE)), "TIFF", exif=exif, compression="tiff_lzw"))
     labels = predict_image(tada, file, ["sea"]).labels
     answer = client(tada).post("/predict?name=x.tif&word=sea", content=file.read_bytes())
-    assert labels.shape == (2 * SHOWN, SHOWN)
+    assert labels.shape == (2 * SIDE, SIDE)
     assert np.array_equal(np.asarray(opened(answer.json()["map"])), labels)
     answer = client(tada).post("/image?name=x.tif", content=file.read_bytes())
     assert answer.headers["content-type"] == "image/jpeg"
     image = Image.open(BytesIO(answer.content))
-    assert image.format == "JPEG" and image.size == (SHOWN // 2, SHOWN)
+    assert image.format == "JPEG" and image.size == (SIDE // 2, SIDE)
 
 
 @pytest.mark.parametrize("path", ["/image", "/predict", "/attention"])
@@ -202,7 +202,7 @@ def test_one_prediction_at_a_time_and_few_are_kept(tada, monkeypatch):
         answers = [*pool.map(lambda words: viewer.predict(PNG, "x", words), lists)]
     assert all(most) and [answer["tags"] for answer in answers] == [[*words] for words in lists]
     assert len(asked) == len(lists) + 1 and asked.count([]) == 1
-    assert viewer.result.cache_info().currsize == KEPT
+    assert viewer.result.cache_info().currsize == CACHED
 
 
 # ---- who is answered, and with what
