@@ -480,6 +480,25 @@ def test_a_broken_file_is_one_sentence(tab, tmp_path):
 
 
 @pytest.mark.browser
+def test_a_refused_word_is_one_sentence_and_leaves_no_chip(tab, tada):
+    """The chips stay those of the map that is shown, also while the attention to one is."""
+    words, before = chips(tab), labels(tab)
+    tab.locator(".chip button").first.click()
+    tab.get_by_text(f"Attention to “{words[0]}”").wait_for()
+    tab.get_by_label("Add a word").fill("\u202e")
+    tab.keyboard.press("Enter")
+    tab.get_by_text("1 to 200 printable characters, not '\\u202e'").wait_for()
+    settled(tab)
+    assert chips(tab) == words and tab.locator("#status").inner_text() == ""
+    tab.get_by_label("Both", exact=True).check(force=True)
+    assert np.array_equal(labels(tab), before)
+    tab.get_by_label("Add a word").fill("zebra")
+    tab.keyboard.press("Enter")
+    tab.get_by_text("answered in").wait_for()
+    assert chips(tab) == [*words, "zebra"] and not tab.get_by_role("alert").is_visible()
+
+
+@pytest.mark.browser
 def test_the_map_is_downloaded(tab, tada):
     with tab.expect_download() as download:
         tab.get_by_text("Download the map").click()
@@ -489,4 +508,9 @@ def test_the_map_is_downloaded(tab, tada):
 
 @pytest.mark.browser
 def test_a_phone_scrolls_in_one_direction(tab):
+    tab.get_by_label("Add a word").fill("mountain" * 8)
+    tab.keyboard.press("Enter")
+    settled(tab)
     assert tab.evaluate("document.documentElement.scrollWidth") == 390
+    tops = {panel.bounding_box()["y"] for panel in tab.locator(".stack").all()}
+    assert len(tops) == 1, "the maps stand side by side, whatever is written above them"
