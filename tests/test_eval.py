@@ -697,7 +697,9 @@ def test_bad_input_is_one_sentence(root, finished, tada, tmp_path, capsys):
     alone.mkdir()
     save_model(tada, alone / "model.safetensors", frozen={}, metrics={})
     unreadable = Path(shutil.copytree(finished, tmp_path / "unreadable", symlinks=True))
-    (unreadable / "config.json").write_text("{")
+    (unreadable / "config.json").write_text('{"data": 5, "options": 5}')
+    nested = Path(shutil.copytree(finished, tmp_path / "nested", symlinks=True))
+    (nested / "config.json").write_text("[" * 2000)
     classes = Path(shutil.copytree(alone, tmp_path / "classes"))
     other_model = random_model(replace(CONFIG, condition="classes"))
     save_model(other_model, classes / "model.safetensors", frozen={}, metrics={})
@@ -718,6 +720,7 @@ def test_bad_input_is_one_sentence(root, finished, tada, tmp_path, capsys):
         ([run, "--stride", "70"], r"--stride \(70, 70\) leaves gaps between windows of \(48, 64\)"),
         ([run, "--out", str(tmp_path / "file")], r"file cannot be written or locked \(.*\): give"),
         ([str(alone)], "does not hold its data set's folder: give it with --data"),
+        ([str(nested)], r"config.json cannot be read \(.*\): give --data"),
         ([str(unreadable)], r"config.json cannot be read \(.*\): give --data"),
     ]
     for arguments, message in cases:

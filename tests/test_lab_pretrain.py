@@ -175,6 +175,10 @@ def test_diffusers_reads_the_autoencoder_and_its_scale(drawn, tmp_path):
         mean = reference.encode(image).latent_dist.mode()
         assert error(ours.encode(image), mean * reference.config.scaling_factor) <= BAR
     assert ours.config.scale == reference.config.scaling_factor == 2.5
+    file = tmp_path / "vae" / "config.json"
+    file.write_text(file.read_text().replace("2.5", "2.6"))
+    with pytest.raises(WeightsError, match="sha256.json has another hash"):
+        part_configs("tiny", tmp_path)
 
 
 def test_a_missing_scale_is_an_error(tmp_path):

@@ -830,13 +830,13 @@ def test_the_model_is_the_one_whose_hash_was_taken(steered, tmp_path, monkeypatc
     """Though `best` leads elsewhere meanwhile. Which kernels run is said."""
     run, loaded = tmp_path / "run", []
     for i in (1, 2):
-        (run / f"step-{i}").mkdir(parents=True)
-        os.link(steered, run / f"step-{i}" / "model.safetensors")
-    (run / "best").symlink_to("step-1")
+        (run / f"copy-{i}").mkdir(parents=True)
+        os.link(steered, run / f"copy-{i}" / "model.safetensors")
+    (run / "best").symlink_to("copy-1")
 
     def overtaken(out: Path) -> None:
         (run / "best").unlink()
-        (run / "best").symlink_to("step-2")
+        (run / "best").symlink_to("copy-2")
         tidy(out)
 
     def load(file: Path, *rest: object, **more: object) -> Tada:
@@ -849,7 +849,7 @@ def test_the_model_is_the_one_whose_hash_was_taken(steered, tmp_path, monkeypatc
     assert (
         main([str(run), str(save(tmp_path / "x.jpg")), "--out", str(tmp_path / "out"), "--words", "sea"]) == 0
     )
-    assert loaded == [run / "step-1" / "model.safetensors"]
+    assert loaded == [run / "copy-1" / "model.safetensors"]
     assert capsys.readouterr().out.startswith(f"{kernels.describe('cpu')}\n")
 
 
