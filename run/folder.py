@@ -34,11 +34,9 @@ NOTED = {  # what is printed where it has changed -> what that means; the run re
 
 
 def say(line: str) -> None:
-    """Print a line, above a bar if there is one; that stdout is closed or full stops nothing."""
-    if sys.stdout is not None:
-        with suppress(OSError):
-            tqdm.write(line)
-            sys.stdout.flush()
+    """Print a line at once, above a bar if there is one."""
+    tqdm.write(line)
+    sys.stdout.flush()
 
 
 def lock(folder: Path, flag: str, name: str = ".lock") -> TextIO:
