@@ -60,17 +60,13 @@ class Output:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
-    def write(self, text: str) -> None:
-        self.attempt(self.stream.write, text)
-
-    def flush(self) -> None:
-        self.attempt(self.stream.flush)
-
-    def attempt(self, method: Callable[..., Any], *text: str) -> None:
+    def write(self, text: str | None = None) -> None:
         try:
-            method(*text)
+            self.stream.flush() if text is None else self.stream.write(text)
         except OSError:  # the rest too goes nowhere, as in Python's "Note on SIGPIPE" (library/signal)
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    flush = write
 
 
 def run_command(

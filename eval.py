@@ -19,6 +19,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -313,8 +314,8 @@ def data_folder(home: Path | None, config: TadaConfig) -> str:
     """The data set's folder of the run, or the default one."""
     try:
         if home and (folder := json.loads((home / "config.json").read_text()).get("data")):
-            return folder
-    except (OSError, ValueError, AttributeError) as error:
+            return os.fspath(folder)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise TadaError(f"{home / 'config.json'} cannot be read ({error}): give --data") from None
     if config.dataset in ("folder", "panoptic"):
         raise TadaError("the checkpoint does not hold its data set's folder: give it with --data")

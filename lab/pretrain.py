@@ -39,7 +39,7 @@ from tqdm import tqdm
 from assemble import part_configs
 from clip import CLIP, END, PROMPT, START, TEMPLATES, CLIPConfig, Tokenizer
 from images import scenes
-from run.checkpoint import replace_text, sync
+from run.files import replace_text, sync
 from run.folder import commit, lock
 from unet import TIMES, UNet, UNetConfig, alphas_cumprod
 from vae import VAE, VAEConfig
