@@ -19,6 +19,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -312,7 +313,7 @@ def data_folder(home: Path | None, config: TadaConfig) -> str:
     """The data set's folder of the run, or the default one."""
     try:
         if home and (folder := json.loads((home / "config.json").read_text()).get("data")):
-            return str(Path(folder))
+            return os.fspath(folder)
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise TadaError(f"{home / 'config.json'} cannot be read ({error}): give --data") from None
     if config.dataset in ("folder", "panoptic"):

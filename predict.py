@@ -12,12 +12,13 @@ For `x.jpg` it writes into --out:
     x.attention.jpg  with --attention: where the model attends to each word
     x.segments.png   mask2former: the segment of every pixel, its id as R + 256 G + 65536 B, 0 = none
     predictions.jsonl  per image "path", "labels" (x.png), "size" [height, width], "tags" (null: none),
-        "shares" of its classes, mask2former's "segments", its settings, and "bytes", "mtime_ns" of its file
+        "shares" of its classes, mask2former's "segments", its settings, "bytes", "mtime_ns" of its file, and
+        a "hash" of the line
 
 Folders are mirrored below the folder that holds all inputs; where two results would share a name the later
 image keeps its suffix (1.jpg -> 1.png, 1.png -> 1.png.png). Files of another image or program are never
 overwritten: a line is written before the files that it lists, so files without a line belong to others. An
-image is skipped if its line has the same model, settings, size and time, and its files exist.
+image is skipped if its line is whole and has the same model, settings, size and time, and its files exist.
 """
 
 from errors import ModelError, Parser, TadaError, Unreadable, end_quietly, run_command
@@ -51,7 +52,7 @@ from loading.tags import checked_words, choose_source, choose_words
 from model import Size, Tada
 from run.checkpoint import find_model, read_about, read_config, read_model
 from run.folder import lock
-from run.predictions import SEGMENTS, Settings, read_list, tidy, to_do, write
+from run.predictions import SEGMENTS, Settings, fits, read_list, tidy, to_do, write
 from run.ranks import DEVICE, DEVICE_HINTS, Ranks, cleanup, init_distributed
 from run.segmentation import Photo, Segmentation, attend, open_image, predict_photos, sizes
 from weights.words import digest
@@ -183,6 +184,7 @@ def run(
     folder = Path(out)
     taken = {labels.removesuffix(".png").lower(): x["path"] for labels, x in read_list(folder).items()}
     names = find_images(inputs, folder, taken)
+    long = [names.pop(path) for path, name in [*names.items()] if not fits(name)]
     words_by_path = choose_words(source, given, config.condition, [*names], threshold)
     with lock(folder, "--out") if ranks.is_main else nullcontext():
         if ranks.is_main:
@@ -195,6 +197,8 @@ def run(
             print(f"tags: {source}; of training: {config.tags}", flush=True)
             if config.weights == "random":
                 print("random weights: without a prior")
+            for name in long:
+                print(f"skipped: {name} is too long a name for its results: shorten it", file=sys.stderr)
         tada = read_model(file, weights, ranks.device, source, threshold) if todo else None
         failed, mine = 0, todo[ranks.rank :: ranks.world]
         bar = tqdm(total=len(mine), desc="predicting", disable=None if ranks.is_main else True)
@@ -234,12 +238,12 @@ def run(
         failed = int(ranks.all_reduce(torch.tensor(failed, device=ranks.device)))
         if ranks.is_main:
             tidy(folder)
-            done = len(todo) - failed
-            print(f"{out}: {done} predicted, {len(names) - len(todo)} skipped, {failed} unreadable")
+            done, left = len(todo) - failed, len(names) - len(todo)
+            print(f"{out}: {done} predicted, {left} skipped, {failed + len(long)} unreadable")
             if len(names) == 1 and not failed:
                 print(folder / f"{next(iter(names.values()))}.overlay.jpg")
     cleanup()
-    return 1 if failed else 0
+    return 1 if failed or long else 0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -36,7 +36,7 @@ from loading.stream import EvaluationStream, load_in_order
 from loading.tags import LONGEST_CAPTION, LONGEST_TAG, checked_text, read_tags, split_words, unique_words
 from metrics.tagging import measure_tags
 from ram import RAMConfig
-from run.checkpoint import replace_text
+from run.files import replace_text
 from run.folder import lock, say
 from run.options import DATASET_HINT
 from run.ranks import DEVICE, DEVICE_HINTS, Ranks, cleanup, init_distributed

@@ -45,6 +45,7 @@ from metrics.charts import curves
 from metrics.report import percent
 from model import Size, Tada
 from run import checkpoint
+from run.files import make_folder
 from run.folder import Run, fingerprint, open_run
 from run.memory import keep_freed_memory
 from run.options import Options, config_of, defaults, parse
@@ -285,6 +286,7 @@ def draw_val(training: Training) -> None:
     tada.train()
     file = run.folder / "val" / f"step-{training.step:06d}.jpg"
     with drawing(run, file):
+        make_folder(file.parent)
         draw(file, val, shown)
 
 

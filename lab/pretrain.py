@@ -35,7 +35,7 @@ from assemble import part_configs
 from clip import CLIP, PROMPT, TEMPLATES, CLIPConfig, Tokenizer, token_ids
 from errors import Parser, RunError, run_command
 from images import scenes
-from run.checkpoint import replace_text, sync
+from run.files import replace_text, sync
 from run.folder import commit, lock
 from unet import TIMES, UNet, UNetConfig, alphas_cumprod
 from vae import VAE, VAEConfig

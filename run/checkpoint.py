@@ -10,6 +10,7 @@ synced to the disk, and renamed: a folder under its own name is complete, whenev
 
 import json
 import os
+import re
 import shutil
 import warnings
 from contextlib import suppress
@@ -26,6 +27,7 @@ from assemble import SCALE_FILE, Undrawn, assemble, open_tagger, part_configs
 from clip import CLIP, Tokenizer
 from errors import CheckpointError
 from model import Tada, TadaConfig
+from run.files import sync
 from run.ranks import Ranks
 from unet import UNet
 from vae import VAE
@@ -35,6 +37,8 @@ from weights.words import digest, digest_once, prior_files
 FORMAT = 1  # of a model's file; a change that older code cannot read raises it
 MODEL, TENSORS, FACTS, HASHES = "model.safetensors", "train.safetensors", "train.json", "sha256.json"
 KEPT = 2  # newest steps that are kept besides the best
+# What a killed process leaves in a run folder: no other file is removed.
+STEP, OTHERS = r"step-\d+", r"last|best|config\.json|log\.jsonl|tags-train\.\w+|inputs\.jpg|curve\.png"
 
 
 # ---- the file of a trained model
@@ -138,8 +142,15 @@ def find_model(path: Path) -> Path:
     """The model's file of a run folder (the best step, else the last), of a step folder, or `path` itself."""
     for file in (path, path / MODEL, path / "best" / MODEL, path / "last" / MODEL):
         if file.is_file():
+            if not is_utf8(file):
+                raise CheckpointError(f"{str(file.resolve())!r} is not UTF-8: rename what is not")
             return file
     raise CheckpointError(f"{path} holds no {MODEL}: give a run folder, a step folder or the file")
+
+
+def is_utf8(path: Path) -> bool:
+    """Whether the name and those of its folders are: safetensors 0.8 opens no other."""
+    return os.fsencode(path.resolve()).decode(errors="replace") == str(path.resolve())
 
 
 def read_about(file: Path) -> dict:
@@ -274,23 +285,6 @@ def write_step(
     return final
 
 
-def replace_text(file: Path, text: str) -> None:
-    """Write a file atomically."""
-    new = file.with_name(f".tmp-{file.name}")
-    new.write_text(text, encoding="utf-8")
-    sync(new)
-    os.replace(new, file)
-
-
-def sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def point(run: Path, name: str, target: str) -> None:
     """Point the link `run/name` to `target`, atomically."""
     new = run / f".tmp-{name}"
@@ -323,15 +317,16 @@ def prune(run: Path) -> None:
 def clean(run: Path) -> None:
     """Remove leftovers of an interrupted `write_step` or `point`."""
     restore_replaced(run)
-    for path in (*run.glob(".tmp-*"), *run.glob(".old-*")):
-        path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
+    for path in run.glob(".*"):
+        if re.fullmatch(rf"\.(tmp|old|tmp-old)-{STEP}|\.tmp-({OTHERS})", path.name):
+            path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
 
 
 def restore_replaced(run: Path) -> None:
     """Restore a step that `write_step` had moved away, if the new one did not take its name."""
     for old in run.glob(".old-*"):
         final = run / old.name.removeprefix(".old-")
-        if not final.exists():
+        if re.fullmatch(STEP, final.name) and not final.exists():
             os.replace(old, final)
 
 

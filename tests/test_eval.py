@@ -903,8 +903,7 @@ def test_a_closed_or_full_stdout_loses_nothing(finished, tmp_path, monkeypatch, 
     assert main([str(finished), "--workers", "0", "--out", str(tmp_path)]) == 0
     assert stored(tmp_path)["mIoU"] is not None and (tmp_path / "confusion.png").is_file()
     if output is not None:
-        with pytest.raises(OSError, match="No space left"):
-            output.close()  # what was printed is still in its buffer
+        output.close()  # nothing is left in its buffer
 
 
 def test_segments_are_measured_only_if_requested(panoptic_run):

@@ -18,7 +18,7 @@ LONG = ("mask2former.py", "images/scenes.py")  # may have more lines than other 
 
 # From the ground up. A name that ends in "/" stands for all files of that shelf not named elsewhere.
 FLOORS = (
-    ("errors.py", "run/ranks.py"),
+    ("errors.py", "run/ranks.py", "run/files.py"),
     ("kernels/reference.py",),
     ("kernels/",),
     ("weights/load.py", "weights/ram.py", "weights/fetch.py", TAGGER, *PARTS),

@@ -523,16 +523,16 @@ def test_after_a_crash(steered, tmp_path, capsys):
     (out / "predictions.jsonl").write_text("".join(text) + text[2][:30])
     (out / "2.png").unlink()
     (out / "0.png").unlink(), (out / "0.overlay.jpg").unlink()
-    for name in (".tmp-7", ".tmp-predictions.jsonl"):
+    for name in (".predictions.jsonl.tmp-7", ".tmp-predictions.jsonl"):
         (out / name).write_text("half a file")
-    (out / ".tmp-mine").write_text("another program's")
+    (out / ".tmp-7").write_text("another program's")
     assert main([steered, str(tmp_path / "in" / "1.jpg"), *arguments[2:]]) == 0
     assert lines(out) == complete[1:]  # of 2 the overlay is there: it is ours
     capsys.readouterr()
     assert main(arguments) == 0
     assert "2 predicted, 1 skipped" in capsys.readouterr().out
     assert lines(out) == complete
-    assert sorted(path.name for path in out.glob(".*")) == [".lock", ".tmp-mine"]
+    assert sorted(path.name for path in out.glob(".*")) == [".lock", ".tmp-7"]
 
 
 def test_a_crash_between_two_files_is_resumed(steered, tmp_path, monkeypatch):
