@@ -206,7 +206,7 @@ def test_segments_are_the_model_s(surest, tmp_path, monkeypatch):
     said = [(x["id"], x["class"], x["score"]) for x in lines(out)[0]["segments"]]
     assert said == [(s.id, scenes.CLASSES[s.label], pytest.approx(s.score, rel=1e-5)) for s in segments]
 
-    monkeypatch.setattr(module, "load_model", None)  # nothing is left to do
+    monkeypatch.setattr(module, "read_model", None)  # nothing is left to do
     assert main([file, str(picture), "--out", str(out)]) == 0
     (out / "1.segments.png").unlink()
     with pytest.raises(TypeError):
@@ -227,7 +227,7 @@ def test_score_and_overlap_say_what_a_segment_is(surest, tmp_path, monkeypatch):
         with Image.open(out / "1.segments.png") as written:
             assert np.array_equal(from_colours(np.asarray(written)), expected.ids.numpy())
         assert not torch.equal(expected.ids, usual)
-    monkeypatch.setattr(module, "load_model", None)
+    monkeypatch.setattr(module, "read_model", None)
     assert main([*command, *flags]) == 0  # nothing is left to do
     with pytest.raises(TypeError):
         main(command)
