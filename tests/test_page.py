@@ -4,6 +4,7 @@ browser (`pytest -m browser`) a word moves the map and a broken file is one sent
 
 import asyncio
 import base64
+import json
 import os
 import re
 import shutil
@@ -31,7 +32,8 @@ from images import scenes
 from model import Tada
 from page import CACHED, LIMIT, SIDE, Viewer, application, main
 from predict import load_model, predict_image
-from run.checkpoint import save_model
+from run.checkpoint import FACTS, HASHES, MODEL, TENSORS, save_model
+from weights.words import digest
 
 ROOT = Path(__file__).parents[1]
 HOSTS = ("localhost", "127.0.0.1")
@@ -43,6 +45,8 @@ def run(tmp_path_factory, one_thread) -> str:
     torch.manual_seed(0)
     file = tmp_path_factory.mktemp("run") / "model.safetensors"
     save_model(tiny_tada.make(tags="clip"), file, {}, {})
+    hashes = {MODEL: digest(file), TENSORS: "", FACTS: ""}
+    file.with_name(HASHES).write_text(json.dumps(hashes))
     return str(file)
 
 

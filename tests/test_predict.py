@@ -38,7 +38,7 @@ from loading.augment import evaluation, model_input, normalise
 from loading.tags import LONGEST_TAG, choose_words
 from model import Tada, TadaConfig
 from predict import load_model, main, predict_image
-from run.checkpoint import save_model
+from run.checkpoint import FACTS, HASHES, MODEL, TENSORS, save_model
 from weights.words import digest
 
 ROOT = Path(__file__).parents[1]
@@ -845,7 +845,7 @@ def test_the_model_is_the_one_whose_hash_was_taken(steered, tmp_path, monkeypatc
 
     tidy, once = module.tidy, iter([overtaken])
     monkeypatch.setattr(module, "tidy", lambda out: next(once, tidy)(out))
-    monkeypatch.setattr(module, "load_model", load)
+    monkeypatch.setattr(module, "read_model", load)
     assert (
         main([str(run), str(save(tmp_path / "x.jpg")), "--out", str(tmp_path / "out"), "--words", "sea"]) == 0
     )
@@ -1226,7 +1226,8 @@ def test_the_lines_of_the_documents_run(steered, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     step = tmp_path / "runs" / "NAME" / "step-000100"
     step.mkdir(parents=True)
-    os.link(steered, step / "model.safetensors")
+    os.link(steered, step / MODEL)
+    (step / HASHES).write_text(json.dumps({MODEL: digest(Path(steered)), TENSORS: "", FACTS: ""}))
     for link in ("best", "last"):
         step.with_name(link).symlink_to(step.name)
     save(tmp_path / "photo.jpg", noise(90, 150))
