@@ -229,7 +229,7 @@ def run(
         print(f"{url} (Ctrl-C stops it)", flush=True)
         if browser and (sys.platform == "darwin" or {"DISPLAY", "WAYLAND_DISPLAY"} & {*os.environ}):
             Thread(target=webbrowser.open, args=[url], daemon=True).start()  # elsewhere it may be a text one
-        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run([listener])
+        uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3)).run([listener])
     return 0
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -330,6 +331,23 @@ def test_listens_on_this_computer_and_opens_the_page(run, monkeypatch, capsys, o
     ((host, port),) = places
     assert host == "127.0.0.1" and port > 0 and f"http://127.0.0.1:{port}/ " in capsys.readouterr().out
     assert urls == [f"http://127.0.0.1:{port}/"] * tabs
+
+
+def test_ctrl_c_does_not_wait_for_a_stalled_upload(run):
+    command = [sys.executable, str(ROOT / "page.py"), run, "--no-browser"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, **options) as process:
+        process.stdout.readline()
+        host = process.stdout.readline().split("/")[2]
+        with socket.create_connection(host.split(":")) as upload:
+            upload.sendall(f"POST /image HTTP/1.1\r\nHost: {host}\r\nContent-Length: 9\r\n\r\nabc".encode())
+            time.sleep(1)  # until the server has read it
+            process.send_signal(signal.SIGINT)
+            try:
+                assert process.wait(15) == 130
+            finally:
+                process.kill()
 
 
 @pytest.fixture(scope="module")
