@@ -20,7 +20,7 @@ overwritten: a line is written before the files that it lists, so files without 
 image is skipped if its line has the same model, settings, size and time, and its files exist.
 """
 
-from errors import Parser, TadaError, Unreadable, end_quietly, run_command
+from errors import DataError, Parser, TadaError, Unreadable, end_quietly, run_command
 
 if __name__ == "__main__":
     end_quietly()  # at Ctrl-C during the imports below
@@ -95,6 +95,8 @@ def predict_image(
     `--tags none`; None for those of the model's tagger. `segments` are `score` and `overlap` of mask2former.
     Raises DataError or ModelError.
     """
+    if not scales or not all(0.1 <= x <= 10 for x in scales):
+        raise DataError(f"scales {[*scales]} cannot be used: give one or more from 0.1 to 10")
     config = tada.config
     reading = segment_options(segments, config.decoder, {"flip": flip, "scales": tuple(scales) != (1.0,)})
     if words is not None:
@@ -202,7 +204,7 @@ def run(
                 else:
                     failed += 1
                     bar.update()
-                    tqdm.write(f"skipped: {photo}", file=sys.stderr)
+                    tqdm.write(f"unreadable: {photo}", file=sys.stderr)
 
         def predicted(photos: Iterable[Photo]) -> Iterator[Segmentation]:
             for group in groups(photos, sizes, ranks.device, len(scales) * (1 + flip)):

@@ -51,6 +51,8 @@ def open_image(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
         image = Image.fromarray(image)
     if not isinstance(image, Image.Image):
         raise DataError(f"an image of type {type(image).__name__}: give a path, a PIL image or a numpy array")
+    if 0 in image.size:
+        raise DataError("an image of {}x{} has no pixels: give another".format(*image.size))
     image = image.copy()
     image.getexif()  # kept by the image
     image.info = {}  # as `read_image`

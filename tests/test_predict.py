@@ -657,7 +657,7 @@ def test_an_unreadable_image_is_listed_and_the_rest_continues(steered, tmp_path,
         said = capsys.readouterr()
         assert f"{done} skipped, 5 unreadable" in said.out
         for name in ("cut.jpg", "empty.png", "page.jpg", "gone.jpg", "large.png"):
-            assert said.err.count(f"skipped: {tmp_path / 'in' / name} ") == 1
+            assert said.err.count(f"unreadable: {tmp_path / 'in' / name} ") == 1
         assert "Traceback" not in said.err
     assert results(out) == ["good.overlay.jpg", "good.png", "predictions.jsonl"]
 
@@ -693,8 +693,8 @@ def test_two_processes_share_the_images(steered, tmp_path):
             one.kill()
     said = [file.read_text() for file in files]
     assert said[0].endswith("5 predicted, 0 skipped, 1 unreadable\n")
-    assert "".join(said).count("skipped: ") == 1
-    assert all(line.startswith("skipped: ") for line in said[1].splitlines())  # only rank 0 says the rest
+    assert "".join(said).count("unreadable: ") == 1
+    assert all(line.startswith("unreadable: ") for line in said[1].splitlines())  # only rank 0 says the rest
 
     assert main([*arguments, str(tmp_path / "one")]) == 1
     assert results(tmp_path / "two") == results(tmp_path / "one")
@@ -1052,6 +1052,7 @@ def test_from_python_as_by_the_command(steered, surest, tmp_path, decoder, words
         (np.zeros(5, np.uint8), "shape (5,)"),
         (np.zeros((0, 5, 3), np.uint8), "shape (0, 5, 3)"),
         (torch.zeros(3, 4, 5), "type Tensor: give a path, a PIL image or a numpy array"),
+        (Image.new("RGB", (0, 5)), "an image of 0x5 has no pixels"),
         (Image.new("F", (4, 5)), "the image holds floating-point numbers"),
         ("gone.jpg", "gone.jpg cannot be read (No such file or directory)"),
     ],
@@ -1106,6 +1107,11 @@ def test_scales_and_flip_from_python(steered, tada, tmp_path):
     result = predict_image(tada, path, scales=(1, 1.5), flip=True)
     assert np.array_equal(result.labels, labels(tmp_path / "out" / "x.png"))
     assert (result.labels != predict_image(tada, path).labels).any()
+    for scales in ((), (1, -1)):
+        with pytest.raises(
+            DataError, match=re.escape(f"scales {[*scales]} cannot be used: give one or more")
+        ):
+            predict_image(tada, path, scales=scales)
 
 
 def test_attention_from_python(steered, tada, tmp_path):
