@@ -322,7 +322,10 @@ def open_dataset(name: str, root: str | Path, split: str) -> Dataset:
             parts = {part.replace(layout.splits[split], x) for x in layout.splits.values() for part in needed}
             expected = listing(part if "." in part else f"{part}/" for part in parts)
             cure += f"\n  expected: {expected}\n  found:    {tree(root)}"
-        raise DataError(f"{root} is not {name}: {' and '.join(absent)} not found there; {cure}")
+        fault = (
+            f"is not {name}: {' and '.join(absent)} not found there;" if root.exists() else "does not exist:"
+        )
+        raise DataError(f"{root} {fault} {cure}")
     return (PanopticFiles if layout.panoptic else SemanticFiles)(name, root, split)
 
 

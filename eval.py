@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
-from itertools import groupby, islice
+from itertools import groupby, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -251,9 +251,11 @@ def run(
     root = data or data_folder(home, config)
     dataset = open_dataset(config.dataset, root, split)
     if tuple(dataset.classes) != config.classes:
+        pairs = zip_longest(dataset.classes, config.classes, fillvalue="none")
+        here, there = next((x, y) for x, y in pairs if x != y)
         raise TadaError(
-            f"{root} has {len(dataset.classes)} classes, such as {dataset.classes[0]}, but {file} "
-            f"was trained on {len(config.classes)}, such as {config.classes[0]}: give another --data"
+            f"{root} has {len(dataset.classes)} classes, with {here} where {file}, "
+            f"trained on {len(config.classes)}, has {there}: give another --data"
         )
     protocol = protocol_of(config, **flags)
     trained = {"condition": config.condition, "trained": (config.tags, config.tag_threshold)}

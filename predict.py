@@ -211,7 +211,7 @@ def run(
                 else:
                     failed += 1
                     bar.update()
-                    tqdm.write(f"skipped: {photo}", file=sys.stderr)
+                    tqdm.write(f"unreadable: {photo}", file=sys.stderr)
 
         def predicted(photos: Iterable[Photo]) -> Iterator[Segmentation]:
             for group in groups(photos, sizes, ranks.device, len(scales) * (1 + flip)):

@@ -458,7 +458,10 @@ def test_another_tree_is_shown_beside_the_expected_one(tmp_path, there, found):
     expected = "images/train/  images/val/  labels/train/  labels/val/  classes.txt"
     found = found or "  ".join([*(f"{x}/" for x in there), "classes.txt"])
     assert str(caught.value).splitlines()[1:] == [f"  expected: {expected}", f"  found:    {found}"]
-    for root, found in ((".git/objects", "found:    nothing$"), ("absent", "--data must be [^\n]*$")):
+    for root, found in (
+        (".git/objects", "found:    nothing$"),
+        ("absent", "absent does not exist: --data must be [^\n]*$"),
+    ):
         with pytest.raises(DataError, match=found):
             open_dataset("folder", tmp_path / root, "val")
 

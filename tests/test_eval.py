@@ -689,6 +689,9 @@ def test_two_processes_share_the_images(tada, root, dataset, finished, tmp_path)
 def test_bad_input_is_one_sentence(root, finished, tada, tmp_path, capsys):
     other = Path(shutil.copytree(root, tmp_path / "other"))
     (other / "classes.txt").write_text("road\nriver\n")
+    renamed = Path(shutil.copytree(root, tmp_path / "renamed"))
+    *names, _ = (root / "classes.txt").read_text().splitlines()
+    (renamed / "classes.txt").write_text("\n".join([*names, "bus"]))
     unlabelled = Path(shutil.copytree(root, tmp_path / "unlabelled"))
     (unlabelled / "labels/val/1.png").unlink()
     (tmp_path / "page.safetensors").write_text("<html>")
@@ -709,7 +712,8 @@ def test_bad_input_is_one_sentence(root, finished, tada, tmp_path, capsys):
         ([str(tmp_path / "nowhere")], "nowhere holds no model.safetensors"),
         ([str(tmp_path / "page.safetensors")], "page.safetensors is not a whole safetensors file"),
         ([run, "--data", str(tmp_path)], f"{tmp_path} is not folder"),
-        ([run, "--data", str(other)], "other has 2 classes, such as road, but .* trained on 4, such as sky"),
+        ([run, "--data", str(other)], "other has 2 classes, with road where .*, trained on 4, has sky: give"),
+        ([run, "--data", str(renamed)], "renamed has 4 classes, with bus where .*, trained on 4, has"),
         ([run, "--data", str(unlabelled)], "has 1 faults.*\n.*images/val/1.png has no label file"),
         ([run, "--split", "holiday"], "folder has no labelled split 'holiday'"),
         ([run, "--tags", str(tmp_path / "gone.jsonl")], "gone.jsonl: no such file"),

@@ -665,7 +665,7 @@ def test_an_unreadable_image_is_listed_and_the_rest_continues(steered, tmp_path,
         said = capsys.readouterr()
         assert f"{done} skipped, 5 unreadable" in said.out
         for name in ("cut.jpg", "empty.png", "page.jpg", "gone.jpg", "large.png"):
-            assert said.err.count(f"skipped: {tmp_path / 'in' / name} ") == 1
+            assert said.err.count(f"unreadable: {tmp_path / 'in' / name} ") == 1
         assert "Traceback" not in said.err
     assert results(out) == ["good.overlay.jpg", "good.png", "predictions.jsonl"]
 
@@ -701,8 +701,8 @@ def test_two_processes_share_the_images(steered, tmp_path):
             one.kill()
     said = [file.read_text() for file in files]
     assert said[0].endswith("5 predicted, 0 skipped, 1 unreadable\n")
-    assert "".join(said).count("skipped: ") == 1
-    assert all(line.startswith("skipped: ") for line in said[1].splitlines())  # only rank 0 says the rest
+    assert "".join(said).count("unreadable: ") == 1
+    assert all(line.startswith("unreadable: ") for line in said[1].splitlines())  # only rank 0 says the rest
 
     assert main([*arguments, str(tmp_path / "one")]) == 1
     assert results(tmp_path / "two") == results(tmp_path / "one")

@@ -694,7 +694,7 @@ def test_killed_at_any_time(folder, uninterrupted, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--data", "/nowhere"], r"/nowhere is not folder.*--data"),
+        (["--data", "/nowhere"], r"/nowhere does not exist: --data must be the folder"),
         (["--weights", "/nowhere"], r"/nowhere.*weights\.fetch"),
         (["--batch", "5", "--accumulate", "2"], r"batch of 5 cannot be divided"),
     ],
