@@ -7,6 +7,7 @@ optimiser's parameter groups.
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -28,7 +29,7 @@ from ram import likely_tags
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 from weights.ram import load_ram, ram_folder
-from weights.words import word_vectors
+from weights.words import digest, word_vectors
 
 Tagger = Callable[[Tensor], list[list[tuple[str, float]]]]  # images (B, 3, H, W) -> tags, scores, best first
 SCALE_FILE = "vae/config.json"  # inside the weights folder of tiny
@@ -44,13 +45,23 @@ def part_configs(model: str, weights: str | Path) -> tuple[VAEConfig, UNetConfig
     if str(weights) != "random":
         folder = weights_loader.locate(weights)
         weights_loader.find(folder / "vae", weights_loader.OFFICIAL[VAE])  # reports a missing folder
-        file = folder / SCALE_FILE
-        try:
-            vae = replace(vae, scale=float(json.loads(file.read_text())["scaling_factor"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            cause = type(error).__name__
-            raise WeightsError(f"{file} has no valid scaling_factor ({cause}): see lab/pretrain.py") from None
+        vae = replace(vae, scale=read_scale(folder / SCALE_FILE))
     return vae, UNetConfig.tiny(), CLIPConfig.tiny()
+
+
+def read_scale(file: Path) -> float:
+    """The scaling_factor of tiny's vae/config.json, whose hash is in the `sha256.json` beside it, if any."""
+    hashes = file.with_name("sha256.json")
+    try:
+        if hashes.exists() and json.loads(hashes.read_bytes()) != {file.name: digest(file)}:
+            raise ValueError(f"{hashes.name} has another hash")
+        scale = json.loads(file.read_bytes())["scaling_factor"]
+        if type(scale) not in (int, float) or not 0 < float(scale) < math.inf:
+            raise ValueError(f"scaling_factor {scale} is not a positive number")
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
+        cause = f"{type(error).__name__}: {error}"
+        raise WeightsError(f"{file} has no valid scaling_factor ({cause}): see lab/pretrain.py") from None
+    return float(scale)
 
 
 def prior(model: str, weights: str | Path) -> tuple[VAE, UNet, CLIP, Tokenizer]:
@@ -85,7 +96,11 @@ def load_clip(config: CLIPConfig, weights: str | Path) -> tuple[CLIP, Tokenizer]
     clip = load_part(CLIP, config, weights)
     if str(weights) == "random":
         return clip, Tokenizer.spelling(config.vocabulary)
-    return clip, Tokenizer(weights_loader.locate(weights) / "tokenizer")
+    tokenizer = Tokenizer(folder := weights_loader.locate(weights) / "tokenizer")
+    if tokenizer.end != config.vocabulary - 1:
+        fault = f"has {tokenizer.end + 1:,} ids, and CLIP {config.vocabulary:,}"
+        raise WeightsError(f"{folder} {fault}: use the tokenizer of the same model")
+    return clip, tokenizer
 
 
 def build(config: TadaConfig, device: torch.device | str = "cpu") -> Tada:

@@ -7,6 +7,7 @@ Attribute names are those of the Hugging Face file of openai/clip-vit-large-patc
 Top to bottom: the tokenizer, the model, zero-shot tags, the two towers, the transformer they share.
 """
 
+import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from tokenizers import Regex, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as BPETokenizer
 from torch import Tensor, nn
 
+from errors import WeightsError
 from kernels.linear import Linear
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -78,8 +80,8 @@ class CLIPConfig:
 class Tokenizer:
     """Encode T texts as ids `(T, 77)` int64: start, byte-pair tokens, end; padded with end tokens.
 
-    `folder` holds `vocab.json` and `merges.txt`. Special tokens inside a text, as "<|endoftext|>", are
-    encoded as plain characters.
+    `folder` holds `vocab.json` and `merges.txt`; WeightsError unless they agree. Special tokens inside a
+    text, as "<|endoftext|>", are encoded as plain characters.
     """
 
     def __init__(self, folder: str | Path, positions: int = 77):
@@ -88,35 +90,30 @@ class Tokenizer:
             if not file.is_file():
                 raise FileNotFoundError(f"{file} is missing: `python -m weights.fetch` downloads it")
         try:
-            self.prepare(models.BPE.read_file(*map(str, files)), positions)
-            if None in (self.start, self.end):
-                raise ValueError(f"{START} or {END} is missing")
-        except Exception as error:  # noqa: BLE001  tokenizers raises plain Exceptions
-            raise OSError(
-                f"{files[0]} or {files[1].name} is corrupt ({error}): delete both; "
+            vocabulary, lines = json.loads(files[0].read_bytes()), files[1].read_text("utf-8").split("\n")
+            merges = [tuple(line.split(" ")) for line in lines[1:] if line]  # the first is a version
+            if vocabulary != token_ids(merges, vocabulary[END] + 1):
+                raise ValueError("they do not agree")
+            self.prepare(vocabulary, merges, positions)
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            cause = " ".join(str(error).split())
+            raise WeightsError(
+                f"{files[0]} or {files[1].name} is corrupt ({cause}): delete both; "
                 "`python -m weights.fetch` downloads them again"
             ) from None
 
     @classmethod
     def spelling(cls, vocabulary: int, positions: int = 77) -> "Tokenizer":
-        """Make a tokenizer for random weights: it needs no files and encodes words byte by byte.
-
-        Start and end are the last two of the `vocabulary` ids, as in CLIP.
-        """
-        letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # 256
-        ids = [*letters, *(f"{letter}</w>" for letter in letters)]
-        assert vocabulary >= len(ids) + 2, (
-            f"a vocabulary of {vocabulary} is too small: bytes need {len(ids) + 2}"
-        )
-        table = {token: i for i, token in enumerate(ids)} | {START: vocabulary - 2, END: vocabulary - 1}
+        """Make a tokenizer for random weights: it needs no files and encodes words byte by byte."""
+        assert vocabulary >= 514, f"a vocabulary of {vocabulary} is too small: bytes need 514"
         tokenizer = cls.__new__(cls)
-        tokenizer.prepare((table, []), positions)
+        tokenizer.prepare(token_ids([], vocabulary), [], positions)
         return tokenizer
 
-    def prepare(self, vocabulary_and_merges: tuple[dict, list], positions: int) -> None:
-        """Set up the byte-pair encoder; start or end is None if the vocabulary lacks it."""
+    def prepare(self, vocabulary: dict[str, int], merges: list[tuple[str, str]], positions: int) -> None:
+        """Set up the byte-pair encoder."""
         self.positions = positions
-        bpe = models.BPE(*vocabulary_and_merges, unk_token=END, end_of_word_suffix="</w>")
+        bpe = models.BPE(vocabulary, merges, unk_token=END, end_of_word_suffix="</w>")
         self.bpe = BPETokenizer(bpe)
         blanks = normalizers.Replace(Regex(r"\s+"), " ")
         self.bpe.normalizer = normalizers.Sequence([normalizers.NFC(), blanks, normalizers.Lowercase()])
@@ -150,6 +147,16 @@ class Tokenizer:
         # Surrogates of broken JSON or of a Latin-1 terminal, which the library refuses: joined or replaced.
         texts = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
         return [encoding.ids for encoding in self.bpe.encode_batch(texts, add_special_tokens=False)]
+
+
+def token_ids(merges: Sequence[tuple[str, str]], vocabulary: int) -> dict[str, int]:
+    """The tokens of CLIP: bytes, bytes that end a word, merges in their order; start and end are the last two
+    of the `vocabulary` ids (openai/CLIP clip/simple_tokenizer.py).
+    """
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # 256
+    tokens = [*letters, *(f"{x}</w>" for x in letters), *(left + right for left, right in merges)]
+    table = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    return table | {START: vocabulary - 2, END: vocabulary - 1}
 
 
 class CLIP(nn.Module):

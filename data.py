@@ -5,29 +5,7 @@
 
 Images are 8-bit RGB; labels are uint8 `(H, W)` with classes 0..K-1 and 255 = ignore.
 
-COCO panoptic (cocodataset.org, panoptic_annotations_trainval2017.zip and its inner zips) has the layout
-
-    coco/annotations/panoptic_train2017.json    coco/annotations/panoptic_train2017/000000000009.png
-    coco/train2017/000000000009.jpg             and the same of val2017
-
-Your own, `--dataset panoptic`, is a folder with `panoptic_train.json`, `train/` and so on in these places.
-Example: a street of 4 x 2 pixels with two cars side by side, and an image of the street alone. Ids are your
-choice within an image; 0 is void, pixels without a label.
-
-    annotations/panoptic_train/one.png      1 1 2 2      annotations/panoptic_train/two.png      7 7 7 7
-    (R; G and B are 0)                      3 3 3 3                                              7 7 0 0
-
-    annotations/panoptic_train.json, for the images train/one.jpg and train/two.jpg:
-    {"categories": [{"id": 1, "name": "car", "isthing": 1, "color": [0, 0, 142]},
-                    {"id": 2, "name": "street", "isthing": 0, "color": [128, 64, 128]}],
-     "images": [{"id": 1, "file_name": "one.jpg", "height": 2, "width": 4},
-                {"id": 2, "file_name": "two.jpg", "height": 2, "width": 4}],
-     "annotations": [{"image_id": 1, "file_name": "one.png", "segments_info":
-                     [{"id": 1, "category_id": 1}, {"id": 2, "category_id": 1}, {"id": 3, "category_id": 2}]},
-                     {"image_id": 2, "file_name": "two.png", "segments_info": [{"id": 7, "category_id": 2}]}]}
-
-Training and evaluation need `train` and `val`. A segment may have `"iscrowd": 1`; "color" is optional.
-`python -m images.panoptic` makes such data of COCO's instances. docs/using.md describes a `folder`.
+docs/using.md describes the layout of one's own, `folder` and `panoptic`, with examples.
 
 Top to bottom: the layouts, the data sets, what opens them. Decoding is in images/read.py, tables of classes
 in images/classes.py, the check before training in loading/check.py, augmentation in loading/augment.py.
@@ -87,7 +65,7 @@ class Layout:
 
 
 SAME, COCO = {"train": "train", "val": "val"}, {"train": "train2017", "val": "val2017"}
-PANOPTIC = "annotations/panoptic_{}"
+PNGS = "annotations/panoptic_{}"
 LAYOUTS = {
     "ade20k": Layout(
         root="ADEChallengeData2016",
@@ -115,10 +93,8 @@ LAYOUTS = {
         ignored=range(34),  # the labelIds; labels/cityscapes.txt lists the 19 that are evaluated
     ),
     "folder": Layout("the folder that holds images, labels and classes.txt", "images/{}", "labels/{}", SAME),
-    "coco-panoptic": Layout("coco", "{}", PANOPTIC, COCO, panoptic=True),
-    "panoptic": Layout(
-        "the folder that holds annotations, train and val", "{}", PANOPTIC, SAME, panoptic=True
-    ),
+    "coco-panoptic": Layout("coco", "{}", PNGS, COCO, panoptic=True),
+    "panoptic": Layout("the folder of annotations, train and val", "{}", PNGS, SAME, panoptic=True),
 }
 
 # COCO-Stuff's compounds are "thing-kind"; these are not, or would read badly.
@@ -128,7 +104,6 @@ IRREGULAR = {
     "playingfield": "playing field",
     "waterdrops": "water drops",
 }
-
 
 # Label files that are not read -> why, and the cure.
 LOSSY = "which changes class numbers: save labels as PNG"
@@ -162,20 +137,13 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def path(self, i: int) -> str:
-        """The path of image `i`."""
-        return self.paths[i]
-
     def names(self, i: int) -> list[str]:
         """The files of sample `i` that exist, as text: a Path takes longer to make than to look up."""
         return []
 
-    def files(self, i: int) -> list[Path]:
-        return [Path(name) for name in self.names(i)]
-
     def png(self, i: int) -> str:
         """The name of sample `i`'s PNG in COCO's panoptic files."""
-        return "/".join(self.path(i).split("/")[1:]) + ".png"
+        return "/".join(self.paths[i].split("/")[1:]) + ".png"
 
     def load(self, i: int, short: int | None = None, long: int | None = None) -> Sample:
         """Sample `i`. Raises DataError with the path.
@@ -217,8 +185,8 @@ class SemanticFiles(Dataset):
         self.missing += [f"{root / labels[key]} has no image" for key in sorted(labels) if key not in images]
 
     def unlabelled(self, i: int) -> str:
-        sentence = f"{self.root / self.path(i)} has no label file"
-        if (file := self.unread.get(self.path(i))) is None:
+        sentence = f"{self.root / self.paths[i]} has no label file"
+        if (file := self.unread.get(self.paths[i])) is None:
             return sentence
         return f"{sentence} that is read, only {self.root / file}, {UNREAD[Path(file).suffix.lower()]}"
 
@@ -254,9 +222,7 @@ class PanopticFiles(Dataset):
         names = enumerate(zip(files, self.png_names, strict=True))
         unseen = [i for i, (image, png) in names if image not in images or png not in pngs]
         listed = [file for i in unseen for file in self.pair(i)]  # these may be in subfolders
-        on_disk = {root / folder: images, self.pngs: pngs}
-        found = (x.name in on_disk[x.parent] if x.parent in on_disk else x.exists() for x in listed)
-        self.lost = {file for file, exists in zip(listed, found, strict=True) if not exists}
+        self.lost = {file for file in listed if not file.exists()}
         self.missing = [self.without(file) for file in listed if file in self.lost]
         self.missing += [
             f"{root / folder / name} has no annotation in {a.file}"
@@ -269,13 +235,13 @@ class PanopticFiles(Dataset):
 
     def pair(self, i: int) -> tuple[Path, Path]:
         """The image and its PNG."""
-        return self.root / self.path(i), self.pngs / self.png(i)
+        return self.root / self.paths[i], self.pngs / self.png(i)
 
     def without(self, file: Path) -> str:
         return f"{file} does not exist, but {self.annotations.file} lists it"
 
     def names(self, i: int) -> list[str]:
-        names = f"{self.root}/{self.path(i)}", f"{self.pngs}/{self.png(i)}"
+        names = f"{self.root}/{self.paths[i]}", f"{self.pngs}/{self.png(i)}"
         return [name for name in names if not self.lost or Path(name) not in self.lost]
 
     def load(self, i: int, short: int | None = None, long: int | None = None) -> Sample:

@@ -13,7 +13,8 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from contextlib import redirect_stderr, redirect_stdout
+from typing import Any, NoReturn, TextIO
 
 NUMBER = re.compile(r"-?[\d.]+(e-?\d+)?")
 
@@ -50,6 +51,24 @@ class DataWarning(UserWarning):
     """A sample was skipped; training continues."""
 
 
+class Output:
+    """Standard output or error of a command: what a closed pipe or a full disk does not take is lost."""
+
+    def __init__(self, stream: TextIO | None):
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str | None = None) -> None:
+        try:
+            self.stream.flush() if text is None else self.stream.write(text)
+        except OSError:  # the rest too goes nowhere, as in Python's "Note on SIGPIPE" (library/signal)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    flush = write
+
+
 def run_command(
     name: str,
     work: Callable[[], int],
@@ -60,23 +79,27 @@ def run_command(
     130 after Ctrl-C.
 
     Errors of `on_all_ranks` are raised by every process of torchrun alike, so only rank 0 prints them; any
-    other error is printed by the rank that has it. A name that the terminal cannot show is escaped.
+    other error is printed by the rank that has it. A name that the terminal cannot show is escaped, and an
+    output that is closed or full ends nothing (`Output`).
     """
     main = os.environ.get("RANK", "0") == "0"
     if isinstance(sys.stdout, io.TextIOWrapper):  # not a notebook's
         sys.stdout.reconfigure(errors="backslashreplace")
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # after `end_quietly`
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        return work()
-    except KeyboardInterrupt:
-        if main:
-            print(interrupted, file=sys.stderr)
-        return 130
-    except (TadaError, OSError) as error:
-        if main or not isinstance(error, on_all_ranks):
-            print(f"{name}: {error}", file=sys.stderr)
-        return 2
+    with redirect_stdout(Output(sys.stdout)), redirect_stderr(Output(sys.stderr)):
+        try:
+            return work()
+        except KeyboardInterrupt:
+            if main:
+                print(interrupted, file=sys.stderr)
+            return 130
+        except (TadaError, OSError) as error:
+            if main or not isinstance(error, on_all_ranks):
+                print(f"{name}: {error}", file=sys.stderr)
+            return 2
+        finally:
+            sys.stdout.flush()  # at its end Python would report what cannot be written, with code 120
 
 
 def end_quietly() -> None:

@@ -19,6 +19,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -259,11 +260,10 @@ def run(
     protocol = protocol_of(config, **flags)
     trained = {"condition": config.condition, "trained": (config.tags, config.tag_threshold)}
     source, given, threshold = choose_source(tags, words, tag_threshold, **trained)
-    paths = [dataset.path(i) for i in range(len(dataset))]
     if given is None:
-        source_words = open_words(config.condition, source, dataset.prompts, root, paths, threshold)
+        source_words = open_words(config.condition, source, dataset.prompts, root, dataset.paths, threshold)
     else:
-        table = dict.fromkeys(paths, split_words(given, config.condition))
+        table = dict.fromkeys(dataset.paths, split_words(given, config.condition))
         source_words = TagSource(source, dataset.prompts, table)
     check(dataset, CHECKED)
     n = min(limit or len(dataset), len(dataset))
@@ -294,7 +294,7 @@ def run(
             say(result.as_markdown())
         for score, i in drawn.draw(out / "worst", ranks) if drawn else ():
             if ranks.is_main:
-                say(f"mIoU {percent(score, '%')} {dataset.path(i)}")
+                say(f"mIoU {percent(score, '%')} {dataset.paths[i]}")
         if ranks.is_main:
             more = ", panoptic.json, panoptic/" if config.decoder == "mask2former" else ""
             more += ", worst/" if worst else ""
@@ -315,8 +315,8 @@ def data_folder(home: Path | None, config: TadaConfig) -> str:
     """The data set's folder of the run, or the default one."""
     try:
         if home and (folder := json.loads((home / "config.json").read_text()).get("data")):
-            return folder
-    except (OSError, ValueError, AttributeError) as error:
+            return os.fspath(folder)
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise TadaError(f"{home / 'config.json'} cannot be read ({error}): give --data") from None
     if config.dataset in ("folder", "panoptic"):
         raise TadaError("the checkpoint does not hold its data set's folder: give it with --data")
@@ -419,6 +419,8 @@ def segment_options(given: dict[str, float], decoder: str, several: dict[str, An
     if decoder == "mask2former":
         for name in [name for name, value in several.items() if value][:1]:
             raise ModelError(f"--{name}: mask2former reads an image whole, once; leave it out")
+        for name in [name for name, value in given.items() if not 0 <= value <= 1]:
+            raise ModelError(f"--{name} {given[name]}: give a share in 0..1")
         return {"score": SCORE, "overlap": OVERLAP} | given
     for name in given:
         here = f"this model's decoder is {decoder}"

@@ -25,7 +25,6 @@ import webbrowser
 from base64 import b64encode
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache, partial
-from io import BytesIO
 from pathlib import Path
 from socket import create_server
 from tempfile import NamedTemporaryFile
@@ -37,16 +36,16 @@ import numpy as np
 from PIL import Image
 
 from images import scenes
-from images.draw import HEAT
+from images.draw import heat
 from images.read import read_image
 from loading.tags import PER_IMAGE
 from model import Tada
-from predict import Segmentation, load_model, predict_image
+from predict import Segmentation, encoded, load_model, predict_image
 from run.ranks import DEVICE, DEVICE_HINTS
 
 LIMIT = 20 * 2**20  # bytes of an image's file
-KEPT = 3  # predictions: without words, and of the last two lists of words
-SHOWN = 1600  # longer side of an image as the page shows it
+CACHED = 3  # predictions: without words, and of the last two lists of words
+SIDE = 1600  # longer side of an image as the page shows it
 HEADERS = {  # the page's own inline code, data: images, requests to itself, and nothing else
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -64,7 +63,7 @@ class Viewer:
 
     def __init__(self, tada: Tada, title: str):
         config, self.tada, self.lock = tada.config, tada, Lock()
-        self.result = lru_cache(KEPT)(self.segmentation)
+        self.result = lru_cache(CACHED)(self.segmentation)
         self.uses_words, caption = config.condition in PER_IMAGE, config.condition == "caption"
         self.model = {
             "title": f"{title}: {config.model}, {config.decoder}, {config.condition}",
@@ -80,29 +79,29 @@ class Viewer:
         return predict_image(self.tada, decoded(content, name), words if words is None else [*words])
 
     def image(self, content: bytes, name: str, _: Words) -> bytes:
-        """A JPEG of at most `SHOWN` pixels a side: browsers show no TIFF, and need no 12 megapixels."""
+        """A JPEG of at most `SIDE` pixels a side: browsers show no TIFF, and need no 12 megapixels."""
         with self.lock:
             image = decoded(content, name)
-        image.thumbnail((SHOWN, SHOWN))
-        return encoded(image, "JPEG", quality=92)
+        image.thumbnail((SIDE, SIDE))
+        return encoded(image, ".jpg")
 
     def predict(self, content: bytes, name: str, words: Words) -> dict:
         """The label map, and where it differs from the one without words."""
         with self.lock:
             found = self.result(content, name, words)
             plain = self.result(content, name, ()) if self.uses_words else found
-        colours = [f"#{bytes(colour).hex()}" for colour in found.palette]
-        colours = dict(zip(self.tada.config.classes, colours, strict=True))
+        colours = {k: f"#{bytes(x).hex()}" for k, x in zip(self.tada.config.classes, found.palette)}
         moved = found.labels != plain.labels
         mask = Image.fromarray(moved.astype(np.uint8))
         mask.putpalette([20, 22, 26, 0, 0, 0])  # nearly black over what did not move; page.html dims it
+        mask.info["transparency"] = b"\xff\x00"
         return {
             "tags": found.tags,
             "size": found.labels.shape,
             "map": data_url(found.label_map()),
             "shares": [{"name": k, "share": x, "colour": colours[k]} for k, x in found.shares.items()],
             "moved": float(moved.mean()),
-            "changed": None if found is plain else data_url(mask, transparency=b"\xff\x00"),
+            "changed": None if found is plain else data_url(mask),
         }
 
     def attention(self, content: bytes, name: str, words: Words, to: str) -> dict:
@@ -111,9 +110,7 @@ class Viewer:
             found = self.result(content, name, words)
             strength, top = found.attention(to), float(found.maps.max())
         level = Image.fromarray((strength * (255 / top)).round().astype(np.uint8))
-        stops = np.linspace(0, 255, len(HEAT))
-        colours = np.stack([np.interp(range(256), stops, x) for x in zip(*HEAT, strict=True)], axis=-1)
-        level.putpalette(colours.round().astype(np.uint8).tobytes())
+        level.putpalette(heat(np.linspace(0, 1, 256)).round().astype(np.uint8).tobytes())
         low, high = float(strength.min()), float(strength.max())
         return {"map": data_url(level), "low": low, "high": high, "top": top}
 
@@ -129,14 +126,8 @@ def decoded(content: bytes, name: str) -> Image.Image:
             raise Unreadable(str(error).replace(file.name, name)) from None
 
 
-def encoded(image: Image.Image, form: str = "PNG", **options: bytes | int) -> bytes:
-    file = BytesIO()
-    image.save(file, form, **options)
-    return file.getvalue()
-
-
-def data_url(image: Image.Image, **options: bytes) -> str:
-    return "data:image/png;base64," + b64encode(encoded(image, **options)).decode()
+def data_url(image: Image.Image) -> str:
+    return "data:image/png;base64," + b64encode(encoded(image, ".png")).decode()
 
 
 # ---- HTTP
@@ -169,7 +160,7 @@ def application(viewer: Viewer, hosts: Collection[str]) -> Callable:
     def example(request: Request) -> Response:
         number, indices = request.query_params.get("number", ""), scenes.SPLITS["test"]
         scene = scenes.draw(indices[int(number[:9]) % len(indices) if number.isdecimal() else 0])
-        return Response(encoded(Image.fromarray(scene.image)), media_type="image/png")
+        return Response(encoded(Image.fromarray(scene.image), ".png"), media_type="image/png")
 
     async def image(request: Request) -> Response:
         return Response(await work(request, viewer.image), media_type="image/jpeg")
@@ -181,7 +172,7 @@ def application(viewer: Viewer, hosts: Collection[str]) -> Callable:
         return JSONResponse(await work(request, viewer.attention, request.query_params.get("to", "")))
 
     async def guard(request: Request, call_next) -> Response:
-        if sentence := refusal(request.method, request.headers, hosts):
+        if sentence := forbidden(request.method, request.headers, hosts):
             return PlainTextResponse(sentence, 403)
         response = await call_next(request)
         response.headers.update(HEADERS)
@@ -196,7 +187,7 @@ def application(viewer: Viewer, hosts: Collection[str]) -> Callable:
     return Starlette(routes=routes, middleware=guards, exception_handlers=faults)
 
 
-def refusal(method: str, headers: Mapping[str, str], hosts: Collection[str]) -> str | None:
+def forbidden(method: str, headers: Mapping[str, str], hosts: Collection[str]) -> str | None:
     """Why a request is refused: a site may point its own name at this computer, or post to its address."""
     host, origin = headers.get("host", ""), headers.get("origin")
     try:
@@ -238,7 +229,7 @@ def run(
         print(f"{url} (Ctrl-C stops it)", flush=True)
         if browser and (sys.platform == "darwin" or {"DISPLAY", "WAYLAND_DISPLAY"} & {*os.environ}):
             Thread(target=webbrowser.open, args=[url], daemon=True).start()  # elsewhere it may be a text one
-        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run([listener])
+        uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3)).run([listener])
     return 0
 
 

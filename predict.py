@@ -12,15 +12,16 @@ For `x.jpg` it writes into --out:
     x.attention.jpg  with --attention: where the model attends to each word
     x.segments.png   mask2former: the segment of every pixel, its id as R + 256 G + 65536 B, 0 = none
     predictions.jsonl  per image "path", "labels" (x.png), "size" [height, width], "tags" (null: none),
-        "shares" of its classes, mask2former's "segments", its settings, and "bytes", "mtime_ns" of its file
+        "shares" of its classes, mask2former's "segments", its settings, "bytes", "mtime_ns" of its file, and
+        a "hash" of the line
 
 Folders are mirrored below the folder that holds all inputs; where two results would share a name the later
 image keeps its suffix (1.jpg -> 1.png, 1.png -> 1.png.png). Files of another image or program are never
 overwritten: a line is written before the files that it lists, so files without a line belong to others. An
-image is skipped if its line has the same model, settings, size and time, and its files exist.
+image is skipped if its line is whole and has the same model, settings, size and time, and its files exist.
 """
 
-from errors import DataError, Parser, TadaError, Unreadable, end_quietly, run_command
+from errors import ModelError, Parser, TadaError, Unreadable, end_quietly, run_command
 
 if __name__ == "__main__":
     end_quietly()  # at Ctrl-C during the imports below
@@ -43,7 +44,7 @@ from tqdm import tqdm
 
 import kernels
 from eval import add_segment_flags, add_word_flags, groups, scale, segment_options
-from images.draw import percent
+from images.draw import rounded
 from images.panoptic import to_colours
 from images.read import find_images, read_image
 from loading.stream import in_order
@@ -51,7 +52,7 @@ from loading.tags import checked_words, choose_source, choose_words
 from model import Size, Tada
 from run.checkpoint import find_model, read_about, read_config, read_model
 from run.folder import lock
-from run.predictions import SEGMENTS, Settings, read_list, tidy, to_do, write
+from run.predictions import SEGMENTS, Settings, fits, read_list, tidy, to_do, write
 from run.ranks import DEVICE, DEVICE_HINTS, Ranks, cleanup, init_distributed
 from run.segmentation import Photo, Segmentation, attend, open_image, predict_photos, sizes
 from weights.words import digest
@@ -73,8 +74,12 @@ def load_model(
     """Load the model of a run folder (its best step), a step folder, `last`, `best` or a model.safetensors.
 
     It is in eval mode, without gradients; `device` is CUDA by default, where there is one. The others are the
-    flags of predict.py: `tags`, "clip" or "ram", is another tagger than training's. Raises CheckpointError.
+    flags of predict.py: `tags`, "clip" or "ram", is another tagger than training's. Raises TadaError.
     """
+    if tags not in (None, "clip", "ram"):
+        raise TadaError(f'tags {tags!r}: give "clip" or "ram" here, and words to predict_image')
+    if not 0 <= (tag_threshold or 0) <= 1:
+        raise TadaError(f"tag_threshold {tag_threshold}: give a score in 0..1")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return read_model(checkpoint, weights, device, tags, tag_threshold).requires_grad_(False)
 
@@ -95,9 +100,9 @@ def predict_image(
     `--tags none`; None for those of the model's tagger. `segments` are `score` and `overlap` of mask2former.
     Raises DataError or ModelError.
     """
-    if not scales or not all(0.1 <= x <= 10 for x in scales):
-        raise DataError(f"scales {[*scales]} cannot be used: give one or more from 0.1 to 10")
     config = tada.config
+    if not scales or not all(0.1 <= x <= 10 for x in scales):
+        raise ModelError(f"scales {scales}: give numbers in 0.1..10")
     reading = segment_options(segments, config.decoder, {"flip": flip, "scales": tuple(scales) != (1.0,)})
     if words is not None:
         words = checked_words(words, config.condition)
@@ -179,6 +184,7 @@ def run(
     folder = Path(out)
     taken = {labels.removesuffix(".png").lower(): x["path"] for labels, x in read_list(folder).items()}
     names = find_images(inputs, folder, taken)
+    long = [names.pop(path) for path, name in [*names.items()] if not fits(name)]
     words_by_path = choose_words(source, given, config.condition, [*names], threshold)
     with lock(folder, "--out") if ranks.is_main else nullcontext():
         if ranks.is_main:
@@ -191,8 +197,9 @@ def run(
             print(f"tags: {source}; of training: {config.tags}", flush=True)
             if config.weights == "random":
                 print("random weights: without a prior")
-        chosen = {"weights": weights, "tags": source, "tag_threshold": threshold}
-        tada = load_model(file, ranks.device, **chosen) if todo else None
+            for name in long:
+                print(f"skipped: {name} is too long a name for its results: shorten it", file=sys.stderr)
+        tada = read_model(file, weights, ranks.device, source, threshold) if todo else None
         failed, mine = 0, todo[ranks.rank :: ranks.world]
         bar = tqdm(total=len(mine), desc="predicting", disable=None if ranks.is_main else True)
 
@@ -226,17 +233,17 @@ def run(
                 write(folder, name, record, results=results, rank=ranks.rank)
                 bar.update()
                 if ranks.is_main and bar.disable:
-                    most = [f"{name} {percent(share)}" for name, share in [*record["shares"].items()][:3]]
+                    most = [f"{name} {rounded(share)}" for name, share in [*record["shares"].items()][:3]]
                     print(f"{folder / record['labels']}: {', '.join(most)}")
         failed = int(ranks.all_reduce(torch.tensor(failed, device=ranks.device)))
         if ranks.is_main:
             tidy(folder)
-            done = len(todo) - failed
-            print(f"{out}: {done} predicted, {len(names) - len(todo)} skipped, {failed} unreadable")
+            done, left = len(todo) - failed, len(names) - len(todo)
+            print(f"{out}: {done} predicted, {left} skipped, {failed + len(long)} unreadable")
             if len(names) == 1 and not failed:
                 print(folder / f"{next(iter(names.values()))}.overlay.jpg")
     cleanup()
-    return 1 if failed else 0
+    return 1 if failed or long else 0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -36,7 +36,7 @@ from loading.stream import EvaluationStream, load_in_order
 from loading.tags import LONGEST_CAPTION, LONGEST_TAG, checked_text, read_tags, split_words, unique_words
 from metrics.tagging import measure_tags
 from ram import RAMConfig
-from run.checkpoint import replace_text
+from run.files import replace_text
 from run.folder import lock, say
 from run.options import DATASET_HINT
 from run.ranks import DEVICE, DEVICE_HINTS, Ranks, cleanup, init_distributed
@@ -66,7 +66,7 @@ class Photos:
 def tag(options: argparse.Namespace, ranks: Ranks) -> int:
     """Tag all images of the command; return 1 if some file could not be read."""
     sets = open_sets(options) if options.dataset else []
-    files = {dataset.path(i): image_file(dataset, i) for dataset in sets for i in range(len(dataset))}
+    files = {path: Path(dataset.root, path) for dataset in sets for path in dataset.paths}
     if not sets:
         files = {path: Path(path) for path in find_images(options.inputs, options.out, {})}
     if ranks.is_main:
@@ -127,11 +127,6 @@ def open_sets(options: argparse.Namespace) -> list[Dataset]:
     return [open_dataset(options.dataset, root, split) for split in options.split]
 
 
-def image_file(dataset: Dataset, i: int) -> Path:
-    """The file of image i, which may be missing: then reading it says so."""
-    return Path(dataset.root, dataset.path(i))
-
-
 # ---- captions of TADP
 
 
@@ -151,19 +146,17 @@ def convert_captions(options: argparse.Namespace) -> int:
         raise DataError(f"{file} cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise DataError(f"{file} is not a caption file of TADP ({type(error).__name__}: {error})") from None
-    sets = open_sets(options)
-    paths = {path: dataset for dataset in sets for i in range(len(dataset)) if (path := dataset.path(i))}
+    paths = [path for dataset in open_sets(options) for path in dataset.paths]
     lines = []
     for path in paths:
         parts = path.split("/")
         tails = ("/".join(parts[i:]) for i in range(len(parts)))
         name = next((tail for tail in tails if tail in captions), None)
         if name:
-            lines.append(
-                json.dumps({"image": path, "tags": [], "caption": captions[name], "by": "tadp"}) + "\n"
-            )
+            line = {"image": path, "tags": [], "caption": captions[name], "by": "tadp"}
+            lines.append(json.dumps(line) + "\n")
     if not lines:
-        raise DataError(f"{file} has none of the {len(paths)} images, such as {next(iter(paths))}")
+        raise DataError(f"{file} has none of the {len(paths)} images, such as {paths[0]}")
     read_tag_lines(options.out, "tadp")  # refuses to replace a file of another tagger
     replace_text(options.out, "".join(lines))
     print(f"{options.out}: captions of {len(lines):,} of {len(paths):,} images")
@@ -176,14 +169,13 @@ def convert_captions(options: argparse.Namespace) -> int:
 def judge_file(options: argparse.Namespace) -> int:
     """Print how well a file of tags names the classes of each image."""
     sets = open_sets(options)
-    every = [dataset.path(i) for dataset in sets for i in range(len(dataset))]
+    every = [path for dataset in sets for path in dataset.paths]
     tags = read_tags(options.judge, sets[0].root, every).tags
     for dataset in sets:
-        paths = [dataset.path(i) for i in range(len(dataset))]
-        tagged = [i for i, path in enumerate(paths) if path in tags]
+        tagged = [i for i, path in enumerate(dataset.paths) if path in tags]
         items = EvaluationStream(dataset, 1, 1, options.workers).items(tagged)
         present = {item.path: item.present for item in tqdm(items, "labels", len(tagged), disable=None)}
-        print(f"{options.judge}, {dataset.name} {dataset.split}: {len(tagged):,} of {len(paths):,} images")
+        print(f"{options.judge}, {dataset.name} {dataset.split}: {len(tagged):,} of {len(dataset):,} images")
         if tagged:
             print(measure_tags(tags, present, dataset.prompts))
     return 0

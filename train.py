@@ -45,6 +45,7 @@ from metrics.charts import curves
 from metrics.report import percent
 from model import Size, Tada
 from run import checkpoint
+from run.files import make_folder
 from run.folder import Run, fingerprint, open_run
 from run.memory import keep_freed_memory
 from run.options import Options, config_of, defaults, parse
@@ -285,6 +286,7 @@ def draw_val(training: Training) -> None:
     tada.train()
     file = run.folder / "val" / f"step-{training.step:06d}.jpg"
     with drawing(run, file):
+        make_folder(file.parent)
         draw(file, val, shown)
 
 
@@ -368,9 +370,8 @@ def train(options: Options, ranks: Ranks) -> int:
 def prepare(run: Run, options: Options) -> Training:
     """Open everything, cheapest checks first: data, run folder, model, tags, optimiser, checkpoint."""
     ranks = run.ranks
-    run.print0(f"opening the data set {options.dataset}")
-    train_set, val_set = (open_dataset(options.dataset, options.data, split) for split in ("train", "val"))
     run.print0(f"{options.dataset} in {options.data}: checking images and labels")
+    train_set, val_set = (open_dataset(options.dataset, options.data, split) for split in ("train", "val"))
     config, frozen, read = config_of(options, train_set), {}, {}
     if ranks.is_main:
         for dataset in (train_set, val_set):

@@ -13,7 +13,7 @@ from images.read import IGNORE
 # A list in YAML or JSON; what ends a line for some programs and not for others; a number 0..999.
 OTHER_LIST = re.compile(r'\s*(-\s|\d+\s*:|names\s*:|[\[{"])')
 CONTROL = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
-NUMBER = re.compile("[0-9]{1,3}")
+VALUE = re.compile("[0-9]{1,3}")
 
 
 class ClassTable(NamedTuple):
@@ -71,7 +71,7 @@ def read_line(line: str, i: int, where: str) -> tuple[str, tuple[int, ...] | Non
     name, *fields = (field.strip() for field in line.split(","))
     fields = [field.split() for field in fields]
     fits = name and [*map(len, fields)] in ([], [3], [1], [3, 1])
-    if not fits or not all(NUMBER.fullmatch(x) and int(x) <= 255 for field in fields for x in field):
+    if not fits or not all(VALUE.fullmatch(x) and int(x) <= 255 for field in fields for x in field):
         form = "expected a class as 'name', 'name, r g b' or 'name, r g b, value', with numbers up to 255"
         raise DataError(f"{where}: {form}, not {line[:60]!r}")
     numbers = [tuple(map(int, field)) for field in fields]

@@ -19,14 +19,13 @@ from images.text import fitting, font_of, note, readable, wrapped
 
 SMALLEST = 512  # of an image's longer side as drawn: smaller ones are enlarged, text must fit below
 WIDEST, HIGHEST = 1600, 1280  # of an image as drawn: with its legend it is at most 1600 pixels high
-ROWS = 4  # of classes in a legend, in 2 to 4 columns
+LEGEND_ROWS = 4  # of classes in a legend, in 2 to 4 columns
 TILE = 640  # the widest image in a mosaic
 CAPTION = 36  # pixels above an image, for a line of text
 MOST_CLASSES, MOST_WORDS = 10, 24  # whose attention is drawn
 LINE = 0.75  # of white in the line around a segment
 PAPER, INK, GREY = (250, 249, 246), (28, 32, 40), (112, 116, 124)
 HEAT = (8, 8, 24), (84, 18, 110), (188, 55, 84), (246, 136, 30), (253, 240, 170)  # rising in lightness
-
 
 Names = Sequence[str]
 Drawable = np.ndarray | Image.Image
@@ -126,13 +125,13 @@ def with_legend(
     text = min(max(width // 40, 14), 24)
     font, line, margin, box = font_of(text), round(1.6 * text), text, text
     seen = sorted((k for k in range(len(classes)) if counts[k]), key=lambda k: -counts[k])
-    entries = [f"{classes[k]}  {percent(counts[k] / sum(counts))}" for k in seen]
+    entries = [f"{classes[k]}  {rounded(counts[k] / sum(counts))}" for k in seen]
     room = width - 2 * margin
     cell = max((font.getlength(readable(entry)) for entry in entries), default=room) + 3 * box
     columns = min(max(int(room / cell), 2), 4)
     cell = room / columns
-    if len(seen) > ROWS * columns:
-        entries[ROWS * columns - 1 :] = [f"and {len(seen) - ROWS * columns + 1} more"]
+    if len(seen) > LEGEND_ROWS * columns:
+        entries[LEGEND_ROWS * columns - 1 :] = [f"and {len(seen) - LEGEND_ROWS * columns + 1} more"]
     rows = -(-len(entries) // columns)
     sentences = []
     if words is not None:
@@ -145,7 +144,7 @@ def with_legend(
     draw = ImageDraw.Draw(canvas)
     for i, entry in enumerate(entries):
         x, y = margin + i % columns * cell, drawn.height + margin + i // columns * line
-        if i < ROWS * columns - 1 or len(entries) == len(seen):
+        if i < LEGEND_ROWS * columns - 1 or len(entries) == len(seen):
             draw.rectangle((x, y, x + box, y + box), tuple(map(int, palette[seen[i]])), GREY)
         draw.text((x + 1.5 * box, y + box / 2), fitting(entry, font, cell - 2 * box), INK, font, "lm")
     for i, sentence in enumerate(sentences, rows):
@@ -199,7 +198,7 @@ def attention_mosaic(
     image.thumbnail((TILE, TILE))
     low, high = float(maps[order].min()), float(maps[order].max())
     levels = (maps[order].astype(np.float32) - low) / max(high - low, 1e-12)
-    titles = [f"{names[i]}  {percent(strength[i])}" for i in order]
+    titles = [f"{names[i]}  {rounded(strength[i])}" for i in order]
     tiles = [captioned(glow(image, x), y, 160) for x, y in zip(levels, titles, strict=True)]
     title = f"attention of a pixel, from {low:.1%} (dark) to {high:.1%} (bright)"
     return captioned(mosaic(tiles, 3 if image.width > image.height else 4), title)
@@ -210,9 +209,13 @@ def glow(image: Image.Image, level: np.ndarray) -> Image.Image:
     size = tile_size(image.height, image.width)
     grey = np.asarray(image.convert("L").resize(size, Image.Resampling.BICUBIC), np.float32)
     level = np.asarray(Image.fromarray(level).resize(size, Image.Resampling.BICUBIC)).clip(0, 1)
+    return Image.fromarray((0.45 * grey[..., None] + 0.65 * heat(level)).clip(0, 255).astype(np.uint8))
+
+
+def heat(level: np.ndarray) -> np.ndarray:
+    """The colours `(..., 3)` of levels in 0..1, in 0..255."""
     stops = np.linspace(0, 1, len(HEAT))
-    colours = np.stack([np.interp(level, stops, channel) for channel in zip(*HEAT, strict=True)], axis=-1)
-    return Image.fromarray((0.45 * grey[..., None] + 0.65 * colours).clip(0, 255).astype(np.uint8))
+    return np.stack([np.interp(level, stops, channel) for channel in zip(*HEAT, strict=True)], axis=-1)
 
 
 def mosaic(images: Sequence[Image.Image], columns: int) -> Image.Image:
@@ -231,5 +234,5 @@ def mosaic(images: Sequence[Image.Image], columns: int) -> Image.Image:
     return canvas
 
 
-def percent(share: float) -> str:
+def rounded(share: float) -> str:
     return f"{share:.0%}" if share >= 0.01 else "<1%"

@@ -8,17 +8,21 @@ from errors import DataError
 from images.read import MAX_PIXELS, Size
 
 
+def pycocotools(module: str):
+    """A module of pycocotools."""
+    try:
+        return __import__(f"pycocotools.{module}", fromlist=[module])
+    except ImportError:
+        raise DataError("AP and COCO's instances need pycocotools: pip install pycocotools") from None
+
+
 def paint(objects: Sequence[tuple[str, dict]], size: Size, where: str) -> tuple[np.ndarray, dict[int, dict]]:
     """The objects of one image as a map of ids `(H, W)` int32, 0 where none is, and each visible id's object.
 
     objects: a place for messages, and the entry of COCO's JSON. Of those that overlap the smaller one is on
     top, and any is above a crowd. Raises DataError.
     """
-    try:
-        from pycocotools import mask
-    except ImportError:
-        raise DataError("--from-instances needs pycocotools: pip install pycocotools") from None
-    H, W = size
+    mask, (H, W) = pycocotools("mask"), size
     if not all(isinstance(x, int) and x > 0 for x in size) or H * W > MAX_PIXELS:
         raise DataError(f'{where} needs "height" and "width", at most {MAX_PIXELS:,} pixels, not {H} and {W}')
     painted = []

@@ -196,8 +196,8 @@ def read_lists(file: Path, given: dict | None = None) -> dict:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not JSON ({error}): give a panoptic JSON") from None
     content = (given or {}) | content if isinstance(content, dict) else {}
-    if not all(isinstance(content.get(key), list) for key in FORMS):
-        raise DataError(f"{file} must be an object with the lists {', '.join(FORMS)}")
+    if not all(isinstance(content.get(key), list) for key in ENTRIES):
+        raise DataError(f"{file} must be an object with the lists {', '.join(ENTRIES)}")
     return content
 
 
@@ -209,33 +209,28 @@ def whole(text: str) -> int | float:
 def inside(name: str, where: str, what: str) -> str:
     """A `file_name` without "./". Raises DataError if it leads out of the folder of images or PNGs."""
     if name.startswith("/") or ".." in name.split("/"):
-        raise DataError(
-            f"{where}: the file_name {name!r} leads out of the {what}' folder: give one inside it"
-        )
+        raise DataError(f"{where}: the file_name {name!r} leads out of the {what}' folder: give one in it")
     return posixpath.normpath(name)
 
 
-FORMS = {  # list: (what its entries must have, what is said where they lack it)
-    "categories": (
-        {"id": int, "name": str, "isthing": int | float},
-        ' must have "id", "name" and "isthing" 0 or 1',
-    ),
-    "images": ({"id": int | str, "file_name": str}, ' must have "id" and "file_name"'),
-    "annotations": (
-        {"image_id": int | str, "file_name": str, "segments_info": list},
-        ': give "image_id", "file_name" and "segments_info"; images.panoptic converts COCO\'s instances',
-    ),
+ENTRIES = {  # what the entries of each list must have
+    "categories": {"id": int, "name": str, "isthing": int | float},
+    "images": {"id": int | str, "file_name": str},
+    "annotations": {"image_id": int | str, "file_name": str, "segments_info": list},
 }
+INSTANCE = {"image_id": int | str, "category_id": int, "segmentation": list | dict}
 
 
 def entries_of(content: dict, key: str, file: Path, form=None) -> Iterator[tuple[str, dict]]:
     """The entries of one list, each after its place as messages name it."""
-    fields, fault = form or FORMS[key]
+    form = form or ENTRIES[key]
     for i, entry in enumerate(content[key]):
         where = f"{file}, {key}[{i}]"
-        complete = isinstance(entry, dict) and all(isinstance(entry.get(k), t) for k, t in fields.items())
+        complete = isinstance(entry, dict) and all(isinstance(entry.get(k), t) for k, t in form.items())
         if not complete or entry.get("isthing", 0) not in (0, 1):
-            raise DataError(f"{where}{fault}: {str(entry)[:80]}")
+            needed = ", ".join(f'"{name}"' + " 0 or 1" * (name == "isthing") for name in form)
+            cure = "; images.panoptic converts COCO's instances" * ("segments_info" in form)
+            raise DataError(f"{where} must have {needed}, not {str(entry)[:80]}{cure}")
         yield where, entry
 
 
@@ -282,8 +277,7 @@ def read_segments(infos: list, label_of: dict[int, int], where: str) -> np.ndarr
         match info:
             case {"id": int(id), "category_id": int(k)} if 1 <= id <= LARGEST_ID:
                 if k not in label_of:
-                    wrong = f"the category_id {k}, which is not a category"
-                    raise DataError(f"{where}: the segment {id} has {wrong}")
+                    raise DataError(f"{where}: the category_id {k} of the segment {id} is not a category")
                 if id in rows:
                     raise DataError(f"{where}: the id {id} is a duplicate")
                 rows[id] = id, label_of[k], info.get("iscrowd", 0) == 1
@@ -311,12 +305,9 @@ def annotation(
     areas = np.bincount(place.ravel(), minlength=len(segments) + 1)[1:].tolist()
     for s, area, box in zip(segments, areas, find_objects(place, len(segments)), strict=True):
         (top, bottom), (left, right) = ((side.start or 0, side.stop) for side in box or nothing)
-        info = {
-            "id": int(s.id),
-            "category_id": int(category_ids[s.label]),
-            "iscrowd": int(getattr(s, "crowd", 0)),
-        }
-        infos.append(info | {"area": area, "bbox": [left, top, right - left, bottom - top]})
+        info = {"id": int(s.id), "category_id": int(category_ids[s.label]), "area": area}
+        info |= {"iscrowd": int(getattr(s, "crowd", 0)), "bbox": [left, top, right - left, bottom - top]}
+        infos.append(info)
     return {"image_id": image_id, "file_name": png, "segments_info": infos}
 
 
@@ -329,13 +320,11 @@ def write_annotations(file: Path, categories: Categories, images: list[dict], en
     Path(file).write_text(json.dumps(content), encoding="utf-8")
 
 
-def components(
-    labels: np.ndarray, things: Sequence[bool], smallest: int = 1
-) -> tuple[np.ndarray, list[Segment]]:
+def components(labels: np.ndarray, things: Sequence[bool]) -> tuple[np.ndarray, list[Segment]]:
     """A map of classes `(H, W)` as a panoptic prediction: every connected part of a thing is an instance.
 
-    Stuff is one segment a class; pixels of 255, and parts below `smallest` pixels, become void. This is what
-    a semantic decoder can say, and what a panoptic one must beat. Things that touch are one to it.
+    Stuff is one segment a class; pixels of 255 become void. This is what a semantic decoder can say, and what
+    a panoptic one must beat. Things that touch are one to it.
     """
     from scipy.ndimage import find_objects
     from scipy.ndimage import label as connected
@@ -345,18 +334,10 @@ def components(
         if box is None:
             continue
         mask = labels[box] == k
-        parts = connected(mask)[0] if things[k] else mask.astype(np.int32)  # 0 outside, then 1, 2, ...
-        sizes = np.bincount(parts.ravel())
-        kept = np.flatnonzero(sizes[1:] >= smallest) + 1
-        id_of = np.zeros(len(sizes), np.int32)
-        id_of[kept] = len(segments) + np.arange(1, len(kept) + 1)
-        ids[box] += id_of[parts]
-        segments += [Segment(id, k, bool(things[k])) for id in id_of[kept].tolist()]
+        parts, n = connected(mask) if things[k] else (mask.astype(np.int32), 1)  # 0 outside, then 1..n
+        ids[box] += (len(segments) + parts) * mask
+        segments += [Segment(len(segments) + i, k, bool(things[k])) for i in range(1, n + 1)]
     return ids, segments
-
-
-INSTANCE = {"image_id": int | str, "category_id": int, "segmentation": list | dict}
-INSTANCE_FORM = INSTANCE, ': give "image_id", "category_id" and "segmentation"'
 
 
 def from_instances(file: Path, out: Path) -> tuple[int, int, int]:
@@ -370,7 +351,7 @@ def from_instances(file: Path, out: Path) -> tuple[int, int, int]:
     categories, images = read_categories(content, file), read_images(content, file)
     label_of = {id: k for k, id in enumerate(categories.ids)}
     objects = {id: [] for id in images}
-    for where, entry in entries_of(content, "annotations", file, INSTANCE_FORM):
+    for where, entry in entries_of(content, "annotations", file, INSTANCE):
         for key, known in (("image_id", images), ("category_id", label_of)):
             if entry[key] not in known:
                 raise DataError(f"{where}: there is no {key} {entry[key]!r} in this file")
@@ -382,9 +363,8 @@ def from_instances(file: Path, out: Path) -> tuple[int, int, int]:
             raise DataError(f"{file}: the images {other} and {name} would share {png}: rename one")
         size = image.get("height"), image.get("width")
         ids, visible = paint(objects[id], size, f"{file}: the image {name}")
-        segments = [
-            Segment(i, label_of[x["category_id"]], True, x.get("iscrowd", 0) == 1) for i, x in visible.items()
-        ]
+        things = ((i, label_of[x["category_id"]], x.get("iscrowd", 0) == 1) for i, x in visible.items())
+        segments = [Segment(i, label, True, crowd) for i, label, crowd in things]
         write_ids(ids, out.with_suffix("") / png)
         entries.append(annotation(id, png, ids, segments, categories.ids))
         hidden += len(objects[id]) - len(segments)

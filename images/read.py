@@ -78,8 +78,8 @@ def scan(root: Path, folder: str, suffixes: tuple[str, ...], endings: tuple[str,
 
     Of several files with one key, the one whose ending comes first is used; two of one ending are refused.
     """
-    found: list[dict[str, str]] = [{} for _ in endings]
-    longest_first = sorted(range(len(endings)), key=lambda place: -len(endings[place]))
+    found: dict[str, tuple[int, str]] = {}  # key -> the place of the file's ending, its path
+    longest_first = sorted(endings, key=len, reverse=True)
     for where, _, names in walk(root / folder):
         below = Path(where).relative_to(root).as_posix() + "/"
         start = below.removeprefix(folder)
@@ -87,19 +87,16 @@ def scan(root: Path, folder: str, suffixes: tuple[str, ...], endings: tuple[str,
             stem, dot, suffix = name.rpartition(".")
             if dot + suffix.lower() not in suffixes:
                 continue
-            for place in longest_first:
-                if stem.endswith(endings[place]):
-                    key, path = start + stem.removesuffix(endings[place]), below + name
-                    if place and any(key in better for better in found[:place]):
-                        break
-                    if (other := found[place].setdefault(key, path)) is not path:
-                        files = f"{root / other} and {root / path}"
-                        raise DataError(f"{files} differ only in their extension: rename one")
-                    break
-    paths = found.pop()
-    while found:
-        paths |= found.pop()
-    return paths
+            for ending in filter(stem.endswith, longest_first):
+                key, path = start + stem.removesuffix(ending), below + name
+                place, other = found.setdefault(key, (endings.index(ending), path))
+                if place > endings.index(ending):
+                    found[key] = endings.index(ending), path
+                elif place == endings.index(ending) and other is not path:
+                    files = f"{root / other} and {root / path}"
+                    raise DataError(f"{files} differ only in their extension: rename one")
+                break
+    return {key: path for key, (_, path) in found.items()}
 
 
 def spelling(name: str, folder: Path, listed: Container[str] = ()) -> str:
@@ -128,7 +125,7 @@ def stop(error: OSError) -> None:
 
 
 @contextmanager
-def reading(path: str | Path, limit: int = MAX_PIXELS) -> Iterator[BinaryIO]:
+def reading(path: str | Path) -> Iterator[BinaryIO]:
     """The open file; whatever is raised while it is decoded becomes an Unreadable that names it."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # to open a named pipe may wait for ever
@@ -141,14 +138,14 @@ def reading(path: str | Path, limit: int = MAX_PIXELS) -> Iterator[BinaryIO]:
     except DataError:
         raise
     except Image.DecompressionBombError as error:
-        raise Unreadable(f"{path} is too large ({error}): at most {limit:,} pixels are read") from None
+        raise Unreadable(f"{path} is too large ({error}): at most {MAX_PIXELS:,} pixels are read") from None
     except Exception as error:  # noqa: BLE001 - decoders raise anything: RuntimeError, struct.error, ...
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise Unreadable(f"{path} cannot be read ({reason}): replace or remove it") from None
 
 
 def decode(
-    file: BinaryIO, labels: bool = False, limit: int = MAX_PIXELS, box: tuple[int, int] | None = None
+    file: BinaryIO, labels: bool = False, box: tuple[int, int] | None = None
 ) -> tuple[Image.Image, Size, str]:
     """The first frame of an open file, turned upright; its full (H, W); the form of its samples in the file.
 
@@ -161,11 +158,9 @@ def decode(
         if labels and (image.format not in LABEL_FORMATS or image.info.get("compression") == "jpeg"):
             raise Unreadable(f"{file.name} is {image.format}, which alters class numbers: save labels as PNG")
         if image.format == "BMP" and {"1": 1, "L": 8}.get(image.mode, bits := bmp_bits(file)) != bits:
-            raise Unreadable(
-                f"{file.name} is a BMP of {bits} bits in greys, which is not read: save it as PNG"
-            )
+            raise Unreadable(f"{file.name} is a BMP of {bits} bits in greys, not read: save it as PNG")
         W, H = image.size
-        if W * H > limit:
+        if W * H > MAX_PIXELS:
             raise Image.DecompressionBombError(f"{W}x{H}")
         if box:
             h, w = fit((H, W), *box)
@@ -187,7 +182,7 @@ GAP = 3  # a reduced JPEG keeps at least this many times the pixels, per side, t
 
 
 def read_image(
-    path: str | Path, short: int | None = None, long: int | None = None, limit: int = MAX_PIXELS
+    path: str | Path, short: int | None = None, long: int | None = None
 ) -> tuple[Image.Image, Size]:
     """The first frame as 8-bit RGB, turned upright by its EXIF tag, and its full (H, W). Raises Unreadable.
 
@@ -196,8 +191,8 @@ def read_image(
     1/4 or 1/8. On photographs the resized image then differs by at most 0.8 of 255 levels on average, 3 in
     99 of 100 pixels.
     """
-    with reading(path, limit) as file:
-        image, size, _ = decode(file, limit=limit, box=(short, long) if short else None)
+    with reading(path) as file:
+        image, size, _ = decode(file, box=(short, long) if short else None)
         return to_rgb(image, path), size
 
 
@@ -229,7 +224,7 @@ def read_labels(
     with reading(path) as file:
         image, _, form = decode(file, labels=True)
     if colours and image.mode in ("RGB", "RGBA"):
-        return look_up(image, colours, path)
+        return by_colour(image, colours, path)
     if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
         right = "labels are class numbers in a grey or palette PNG (mode 1, L, P or I;16)"
         cure = "; if each class has a colour of its own, add the colours to classes.txt"
@@ -253,7 +248,7 @@ def read_labels(
     return np.frombuffer(train_ids, np.uint8).reshape(raw.shape)
 
 
-def look_up(image: Image.Image, colours: Colours, path: str | Path) -> np.ndarray:
+def by_colour(image: Image.Image, colours: Colours, path: str | Path) -> np.ndarray:
     """The train id of each pixel's colour, `(H, W)` uint8."""
     pixels = np.asarray(image.convert("RGBA")).view("<u4")[..., 0] & 0xFFFFFF  # R + 256 G + 65536 B
     table = np.zeros(1 << 24, np.uint16)  # train id + 1, 0 = unknown; where no colour is, no memory is used

@@ -11,11 +11,6 @@ numpy's PCG64), and the arithmetic on pixels is elementwise: a version draws the
 Top to bottom: tables, the brush, sky and ground, things, from the canvas to the scene, the command.
 """
 
-from errors import Parser, end_quietly, run_command
-
-if __name__ == "__main__":
-    end_quietly()  # at Ctrl-C during the imports below
-
 import argparse
 import sys
 from functools import lru_cache
@@ -26,6 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from errors import Parser, run_command
 
 VERSION = 1  # raise it with any change of drawing: results of different versions must not be compared
 SIZE = 128  # image height and width; every length below is in these pixels

@@ -72,5 +72,5 @@ def wrapped(text: str, font: ImageFont.FreeTypeFont, width: float, lines: int) -
             rows[-1] = fitting(" ".join([rows[-1], *words[i:]]), font, width)
             break
         else:
-            rows.append(word)
+            rows.append(fitting(word, font, width))
     return rows

@@ -12,11 +12,6 @@ Each run reads the test images once, at its end; steps, rate and the adapter's s
 Top to bottom: the rows, the cached images, one run, all runs, the tables, the figure, the command line.
 """
 
-from errors import Parser, TadaError, end_quietly, run_command
-
-if __name__ == "__main__":
-    end_quietly()  # at Ctrl-C during the imports below
-
 import argparse
 import json
 import multiprocessing
@@ -39,6 +34,7 @@ from torch import Tensor, nn
 from adapter import multi_hot
 from assemble import build, make_decoder, parameter_groups
 from decoders import resize
+from errors import Parser, TadaError, run_command
 from images import scenes
 from images.draw import INK, PAPER, mosaic, overlay
 from images.text import font_of, wrapped
@@ -257,9 +253,8 @@ def run(name: str, seed: int, split: str, steps: int, folder: Path) -> dict:
     """Train and evaluate a row with a seed: a line of the record. Seed 0 saves labels for the figure."""
     row, start, entry = ROWS[name], time.perf_counter(), {"row": name, "seed": seed}
     torch.set_num_threads(1)
-    train_set, test_set = (
-        read_images(cache_file(folder, which, row.ambiguity)) for which in ("train", split)
-    )
+    files = (cache_file(folder, which, row.ambiguity) for which in ("train", split))
+    train_set, test_set = map(read_images, files)
     if row is PROBE:
         result = probe(train_set, test_set, steps, seed)
     else:
@@ -377,13 +372,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=STEPS, metavar="N", help="of each run (default: %(default)s)")
     splits = "images to evaluate on (default: %(default)s); choose settings on val"
     add("--split", choices=["val", "test"], default="test", help=splits)
-    add(
-        "--jobs",
-        type=int,
-        default=os.cpu_count() or 1,
-        metavar="N",
-        help="parallel runs (default: all cores)",
-    )
+    jobs = "parallel runs (default: all cores)"
+    add("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help=jobs)
     record = "folder of the record (default: %(default)s)"
     add("--out", type=Path, default=Path("runs/ablate"), metavar="DIR", help=record)
     add("--report", type=Path, metavar="FILE", help="print the tables of this record and run nothing")

@@ -14,11 +14,6 @@ fastest runs. Peak memory is measured in a process of its own for each side. If 
 make the exit code 1.
 """
 
-from errors import Parser, end_quietly, run_command
-
-if __name__ == "__main__":
-    end_quietly()  # at Ctrl-C during the imports below
-
 import argparse
 import ctypes
 import json
@@ -40,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from clip import CLIP, pixels
+from errors import Parser, run_command
 from kernels import arrange
 from lab import bench_choices
 from lab import bench_mask2former as masks

@@ -7,11 +7,6 @@ predict.py seconds by the clock), in turns, whole processes with threads that sl
 train.py the difference between a long and a short run, which is what a step takes.
 """
 
-from errors import Parser, TadaError, end_quietly, run_command
-
-if __name__ == "__main__":
-    end_quietly()  # at Ctrl-C during the imports below
-
 import argparse
 import os
 import subprocess
@@ -24,6 +19,7 @@ from statistics import median
 
 from PIL import Image
 
+from errors import Parser, TadaError, run_command
 from images import scenes
 
 ROOT, BEFORE = Path(__file__).parents[1], "82e1c58"

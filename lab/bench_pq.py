@@ -7,11 +7,6 @@ read the same files and must find the same PQ; then they take turns. The table h
 the sets' ratios ours / peer, and the peak memory of one set in a process of its own.
 """
 
-from errors import DataError, end_quietly, run_command
-
-if __name__ == "__main__":
-    end_quietly()  # at Ctrl-C during the imports below
-
 import contextlib
 import json
 import sys
@@ -24,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from scipy.ndimage import distance_transform_edt
 
+from errors import DataError, run_command
 from images.panoptic import Categories, Segment, annotation, read_annotations, write_annotations, write_ids
 from lab.bench import alone, memory
 from mask2former import COCO_THINGS

@@ -12,11 +12,6 @@ seconds of all threads: also on a busy machine they say how much work a step is.
 same processes, with weights and optimiser, without imports and construction.
 """
 
-from errors import Parser, end_quietly, run_command
-
-if __name__ == "__main__":
-    end_quietly()  # at Ctrl-C during the imports below
-
 import argparse
 import ctypes
 import json
@@ -38,6 +33,7 @@ from adapter import Words
 from assemble import parameter_groups
 from clip import CLIP, Tokenizer
 from decoders import SemanticFPN
+from errors import Parser, run_command
 from kernels import IGNORE
 from lab.bench import header, memory, peer_clip, peer_unet, peer_vae, table
 from loading.augment import normalise

@@ -93,9 +93,8 @@ def main(argv: list[str] | None = None) -> int:
     image.add_argument("--size", type=int, nargs="+", metavar="N", default=argparse.SUPPRESS, help=size)
     image.add_argument("--seed", type=int, default=42, help="of the initial noise")
     image.add_argument("--steps", type=int, default=50, help="DDIM steps, two UNet passes each")
-    image.add_argument(
-        "--guidance", type=float, default=7.5, help="scale of classifier-free guidance; 1 is none"
-    )
+    scale = "of classifier-free guidance; 1 is none"
+    image.add_argument("--guidance", type=float, default=7.5, help=scale)
     model = parser.add_argument_group("the model")
     model.add_argument("--model", choices=["sd15", "tiny"], default="sd15", help="its size")
     weights = "its folder, or `random` (default: weights/MODEL)"
@@ -115,15 +114,8 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> int:
         start = time.time()
         Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-        drawing = draw(
-            options.prompt,
-            options.model,
-            options.weights,
-            size=(options.size[0], options.size[-1]),
-            seed=options.seed,
-            steps=options.steps,
-            guidance=options.guidance,
-        )
+        how = {"size": (options.size[0], options.size[-1]), "seed": options.seed, "steps": options.steps}
+        drawing = draw(options.prompt, options.model, options.weights, guidance=options.guidance, **how)
         drawing.save(options.out)
         print(f"{options.out}: {options.steps} steps, seed {options.seed}, {time.time() - start:.0f} s")
         return 0

@@ -7,11 +7,6 @@ the denoising loss with an image's own caption, the empty one and another image'
 classifier, trained on real scenes, finds in images drawn from prompts. weights/tiny/README.md lists results.
 """
 
-from errors import Parser, end_quietly, run_command
-
-if __name__ == "__main__":
-    end_quietly()  # at Ctrl-C during the imports below
-
 import argparse
 import json
 import math
@@ -27,10 +22,11 @@ from tqdm import tqdm
 
 from assemble import prior
 from clip import CLIP, TEMPLATES, Tokenizer, name_vectors, zero_shot
+from errors import Parser, run_command
 from images import scenes
 from lab.draw import ddim_times, sample
 from lab.pretrain import DrawnScenes, draw_scenes, noised
-from metrics.report import average_precision
+from metrics.report import mean_average_precision
 from unet import UNet
 from vae import VAE
 
@@ -58,7 +54,7 @@ def retrieval(clip: CLIP, tokenizer: Tokenizer, held_out: DrawnScenes) -> dict[s
     """Zero-shot mAP of tags, and how often an image's own caption ranks first among 128."""
     embeddings = torch.cat([clip.image(held_out.batch(part))[1] for part in torch.arange(COUNT).split(64)])
     names = name_vectors(clip, tokenizer, scenes.CLASSES, TEMPLATES, shared=True)
-    mAP, chance = mean_average_precision(zero_shot(clip, embeddings, names), tags_matrix(held_out.tags))
+    mAP, chance = precision_and_chance(zero_shot(clip, embeddings, names), tags_matrix(held_out.tags))
 
     captions = held_out.captions(range(COUNT), Random("retrieval"))
     texts = clip.text_projection(clip.text(tokenizer(captions))[1])
@@ -72,10 +68,9 @@ def tags_matrix(tags: list[tuple[str, ...]]) -> Tensor:
     return torch.tensor([[name in words for name in scenes.CLASSES] for words in tags])
 
 
-def mean_average_precision(scores: Tensor, targets: Tensor) -> tuple[float, float]:
+def precision_and_chance(scores: Tensor, targets: Tensor) -> tuple[float, float]:
     """mAP over the classes, and its chance level: the share of positives."""
-    values = [average_precision(*column) for column in zip(scores.T, targets.T, strict=True)]
-    return sum(values) / len(values), float(targets.float().mean())
+    return mean_average_precision(scores, targets), float(targets.float().mean())
 
 
 def denoising(parts: Parts, held_out: DrawnScenes) -> dict[str, float]:
@@ -144,8 +139,8 @@ def drawn_tags(parts: Parts, classifier: nn.Module, held_out: DrawnScenes) -> di
         latent = sample(unet, noise, context, empty, ddim_times(STEPS), GUIDANCE)
         logits.append(classifier(vae.decode(latent).clamp(-1, 1)))  # of images (24, 3, 128, 128)
     real = torch.cat([classifier(held_out.batch(part)) for part in torch.arange(COUNT).split(64)])
-    mAP, chance = mean_average_precision(torch.cat(logits), tags_matrix(prompts))
-    real_mAP, real_chance = mean_average_precision(real, tags_matrix(held_out.tags))
+    mAP, chance = precision_and_chance(torch.cat(logits), tags_matrix(prompts))
+    real_mAP, real_chance = precision_and_chance(real, tags_matrix(held_out.tags))
     return {"mAP": mAP, "chance": chance, "real_mAP": real_mAP, "real_chance": real_chance}
 
 

@@ -8,11 +8,6 @@ randomness is a function of seed and step alone, so an interrupted run resumes f
 numbers. `python -m lab.evidence` measures the result.
 """
 
-from errors import Parser, RunError, end_quietly, run_command
-
-if __name__ == "__main__":
-    end_quietly()  # at Ctrl-C during the imports below
-
 import argparse
 import json
 import math
@@ -37,13 +32,15 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from assemble import part_configs
-from clip import CLIP, END, PROMPT, START, TEMPLATES, CLIPConfig, Tokenizer
+from clip import CLIP, PROMPT, TEMPLATES, CLIPConfig, Tokenizer, token_ids
+from errors import Parser, RunError, run_command
 from images import scenes
-from run.checkpoint import replace_text, sync
+from run.files import replace_text, sync
 from run.folder import commit, lock
 from unet import TIMES, UNet, UNetConfig, alphas_cumprod
 from vae import VAE, VAEConfig
 from weights.load import load
+from weights.words import digest
 
 IMAGES = 20_480  # the first of the range "pretrain"; lab.evidence uses its end
 SAVE_SECONDS = 60  # between two saves: the most that a killed run loses
@@ -201,11 +198,8 @@ def train_tokenizer(drawn: DrawnScenes, folder: Path, seed: int) -> Tokenizer:
     r = Random(f"tokenizer {seed}")
     spelling.bpe.train_from_iterator((caption(tags, r) for tags in drawn.tags), trainer)
     merges = json.loads(spelling.bpe.to_str())["model"]["merges"]
-    names = [*letters, *(f"{x}</w>" for x in letters)]
-    names += [left + right for left, right in merges]
-    table = {name: i for i, name in enumerate(dict.fromkeys(names))} | {START: size - 2, END: size - 1}
     folder.mkdir(parents=True, exist_ok=True)
-    replace_text(folder / "vocab.json", json.dumps(table, ensure_ascii=False))
+    replace_text(folder / "vocab.json", json.dumps(token_ids(merges, size), ensure_ascii=False))
     lines = [f"{left} {right}" for left, right in merges]
     replace_text(folder / "merges.txt", "\n".join(["#version: 0.2", *lines, ""]))
     return Tokenizer(folder)
@@ -339,7 +333,9 @@ def save_replacing(tensors: dict[str, Tensor], file: Path, metadata: dict[str, s
 
 
 def write_config(config: VAEConfig, scale: float, file: Path) -> None:
-    """Write config.json for diffusers' `AutoencoderKL.from_pretrained`; `part_configs` reads its scale."""
+    """Write config.json for diffusers' `AutoencoderKL.from_pretrained`; `read_scale` reads its scale, and its
+    hash from the sha256.json beside it.
+    """
     n = len(config.channels)
     settings = {
         "_class_name": "AutoencoderKL",
@@ -353,6 +349,7 @@ def write_config(config: VAEConfig, scale: float, file: Path) -> None:
         "scaling_factor": round(scale, 5),
     }
     replace_text(file, json.dumps(settings, indent=1))
+    replace_text(file.with_name("sha256.json"), json.dumps({file.name: digest(file)}))
 
 
 def train_all(job: Job, longer: float, count: int) -> int:

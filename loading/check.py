@@ -23,13 +23,10 @@ class Report:
     classes: list[str]
     sizes: list[Size]  # of the images that were read
     pixels: np.ndarray  # (256,) of each train id in them
-    faults: list[str]  # one sentence for each, with its path
     fingerprint: dict[str, str]  # hashes of what training reads, by what they are of
     warnings: list[str]
 
     def __str__(self) -> str:
-        if not self.sizes:
-            return self.title
         low, middle, high = (np.quantile(self.sizes, q, axis=0, method="nearest") for q in (0, 0.5, 1))
         lines = [
             self.title,
@@ -49,16 +46,10 @@ class Report:
         return "\n".join([*lines, *(f"  WARNING: {sentence}" for sentence in self.warnings)])
 
 
-class CheckError(DataError):
-    """The faults that `check` found; `report` holds the table and every fault."""
-
-    report: Report
-
-
 def check(dataset: Dataset, samples: int = 200) -> Report:
     """Check the size of every file, and decode `samples` evenly spaced images with their labels.
 
-    The sizes and times of all files are hashed, to recognise the data when a run resumes. Raises CheckError,
+    The sizes and times of all files are hashed, to recognise the data when a run resumes. Raises DataError
     with at most ten of the faults: missing counterparts, files that are empty or cannot be decoded, labels of
     a wrong mode, value or size, no labelled pixel at all. Training labels of one class are refused too,
     unless there are instances to learn; all files are read before.
@@ -93,23 +84,19 @@ def check(dataset: Dataset, samples: int = 200) -> Report:
                 break
         else:
             faults += doubts(dataset, pixels)
-    title = f"{dataset.name} {dataset.split}: {len(dataset):,} images, {len(sizes):,} of them read"
-    warnings = [] if faults else doubts(dataset, pixels)
-    fingerprint = fingerprint_of(dataset, files)
-    report = Report(title, dataset.classes, sizes, pixels, faults, fingerprint, warnings)
     if faults:
         message = f"{dataset.name} {dataset.split} has {len(faults)} faults, repair or remove what they name:"
         more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
-        error = CheckError("\n  ".join([message, *faults[:SHOWN], *more]))
-        error.report = report
-        raise error
-    return report
+        raise DataError("\n  ".join([message, *faults[:SHOWN], *more]))
+    title = f"{dataset.name} {dataset.split}: {len(dataset):,} images, {len(sizes):,} of them read"
+    fingerprint = fingerprint_of(dataset, files)
+    return Report(title, dataset.classes, sizes, pixels, fingerprint, doubts(dataset, pixels))
 
 
 def fingerprint_of(dataset: Dataset, files: dict[str, list[tuple[int, int]]]) -> dict[str, str]:
     """Hashes of the list of images, of the labels' table, of the sizes and times of images and labels."""
     split = {"train": "training", "val": "validation"}.get(dataset.split, dataset.split)
-    names = os.fsencode("\n".join(dataset.path(i) for i in range(len(dataset))))
+    names = os.fsencode("\n".join(dataset.paths))
     tables = b"".join(Path(file).read_bytes() for file in dataset.tables)
     contents = {f"the list of {split} pictures": names, f"the table of the {split} labels": tables}
     for kind, stats in files.items():

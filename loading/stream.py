@@ -162,7 +162,7 @@ class TrainStream:
         ratio = rng.uniform(*self.augmentation.ratios)
         sample = self.dataset.load(index, *self.augmentation.box(ratio))
         image, labels, *targets = self.augmentation(sample, ratio, rng)
-        present, path = classes_in(sample.labels), self.dataset.path(index)
+        present, path = classes_in(sample.labels), self.dataset.paths[index]
         return Item(image, labels, present, position, path, skipped, *targets)
 
 
@@ -203,7 +203,7 @@ class EvaluationStream:
         except DataError as error:
             return error
         image, labels = evaluation(sample.image, sample.labels, self.short, self.long)
-        item = Item(image, labels, classes_in(labels), i, self.dataset.path(i), [])
+        item = Item(image, labels, classes_in(labels), i, self.dataset.paths[i], [])
         return item._replace(ids=sample.ids, segments=sample.segments)
 
 

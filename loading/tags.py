@@ -20,7 +20,7 @@ Scored = list[tuple[str, float]]  # tags and their scores, 0..1
 
 
 class Tags(NamedTuple):
-    """The entries of a tag file for the images of a data set, by `Dataset.path`."""
+    """The entries of a tag file for the images of a data set, by `Dataset.paths`."""
 
     tags: dict[str, Scored]
     captions: dict[str, str]
@@ -38,9 +38,7 @@ def read_tags(file: str | Path, root: str | Path, known: Collection[str], some: 
     try:
         lines = Path(file).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")  # UTF-8's byte order mark
     except OSError as error:
-        raise DataError(
-            f"{file} cannot be read ({error.strerror}): give a file of JSON lines as --tags"
-        ) from None
+        raise DataError(f"{file} cannot be read ({error.strerror}): give another file as --tags") from None
     result, line_of = Tags({}, {}, []), {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -73,7 +71,7 @@ class TagSource:
         self.tags, self.prompts, self.table = tags, prompts, table
 
     def __call__(self, path: str, present: Collection[int]) -> list[str] | None:
-        """The words of the image at `path` (`Dataset.path`), whose whole label map has the classes `present`.
+        """The words of the image at `path` (`Dataset.paths`), whose whole map has the classes `present`.
 
         None where there are none per image: "classes", and "clip" and "ram", whose tagger reads the image.
         """
@@ -102,9 +100,7 @@ def open_words(
     lacking = sorted(set(paths) - set(table))
     if lacking:
         what = "caption" if condition == "caption" else "line"
-        raise DataError(
-            f"{tags} has no {what} for {len(lacking)} of {len(paths)} images, such as {lacking[0]}"
-        )
+        raise DataError(f"{tags} has no {what} for {len(lacking)} of {len(paths)} images: {lacking[0]}, ...")
     if paths and not any(table.values()):
         least = "" if threshold is None else f" of at least {threshold:g}"
         cure = "captions need --condition caption" if entries.captions else "give another file"
@@ -263,9 +259,8 @@ def checked_text(value: object, longest: int) -> str:
     words = " ".join(value.split()) if isinstance(value, str) else ""
     letters = words.translate(JOINERS)
     if not letters or len(words) > longest or not letters.isprintable():
-        raise ValueError(
-            f"a tag or caption must be 1 to {longest} printable characters, not {str(value)[:80]!r}"
-        )
+        form = f"1 to {longest} printable characters"
+        raise ValueError(f"a tag or caption must be {form}, not {str(value)[:80]!r}")
     return words
 
 

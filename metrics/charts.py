@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from images.text import note, readable
+from run.files import replacing
 
 CELL = 0.24  # inches of a class in a confusion matrix, 24 pixels
 LARGE = 40  # classes; the names of more stand on all four sides
@@ -46,7 +47,8 @@ def confusion_matrix(file: Path, confusion: Tensor, names: Sequence[str]) -> Non
         share = float(shares[row, column])
         ink = "white" if share > 0.25 else "black"
         axes.text(column, row, f"{100 * share:.0f}", color=ink, fontsize=7, ha="center", va="center")
-    figure.savefig(file, bbox_inches="tight", pad_inches=0.15)
+    with replacing(file) as new:
+        figure.savefig(new, bbox_inches="tight", pad_inches=0.15)
 
 
 def curves(file: Path, log: Path) -> None:
@@ -73,4 +75,5 @@ def curves(file: Path, log: Path) -> None:
     measures.set_ylim(0)
     rate.set_xlabel("step")
     rate.xaxis.get_major_locator().set_params(integer=True)
-    figure.savefig(file)
+    with replacing(file) as new:
+        figure.savefig(new)

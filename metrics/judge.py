@@ -21,9 +21,10 @@ from torch import Tensor
 
 from data import Dataset
 from errors import DataError
+from images.instances import pycocotools
 from images.panoptic import annotation, write_annotations, write_ids
 from loading.stream import Item
-from metrics.quality import GROUPS, Quality, average_precision, coco_results, coco_truth, count, pycocotools
+from metrics.quality import GROUPS, Quality, coco_results, coco_truth, count, mask_precision
 from run.ranks import Ranks
 
 # What pycocotools raises: all else was measured by then, so the reason is reported instead.
@@ -84,8 +85,7 @@ class PanopticEvaluator:
         """Count one image: ids `(H, W)`, their segments; labels, scores, masks of things that may overlap."""
         self.counts += count(item.ids, item.segments, ids, segments, len(self.counts))
         image_id, (H, W) = self.dataset.image_ids[item.position], ids.shape
-        categories = self.dataset.categories.ids
-        name = "/".join(Path(item.path).parts[1:])
+        categories, name = self.dataset.categories.ids, item.path.partition("/")[2]
         self.images.append({"id": image_id, "file_name": name, "height": H, "width": W})
         if self.folder is not None:
             png = self.dataset.png(item.position)
@@ -105,13 +105,12 @@ class PanopticEvaluator:
 
     def finish(self, ranks: Ranks, result: PanopticResult) -> None:
         """Add AP to the result, or why it failed; rank 0 renames the folder, writes the JSON next to it."""
-        images, entries, truth, results = (
-            ranks.gather_object(x) for x in (self.images, self.entries, self.truth, self.results)
-        )
+        parts = self.images, self.entries, self.truth, self.results
+        images, entries, truth, results = map(ranks.gather_object, parts)
         categories, measured = self.dataset.categories, []
         if self.instances and ranks.is_main:
             try:
-                measured = [(average_precision(images, truth, results, categories), "")]
+                measured = [(mask_precision(images, truth, results, categories), "")]
             except FAULTS as error:
                 measured = [(None, f"AP is lacking: {type(error).__name__}: {error}")]
         if self.instances:

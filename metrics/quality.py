@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from images.instances import pycocotools
 from images.panoptic import (
     VOID,
     Annotations,
@@ -188,7 +189,7 @@ def as_json(encoded: dict) -> dict:
     return {"size": encoded["size"], "counts": encoded["counts"].decode("ascii")}
 
 
-def average_precision(
+def mask_precision(
     images: Sequence[dict], truth: Iterable[dict], results: Sequence[dict], categories: Categories
 ) -> dict[str, float]:
     """AP of the things as COCO defines it: mean over classes and IoU 0.50, 0.55, ..., 0.95; AP50, AP75, and
@@ -223,14 +224,6 @@ def average_precision(
 
 
 AP = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-
-
-def pycocotools(module: str):
-    """A module of pycocotools, which only AP needs."""
-    try:
-        return __import__(f"pycocotools.{module}", fromlist=[module])
-    except ImportError:
-        raise DataError("AP needs pycocotools: pip install pycocotools") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ Imports no model. Top to bottom: what was counted and what follows, the report, 
 import csv
 import json
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from errors import TadaError
 from images.read import IGNORE
 from metrics.charts import confusion_matrix
 from metrics.judge import PanopticResult
+from run.files import holds, replace_text, replacing
 
 OF_GROUPS = {"PQ_things": "PQ of things", "PQ_stuff": "PQ of stuff", "AP": "AP of things"}
 OF_TAGS = {"tag_mAP": "tag mAP", "words_precision": "words' precision", "words_recall": "recall"}
@@ -72,9 +74,7 @@ class Result:
         """The multi-label head's mean average precision over the classes that are in some image."""
         if not self.about["tag_head"] or not self.present.any():
             return None
-        occurring = self.present.any(dim=0).nonzero().flatten().tolist()
-        values = [average_precision(self.scores[:, k], self.present[:, k] > 0) for k in occurring]
-        return sum(values) / len(values)
+        return mean_average_precision(self.scores, self.present > 0)
 
     @property
     def words_precision(self) -> float | None:
@@ -186,13 +186,11 @@ class Result:
         entries = self.as_json() | {"checkpoint": str(checkpoint), "sha256": sha256}
         signed = f"{self.as_markdown()}\nCheckpoint {checkpoint}, sha256 {sha256}\n"
         for name, text in (("result.json", json.dumps(entries, indent=1)), ("result.md", signed)):
-            new = out / f".tmp-{name}"
-            new.write_text(text, encoding="utf-8")
-            new.replace(out / name)
+            replace_text(out / name, text)
 
     def write_confusion(self, out: Path) -> None:
         """Write confusion.csv and confusion.png."""
-        with (out / "confusion.csv").open("w", newline="", encoding="utf-8") as f:
+        with replacing(out / "confusion.csv") as new, new.open("w", newline="", encoding="utf-8") as f:
             rows = [[k, *row] for k, row in zip(self.classes, self.confusion.tolist(), strict=True)]
             csv.writer(f).writerows([["truth \\ prediction", *self.classes], *rows])
         confusion_matrix(out / "confusion.png", self.confusion, self.classes)
@@ -200,10 +198,13 @@ class Result:
 
 def move_earlier_results(out: Path) -> Path | None:
     """Move earlier results to the folder `out.N` and return it; delete leftovers of an interrupted run."""
-    shutil.rmtree(out / ".tmp-panoptic", ignore_errors=True)
-    earlier = [name for name in FILES if (out / name).exists()]
+    left = out / ".tmp-panoptic"
+    left.unlink() if left.is_symlink() else shutil.rmtree(left, ignore_errors=True)
+    earlier = [name for name in FILES if os.path.lexists(out / name)]  # a link is moved, not followed
     if not earlier:
         return None
+    if not holds(out / "result.json", "mIoU", "sha256"):
+        raise TadaError(f"{out} holds {earlier[0]} without a result.json of eval.py: give another --out")
     number, out = 1, out.resolve()
     while (folder := out.with_name(f"{out.name}.{number}")).exists():
         number += 1
@@ -238,6 +239,12 @@ def average_precision(scores: Tensor, positive: Tensor) -> float:
     no_lower = torch.searchsorted(-scores, -scores, right=True)  # how many
     right = positive[order].cumsum(0)[no_lower - 1]
     return (right / no_lower)[positive[order]].double().mean().item()
+
+
+def mean_average_precision(scores: Tensor, positive: Tensor) -> float:
+    """The mean of `average_precision` over the columns `(n, K)` with a positive."""
+    occurring = positive.any(dim=0).nonzero().flatten().tolist()
+    return sum(average_precision(scores[:, k], positive[:, k]) for k in occurring) / len(occurring)
 
 
 def none_if_nan(x: float | None) -> float | None:

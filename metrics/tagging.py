@@ -12,7 +12,7 @@ from torch import Tensor
 
 from errors import DataError
 from loading.tags import Scored, tag_key
-from metrics.report import average_precision
+from metrics.report import mean_average_precision
 
 SYNONYMS = Path(__file__).parents[1] / "labels" / "synonyms.txt"
 SHOWN = 30  # classes in a sentence
@@ -66,9 +66,7 @@ class TagReport:
     @property
     def mAP(self) -> float:
         """The mean average precision of the scores, over the classes that occur."""
-        columns = [k for k in range(len(self.prompts)) if self.present[:, k].any()]
-        values = [average_precision(self.scores[:, k], self.present[:, k]) for k in columns]
-        return sum(values) / len(values)
+        return mean_average_precision(self.scores, self.present)
 
     @property
     def never(self) -> list[str]:
@@ -92,7 +90,7 @@ class TagReport:
 def measure_tags(
     tags: Mapping[str, Scored], present: Mapping[str, Sequence[int]], prompts: Sequence[str]
 ) -> TagReport:
-    """Compare the tags of images with the classes `present` in their label maps, both by `Dataset.path`."""
+    """Compare the tags of images with the classes `present` in their label maps, both by `Dataset.paths`."""
     named, n, K = classes_named(prompts), len(present), len(prompts)
     truth, scores = torch.zeros(n, K, dtype=torch.bool), torch.full((n, K), -1.0)
     naming = right = 0

@@ -35,7 +35,7 @@ class WorstImages:
         names = {"palette": self.dataset.palette, "classes": self.dataset.classes}
         for score, i, target, tags in self.kept:
             if (score, i) in worst:
-                sample, path = self.dataset.load(i), Path(self.dataset.path(i))
+                sample, path = self.dataset.load(i), Path(self.dataset.paths[i])
                 truth = (sample.ids, sample.segments) if isinstance(target, tuple) else sample.labels
                 targets = {"ground truth": truth, f"prediction, mIoU {percent(score, '%')}": target}
                 tiles = compared(np.asarray(sample.image), path.name, targets, tags, **names)

@@ -10,7 +10,9 @@ synced to the disk, and renamed: a folder under its own name is complete, whenev
 
 import json
 import os
+import re
 import shutil
+import warnings
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -25,15 +27,18 @@ from assemble import SCALE_FILE, Undrawn, assemble, open_tagger, part_configs
 from clip import CLIP, Tokenizer
 from errors import CheckpointError
 from model import Tada, TadaConfig
+from run.files import sync
 from run.ranks import Ranks
 from unet import UNet
 from vae import VAE
 from weights.ram import ram_folder, require_files
-from weights.words import digest, prior_files
+from weights.words import digest, digest_once, prior_files
 
 FORMAT = 1  # of a model's file; a change that older code cannot read raises it
 MODEL, TENSORS, FACTS, HASHES = "model.safetensors", "train.safetensors", "train.json", "sha256.json"
 KEPT = 2  # newest steps that are kept besides the best
+# What a killed process leaves in a run folder: no other file is removed.
+STEP, OTHERS = r"step-\d+", r"last|best|config\.json|log\.jsonl|tags-train\.\w+|inputs\.jpg|curve\.png"
 
 
 # ---- the file of a trained model
@@ -85,9 +90,6 @@ def read_model(
     """
     file = find_model(Path(path))
     about = read_about(file)
-    hashes = file.with_name(HASHES)
-    if hashes.is_file() and digest(file).encode() not in hashes.read_bytes():
-        raise CheckpointError(f"{file} changed after it was written: use another step")
     config = read_config(about["config"], file)
     random = config.weights == "random"
     if weights and not random:
@@ -140,23 +142,44 @@ def find_model(path: Path) -> Path:
     """The model's file of a run folder (the best step, else the last), of a step folder, or `path` itself."""
     for file in (path, path / MODEL, path / "best" / MODEL, path / "last" / MODEL):
         if file.is_file():
+            if not is_utf8(file):
+                raise CheckpointError(f"{str(file.resolve())!r} is not UTF-8: rename what is not")
             return file
     raise CheckpointError(f"{path} holds no {MODEL}: give a run folder, a step folder or the file")
 
 
+def is_utf8(path: Path) -> bool:
+    """Whether the name and those of its folders are: safetensors 0.8 opens no other."""
+    return os.fsencode(path.resolve()).decode(errors="replace") == str(path.resolve())
+
+
 def read_about(file: Path) -> dict:
-    """The format, config, frozen hashes and metrics of a model's file; CheckpointError for any other file."""
+    """The format, config, frozen hashes and metrics of a model's file, whose hash is checked first.
+
+    A file without `sha256.json` is used with a warning, in a step folder refused. Raises CheckpointError.
+    """
+    real = file.resolve()
+    stat, hashes = real.stat(), real.with_name(HASHES)
+    if hashes.exists():
+        if digest_once(real, stat.st_size, stat.st_mtime_ns) not in read_hashes(hashes).values():
+            raise CheckpointError(f"{file} changed after it was written: use another step")
+    elif real.parent.name.startswith("step-"):
+        raise CheckpointError(f"{file} lacks the {HASHES} of its step folder: use another step")
     try:
         with safe_open(file, "pt") as f:
-            metadata = f.metadata() or {}
+            about = json.loads((f.metadata() or {})["tada"])
+        newer = about["format"] > FORMAT
+        _ = {**about["config"], **about["frozen"], **about["metrics"]}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is not a whole safetensors file ({error}): use another step") from None
-    if "tada" not in metadata:
-        raise CheckpointError(f"{file} was not written by train.py: give a run folder or its {MODEL}")
-    about = json.loads(metadata["tada"])
-    if about["format"] > FORMAT:
+    except (ValueError, LookupError, TypeError, RecursionError):
+        fault = f"was not written by train.py: give a run folder or its {MODEL}"
+        raise CheckpointError(f"{file} {fault}") from None
+    if newer:
         fault = f"has format {about['format']}, this code reads {FORMAT}"
         raise CheckpointError(f"{file} {fault}: use a newer TADA")
+    if not hashes.exists():
+        warnings.warn(f"{file} is used unchecked: no {HASHES} is beside it", stacklevel=1)  # once a process
     return about
 
 
@@ -173,7 +196,10 @@ def read_config(entries: dict, file: Path) -> TadaConfig:
     unknown = sorted(set(entries) - {field.name for field in fields(TadaConfig)})
     if unknown:
         raise CheckpointError(f"{file} has unknown settings {', '.join(unknown)}: use a newer TADA")
-    return TadaConfig(**entries)
+    try:
+        return TadaConfig(**entries)
+    except TypeError as error:
+        raise CheckpointError(f"{file} lacks settings ({error}): use another step") from None
 
 
 def as_tuples(value: object) -> object:
@@ -259,23 +285,6 @@ def write_step(
     return final
 
 
-def replace_text(file: Path, text: str) -> None:
-    """Write a file atomically."""
-    new = file.with_name(f".tmp-{file.name}")
-    new.write_text(text, encoding="utf-8")
-    sync(new)
-    os.replace(new, file)
-
-
-def sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def point(run: Path, name: str, target: str) -> None:
     """Point the link `run/name` to `target`, atomically."""
     new = run / f".tmp-{name}"
@@ -308,15 +317,16 @@ def prune(run: Path) -> None:
 def clean(run: Path) -> None:
     """Remove leftovers of an interrupted `write_step` or `point`."""
     restore_replaced(run)
-    for path in (*run.glob(".tmp-*"), *run.glob(".old-*")):
-        path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
+    for path in run.glob(".*"):
+        if re.fullmatch(rf"\.(tmp|old|tmp-old)-{STEP}|\.tmp-({OTHERS})", path.name):
+            path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
 
 
 def restore_replaced(run: Path) -> None:
     """Restore a step that `write_step` had moved away, if the new one did not take its name."""
     for old in run.glob(".old-*"):
         final = run / old.name.removeprefix(".old-")
-        if not final.exists():
+        if re.fullmatch(STEP, final.name) and not final.exists():
             os.replace(old, final)
 
 
@@ -334,11 +344,22 @@ def newest_step(run: Path) -> tuple[Path | None, list[str]]:
 def corruption_of(folder: Path) -> str | None:
     """A sentence if a step folder is incomplete or a file lacks its hash, else None."""
     try:
-        hashes = json.loads((folder / HASHES).read_text())
+        hashes = read_hashes(folder / HASHES)
         wrong = [name for name, expected in hashes.items() if digest(folder / name) != expected]
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, CheckpointError) as error:
         return f"it is incomplete ({error})"
     return f"{', '.join(wrong)} changed after it was written" if wrong else None
+
+
+def read_hashes(file: Path) -> dict[str, str]:
+    """A step folder's `sha256.json`; CheckpointError unless it lists the other three files."""
+    try:
+        hashes = json.loads(file.read_bytes())
+        if {*hashes} != {MODEL, TENSORS, FACTS} or isinstance(hashes, list):
+            raise ValueError(f"it does not list {MODEL}, {TENSORS} and {FACTS}")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{file} is corrupt ({error}): use another step") from None
+    return hashes
 
 
 def read_step(folder: Path, tada: Tada) -> tuple[dict[str, Tensor], dict]:

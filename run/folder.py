@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from errors import RunError
 from model import TadaConfig
-from run.checkpoint import REMOVED, clean, newest_step, replace_text, steps
+from run.checkpoint import HASHES, REMOVED, clean, is_utf8, newest_step, steps
+from run.files import holds, no_link, replace_text
 from run.ranks import Ranks
 from weights.words import digest
 
@@ -34,18 +35,16 @@ NOTED = {  # what is printed where it has changed -> what that means; the run re
 
 
 def say(line: str) -> None:
-    """Print a line, above a bar if there is one; that stdout is closed or full stops nothing."""
-    if sys.stdout is not None:
-        with suppress(OSError):
-            tqdm.write(line)
-            sys.stdout.flush()
+    """Print a line at once, above a bar if there is one."""
+    tqdm.write(line)
+    sys.stdout.flush()
 
 
 def lock(folder: Path, flag: str, name: str = ".lock") -> TextIO:
     """Make a folder, and lock it until the returned file is closed; RunError names the `flag` to change."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / name).open("w")
+        file = open(folder / name, "a", opener=no_link)  # noqa: SIM115
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
@@ -86,7 +85,7 @@ class Run:
         """Append a line to log.jsonl. A full disk does not stop the run."""
         if self.ranks.is_main:
             try:
-                with (self.folder / "log.jsonl").open("a") as f:
+                with open(self.folder / "log.jsonl", "a", opener=no_link) as f:
                     f.write(json.dumps(entry) + "\n")
             except OSError as error:
                 self.print0(f"not in {self.folder / 'log.jsonl'} ({error.strerror}): {json.dumps(entry)}")
@@ -95,14 +94,17 @@ class Run:
         """Drop log lines after `step` (as `line_step` counts); they will be logged again."""
         file = self.folder / "log.jsonl"
         if self.ranks.is_main and file.is_file():
-            kept = [line for line in file.read_text().splitlines() if line_step(line) <= step]
+            lines = file.read_bytes().splitlines()
+            if broken := [n for n, line in enumerate(lines[:-1], 1) if line_step(line) == math.inf]:
+                self.print0(f"{file}, line {broken[0]}, is left out, it is not whole (of {len(broken)} such)")
+            kept = [line.decode() for line in lines if line_step(line) <= step]
             replace_text(file, "".join(f"{line}\n" for line in kept))
 
 
-def line_step(line: str) -> float:
+def line_step(line: bytes) -> float:
     """The step of a line of log.jsonl, plus a half for its evaluation; infinity for a truncated line."""
     try:
-        entry = json.loads(line)
+        entry = json.loads(line.decode())
         return entry["step"] + 0.5 * ("val" in entry)
     except (ValueError, KeyError, TypeError):
         return math.inf
@@ -119,8 +121,9 @@ def open_run(
     """
     last = None
     if run.ranks.is_main:
-        run.claim()
         file = run.folder / "config.json"
+        require_ours(run.folder, file)
+        run.claim()
         if options.fresh and (steps(run.folder) or file.exists()):
             rename_run(run)
         for link in (run.folder / "last", run.folder / "best"):
@@ -151,6 +154,16 @@ def open_run(
     return run.ranks.all_gather_object([last] if run.ranks.is_main else [])[0]
 
 
+def require_ours(folder: Path, config: Path) -> None:
+    """Raise RunError unless a run may write here: into a new or empty folder, or one that holds a run."""
+    if not is_utf8(folder):
+        raise RunError(f"{str(folder)!r} is not UTF-8, which checkpoints need: give another --run-dir")
+    names = [path.name for path in folder.iterdir() if path.name[0] != "."] if folder.is_dir() else []
+    ours = holds(config, "options", "model", "versions")
+    if names and not ours and not any((step / HASHES).is_file() for step in steps(folder)):
+        raise RunError(f"{folder} holds {min(names)} but no run: give a new or empty --run-dir")
+
+
 def refuse_changes(run: Run, about: dict, defaults: Mapping[str, Any], free: set[str]) -> None:
     """Raise RunError if the run was started with other options or data; those in `free` may differ.
 
@@ -161,7 +174,7 @@ def refuse_changes(run: Run, about: dict, defaults: Mapping[str, Any], free: set
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
         options, torch_version = defaults | before["options"], before["versions"]["torch"]
-        read = before.get("read", now["read"])
+        read = {**before.get("read", now["read"])}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         cure = "start over with --fresh (keeps the run)"
         raise RunError(f"{file} lacks the settings of its run ({error}): {cure}") from None

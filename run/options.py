@@ -168,7 +168,7 @@ def tags_of_run(folder: Path, condition: str) -> str | None:
         options = json.loads((folder / "config.json").read_text())["options"]
         same = options["condition"] == condition and (folder / "last").exists()
         return str(options["tags"]) if same else None
-    except (OSError, ValueError, KeyError, TypeError):  # no run, or one that open_run will refuse
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # open_run will refuse it
         return None
 
 

@@ -4,16 +4,16 @@ Top to bottom: what a result depends on, the list `predictions.jsonl`, the image
 """
 
 import fcntl
+import hashlib
 import json
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from errors import TadaError
-from run.checkpoint import replace_text
+from run.files import no_link, replace_text, replacing
 
 LIST, SEGMENTS = "predictions.jsonl", ".segments.png"
 ENDINGS = (".png", ".overlay.jpg", ".attention.jpg", SEGMENTS)  # of all results
@@ -58,23 +58,35 @@ def read_list(out: Path) -> dict[str, dict]:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            records[record["labels"]] = record | {"path": record["path"]}
-        except (ValueError, KeyError, TypeError):
+            if not isinstance(record["path"] + record["labels"], str):
+                raise TypeError
+            records[record["labels"]] = record
+        except (ValueError, KeyError, TypeError, RecursionError):
             if line.endswith(b"\n") or not b'{"path"'.startswith(line[:7]):  # else a crash truncated it
                 raise TadaError(f"{file}, line {number}, is not of predict.py: give another --out") from None
     return {
         labels: record
         for labels, record in sorted(records.items())
-        if any((out / f"{labels.removesuffix('.png')}{ending}").exists() for ending in ENDINGS)
+        if any(os.path.lexists(out / f"{labels.removesuffix('.png')}{ending}") for ending in ENDINGS)
     }
+
+
+def checked(record: dict) -> dict:
+    """A line with the hash of its other entries: a result whose line has another is made anew."""
+    rest = json.dumps({name: x for name, x in record.items() if name != "hash"})
+    return record | {"hash": hashlib.sha256(rest.encode()).hexdigest()[:16]}
+
+
+def fits(name: str) -> bool:
+    """Whether a file system can name the results: most allow 255 bytes (NAME_MAX of Linux and macOS)."""
+    return len(os.fsencode(os.path.basename(name))) + max(map(len, ENDINGS)) <= 255
 
 
 def tidy(out: Path) -> None:
     """Delete files that an interrupted process left half-written, and lines without a result."""
     try:
-        for left in out.rglob(".tmp-*"):
-            if re.fullmatch(rf"\.tmp-(\d+|{re.escape(LIST)})", left.name) and left.is_file():
-                left.unlink()
+        for left in out.rglob(f".{LIST}.tmp-*"):
+            left.unlink()
         replace_text(out / LIST, "".join(json.dumps(record) + "\n" for record in read_list(out).values()))
     except OSError as error:
         raise TadaError(f"{out} cannot be written ({error.strerror}): give another --out") from None
@@ -82,6 +94,9 @@ def tidy(out: Path) -> None:
 
 def to_do(names: dict[str, str], words: dict, out: Path, settings: Settings) -> list[str]:
     """The images without such a result. Raises TadaError where a file belongs to another image or program."""
+    for folder in {out / x for name in names.values() for x in Path(name).parents if x.name}:
+        if folder.is_symlink():
+            raise TadaError(f"{folder} is a link, which is not followed: give another --out")
     records, todo = {name.removesuffix(".png"): x for name, x in read_list(out).items()}, []
     taken = {name.lower() for name in (*records, *names.values())}
     for path, name in names.items():
@@ -92,7 +107,8 @@ def to_do(names: dict[str, str], words: dict, out: Path, settings: Settings) -> 
             if not record and file.exists():
                 raise TadaError(f"{file} exists and {LIST} has no line for it: give another --out")
         made, files = settings.of(path, words[path]), [out / f"{name}{x}" for x in settings.endings]
-        if not made or not made.items() <= record.items() or not all(file.is_file() for file in files):
+        same = made and made.items() <= record.items() and checked(record) == record
+        if not same or not all(file.is_file() for file in files):
             todo.append(path)
     return todo
 
@@ -101,14 +117,13 @@ def write(out: Path, name: str, record: dict, results: dict[str, bytes], rank: i
     """Append the line, then write the files, each whole or not at all, the label map last. Raises OSError."""
     file = out / LIST
     try:
-        with file.open("a") as f:
+        with open(file, "a", opener=no_link) as f:
             fcntl.flock(f, fcntl.LOCK_EX)  # of the ranks one at a time
-            f.write(json.dumps(record) + "\n")
+            f.write(json.dumps(checked(record)) + "\n")
         for ending, content in results.items():
             file = out / f"{name}{ending}"
-            new = file.with_name(f".tmp-{rank}")
             file.parent.mkdir(parents=True, exist_ok=True)
-            new.write_bytes(content)
-            os.replace(new, file)
+            with replacing(file, file.with_name(f".{LIST}.tmp-{rank}")) as new:
+                new.write_bytes(content)
     except OSError as error:
         raise OSError(f"{file} cannot be written ({error.strerror or error}): earlier results stay") from None

@@ -16,6 +16,7 @@ from data import Dataset
 from images.draw import Target, compared, mosaic
 from metrics.charts import LOSSES
 from model import Tada
+from run.files import replacing
 from run.folder import Run
 from run.options import Options
 from run.recipes import paper_row, recipe
@@ -54,14 +55,14 @@ def draw(file: Path, dataset: Dataset, shown: Iterable[Shown]) -> None:
     """Each image beside itself under its targets, two images in a row."""
     names = {"palette": dataset.palette, "classes": dataset.classes}
     rows = [compared(image, "image", targets, tags, **names) for image, targets, tags in shown]
-    mosaic([tile for row in rows for tile in row], 2 * len(rows[0])).save(file, quality=92)
+    with replacing(file) as new:
+        mosaic([tile for row in rows for tile in row], 2 * len(rows[0])).save(new, quality=92)
 
 
 @contextmanager
 def drawing(run: Run, file: Path) -> Iterator[None]:
     """Print why the block could not draw the file: whatever fails there, training goes on."""
     try:
-        file.parent.mkdir(exist_ok=True)
         yield
     except Exception as error:  # noqa: BLE001
         run.print0(f"{file} is not drawn ({error})")

@@ -51,13 +51,18 @@ def open_image(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
         image = Image.fromarray(image)
     if not isinstance(image, Image.Image):
         raise DataError(f"an image of type {type(image).__name__}: give a path, a PIL image or a numpy array")
-    if 0 in image.size:
-        raise DataError("an image of {}x{} has no pixels: give another".format(*image.size))
-    image = image.copy()
-    image.getexif()  # kept by the image
-    image.info = {}  # as `read_image`
-    ImageOps.exif_transpose(image, in_place=True)
-    return to_rgb(image, "the image")
+    try:
+        image = image.copy()
+        image.getexif()  # kept by the image
+        image.info = {}  # as `read_image`
+        ImageOps.exif_transpose(image, in_place=True)
+        if min(image.size) < 1:
+            raise ValueError(f"its size is {image.width}x{image.height}")
+        return to_rgb(image, "the image")
+    except DataError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a file that Pillow opened is decoded only here
+        raise DataError(f"the image cannot be read ({error}): give another") from None
 
 
 def sizes(photo: Photo) -> tuple[Size, Size]:

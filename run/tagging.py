@@ -15,25 +15,25 @@ from tqdm import tqdm
 from assemble import Tagger
 from clip import PROMPT, TEMPLATES
 from data import Dataset
-from errors import DataError, TadaError
+from errors import DataError, RunError, TadaError
 from loading.augment import normalise
 from loading.stream import EvaluationStream
 from loading.tags import TagSource, open_words
 from model import Tada
-from run.checkpoint import replace_text
+from run.files import no_link, replace_text
 from run.folder import Run
 from run.options import Options
 from run.ranks import Ranks
 from weights.load import locate
 from weights.ram import ram_folder, require_files
-from weights.words import digest_once, prior_files, word_vectors
+from weights.words import digest, digest_once, prior_files, word_vectors
 
 
 def open_tags(
     run: Run, tada: Tada, *, options: Options, train_set: Dataset, val_set: Dataset, resumed: bool
 ) -> tuple[TagSource, TagSource]:
     """The tags of the images of training and of validation; the text vectors of known tags are cached."""
-    paths = [dataset.path(i) for dataset in (train_set, val_set) for i in range(len(dataset))]
+    paths = [*train_set.paths, *val_set.paths]
     tags, threshold = options.tags, options.tag_threshold
     words = open_words(options.condition, tags, train_set.prompts, options.data, paths, threshold)
     if tada.tagger is None:
@@ -77,23 +77,32 @@ def tag_all(run: Run, tada: Tada, dataset: Dataset, workers: int, resumed: bool)
     """
     box = tada.config.box or (None, None)
     stream = EvaluationStream(dataset, *box, workers=workers, device=run.ranks.device.type)
-    paths = {dataset.path(i): i for i in range(len(dataset))}
+    paths = {path: i for i, path in enumerate(dataset.paths)}
 
     def images(todo: list[str]) -> Iterator[list[tuple[str, Tensor]]]:
         for item in stream.items(paths[path] for path in todo):
             yield [(item.path, item.image)]  # one by one: the sizes differ
 
     file = run.folder / "tags-train.jsonl"
+    whole = file.with_suffix(".sha256")  # its hash, once all images are tagged
+    changed = file.is_file() and whole.is_file() and digest(file).encode() != whole.read_bytes()
+    if resumed and changed:
+        cure = "restore it, or start over with --fresh (keeps the run)"
+        raise RunError(f"{file} changed after it was written: {cure}")
+    run.ranks.barrier()
     config = tada.config
-    settings = config.tag_threshold, config.prompts, box, dataset.files(0)
+    settings = config.tag_threshold, config.prompts, box, dataset.names(0)
     by = f"{config.tags} {tagger_key(config.tags, config.weights, *settings)}"
     if resumed and file.is_file():  # its options are those of this run
         by = made_by(file)
-    elif run.ranks.is_main and file.is_file() and made_by(file) != by:
-        file.unlink()
+    elif run.ranks.is_main and (changed or not file.is_file() or made_by(file) != by):
+        for old in (file, whole):
+            old.unlink(missing_ok=True)
     run.ranks.barrier()
     run.print0(f"{file}: tags of {len(paths):,} training images by {config.tags}")
     tag_images(file, [*paths], images, tada.tagger, run.ranks, by)
+    if run.ranks.is_main:
+        replace_text(whole, digest(file))
     entries = map(json.loads, read_tag_lines(file, by).values())
     return {entry["image"]: [tag for tag, _ in entry["tags"]] for entry in entries}
 
@@ -155,7 +164,7 @@ def tag_images(
 def append(file: Path, text: str) -> None:
     """Append whole lines, of one process at a time, and flush them to the disk."""
     try:
-        with file.open("a", encoding="utf-8") as f:
+        with open(file, "a", encoding="utf-8", opener=no_link) as f:
             fcntl.flock(f, fcntl.LOCK_EX)
             f.write(text)
             f.flush()
@@ -184,7 +193,7 @@ def read_tag_lines(file: Path, by: str = "") -> dict[str, str]:
         try:
             entry = json.loads(line.decode("utf-8"))
             path, made = entry["image"], entry.get("by", "")
-            assert isinstance(path, str) and isinstance(entry["tags"], list)
+            assert isinstance(path, str) and all(isinstance(tag, str) for tag, _ in entry["tags"])
         except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
             cure = "delete the line, or give another file"
             raise TadaError(f"{file}, line {number}, is not of a tagger: {cure}") from None

@@ -5,7 +5,6 @@ place shows.
 """
 
 import json
-import string
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from transformers.models.blip.modeling_blip_text import (
     BlipTextOutput,
 )
 
-from clip import END, START, CLIPConfig, TowerConfig
+from clip import CLIPConfig, TowerConfig, token_ids
 from lab.bench_mask2former import peer_mask2former
 from ram import RAMConfig
 from unet import UNetConfig
@@ -228,9 +227,7 @@ def tiny_folder(folder: Path) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIP
     for name, model in (("unet", unet), ("vae", vae), ("clip", clip)):
         official_folder(model, folder / name)
     (folder / "tokenizer").mkdir()
-    letters = [x + end for x in string.ascii_lowercase for end in ("", "</w>")]
-    last = CLIPConfig.tiny().vocabulary - 1
-    vocabulary = {x: i for i, x in enumerate(letters)} | {START: last - 1, END: last}
+    vocabulary = token_ids([], CLIPConfig.tiny().vocabulary)
     (folder / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
     return unet, vae, clip

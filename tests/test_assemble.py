@@ -4,11 +4,13 @@ import errno
 import json
 import re
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from fuzz import mutate, refusals
 from oracle import tiny_folder
 from proof import BAR, error
 from safetensors.torch import load_file, save_file
@@ -16,8 +18,16 @@ from tiny_tada import NAMES, K, config, trained
 from torch import nn
 
 import weights.words as vectors_file
-from assemble import build, make_adapter, make_decoder, parameter_groups
-from clip import CLIPConfig
+from assemble import (
+    SCALE_FILE,
+    build,
+    load_clip,
+    make_adapter,
+    make_decoder,
+    parameter_groups,
+    part_configs,
+)
+from clip import CLIPConfig, token_ids
 from errors import ModelError, WeightsError
 from mask2former import DeformablePixelDecoder
 from unet import UNetConfig
@@ -86,9 +96,7 @@ def test_vectors_are_cached(weights, monkeypatch):
     assert len(computed) == 4 and error(third.adapter.classes, first.adapter.classes) > 0.1
 
     file = weights / "tokenizer" / "vocab.json"
-    vocabulary = json.loads(file.read_text())
-    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    file.write_text(json.dumps(vocabulary))
+    file.write_text(json.dumps(json.loads(file.read_text()), indent=1))
     build(config(**options | {"tags": "classes"}))
     assert len(computed) == 5
 
@@ -110,6 +118,70 @@ def test_a_truncated_file_of_vectors_is_rewritten(weights):
     assert torch.equal(load_file(file)["vectors"], first.adapter.classes)
 
 
+def test_a_changed_byte_of_cached_vectors_is_detected(weights):
+    """A warning, and the vectors are computed again and written."""
+    clip, tokenizer = load_clip(CLIPConfig.tiny(), weights)
+
+    def vectors() -> list[list[float]]:
+        return vectors_file.word_vectors(str(weights), clip, tokenizer, ("sea", "snow"), 1).tolist()
+
+    expected = vectors()
+    file = weights / ".vectors" / cached(weights)[0]
+    content = file.read_bytes()
+    for number in range(200):
+        file.write_bytes(mutate(content, number, 200))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert vectors() == expected, f"mutation {number} is used"
+        assert not caught or f"{file} changed after it was written" in str(caught[0].message)
+        assert file.read_bytes() == content
+    file.write_bytes(content[:-1] + b"\0")
+    with pytest.warns(UserWarning, match="changed after it was written: its vectors are"):
+        vectors()
+
+
+def test_vectors_of_older_versions_are_computed_again(weights):
+    """Their files have no hash."""
+    first = build(config(weights=str(weights)))
+    file = weights / ".vectors" / cached(weights)[0]
+    content = file.read_bytes()
+    save_file({"vectors": torch.zeros_like(first.adapter.classes)}, file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = build(config(weights=str(weights)))
+    assert torch.equal(again.adapter.classes, first.adapter.classes) and file.read_bytes() == content
+
+
+def test_the_vocabulary_of_another_model_is_refused(weights):
+    """The end token has another id there, and no text would have an end."""
+    (weights / "tokenizer" / "vocab.json").write_text(json.dumps(token_ids([], 600)))
+    with pytest.raises(WeightsError, match=f"^{weights}/tokenizer has 600 ids, and CLIP 1,024: use"):
+        build(config(weights=str(weights)))
+
+
+@pytest.mark.parametrize(
+    "scale", ["0", "-1", "NaN", "Infinity", "1e999", '"0.85"', "true", "null", "1" * 400]
+)
+def test_the_latent_scale_is_a_positive_number(weights, scale):
+    (weights / SCALE_FILE).write_text(f'{{"scaling_factor": {scale}}}')
+    with pytest.raises(WeightsError, match=f"^{weights / SCALE_FILE} has no valid scaling_factor .*pretrain"):
+        part_configs("tiny", weights)
+
+
+@pytest.mark.parametrize("text", ["[" * 2000, "[]", "5", '{"scaling_factor": 1'])
+def test_a_damaged_latent_scale(weights, text):
+    (weights / SCALE_FILE).write_text(text)
+    with pytest.raises(WeightsError, match=f"^{weights / SCALE_FILE} has no valid scaling_factor .*pretrain"):
+        part_configs("tiny", weights)
+
+
+@pytest.mark.parametrize("name", ["config.json", "sha256.json"])
+def test_a_changed_byte_of_the_latent_scale_is_detected(tmp_path, name):
+    shutil.copytree("weights/tiny/vae", tmp_path / "vae")
+    file = tmp_path / "vae" / name
+    assert refusals(file, lambda: part_configs("tiny", tmp_path)) > 150
+
+
 @pytest.mark.parametrize("fault", ["read-only", "full"])
 def test_vectors_that_cannot_be_written_are_not_an_error(weights, fault, monkeypatch):
     """A read-only folder, a full disk: no file is left, and the model is the same."""
@@ -118,7 +190,7 @@ def test_vectors_that_cannot_be_written_are_not_an_error(weights, fault, monkeyp
         weights.chmod(0o555)
     else:
 
-        def full(tensors: dict, file: Path) -> None:
+        def full(tensors: dict, file: Path, metadata: dict) -> None:
             file.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
 

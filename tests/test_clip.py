@@ -4,6 +4,7 @@ outputs.
 
 import hashlib
 import json
+import shutil
 import unicodedata
 import warnings
 from dataclasses import replace
@@ -11,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from fuzz import refusals
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import SMALL_CLIP, official_folder, reference_clip
@@ -18,7 +20,8 @@ from PIL import Image
 from proof import BAR, error, gradients
 from transformers import CLIPImageProcessorPil, CLIPTokenizer
 
-from clip import CLIP, PROMPT, TEMPLATES, CLIPConfig, Tokenizer, name_vectors, pixels, zero_shot
+from clip import CLIP, PROMPT, TEMPLATES, CLIPConfig, Tokenizer, name_vectors, pixels, token_ids, zero_shot
+from errors import WeightsError
 from weights.load import load
 
 END = SMALL_CLIP.vocabulary - 1
@@ -248,13 +251,39 @@ def test_missing_vocabulary_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("vocabulary", "merges"),
-    [("<html>", ""), ('{"a": 0}', "no pair of tokens\n"), ('{"a": 0}', "a b\n"), ('{"a": 0}', "")],
+    [
+        ("<html>", ""),
+        ("[" * 2000, ""),
+        ("[]", ""),
+        ('{"a": 0}', "#version: 0.2\n"),
+        (token_ids([("a", "b")], 600), "#version: 0.2\n"),
+        (token_ids([], 600), "#version: 0.2\na b\n"),
+        (token_ids([("a", "b")], 600), "#version: 0.2\nab\n"),
+        (token_ids([], 600) | {"a": 1, "b": 0}, "#version: 0.2\n"),
+        (token_ids([], 10**30), "#version: 0.2\n"),
+    ],
 )
 def test_a_corrupt_vocabulary_is_named(tmp_path, vocabulary, merges):
-    (tmp_path / "vocab.json").write_text(vocabulary)
+    """Also two files that do not belong together."""
+    text = vocabulary if isinstance(vocabulary, str) else json.dumps(vocabulary)
+    (tmp_path / "vocab.json").write_text(text)
     (tmp_path / "merges.txt").write_text(merges)
-    with pytest.raises(OSError, match=r"vocab\.json or merges\.txt is corrupt \(.*\): .*weights\.fetch"):
+    with pytest.raises(WeightsError, match=r"vocab\.json or merges\.txt is corrupt \(.*\): .*weights\.fetch"):
         Tokenizer(tmp_path)
+
+
+def test_the_ids_follow_from_the_merges(clip_vocabulary):
+    """OpenAI's 49,408: `Tokenizer` accepts no other file."""
+    lines = (clip_vocabulary / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
+    assert len(lines) == 48_894
+    expected = json.loads((clip_vocabulary / "vocab.json").read_text(encoding="utf-8"))
+    assert token_ids([line.split() for line in lines], 49_408) == expected and len(expected) == 49_408
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
+def test_a_changed_byte_of_the_vocabulary_is_detected(tmp_path, name):
+    shutil.copytree("weights/tiny/tokenizer", tmp_path, dirs_exist_ok=True)
+    assert refusals(tmp_path / name, lambda: Tokenizer(tmp_path).bpe.to_str()) > 150
 
 
 def spelled(texts: list[str]) -> torch.Tensor:

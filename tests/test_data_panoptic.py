@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from test_data import damage, noise, save
 
-import data as module
 from data import open_dataset
 from errors import DataError, Unreadable
 from images import scenes
 from images.panoptic import to_colours
-from loading.check import CheckError, check
+from loading.check import check
 from metrics.quality import count
 
 
@@ -63,7 +62,7 @@ def test_coco_in_its_official_layout(coco):
     dataset = open_dataset("coco-panoptic", coco, "val")
     assert len(dataset) == 2
     assert len(dataset.classes) == 133
-    assert dataset.path(0) == "val2017/000000142238.jpg"
+    assert dataset.paths[0] == "val2017/000000142238.jpg"
     assert dataset.image_ids == [142238, 439180]
     assert dataset.palette.tolist()[0] == [220, 20, 60]
     picture, _, ids, segments = dataset.load(0)
@@ -106,10 +105,10 @@ def test_a_large_jpeg_comes_reduced_and_its_ids_never(coco):
 # ---- one's own -------------------------------------------------------------------------------------------
 
 
-def test_the_example_of_the_docstring_works(tmp_path):
-    """Its JSON is parsed out of the docstring, its ids are the numbers drawn there."""
-    text = module.__doc__
-    content = json.loads(text[text.index('{"categories"') : text.index("\nTraining and evaluation")])
+def test_the_example_of_the_documentation_works(tmp_path):
+    """Its JSON is parsed out of docs/using.md, its ids are the numbers drawn there."""
+    text = (Path(__file__).parents[1] / "docs/using.md").read_text(encoding="utf-8")
+    content = json.loads(text[text.index('{"categories"') :].partition("```")[0])
     for split in ("train", "val"):
         for name, ids in (("one", [[1, 1, 2, 2], [3, 3, 3, 3]]), ("two", [[7, 7, 7, 7], [7, 7, 0, 0]])):
             save(to_colours(np.array(ids)), tmp_path / f"annotations/panoptic_{split}/{name}.png")
@@ -137,7 +136,7 @@ def test_ones_own_data(tmp_path):
         (4, 0, True, True),
     ]
     assert count(ids, segments, ids, segments, 2)[:, 1].tolist() == [2, 1]
-    assert dataset.files(0) == [tmp_path / "val/0.png", tmp_path / "annotations/panoptic_val/0.png"]
+    assert dataset.names(0) == [f"{tmp_path}/val/0.png", f"{tmp_path}/annotations/panoptic_val/0.png"]
 
 
 def test_missing_files_are_told_by_name(tmp_path):
@@ -152,13 +151,13 @@ def test_missing_files_are_told_by_name(tmp_path):
         f"{tmp_path}/annotations/panoptic_val/2.png does not exist, but {json_file} lists it",
         f"{tmp_path}/val/more.jpg has no annotation in {json_file}",
     ]
-    assert [len(dataset.files(i)) for i in range(4)] == [1, 2, 1, 2]
+    assert [len(dataset.names(i)) for i in range(4)] == [1, 2, 1, 2]
     for i in (0, 2):
         with pytest.raises(DataError, match="does not exist, but .* lists it"):
             dataset.load(i)
-    with pytest.raises(CheckError, match="panoptic val has 3 faults") as caught:
+    with pytest.raises(DataError, match="panoptic val has 3 faults") as caught:
         check(dataset)
-    assert caught.value.report.faults == dataset.missing
+    assert [line.strip() for line in str(caught.value).splitlines()[1:]] == dataset.missing
 
 
 def test_images_in_folders_below(tmp_path):
@@ -170,8 +169,7 @@ def test_images_in_folders_below(tmp_path):
     content["images"][1]["file_name"] = "deep/1.png"
     file.write_text(json.dumps(content))
     dataset = open_dataset("panoptic", tmp_path, "val")
-    assert [dataset.path(i) for i in range(2)] == ["val/0.png", "val/deep/1.png"]
-    assert [dataset.path(i) for i in range(2)] == ["val/0.png", "val/deep/1.png"]
+    assert dataset.paths[:2] == ["val/0.png", "val/deep/1.png"]
     assert dataset.names(1) == [f"{tmp_path}/val/deep/1.png", f"{tmp_path}/annotations/panoptic_val/1.png"]
 
 
@@ -231,5 +229,5 @@ def test_scenes_in_panoptic_form(split):
             assert (instances[0] > 0) == s.thing
         assert sum(s.thing for s in segments) == scene.instances.max()
     assert len(dataset) == len(scenes.SPLITS[split])
-    assert dataset.path(0) == f"scenes/{scenes.SPLITS[split][0]:06d}"
-    assert dataset.files(0) == []
+    assert dataset.paths[0] == f"scenes/{scenes.SPLITS[split][0]:06d}"
+    assert dataset.names(0) == []

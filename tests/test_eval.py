@@ -111,7 +111,7 @@ def dataset(root):
 
 
 def words_from(tags, dataset, condition="tagging"):
-    paths = [dataset.path(i) for i in range(len(dataset))]
+    paths = dataset.paths
     return open_words(condition, str(tags), dataset.prompts, dataset.root, paths)
 
 
@@ -450,13 +450,14 @@ def test_the_worst_images_are_drawn(tada, dataset, finished, tmp_path, capsys, m
     command = [str(finished), "--workers", "0", "--out", str(tmp_path / "out"), "--worst", "2"]
     assert main(command) == 0
     worst = by_miou(tada, dataset, window=(48, 64), stride=(32, 43))[:2]
-    lines = [f"mIoU {100 * score:.1f}% {dataset.path(i)}" for score, i in worst]
+    lines = [f"mIoU {100 * score:.1f}% {dataset.paths[i]}" for score, i in worst]
     assert "\n".join(lines) in capsys.readouterr().out
     names = [f"0{n}-{i}.jpg" for n, (_, i) in enumerate(worst, 1)]
     assert sorted(os.listdir(tmp_path / "out/worst")) == names
     for (score, i), (image, title, targets, _) in zip(worst, shown, strict=True):
         sample, (truth, predicted) = dataset.load(i), targets.values()
-        assert title == Path(dataset.path(i)).name and [*targets][1] == f"prediction, mIoU {100 * score:.1f}%"
+        assert title == Path(dataset.paths[i]).name
+        assert [*targets][1] == f"prediction, mIoU {100 * score:.1f}%"
         assert np.array_equal(image, sample.image) and np.array_equal(truth, sample.labels)
         counts = confusion(torch.from_numpy(truth), torch.from_numpy(predicted), len(CLASSES))
         assert result_of(counts.tolist()).mIoU == score
@@ -699,7 +700,9 @@ def test_bad_input_is_one_sentence(root, finished, tada, tmp_path, capsys):
     alone.mkdir()
     save_model(tada, alone / "model.safetensors", frozen={}, metrics={})
     unreadable = Path(shutil.copytree(finished, tmp_path / "unreadable", symlinks=True))
-    (unreadable / "config.json").write_text("{")
+    (unreadable / "config.json").write_text('{"data": 5, "options": 5}')
+    nested = Path(shutil.copytree(finished, tmp_path / "nested", symlinks=True))
+    (nested / "config.json").write_text("[" * 2000)
     classes = Path(shutil.copytree(alone, tmp_path / "classes"))
     other_model = random_model(replace(CONFIG, condition="classes"))
     save_model(other_model, classes / "model.safetensors", frozen={}, metrics={})
@@ -721,6 +724,7 @@ def test_bad_input_is_one_sentence(root, finished, tada, tmp_path, capsys):
         ([run, "--stride", "70"], r"--stride \(70, 70\) leaves gaps between windows of \(48, 64\)"),
         ([run, "--out", str(tmp_path / "file")], r"file cannot be written or locked \(.*\): give"),
         ([str(alone)], "does not hold its data set's folder: give it with --data"),
+        ([str(nested)], r"config.json cannot be read \(.*\): give --data"),
         ([str(unreadable)], r"config.json cannot be read \(.*\): give --data"),
     ]
     for arguments, message in cases:
@@ -883,12 +887,12 @@ def test_the_report_names_the_reason_why_ap_is_absent(panoptic_run, monkeypatch)
     monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
     result = evaluate(tada, dataset, words_from("classes", dataset), instances=True)
     assert result.as_json()["AP"] is None and "PQ" in result.as_json()
-    assert "AP needs pycocotools: pip install pycocotools" in result.as_markdown()
+    assert "need pycocotools: pip install pycocotools" in result.as_markdown()
 
 
 def test_what_was_measured_is_on_the_disk_before_ap(panoptic_run, tmp_path, monkeypatch):
     """AP takes longest and may be interrupted, or run out of memory."""
-    monkeypatch.setattr(judge, "average_precision", interrupted)
+    monkeypatch.setattr(judge, "mask_precision", interrupted)
     flags = ["--workers", "0", "--out", str(tmp_path)]
     assert main([str(panoptic_run[0] / "step-000007"), *flags]) == 130
     found = stored(tmp_path)
@@ -903,8 +907,7 @@ def test_a_closed_or_full_stdout_loses_nothing(finished, tmp_path, monkeypatch, 
     assert main([str(finished), "--workers", "0", "--out", str(tmp_path)]) == 0
     assert stored(tmp_path)["mIoU"] is not None and (tmp_path / "confusion.png").is_file()
     if output is not None:
-        with pytest.raises(OSError, match="No space left"):
-            output.close()  # what was printed is still in its buffer
+        output.close()  # nothing is left in its buffer
 
 
 def test_segments_are_measured_only_if_requested(panoptic_run):

@@ -18,7 +18,7 @@ LONG = ("mask2former.py", "images/scenes.py")  # may have more lines than other 
 
 # From the ground up. A name that ends in "/" stands for all files of that shelf not named elsewhere.
 FLOORS = (
-    ("errors.py", "run/ranks.py"),
+    ("errors.py", "run/ranks.py", "run/files.py"),
     ("kernels/reference.py",),
     ("kernels/",),
     ("weights/load.py", "weights/ram.py", "weights/fetch.py", TAGGER, *PARTS),
@@ -162,5 +162,5 @@ def test_the_reading_takes_an_afternoon():
 def test_the_source_stays_small():
     """The benches, which prove numbers in BENCH.md, are counted apart."""
     benches = [file for file in SOURCES if file.startswith("lab/bench")]
-    assert sum(lines(file) for file in SOURCES if file not in benches) <= 14260  # lower it with every cut
+    assert sum(lines(file) for file in SOURCES if file not in benches) <= 14122  # lower it with every cut
     assert sum(map(lines, benches)) <= 1700

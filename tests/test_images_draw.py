@@ -13,7 +13,7 @@ from images.draw import (
     WIDEST,
     mosaic,
     overlay,
-    percent,
+    rounded,
     segment_overlay,
     widest,
 )
@@ -270,7 +270,9 @@ def test_text_fits():
     two = wrapped(text, FONT, 160, lines=2)
     assert two[0] == lines[0] and two[1].endswith("...") and FONT.getlength(two[1]) <= 160
     assert wrapped("w" * 99, FONT, 160, lines=2)[0].endswith("...")
+    long = wrapped("words: " + "w" * 99, FONT, 160, lines=2)
+    assert long[0] == "words:" and long[1].endswith("...") and FONT.getlength(long[1]) <= 160
 
 
 def test_a_share_is_never_rounded_to_nothing():
-    assert [percent(x) for x in (1.0, 0.426, 0.01, 0.0099, 1e-6)] == ["100%", "43%", "1%", "<1%", "<1%"]
+    assert [rounded(x) for x in (1.0, 0.426, 0.01, 0.0099, 1e-6)] == ["100%", "43%", "1%", "<1%", "<1%"]

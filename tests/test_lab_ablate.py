@@ -100,7 +100,7 @@ def test_evaluation_of_cached_features_equals_eval(name, folder, few):
     tada, images = build_row(ROWS[name], 0), cached(folder, "val")
     train(tada, cached(folder, "train"), 2, 0)
     result, labels = evaluate_cached(tada, images)
-    words = {Scenes("val").path(i): images.tags[i] for i in range(len(images.labels))}
+    words = {Scenes("val").paths[i]: images.tags[i] for i in range(len(images.labels))}
     source, table = tada.config.tags, None
     if source == "clip":
         table = {path: [", ".join(tags)] for path, tags in words.items()} if name == "caption" else words

@@ -16,7 +16,7 @@ from clip import TEMPLATES, CLIPConfig, name_vectors, zero_shot
 from errors import RunError, WeightsError
 from images import scenes
 from lab import pretrain
-from lab.evidence import mean_average_precision, psnr, tags_matrix
+from lab.evidence import precision_and_chance, psnr, tags_matrix
 from lab.pretrain import (
     FILES,
     RECORD,
@@ -175,6 +175,10 @@ def test_diffusers_reads_the_autoencoder_and_its_scale(drawn, tmp_path):
         mean = reference.encode(image).latent_dist.mode()
         assert error(ours.encode(image), mean * reference.config.scaling_factor) <= BAR
     assert ours.config.scale == reference.config.scaling_factor == 2.5
+    file = tmp_path / "vae" / "config.json"
+    file.write_text(file.read_text().replace("2.5", "2.6"))
+    with pytest.raises(WeightsError, match="sha256.json has another hash"):
+        part_configs("tiny", tmp_path)
 
 
 def test_a_missing_scale_is_an_error(tmp_path):
@@ -272,5 +276,5 @@ def test_committed_clip_finds_tags(tiny, drawn):
         _, embedding = clip.image(drawn.batch(torch.arange(128)))
     names = name_vectors(clip, tokenizer, scenes.CLASSES, TEMPLATES, shared=True)
     targets = tags_matrix(drawn.tags[:128])
-    found, chance = mean_average_precision(zero_shot(clip, embedding, names), targets)
+    found, chance = precision_and_chance(zero_shot(clip, embedding, names), targets)
     assert found > 2 * chance

@@ -13,7 +13,8 @@ from test_data import damage, folder, noise, save
 from test_data_panoptic import own
 
 from data import open_dataset
-from loading.check import CheckError, check
+from errors import DataError
+from loading.check import check
 
 
 def test_check_names_every_kind_of_fault(tmp_path):
@@ -25,11 +26,11 @@ def test_check_names_every_kind_of_fault(tmp_path):
     save(noise(24, 36), root / "labels/train/004.png")
     save(np.full((24, 36), 19, np.uint8), root / "labels/train/005.png")
     save(np.zeros((36, 24), np.uint8), root / "labels/train/006.png")
-    with pytest.raises(CheckError) as caught:
+    with pytest.raises(DataError) as caught:
         check(open_dataset("folder", root, "train"))
-    message, faults = str(caught.value), caught.value.report.faults
+    message, *faults = str(caught.value).splitlines()
     assert message.startswith("folder train has 7 faults")
-    assert message.count("\n") == 7
+    assert len(faults) == 7
     for expected in (
         r"images/train/000\.png has no label file",
         r"labels/train/001\.png has no image",
@@ -40,14 +41,13 @@ def test_check_names_every_kind_of_fault(tmp_path):
         r"labels/train/006\.png is 24x36 and its image.*36x24",
     ):
         assert len([fault for fault in faults if re.search(expected, fault)]) == 1, expected
-    assert str(caught.value.report).startswith("folder train: 7 images, 1 of them read")
 
 
 def test_check_lists_at_most_ten(tmp_path):
     root = folder(tmp_path, pictures=14)
     for i in range(13):
         (root / f"labels/train/{i:03}.png").unlink()
-    with pytest.raises(CheckError) as caught:
+    with pytest.raises(DataError) as caught:
         check(open_dataset("folder", root, "train"))
     assert len(str(caught.value).splitlines()) == 12
     assert str(caught.value).endswith("and 3 more")
@@ -57,7 +57,7 @@ def test_check_refuses_labels_that_say_nothing(tmp_path):
     root = folder(tmp_path, pictures=2)
     for i in range(2):
         save(np.full((24, 36), 255, np.uint8), root / f"labels/train/{i:03}.png")
-    with pytest.raises(CheckError, match="all 2 label files that were read hold only ignored pixels"):
+    with pytest.raises(DataError, match="all 2 label files that were read hold only ignored pixels"):
         check(open_dataset("folder", root, "train"))
 
 
@@ -80,7 +80,7 @@ def test_check_decodes_a_sample_and_looks_at_everything(tmp_path, monkeypatch):
     spoilt.unlink()
     spoilt.write_bytes(b"")
     assert 777 not in read
-    with pytest.raises(CheckError, match=r"0777\.png is empty"):
+    with pytest.raises(DataError, match=r"0777\.png is empty"):
         check(dataset, samples=50)
 
 
@@ -112,7 +112,7 @@ def test_a_start_looks_up_each_file_once(tmp_path, calls):
             for part in ("images", "labels"):
                 os.link(root / part / "train/000.png", root / part / f"train/{i:04}.png")
         calls.update(dict.fromkeys(calls, 0))
-        assert check(open_dataset("folder", root, "train"), samples=10).faults == []
+        check(open_dataset("folder", root, "train"), samples=10)
         found.append(dict(calls))
     few, many = found
     assert many["stat"] - few["stat"] == 2 * (300 - 30)
@@ -130,7 +130,7 @@ def masks(root: Path, values: tuple[int, int], pictures: int = 2, classes=("back
 def test_a_mask_of_0_and_255_is_not_one_class(tmp_path):
     """It would train to mIoU 1. The line that is advised makes it two; so do the values 0 and 1."""
     root = masks(tmp_path, (0, 255))
-    with pytest.raises(CheckError, match="all labels are 'background', which leaves nothing to learn") as e:
+    with pytest.raises(DataError, match="all labels are 'background', which leaves nothing to learn") as e:
         check(open_dataset("folder", root, "train"))
     (line,) = re.findall(r"255 is read as unlabelled: if it means 'building', write `(.*)` in", str(e.value))
     report = check(open_dataset("folder", root, "val"))  # some few images may show one class
@@ -145,7 +145,7 @@ def test_a_mask_of_0_and_255_is_not_one_class(tmp_path):
 @pytest.mark.parametrize(("values", "told"), [((0, 0), False), ((0, 255), True)])
 def test_a_list_of_one_class_is_refused(tmp_path, values, told):
     root = masks(tmp_path, values, classes=["building"])
-    with pytest.raises(CheckError, match="nothing to learn: label a second class") as e:
+    with pytest.raises(DataError, match="nothing to learn: label a second class") as e:
         check(open_dataset("folder", root, "train"))
     assert ("write `background, 0 0 0, 255` in" in str(e.value)) == told
 

@@ -4,10 +4,12 @@ browser (`pytest -m browser`) a word moves the map and a broken file is one sent
 
 import asyncio
 import base64
+import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -29,9 +31,10 @@ from starlette.testclient import TestClient
 import page as module
 from images import scenes
 from model import Tada
-from page import KEPT, LIMIT, SHOWN, Viewer, application, main
+from page import CACHED, LIMIT, SIDE, Viewer, application, main
 from predict import load_model, predict_image
-from run.checkpoint import save_model
+from run.checkpoint import FACTS, HASHES, MODEL, TENSORS, save_model
+from weights.words import digest
 
 ROOT = Path(__file__).parents[1]
 HOSTS = ("localhost", "127.0.0.1")
@@ -43,6 +46,8 @@ def run(tmp_path_factory, one_thread) -> str:
     torch.manual_seed(0)
     file = tmp_path_factory.mktemp("run") / "model.safetensors"
     save_model(tiny_tada.make(tags="clip"), file, {}, {})
+    hashes = {MODEL: digest(file), TENSORS: "", FACTS: ""}
+    file.with_name(HASHES).write_text(json.dumps(hashes))
     return str(file)
 
 
@@ -125,15 +130,15 @@ def test_the_image_is_shown_as_it_was_read(tada, tmp_path):
     """Upright, as a JPEG, and no larger than a screen; the map has the file's size."""
     exif, file = Image.Exif(), tmp_path / "x.tif"
     exif[0x0112] = 6
-    file.write_bytes(file_of(SCENE.resize((2 * SHOWN, SHOWN)), "TIFF", exif=exif, compression="tiff_lzw"))
+    file.write_bytes(file_of(SCENE.resize((2 * SIDE, SIDE)), "TIFF", exif=exif, compression="tiff_lzw"))
     labels = predict_image(tada, file, ["sea"]).labels
     answer = client(tada).post("/predict?name=x.tif&word=sea", content=file.read_bytes())
-    assert labels.shape == (2 * SHOWN, SHOWN)
+    assert labels.shape == (2 * SIDE, SIDE)
     assert np.array_equal(np.asarray(opened(answer.json()["map"])), labels)
     answer = client(tada).post("/image?name=x.tif", content=file.read_bytes())
     assert answer.headers["content-type"] == "image/jpeg"
     image = Image.open(BytesIO(answer.content))
-    assert image.format == "JPEG" and image.size == (SHOWN // 2, SHOWN)
+    assert image.format == "JPEG" and image.size == (SIDE // 2, SIDE)
 
 
 @pytest.mark.parametrize("path", ["/image", "/predict", "/attention"])
@@ -202,7 +207,7 @@ def test_one_prediction_at_a_time_and_few_are_kept(tada, monkeypatch):
         answers = [*pool.map(lambda words: viewer.predict(PNG, "x", words), lists)]
     assert all(most) and [answer["tags"] for answer in answers] == [[*words] for words in lists]
     assert len(asked) == len(lists) + 1 and asked.count([]) == 1
-    assert viewer.result.cache_info().currsize == KEPT
+    assert viewer.result.cache_info().currsize == CACHED
 
 
 # ---- who is answered, and with what
@@ -326,6 +331,23 @@ def test_listens_on_this_computer_and_opens_the_page(run, monkeypatch, capsys, o
     ((host, port),) = places
     assert host == "127.0.0.1" and port > 0 and f"http://127.0.0.1:{port}/ " in capsys.readouterr().out
     assert urls == [f"http://127.0.0.1:{port}/"] * tabs
+
+
+def test_ctrl_c_does_not_wait_for_a_stalled_upload(run):
+    command = [sys.executable, str(ROOT / "page.py"), run, "--no-browser"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, **options) as process:
+        process.stdout.readline()
+        host = process.stdout.readline().split("/")[2]
+        with socket.create_connection(host.split(":")) as upload:
+            upload.sendall(f"POST /image HTTP/1.1\r\nHost: {host}\r\nContent-Length: 9\r\n\r\nabc".encode())
+            time.sleep(1)  # until the server has read it
+            process.send_signal(signal.SIGINT)
+            try:
+                assert process.wait(15) == 130
+            finally:
+                process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -480,6 +502,25 @@ def test_a_broken_file_is_one_sentence(tab, tmp_path):
 
 
 @pytest.mark.browser
+def test_a_refused_word_is_one_sentence_and_leaves_no_chip(tab, tada):
+    """The chips stay those of the map that is shown, also while the attention to one is."""
+    words, before = chips(tab), labels(tab)
+    tab.locator(".chip button").first.click()
+    tab.get_by_text(f"Attention to “{words[0]}”").wait_for()
+    tab.get_by_label("Add a word").fill("\u202e")
+    tab.keyboard.press("Enter")
+    tab.get_by_text("1 to 200 printable characters, not '\\u202e'").wait_for()
+    settled(tab)
+    assert chips(tab) == words and tab.locator("#status").inner_text() == ""
+    tab.get_by_label("Both", exact=True).check(force=True)
+    assert np.array_equal(labels(tab), before)
+    tab.get_by_label("Add a word").fill("zebra")
+    tab.keyboard.press("Enter")
+    tab.get_by_text("answered in").wait_for()
+    assert chips(tab) == [*words, "zebra"] and not tab.get_by_role("alert").is_visible()
+
+
+@pytest.mark.browser
 def test_the_map_is_downloaded(tab, tada):
     with tab.expect_download() as download:
         tab.get_by_text("Download the map").click()
@@ -489,4 +530,9 @@ def test_the_map_is_downloaded(tab, tada):
 
 @pytest.mark.browser
 def test_a_phone_scrolls_in_one_direction(tab):
+    tab.get_by_label("Add a word").fill("mountain" * 8)
+    tab.keyboard.press("Enter")
+    settled(tab)
     assert tab.evaluate("document.documentElement.scrollWidth") == 390
+    tops = {panel.bounding_box()["y"] for panel in tab.locator(".stack").all()}
+    assert len(tops) == 1, "the maps stand side by side, whatever is written above them"

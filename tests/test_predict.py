@@ -13,6 +13,7 @@ import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, replace
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +30,7 @@ import kernels
 import predict as module
 from assemble import build
 from clip import CLIP
-from errors import DataError, ModelError, WeightsError
+from errors import DataError, ModelError, TadaError, WeightsError
 from images import draw, scenes
 from images.panoptic import from_colours
 from images.read import find_images, label_table, read_labels
@@ -37,7 +38,7 @@ from loading.augment import evaluation, model_input, normalise
 from loading.tags import LONGEST_TAG, choose_words
 from model import Tada, TadaConfig
 from predict import load_model, main, predict_image
-from run.checkpoint import save_model
+from run.checkpoint import FACTS, HASHES, MODEL, TENSORS, save_model
 from weights.words import digest
 
 ROOT = Path(__file__).parents[1]
@@ -98,6 +99,13 @@ def noise(*size: int) -> np.ndarray:
     H, W = size
     small = np.random.default_rng(H * W).integers(0, 256, (5, 6, 3), np.uint8)
     return np.asarray(Image.fromarray(small).resize((W, H), Image.Resampling.BICUBIC))
+
+
+def truncated() -> Image.Image:
+    """A file that Pillow opens, and cannot decode."""
+    file = BytesIO()
+    Image.fromarray(noise(40, 40)).save(file, "PNG")
+    return Image.open(BytesIO(file.getvalue()[:-40]))
 
 
 def save(path: Path, pixels: np.ndarray | None = None, **options) -> Path:
@@ -198,7 +206,7 @@ def test_segments_are_the_model_s(surest, tmp_path, monkeypatch):
     said = [(x["id"], x["class"], x["score"]) for x in lines(out)[0]["segments"]]
     assert said == [(s.id, scenes.CLASSES[s.label], pytest.approx(s.score, rel=1e-5)) for s in segments]
 
-    monkeypatch.setattr(module, "load_model", None)  # nothing is left to do
+    monkeypatch.setattr(module, "read_model", None)  # nothing is left to do
     assert main([file, str(picture), "--out", str(out)]) == 0
     (out / "1.segments.png").unlink()
     with pytest.raises(TypeError):
@@ -219,7 +227,7 @@ def test_score_and_overlap_say_what_a_segment_is(surest, tmp_path, monkeypatch):
         with Image.open(out / "1.segments.png") as written:
             assert np.array_equal(from_colours(np.asarray(written)), expected.ids.numpy())
         assert not torch.equal(expected.ids, usual)
-    monkeypatch.setattr(module, "load_model", None)
+    monkeypatch.setattr(module, "read_model", None)
     assert main([*command, *flags]) == 0  # nothing is left to do
     with pytest.raises(TypeError):
         main(command)
@@ -515,16 +523,16 @@ def test_after_a_crash(steered, tmp_path, capsys):
     (out / "predictions.jsonl").write_text("".join(text) + text[2][:30])
     (out / "2.png").unlink()
     (out / "0.png").unlink(), (out / "0.overlay.jpg").unlink()
-    for name in (".tmp-7", ".tmp-predictions.jsonl"):
+    for name in (".predictions.jsonl.tmp-7", ".tmp-predictions.jsonl"):
         (out / name).write_text("half a file")
-    (out / ".tmp-mine").write_text("another program's")
+    (out / ".tmp-7").write_text("another program's")
     assert main([steered, str(tmp_path / "in" / "1.jpg"), *arguments[2:]]) == 0
     assert lines(out) == complete[1:]  # of 2 the overlay is there: it is ours
     capsys.readouterr()
     assert main(arguments) == 0
     assert "2 predicted, 1 skipped" in capsys.readouterr().out
     assert lines(out) == complete
-    assert sorted(path.name for path in out.glob(".*")) == [".lock", ".tmp-mine"]
+    assert sorted(path.name for path in out.glob(".*")) == [".lock", ".tmp-7"]
 
 
 def test_a_crash_between_two_files_is_resumed(steered, tmp_path, monkeypatch):
@@ -822,13 +830,13 @@ def test_the_model_is_the_one_whose_hash_was_taken(steered, tmp_path, monkeypatc
     """Though `best` leads elsewhere meanwhile. Which kernels run is said."""
     run, loaded = tmp_path / "run", []
     for i in (1, 2):
-        (run / f"step-{i}").mkdir(parents=True)
-        os.link(steered, run / f"step-{i}" / "model.safetensors")
-    (run / "best").symlink_to("step-1")
+        (run / f"copy-{i}").mkdir(parents=True)
+        os.link(steered, run / f"copy-{i}" / "model.safetensors")
+    (run / "best").symlink_to("copy-1")
 
     def overtaken(out: Path) -> None:
         (run / "best").unlink()
-        (run / "best").symlink_to("step-2")
+        (run / "best").symlink_to("copy-2")
         tidy(out)
 
     def load(file: Path, *rest: object, **more: object) -> Tada:
@@ -837,11 +845,11 @@ def test_the_model_is_the_one_whose_hash_was_taken(steered, tmp_path, monkeypatc
 
     tidy, once = module.tidy, iter([overtaken])
     monkeypatch.setattr(module, "tidy", lambda out: next(once, tidy)(out))
-    monkeypatch.setattr(module, "load_model", load)
+    monkeypatch.setattr(module, "read_model", load)
     assert (
         main([str(run), str(save(tmp_path / "x.jpg")), "--out", str(tmp_path / "out"), "--words", "sea"]) == 0
     )
-    assert loaded == [run / "step-1" / "model.safetensors"]
+    assert loaded == [run / "copy-1" / "model.safetensors"]
     assert capsys.readouterr().out.startswith(f"{kernels.describe('cpu')}\n")
 
 
@@ -1052,8 +1060,9 @@ def test_from_python_as_by_the_command(steered, surest, tmp_path, decoder, words
         (np.zeros(5, np.uint8), "shape (5,)"),
         (np.zeros((0, 5, 3), np.uint8), "shape (0, 5, 3)"),
         (torch.zeros(3, 4, 5), "type Tensor: give a path, a PIL image or a numpy array"),
-        (Image.new("RGB", (0, 5)), "an image of 0x5 has no pixels"),
         (Image.new("F", (4, 5)), "the image holds floating-point numbers"),
+        (Image.new("RGB", (0, 5)), "the image cannot be read (its size is 0x5): give another"),
+        (truncated(), "the image cannot be read (image file is truncated): give another"),
         ("gone.jpg", "gone.jpg cannot be read (No such file or directory)"),
     ],
 )
@@ -1101,17 +1110,34 @@ def test_words_that_the_condition_cannot_use(tmp_path):
         predict_image(by_file, noise(8, 8))
 
 
+@pytest.mark.parametrize("scales", [(), (0,), (-1,), (1, float("nan")), (11,)])
+def test_scales_that_cannot_be(tada, scales):
+    with pytest.raises(ModelError, match=r"^scales \(.*\): give numbers in 0.1..10$"):
+        predict_image(tada, noise(8, 8), ["sea"], scales=scales)
+
+
+@pytest.mark.parametrize("option", [{"score": 5}, {"overlap": -0.1}, {"score": float("nan")}])
+def test_shares_of_segments_that_cannot_be(option):
+    panoptic = SimpleNamespace(config=replace(CONFIG, decoder="mask2former"))
+    with pytest.raises(ModelError, match="give a share in 0..1"):
+        predict_image(panoptic, noise(8, 8), ["sea"], **option)
+
+
+@pytest.mark.parametrize("option", [{"tags": x} for x in ("RAM", "none", "oracle", "sea")])
+def test_a_tagger_that_cannot_be(steered, option):
+    """None of them is a tagger: the model would be steered by all class names without a word."""
+    with pytest.raises(TadaError, match=f'^tags \'{option["tags"]}\': give "clip" or "ram" here'):
+        load_model(steered, "cpu", **option)
+    with pytest.raises(TadaError, match="^tag_threshold 5: give a score in 0..1$"):
+        load_model(steered, "cpu", tag_threshold=5)
+
+
 def test_scales_and_flip_from_python(steered, tada, tmp_path):
     path, flags = save(tmp_path / "x.png", noise(100, 150)), ["--scales", "1", "1.5", "--flip"]
     assert main([steered, str(path), "--out", str(tmp_path / "out"), *flags]) == 0
     result = predict_image(tada, path, scales=(1, 1.5), flip=True)
     assert np.array_equal(result.labels, labels(tmp_path / "out" / "x.png"))
     assert (result.labels != predict_image(tada, path).labels).any()
-    for scales in ((), (1, -1)):
-        with pytest.raises(
-            DataError, match=re.escape(f"scales {[*scales]} cannot be used: give one or more")
-        ):
-            predict_image(tada, path, scales=scales)
 
 
 def test_attention_from_python(steered, tada, tmp_path):
@@ -1200,7 +1226,8 @@ def test_the_lines_of_the_documents_run(steered, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     step = tmp_path / "runs" / "NAME" / "step-000100"
     step.mkdir(parents=True)
-    os.link(steered, step / "model.safetensors")
+    os.link(steered, step / MODEL)
+    (step / HASHES).write_text(json.dumps({MODEL: digest(Path(steered)), TENSORS: "", FACTS: ""}))
     for link in ("best", "last"):
         step.with_name(link).symlink_to(step.name)
     save(tmp_path / "photo.jpg", noise(90, 150))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fuzz import refusals
 from oracle import tiny_folder
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -679,6 +680,74 @@ def test_a_flipped_byte_is_detected(name, tmp_path):
         assert sentence.startswith(f"{tmp_path / 'step-000002'} is skipped: ") and "\n" not in sentence
     file.write_bytes(good)
     assert newest_step(tmp_path) == (tmp_path / "step-000002", [])
+
+
+def test_a_changed_byte_of_the_hashes_is_detected(tmp_path):
+    """By training, which skips the step, and by who reads the model; 200 changes."""
+    write(tmp_path, 1)
+    folder = write(tmp_path, 2)
+    file = folder / "sha256.json"
+
+    def read() -> tuple:
+        newest, refused = newest_step(tmp_path)
+        assert (newest, len(refused)) in ((folder, 0), (tmp_path / "step-000001", 1))
+        about = read_about(folder / "model.safetensors")
+        if refused:
+            raise CheckpointError(refused[0])
+        return newest, about
+
+    assert refusals(file, read) > 190
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "5", "null", '"model.safetensors"', "[" * 2000, "\xe9"])
+def test_hashes_of_another_shape_are_refused(tmp_path, text):
+    """And hashes of other files."""
+    write(tmp_path, 1)
+    folder = write(tmp_path, 2)
+    file = folder / "sha256.json"
+    hashes = json.loads(file.read_text())
+    texts = [text, json.dumps({**hashes, "/etc/hostname": "0"}), json.dumps([*hashes])]
+    for wrong in (*texts, json.dumps({"model.safetensors": hashes["model.safetensors"]})):
+        file.write_text(wrong, encoding="latin-1")
+        step, (sentence,) = newest_step(tmp_path)
+        assert step == tmp_path / "step-000001" and f"{file} is corrupt" in sentence
+        assert f"{file} is corrupt (" in refusal(folder)
+
+
+def test_a_file_without_hashes(saved, tmp_path):
+    """A lone copy is used, with a warning; in a step folder, or under its links, it is refused."""
+    lone = shutil.copy(saved, tmp_path / "mine.safetensors")
+    with pytest.warns(UserWarning, match=f"{lone} is used unchecked: no sha256.json is beside it"):
+        read_model(lone)
+    folder = write(tmp_path / "run", 1)
+    (folder / "sha256.json").unlink()
+    for path in (folder, tmp_path / "run", tmp_path / "run" / "last" / "model.safetensors"):
+        assert "lacks the sha256.json of its step folder: use another step" in refusal(path)
+
+
+def test_the_hash_is_checked_before_the_metadata(tmp_path):
+    """A changed file is named as such, wherever the change is."""
+    file = write(tmp_path, 1) / "model.safetensors"
+    content = file.read_bytes()
+    for old, new in ((b'\\"format', b'\\"formas'), (b"{\\", b"[\\"), (b'"tada"', b'"tadb"')):
+        assert content.count(old)
+        file.write_bytes(content.replace(old, new))
+        assert "changed after it was written: use another step" in refusal(file)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "5", "[" * 2000, "{}", '{"format": "1"}', '{"format": 1, "config": 5}']
+)
+def test_metadata_of_another_shape(tmp_path, text):
+    """Of a lone file, which has no hash."""
+    file = tmp_path / "model.safetensors"
+    save_file({"x": torch.zeros(3)}, file, metadata={"tada": text})
+    assert "was not written by train.py: give a run folder" in refusal(file)
+
+
+def test_settings_that_lack(saved):
+    """Of a file that someone else wrote."""
+    assert "lacks settings (" in refusal(rewritten(saved, lambda about: about["config"].pop("classes")))
 
 
 def test_incomplete_steps_are_skipped(tmp_path):

@@ -128,6 +128,9 @@ def test_a_run_that_is_resumed_keeps_its_tags(tmp_path, monkeypatch):
     assert parse([*plain, "--fresh"]).tags == "ram"
     assert parse([*plain, "--condition", "none", "--run", str(run)]).tags == "classes"
     assert parse([*plain, "--condition", "tags", "--run", str(run)]).tags == "ram", "of another condition"
+    for text in ('{"options": 5}', "[" * 2000, "5"):
+        (run / "config.json").write_text(text)
+        assert parse(plain).tags == "ram", "which training will refuse"
     assert parse([*plain, "--tags", "ram"]).tags == "ram"
 
 

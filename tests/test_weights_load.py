@@ -1,7 +1,9 @@
 """weights/load.py: every official layout gives the same tensors; everything else is refused by name."""
 
+import json
 import os
 import pickle
+import shutil
 import struct
 from pathlib import Path
 
@@ -329,6 +331,99 @@ def test_an_inconsistent_header_is_refused(file):
     header = b'{"a":{"dtype":"F32","shape":[1000000],"data_offsets":[0,4]}}'
     file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
     assert "corrupt" in refusal(file)
+
+
+@pytest.mark.parametrize("header", ['{"a":' * 2000, '{"__metadata__":' + "[" * 2000])
+def test_a_nested_header_is_refused(file, header):
+    """Which the JSON library refuses with an error of its own."""
+    file.write_bytes(struct.pack("<Q", len(header)) + header.encode())
+    assert "truncated or corrupt: its header cannot be read" in refusal(file)
+
+
+def test_a_header_has_a_largest_size(file, monkeypatch):
+    """It is read into memory."""
+    monkeypatch.setattr("weights.load.HEADER_LIMIT", 1000)
+    assert "its header cannot be read" in refusal(file)
+
+
+def retyped(file: Path, name: str, dtype: str, size: float) -> None:
+    """Give tensor `name` the `dtype` of `size` bytes a number, all zero, whatever torch knows of it."""
+    content = file.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header, data = json.loads(content[8:start]), b""
+    for key, entry in header.items():
+        if key != "__metadata__":
+            begin, end = (start + x for x in entry["data_offsets"])
+            held = content[begin:end]
+            if key == name:
+                held = bytes(int(size * torch.Size(entry["shape"]).numel()))
+                entry["dtype"] = dtype
+            entry["data_offsets"] = [len(data), len(data) + len(held)]
+            data += held
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        ("I8", 1),
+        ("U8", 1),
+        ("I64", 8),
+        ("BOOL", 1),
+        ("C64", 8),
+        ("F4", 0.5),
+        ("F6_E2M3", 0.75),
+        ("F8_E8M0", 1),
+    ],
+)
+def test_types_that_are_no_floating_point_are_refused(file, dtype, size):
+    """As int8 codes whose scales are in another file: a cast would take them for weights."""
+    retyped(file, "conv_in.weight", dtype, size)
+    sentence = f"has 1 tensors that are none of F64, F32, F16, BF16: conv_in.weight ({dtype}); get"
+    assert sentence in refusal(file)
+
+
+def test_types_of_tensors_that_are_not_used(single_file, tmp_path):
+    """Other parts of a single file may have any type."""
+    file = shutil.copy(single_file[0], tmp_path / "single.safetensors")
+    retyped(file, "betas", "I8", 1)
+    assert equal(load(UNet(SMALL_UNET), file), single_file[1].state_dict())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(torch.float8_e4m3fn, "F8_E4M3"), (torch.float8_e5m2, "F8_E5M2")]
+)
+def test_eight_bits_are_used_with_a_warning(file, dtype, kind):
+    state = load_file(file)
+    rounded = {name: x.to(dtype) if x.ndim > 1 else x for name, x in state.items()}
+    save_file(rounded, file)
+    count = sum(x.ndim > 1 for x in state.values())
+    with pytest.warns(UserWarning, match=f"{file} has {count} tensors of {kind}, 8 bits: results differ"):
+        unet = load(UNet(SMALL_UNET), file)
+    assert equal(unet, {name: x.float() for name, x in rounded.items()})
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_numbers_that_are_not_finite_are_named(file, value):
+    """Also opposite ones, and those that become infinite in the module's own type."""
+    state = load_file(file)
+    state["conv_out.bias"][3], state["conv_in.weight"][0, 0, 0, 1] = value, -value
+    save_file(state, file)
+    message = refusal(file)
+    names = "NaN or infinity in 2 of 686 tensors: conv_in.weight, conv_out.bias;"
+    assert names in message or "conv_out.bias, conv_in.weight;" in message
+
+
+def test_numbers_beyond_half_precision(file):
+    """70,000 is infinite there. Finite numbers are right whose sum is not."""
+    state = load_file(file)
+    state["conv_out.bias"] = torch.tensor([3e38, 3e38, 3e38, 0])
+    save_file(state, file)
+    assert equal(load(UNet(SMALL_UNET), file), state)
+    state["conv_out.bias"] = torch.tensor([0.0, 7e4, 0, 0])
+    save_file(state, file)
+    assert "NaN or infinity in 1 of 686 tensors: conv_out.bias;" in refusal(file, UNet(SMALL_UNET).half())
 
 
 def test_a_pickle_is_never_executed(tmp_path, file):

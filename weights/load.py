@@ -7,11 +7,13 @@ the same way (`scripts/convert_diffusers_to_original_stable_diffusion.py`, `mode
 
 import json
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -27,6 +29,8 @@ Rename = tuple[str, str | Callable[[re.Match], str]]  # a pattern and its replac
 CODE = Path(__file__).parents[1]
 FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # file names in a component's folder
 FILES += tuple(name.replace(".safetensors", ".fp16.safetensors") for name in FILES)
+FLOATS, BYTES = ("F64", "F32", "F16", "BF16"), ("F8_E4M3", "F8_E5M2")  # dtypes that a cast understands
+HEADER_LIMIT = 100_000_000  # bytes; the safetensors library's own (tensor.rs, `MAX_HEADER_SIZE`)
 
 
 def part(block: int, kind: str) -> str:
@@ -111,7 +115,8 @@ def load(module: Module, path: str | Path) -> Module:
     """Load an official file, or the one in a folder, into a module of `OFFICIAL`'s types; return the module.
 
     The module may be built normally or on `meta` (faster: no initialisation). It keeps its dtype, and its
-    device unless that was `meta`. Raise WeightsError, listing names and shapes, unless all of them fit.
+    device unless that was `meta`. Raise WeightsError, listing names, unless all names and shapes fit and all
+    tensors hold finite floating-point numbers; warn of 8-bit ones.
     """
     assert type(module) in OFFICIAL, f"cannot load a {type(module).__name__}: need one of OFFICIAL's modules"
     official = OFFICIAL[type(module)]
@@ -126,12 +131,36 @@ def load(module: Module, path: str | Path) -> Module:
         names = weights.keys()
         shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in names}
         theirs = match({name: tuple(x.shape) for name, x in ours.items()}, shapes, file, official)
-        state = {}
+        dtypes = {name: weights.get_slice(name).get_dtype() for name in theirs.values()}
+        refuse_dtypes(dtypes, file, official)
+        state, sums = {}, []
         for name, x in ours.items():
             device = "cpu" if x.is_meta else x.device
             state[name] = weights.get_tensor(theirs[name]).reshape(x.shape).to(device, x.dtype)
+            sums.append(state[name].sum(dtype=torch.float32))
+    # A finite sum has only finite terms; `isfinite` of every tensor would take 20 times as long.
+    suspects = {} if torch.stack(sums).isfinite().all() else state
+    if bad := [theirs[name] for name, x in suspects.items() if not x.isfinite().all()]:
+        fault = f"NaN or infinity in {len(bad)} of {len(state)} tensors: {first_ten(bad)}"
+        raise WeightsError(f"{file} has {fault}; {official.cure}")
     module.load_state_dict(state, strict=True, assign=True)
     return module
+
+
+def refuse_dtypes(dtypes: dict[str, str], file: Path, official: Official) -> None:
+    """Raise WeightsError for tensors that are quantised or no numbers; warn of 8-bit floating point."""
+    foreign = [f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in FLOATS + BYTES]
+    if foreign:
+        fault = f"{len(foreign)} tensors that are none of {', '.join(FLOATS)}: {first_ten(foreign)}"
+        raise WeightsError(f"{file} has {fault}; {official.cure}")
+    rounded = [dtype for dtype in dtypes.values() if dtype in BYTES]
+    if rounded:
+        effect = "results differ from those of the official file"
+        warnings.warn(f"{file} has {len(rounded)} tensors of {rounded[0]}, 8 bits: {effect}", stacklevel=3)
+
+
+def first_ten(names: list[str]) -> str:
+    return ", ".join(names[:10] + ["..."][: len(names) > 10])
 
 
 def locate(path: str | Path) -> Path:
@@ -171,13 +200,13 @@ def refuse_foreign(file: Path, official: Official) -> None:
         if start[8:9] != b"{":
             raise WeightsError(f"{file} is {kind(start)}, not a safetensors file; {official.cure}")
         f.seek(8)
-        header = f.read(length) if 8 + length <= size else b""
+        header = f.read(length) if 8 + length <= size and length <= HEADER_LIMIT else b""
     try:
         tensors = json.loads(header)
         declared = 8 + length + max(x["data_offsets"][1] for k, x in tensors.items() if k != "__metadata__")
         fault = "truncated" if size < declared else "corrupt"
         fault += f": it has {size:,} bytes and its header declares {declared:,}"
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
         declared, fault = None, "truncated or corrupt: its header cannot be read"
     if size != declared:
         raise WeightsError(f"{file} is {fault}; {official.cure}")
@@ -217,7 +246,7 @@ def match(
         if name in names and theirs[names[name]] not in (shape, (*shape, 1, 1))
     ]
     faults = {"missing": missing, "unexpected": unexpected, "of the wrong shape": misshapen}.items()
-    faults = [f"{len(x)} {what}: {', '.join(x[:10] + ['...'][: len(x) > 10])}" for what, x in faults if x]
+    faults = [f"{len(x)} {what}: {first_ten(x)}" for what, x in faults if x]
     if faults:
         raise WeightsError(f"{file} does not fit ({'; '.join(faults)}); {official.cure}")
     return names

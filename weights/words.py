@@ -6,13 +6,14 @@ Top to bottom: the vectors of a list of words, the files of a prior, their hashe
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from clip import CLIP, PROMPT, TEMPLATES, Tokenizer, name_vectors
@@ -41,17 +42,35 @@ def word_vectors(
     hashes = [digest_once(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = hashlib.sha256(json.dumps([hashes, words, prompts, shared]).encode()).hexdigest()
     file = folder / ".vectors" / f"{key[:32]}.safetensors"
-    with suppress(OSError, SafetensorError):  # missing, or truncated by a crash: recompute
-        return load_file(file)["vectors"].to(clip.logit_scale.device)
+    if (vectors := read_vectors(file)) is not None:
+        return vectors.to(clip.logit_scale.device)
     vectors = name_vectors(clip, tokenizer, words, prompts, shared)
     new = file.with_suffix(f".{os.getpid()}")  # other processes may write at the same time
     with suppress(OSError, SafetensorError):  # the folder may be read-only or full: do not cache
         file.parent.mkdir(exist_ok=True)
-        save_file({"vectors": vectors.cpu().contiguous()}, new)
+        content = vectors.cpu().contiguous()
+        save_file({"vectors": content}, new, metadata={"sha256": tensor_digest(content)})
         os.replace(new, file)
     with suppress(OSError):  # a partial file on a full disk
         new.unlink()
     return vectors
+
+
+def read_vectors(file: Path) -> Tensor | None:
+    """The cached vectors; None if there are none with the hash of their content (older files have none)."""
+    if not file.is_file():
+        return None
+    with suppress(OSError, SafetensorError, RuntimeError, TypeError), safe_open(file, "pt") as f:
+        vectors, expected = f.get_tensor("vectors"), (f.metadata() or {}).get("sha256")
+        if expected in (None, tensor_digest(vectors)):
+            return vectors if expected else None
+    warnings.warn(f"{file} changed after it was written: its vectors are computed again", stacklevel=3)
+    return None
+
+
+def tensor_digest(x: Tensor) -> str:
+    """The sha256 of a tensor's dtype, shape and bytes."""
+    return hashlib.sha256(f"{x.dtype}{[*x.shape]}".encode() + x.numpy().tobytes()).hexdigest()
 
 
 def prior_files(weights: str, parts: Sequence[str]) -> list[str]:

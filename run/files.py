@@ -1,0 +1,62 @@
+"""Files that are written whole or not at all, and never through a link that stands in their place."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(file: Path, new: Path | None = None) -> Iterator[Path]:
+    """Yield the path `new` to write, which then takes the place of `file`, or of a link there; after an error
+    nothing of it is left.
+    """
+    new = new or file.with_name(f".tmp-{file.name}")
+    new.unlink(missing_ok=True)
+    try:
+        yield new
+        os.replace(new, file)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a file atomically, and flush it to the disk."""
+    with replacing(file) as new:
+        new.write_text(text, encoding="utf-8")
+        sync(new)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder below one that exists. Raises OSError where it is a link."""
+    folder.mkdir(exist_ok=True)
+    os.close(no_link(folder, os.O_RDONLY))
+
+
+def no_link(path: str | Path, flags: int) -> int:
+    """An `opener` of `open`. Raises OSError where `path` is a link."""
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if os.path.islink(path):
+            raise OSError(error.errno, f"{path} is a link, which is not followed: remove it") from None
+        raise
+
+
+def holds(file: Path, *keys: str) -> bool:
+    """Whether a file is a JSON object with these keys, as one that we wrote."""
+    try:
+        return {*keys} <= json.loads(file.read_bytes()).keys()
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
