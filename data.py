@@ -25,7 +25,17 @@ from errors import DataError
 from images import scenes
 from images.classes import read_classes
 from images.panoptic import Categories, Segment, read_annotations, read_map, semantic
-from images.read import LOSSLESS, SHOWN, SUFFIXES, Size, label_table, read_image, read_labels, scan
+from images.read import (
+    LOSSLESS,
+    SHOWN,
+    SUFFIXES,
+    Size,
+    label_table,
+    read_image,
+    read_labels,
+    scan,
+    spelling,
+)
 
 TRAIN_IDS = "_labelTrainIds"  # label files with this ending already hold 0..K-1
 
@@ -276,14 +286,6 @@ def composed(files: dict[str, str]) -> dict[str, str]:
         if (other := found.setdefault(unicodedata.normalize("NFC", key), file)) != file:
             raise DataError(f"{other!a} and {file!a} differ only in their Unicode composition: rename one")
     return found
-
-
-def spelling(name: str, folder: Path, listed: set[str]) -> str:
-    """The name as `folder`, which holds what is `listed`, spells it (see `composed`)."""
-    if name in listed or name.isascii():
-        return name
-    forms = [name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]
-    return next((x for x in forms if x in listed or (folder / x).exists()), name)
 
 
 def require_size(file: Path, labels: np.ndarray, size: Size) -> None:

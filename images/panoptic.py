@@ -34,7 +34,7 @@ from tqdm import tqdm
 from errors import DataError, Parser, run_command
 from images.colours import complete_palette
 from images.instances import paint
-from images.read import IGNORE, decode, reading
+from images.read import IGNORE, decode, reading, spelling
 
 VOID = 0  # the id of pixels without a segment
 LARGEST_ID = 256**3 - 1  # that a colour can hold
@@ -153,7 +153,7 @@ class Annotations:
 
     def ids(self, i: int, folder: Path) -> np.ndarray:
         """The map of ids of image i, `(H, W)` int32."""
-        return read_map(folder / self.pngs[i], self.segments(i))
+        return read_map(folder / spelling(self.pngs[i], folder), self.segments(i))
 
 
 def read_annotations(file: str | Path, truth: Annotations | None = None) -> Annotations:

@@ -7,7 +7,8 @@ import glob
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+import unicodedata
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -96,6 +97,14 @@ def scan(root: Path, folder: str, suffixes: tuple[str, ...], endings: tuple[str,
                     raise DataError(f"{files} differ only in their extension: rename one")
                 break
     return {key: path for key, (_, path) in found.items()}
+
+
+def spelling(name: str, folder: Path, listed: Container[str] = ()) -> str:
+    """The name as `folder`, which holds what is `listed`, spells it: in which Unicode composition."""
+    if name in listed or name.isascii():
+        return name
+    forms = [name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]
+    return next((x for x in forms if x in listed or (folder / x).exists()), name)
 
 
 def walk(top: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:

@@ -46,7 +46,6 @@ from images.panoptic import (
     annotation,
     index,
     read_annotations,
-    read_map,
     runs,
 )
 
@@ -147,8 +146,7 @@ def compare(truth: Annotations, folder: Path, predicted: Annotations, predicted_
         j = place[id]
         truths = truth.segments(i)
         others = [s._replace(label=label_of[s.label]) for s in predicted.segments(j)]
-        ids = read_map(folder / truth.pngs[i], truths)
-        other = read_map(predicted_folder / predicted.pngs[j], others)
+        ids, other = truth.ids(i, folder), predicted.ids(j, predicted_folder)
         try:
             counts += count(ids, truths, other, others, len(counts))
         except ValueError as error:

@@ -454,6 +454,17 @@ def test_classes_are_matched_by_their_ids(tmp_path, order):
     assert quality.classes[:, 0].tolist() == pytest.approx([1, 0, 1 / 1.5])
 
 
+def test_names_may_be_composed_otherwise(tmp_path):
+    """The JSON writes "é" as one letter, the disk as "e" and an accent, as macOS does; and the reverse."""
+    ids, segments = scene_of_things()
+    for written, other in (("caf\u00e9.png", "cafe\u0301.png"), ("cafe\u0301.png", "caf\u00e9.png")):
+        truth = small(tmp_path, ids, segments)
+        (tmp_path / "x.png").rename(tmp_path / other)
+        truth.pngs[:] = [written]
+        assert compare(truth, tmp_path, truth, tmp_path).mean()["PQ"] == 1
+        (tmp_path / other).unlink()
+
+
 def small(folder, ids: np.ndarray, segments: list[Segment], kinds: Categories = CATEGORIES) -> Annotations:
     """One written image."""
     write_ids(ids, folder / "x.png")
