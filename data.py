@@ -345,8 +345,8 @@ def listing(names: Iterable[str]) -> str:
 
 
 def default_data(name: str) -> str:
-    """The default folder of a data set; "" for one's own panoptic data, which has none."""
-    own = {"scenes": "scenes", "panoptic": ""}
+    """The default folder of a data set; "" for one's own data, which has none."""
+    own = {"scenes": "scenes", "folder": "", "panoptic": ""}
     return own[name] if name in own else f"data/{LAYOUTS[name].root}"
 
 

@@ -228,7 +228,7 @@ def test_lines_of_others_are_not_mixed(photos, tmp_path, capsys, line, message):
         ([*CLIP, "nowhere"], "nowhere does not exist"),
         (["--by", "clip", "--model", "tiny", "PHOTOS"], "needs the names it chooses from"),
         (["--by", "ram", "--weights", "nowhere/sd15", "PHOTOS"], "python -m weights.fetch --ram"),
-        (["--by", "clip", "--dataset", "folder"], "is not folder: images/train"),
+        (["--by", "clip", "--dataset", "folder"], "--dataset folder: give its folder with --data"),
         (
             ["--by", "tadp", "--dataset", "folder", "--data", "x", "nowhere.json"],
             "nowhere.json cannot be read",
