@@ -645,9 +645,13 @@ def test_a_model_that_changed_on_the_disk_is_refused(uninterrupted, tmp_path):
     content = bytearray(file.read_bytes())
     content[-9] ^= 0x11
     file.write_bytes(content)
-    for sums in ((step / "sha256.json").read_text(), "{"):
-        (step / "sha256.json").write_text(sums)
-        with pytest.raises(train.CheckpointError, match="model.safetensors changed after it was written"):
+    hashes = step / "sha256.json"
+    for sums, fault in (
+        (hashes.read_text(), "changed after it was written"),
+        ("{", "sha256.json is corrupt"),
+    ):
+        hashes.write_text(sums)
+        with pytest.raises(train.CheckpointError, match=fault):
             read_model(step)
 
 
