@@ -94,7 +94,7 @@ def check(dataset: Dataset, samples: int = 200) -> Report:
 
 
 def fingerprint_of(dataset: Dataset, files: dict[str, list[tuple[int, int]]]) -> dict[str, str]:
-    """Hashes of the list of images, of the labels' table, of the sizes and times of images and labels."""
+    """Hashes of the list of images (in older runs "pictures"), of the labels' table, of sizes and times."""
     split = {"train": "training", "val": "validation"}.get(dataset.split, dataset.split)
     names = os.fsencode("\n".join(dataset.paths))
     tables = b"".join(Path(file).read_bytes() for file in dataset.tables)

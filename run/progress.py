@@ -64,7 +64,7 @@ def drawing(run: Run, file: Path) -> Iterator[None]:
     """Print why the block could not draw the file: whatever fails there, training goes on."""
     try:
         yield
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:  # noqa: BLE001 - as said: a drawing ends no run
         run.print0(f"{file} is not drawn ({error})")
 
 

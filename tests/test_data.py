@@ -30,8 +30,8 @@ ANY = label_table(range(255), ())  # a table that refuses nothing
 def save(content, path: Path, **options) -> Path:
     """An array or an image as a file; folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = content if isinstance(content, Image.Image) else Image.fromarray(np.asarray(content))
-    picture.save(path, **options)
+    image = content if isinstance(content, Image.Image) else Image.fromarray(np.asarray(content))
+    image.save(path, **options)
     return path
 
 
