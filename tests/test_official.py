@@ -124,7 +124,7 @@ class Vectors(NamedTuple):
 
 
 def kept(names: Sequence[str], vectors: Tensor) -> Vectors:
-    """Of vectors `(N, C)`; C beyond 128 coordinates or not."""
+    """Of vectors `(N, C)`; the coordinates are taken modulo C, which is 128 in tiny."""
     coordinates = [x % vectors.shape[1] for x in COORDINATES]
     return Vectors([*names], vectors.norm(dim=1).double(), vectors[:, coordinates].double())
 
@@ -138,7 +138,7 @@ def published(name: str) -> Vectors:
     return Vectors([row["name"] for row in rows], norms, numbers)
 
 
-# One prompt or a mean over several; the expected one is tried first, the others only if it fails.
+# One prompt, or the mean over several. Of those that a test tries, the likely one is first.
 ONE, MEAN = {f'"{PROMPT}"': (PROMPT,)}, {"the mean over 80 templates": TEMPLATES}
 OTHERS = ("a photo of a {}.", "{}", "a {}", "{}.", "a {}.", "a photo of {}", "a photo of {}.")
 OTHERS += ("a photo of the {}", "a photo of the {}.", "an image of a {}", "a picture of a {}")
@@ -153,17 +153,22 @@ def row_errors(ours: Vectors, theirs: Vectors, width: int) -> Tensor:
 
 
 def prove_text(
-    weights: Path, model: str, expected: Vectors, prompts: dict[str, Sequence[str]], bar: float = ROW_ERROR
+    weights: Path,
+    model: str,
+    expected: Vectors,
+    prompts: dict[str, Sequence[str]],
+    others: dict[str, Sequence[str]] | None = None,
+    bar: float = ROW_ERROR,
 ) -> str:
-    """The text tower gives the `expected` vectors, under one of the prompts; else the nearest is named."""
+    """The text tower gives the `expected` vectors under one of the prompts; else the nearest is named."""
     config = part_configs(model, weights)[2]
     clip, tokenizer = load_clip(config, weights)
     clip = clip.to(device()).eval()
     names, tried = expected.names, {}
-    for prompt, templates in prompts.items():
+    for prompt, templates in (prompts | (others or {})).items():
         ours = kept(names, name_vectors(clip, tokenizer, names, templates).cpu())
         errors = row_errors(ours, expected, config.text.width)
-        if errors.max() <= bar:
+        if errors.max() <= bar and prompt in prompts:
             norms = f"norms {ours.norms.mean():.2f} +- {ours.norms.std(correction=0):.2f}"
             return f"{len(names)} vectors of {prompt}: {norms}, largest error of a row {errors.max():.1e}"
         tried[prompt] = errors
@@ -186,7 +191,7 @@ def test_the_text_tower_gives_the_vectors_of_ade20k(passed):
 @pytest.mark.weights
 def test_the_text_tower_gives_the_vectors_of_nyu(passed):
     owned()
-    passed("text, NYU: " + prove_text(SD15, "sd15", published("nyu"), MEAN | ONE | OTHER_PROMPTS))
+    passed("text, NYU: " + prove_text(SD15, "sd15", published("nyu"), MEAN, ONE | OTHER_PROMPTS))
 
 
 def test_the_table_is_of_the_published_vectors(clip_class_embeddings):
@@ -206,7 +211,7 @@ def test_the_names_of_the_table():
 
 
 def test_two_published_vectors_are_never_taken_for_each_other():
-    """By the few numbers that the table keeps: the bar is below a fifth of the least difference."""
+    """By the few numbers that the table keeps: the bar is a fraction of their differences."""
     for name in ("ade20k", "nyu"):
         table = published(name)
         for i in range(1, len(table.names)):
@@ -268,8 +273,10 @@ def test_rehearsal_of_one_prompt(transformers_vectors, tmp_path):
 def test_rehearsal_of_the_80_templates(transformers_vectors):
     mean = transformers_vectors(TEMPLATES, ("sea", "cow", "umbrella"))
     assert prove_text(TINY, "tiny", mean, MEAN).startswith("3 vectors of the mean over 80 templates: ")
-    with pytest.raises(AssertionError, match='the nearest is "'):
-        prove_text(TINY, "tiny", mean, ONE | OTHER_PROMPTS)
+    with pytest.raises(
+        AssertionError, match="no prompt of 1 .* the nearest is the mean over 80 .* 3 of 3 rows"
+    ):
+        prove_text(TINY, "tiny", mean, ONE, MEAN)
 
 
 def test_one_row_of_another_name_is_named(transformers_vectors):
@@ -379,7 +386,7 @@ def test_rehearsal_of_denoising():
     settings = {"model": "tiny", "form": "{}", "zoom": 1, "noises": 1, "most": 0.95}
     line = prove_denoising(TINY, **settings)
     assert line.startswith("UNet: loss 0.") and "of 16 noises" in line
-    with pytest.raises(AssertionError, match=r"UNet: loss .* ratio 1\.000, below 0\.95; lower in \d of"):
+    with pytest.raises(AssertionError, match=r"UNet: loss .* ratio 1\.000, below 0\.95; lower in \d+ of"):
         prove_denoising(TINY, **settings, shift=0)  # the same words twice
 
 
