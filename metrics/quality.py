@@ -11,8 +11,9 @@ prediction and FN of the truth without a partner:
 
 A crowd of the truth is never matched and never FN. A segment of the prediction without a partner is not FP if
 more than half of it lies on void and on the crowd of its class. All of it is counted as
-github.com/cocodataset/panopticapi (evaluation.py at 7bb4655) counts, but for one thing: where nothing occurs
-at all, their mean stops with a division by zero and ours is NaN.
+github.com/cocodataset/panopticapi (evaluation.py at 7bb4655) counts, but for two things: where nothing occurs
+at all, their mean stops with a division by zero and ours is NaN; and |t| is counted in the PNG, where they,
+hotcoco and vernier take the "area" of the truth's JSON, right or wrong.
 
     python -m metrics.quality TRUTH.json PREDICTION.json  # PQ, SQ, RQ of a prediction that any program wrote
 
