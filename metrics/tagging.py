@@ -24,7 +24,11 @@ def classes_named(prompts: Sequence[str], synonyms: Path = SYNONYMS) -> dict[str
     classes = {tag_key(name): k for k, name in enumerate(prompts)}
     for name, k in classes.items():
         named.setdefault(name, set()).add(k)
-    for number, line in enumerate(synonyms.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = synonyms.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{synonyms} cannot be read as UTF-8 ({error}): restore it") from None
+    for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"):
             continue
         name, colon, tags = line.partition(":")
