@@ -10,9 +10,9 @@ prediction and FN of the truth without a partner:
     PQ = sum of IoU / (TP + FP/2 + FN/2) = SQ * RQ,   SQ = sum of IoU / TP,   RQ = TP / (TP + FP/2 + FN/2).
 
 A crowd of the truth is never matched and never FN. A segment of the prediction without a partner is not FP if
-more than half of it lies on void and on the crowd of its class. All of it is counted as
-github.com/cocodataset/panopticapi (evaluation.py at 7bb4655) counts, but for one thing: where nothing occurs
-at all, their mean stops with a division by zero and ours is NaN.
+more than half of it lies on void and on the crowd of its class. github.com/cocodataset/panopticapi
+(evaluation.py at 7bb4655) counts alike but for two things: where nothing occurs, it stops with a division by
+zero, ours is NaN; and it, hotcoco and vernier take |t| from the truth's JSON ("area"), ours counts the PNG.
 
     python -m metrics.quality TRUTH.json PREDICTION.json  # PQ, SQ, RQ of a prediction that any program wrote
 
@@ -200,17 +200,15 @@ def mask_precision(
     `coco_results`, of all processes together. At most 100 per image count.
     """
     coco, cocoeval = pycocotools("coco"), pycocotools("cocoeval")
-    things = [c for c in categories.as_json() if c["isthing"]]
     number = {entry["id"]: i for i, entry in enumerate(images)}  # pycocotools sorts: no mix of int and str
     dataset = {"info": {}, "images": [{**entry, "id": number[entry["id"]]} for entry in images]}
-    dataset["categories"] = things
+    dataset["categories"] = [c for c in categories.as_json() if c["isthing"]]
     known = (entry | {"image_id": number[id]} for entry in truth if (id := entry["image_id"]) in number)
     # From 1: pycocotools takes a match with the annotation 0 for none.
     dataset["annotations"] = [entry | {"id": i} for i, entry in enumerate(known, 1)]
     copies = [entry | {"image_id": number[entry["image_id"]]} for entry in results]  # it writes into them
     if not results:  # pycocotools does not take an empty list
-        any_thing = any(not entry["iscrowd"] for entry in dataset["annotations"])
-        return dict.fromkeys(AP, 0.0 if any_thing else float("nan"))
+        return dict.fromkeys(AP, 0.0 if any(not x["iscrowd"] for x in dataset["annotations"]) else math.nan)
     with contextlib.redirect_stdout(io.StringIO()):
         reference = coco.COCO()
         reference.dataset = dataset
@@ -220,7 +218,7 @@ def mask_precision(
         evaluation.accumulate()
         evaluation.summarize()
     values = evaluation.stats[: len(AP)].tolist()
-    return {name: float("nan") if x < 0 else x for name, x in zip(AP, values, strict=True)}
+    return {name: math.nan if x < 0 else x for name, x in zip(AP, values, strict=True)}
 
 
 AP = ("AP", "AP50", "AP75", "APs", "APm", "APl")

@@ -20,11 +20,13 @@ SHOWN = 30  # classes in a sentence
 
 def classes_named(prompts: Sequence[str], synonyms: Path = SYNONYMS) -> dict[str, set[int]]:
     """`tag_key` of a tag -> the classes that it names: those of this name or with this synonym."""
-    named: dict[str, set[int]] = {}
     classes = {tag_key(name): k for k, name in enumerate(prompts)}
-    for name, k in classes.items():
-        named.setdefault(name, set()).add(k)
-    for number, line in enumerate(synonyms.read_text(encoding="utf-8").splitlines(), 1):
+    named = {name: {k} for name, k in classes.items()}
+    try:
+        lines = synonyms.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{synonyms} cannot be read as UTF-8 ({error}): restore it") from None
+    for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"):
             continue
         name, colon, tags = line.partition(":")

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -15,6 +16,8 @@ MISSING = pytest.StashKey[set[str]]()  # names of the reference data for which a
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    hypothesis.settings.register_profile("same", derandomize=True, deadline=None, max_examples=50)
+    hypothesis.settings.load_profile("same")  # the examples of every run, on any machine
     config.stash[MISSING] = set()
     # A killed compilation leaves half a library in torch's shared cache; later runs end in an ImportError.
     cache = tempfile.TemporaryDirectory(prefix="tada-inductor-")

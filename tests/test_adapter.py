@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -504,6 +504,34 @@ def test_without_focus_it_is_cross_entropy(pairs):
     plain, _ = asymmetric_loss(logits, targets, gamma_negative=0, gamma_positive=0, clip=0)
     assert_close(plain, entropy, **BAR)
     assert 0 <= asymmetric_loss(logits, targets)[0] <= entropy + 1e-6
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.tuples(st.floats(-12, 12), st.booleans()), min_size=1, max_size=12),
+    st.integers(0, 7),
+    st.integers(0, 3),
+    st.sampled_from([0.0, 0.05, 0.2]),
+)
+def test_asymmetric_loss_for_any_focus(pairs, gamma_negative, gamma_positive, clip):
+    """Value and gradient as the formula in float64; not negative; a better logit never costs more."""
+    assume(all(abs(1 / (1 + math.exp(-x)) - clip) > 1e-3 for x, _ in pairs))  # the edge of the clip
+    options = gamma_negative, gamma_positive, clip
+    logits = torch.tensor([[x for x, _ in pairs]], requires_grad=True)
+    targets = torch.tensor([[float(y) for _, y in pairs]])
+    exact = [explicit_asymmetric_loss(x, y, *options) for x, (_, y) in zip(logits[0].tolist(), pairs)]
+    values, slopes = zip(*exact, strict=True)
+    loss, _ = asymmetric_loss(logits, targets, *options)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert math.isclose(loss.item(), sum(values), rel_tol=1e-4, abs_tol=1e-5) and loss >= 0
+    assert_close(gradient[0], torch.tensor(slopes), rtol=1e-3, atol=1e-5)
+    assert ((gradient <= 1e-6) | (targets == 0)).all() and ((gradient >= -1e-6) | (targets == 1)).all()
+    line = torch.linspace(-12, 12, 97)[:, None]
+    rows = [
+        [asymmetric_loss(x[None], y, *options)[0] for x in line] for y in torch.tensor([[[1.0]], [[0.0]]])
+    ]
+    present, absent = (torch.stack(x).diff() for x in rows)
+    assert (present <= 1e-6).all() and (absent >= -1e-6).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scipy.ndimage import maximum_filter, minimum_filter
 from test_data import save
 
 from data import Sample
@@ -106,6 +107,52 @@ def test_labels_stay_under_their_colours(H, W, height, width, seed):
         slack = step / 2 + 2  # of nearest against bilinear, and rounding
         assert (colour >= 32 * tile - slack).all()
         assert (colour < 32 * (tile + 1) + slack).all()
+
+
+@st.composite
+def painted(draw):
+    """Labels in two to nine rectangles, some of them ignored, and the image painted from them."""
+    size = draw(st.tuples(st.integers(1, 60), st.integers(1, 60)))
+    values = draw(st.lists(st.sampled_from([0, 1, 7, 254, 255]), min_size=9, max_size=9))
+    cuts = [[0, *sorted(draw(st.lists(st.integers(0, n), min_size=2, max_size=2))), n] for n in size]
+    rows, columns = (np.repeat(range(3), np.diff(cut)) for cut in cuts)
+    labels = np.array(values, np.uint8).reshape(3, 3)[rows][:, columns]
+    return colour_of(labels), labels
+
+
+def colour_of(labels: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.stack([labels, 255 - labels, labels // 2], axis=2))
+
+
+def far_from_others(labels: np.ndarray, scale: float) -> np.ndarray:
+    """Pixels of the resized map that no filter can have mixed with others: two source pixels, or two here."""
+    reach = 2 * int(np.ceil(2 + 2 * scale)) + 1
+    whole = labels.astype(int)
+    low, high = (f(whole, reach, mode="constant", cval=-1) for f in (minimum_filter, maximum_filter))
+    return low == high
+
+
+@given(
+    painted(), st.tuples(st.integers(1, 80), st.integers(1, 80)), st.integers(4, 60), st.integers(0, 10_000)
+)
+@settings(max_examples=60)
+def test_no_label_leaves_its_colour_and_none_is_new(sample, crop, short, seed):
+    """Any sizes; the distortion of colours draws its numbers last and moves no label."""
+    image, labels = sample
+    results = []
+    for colours in (False, True):
+        rng = np.random.default_rng(seed)
+        augmentation = Augment(crop, short, 4 * short, colours=colours)
+        ratio = rng.uniform(*augmentation.ratios)
+        results.append(augmentation(Sample(image, labels), ratio, rng))
+    found, other = results
+    assert torch.equal(found.labels, other.labels)
+    target = found.labels.numpy()
+    assert set(np.unique(target)) <= {*np.unique(labels), 255}
+    scale = max(x / y for x, y in zip(fit(labels.shape, *augmentation.box(ratio)), labels.shape, strict=True))
+    sure = far_from_others(target, scale) & (target != 255)  # 255 is padding, too
+    pixels = found.image.permute(1, 2, 0).numpy()
+    assert (pixels == np.asarray(colour_of(target)))[sure].all()
 
 
 @pytest.mark.parametrize("size", [(40, 60), (60, 40), (20, 400)])

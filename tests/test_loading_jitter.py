@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from test_data import damage, noise
 from test_data_panoptic import own
+from test_loading_augment import colour_of, far_from_others, painted
 
 from data import Sample, open_dataset
 from errors import DataWarning
@@ -88,6 +91,31 @@ def test_owners_classes_and_pixels_belong_together():
             assert (found.labels[mask] == k).all()
         crowd = (found.labels != 255) & (found.owners == UNOWNED)
         assert (found.labels[crowd] == 0).all()
+
+
+@given(painted(), st.tuples(st.integers(1, 70), st.integers(1, 70)), st.integers(0, 10_000), st.booleans())
+@settings(max_examples=60)
+def test_image_labels_and_owners_stay_together(sample, crop, seed, crowd):
+    """Any sizes: an id is a label and a colour; no label, class or owner is new, and each owns a pixel."""
+    image, shades = sample
+    ids = np.where(shades == 255, 0, shades.astype(np.int32) * 257 + 5)
+    labels = {id: (id - 5) // 257 for id in np.unique(ids).tolist() if id}
+    segments = [Segment(id, k, k != 7, crowd and k == 1) for id, k in labels.items()]
+    found = jitter(image, ids, segments, crop, randomness(seed, 0, 0))
+    target, owners, classes = found.labels.numpy(), found.owners.numpy(), found.classes.numpy()
+    assert set(np.unique(target)) <= {*labels.values(), 255}
+    assert set(np.unique(owners)) - {UNOWNED} == {*range(len(classes))}
+    owned = owners != UNOWNED
+    assert (classes[owners[owned]] == target[owned]).all()
+    lone = [s.label for s in segments if s.crowd]
+    assert (owned == ((target != 255) & ~np.isin(target, lone))).all()
+    h, w = found.size
+    assert not owned[h:].any() and not owned[:, w:].any()
+    ratio = randomness(seed, 0, 0).uniform(0.1, 2.0)
+    shown = fit_into(ids.shape, (crop[0] * ratio, crop[1] * ratio))
+    scale = max(x / y for x, y in zip(shown, ids.shape, strict=True))
+    sure = far_from_others(target, scale) & (target != 255)
+    assert (found.image.permute(1, 2, 0).numpy() == np.asarray(colour_of(target)))[sure].all()
 
 
 def test_no_segment_at_all():

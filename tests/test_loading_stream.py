@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_data import damage, folder, names, noise, save
 
-from data import Sample, open_dataset
+from data import Dataset, Sample, open_dataset
 from errors import DataError, DataWarning
 from loading import stream as module
 from loading.augment import Augment
-from loading.stream import EvaluationStream, Order, TrainStream, in_order, randomness, shard
+from loading.stream import EvaluationStream, Order, TrainStream, in_order, permutation, randomness, shard
 
 # ---- the order -------------------------------------------------------------------------------------------
 
@@ -112,6 +113,45 @@ def test_ranks_micro_batches_workers_and_resumption_change_no_sample(tmp_path):
     for position in (4, 8, 20):
         resumed = take(stream(dataset).batches(position), (24 - position) // 4)
         assert resumed == {p: sample for p, sample in expected.items() if p >= position}
+
+
+class Numbered(Dataset):
+    """n images whose one pixel is their number."""
+
+    def __init__(self, n: int):
+        super().__init__("numbered", "train", ["a"], np.zeros((1, 3), np.uint8), [str(i) for i in range(n)])
+
+    def load(self, i: int, short: int | None = None, long: int | None = None) -> Sample:
+        return Sample(Image.new("RGB", (1, 1), (i, 0, 0)), np.zeros((1, 1), np.uint8))
+
+
+@given(st.data(), st.integers(1, 70), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
+@settings(max_examples=40)
+def test_the_samples_of_a_step_do_not_depend_on_how_it_is_split(data, n, world, accumulate, size):
+    """Any number of images, ranks, micro-batches, workers; from any step: one permutation after the other."""
+    batch, seed, first = (
+        world * accumulate * size,
+        data.draw(st.integers(0, 2**32)),
+        data.draw(st.integers(0, 9)),
+    )
+    steps = data.draw(st.integers(1, 4))
+    workers = data.draw(st.sampled_from([0, 0, 0, 0, 0, 0, 0, 1, 2]))
+    augmentation = Augment((1, 1), 1, 1, ratios=(1.0, 1.0), colours=False)
+    parts = {"batch": batch, "seed": seed, "world": world, "accumulate": accumulate, "workers": workers}
+    found = {}
+    for rank in range(world):
+        batches = TrainStream(Numbered(n), augmentation, rank=rank, **parts).batches(first * batch)
+        for micro in islice(batches, steps * accumulate):
+            shown = micro.image[:, 0, 0, 0].tolist()
+            assert [str(x) for x in shown] == micro.paths and len(shown) == size
+            assert not found.keys() & set(micro.positions)
+            found |= dict(zip(micro.positions, shown, strict=True))
+        batches.close()
+    places = range(first * batch, (first + steps) * batch)
+    epochs = range(places[0] // n, places[-1] // n + 1)
+    order = {epoch: permutation(n, seed, epoch).tolist() for epoch in epochs}
+    assert found == {place: order[place // n][place % n] for place in places}
+    assert all(sorted(x) == [*range(n)] for x in order.values())
 
 
 def test_one_image_fills_a_batch(tmp_path):

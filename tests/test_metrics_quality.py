@@ -4,8 +4,10 @@ import json
 import re
 import shutil
 import sys
+import tempfile
 import tracemalloc
 from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +18,9 @@ from PIL import Image
 
 from errors import DataError
 from images.colours import complete_palette
+from images.instances import paint
 from images.panoptic import (
+    LARGEST_ID,
     Annotations,
     Categories,
     Segment,
@@ -84,6 +88,64 @@ def test_ids_and_colours(ids):
     assert (from_colours(colours) == ids).all()
     value = colours.astype(int)
     assert (value[..., 0] + 256 * value[..., 1] + 65536 * value[..., 2] == ids).all()
+
+
+def test_every_id_has_a_colour_of_its_own():
+    """All 2^24."""
+    for first in range(0, LARGEST_ID, 2**20):
+        ids = np.arange(first, first + 2**20, dtype=np.int32).reshape(1024, 1024)
+        assert np.array_equal(from_colours(to_colours(ids)), ids)
+
+
+EDGES = (1, 255, 256, 257, 65535, 65536, 65793, LARGEST_ID - 1, LARGEST_ID)
+
+
+@st.composite
+def maps_of_ids(draw):
+    """A map of any size with void, and its segments in any order, of any class, some of them crowds."""
+    H, W = draw(st.integers(1, 9)), draw(st.integers(1, 12))
+    names = draw(st.lists(st.sampled_from(EDGES) | st.integers(1, LARGEST_ID), max_size=6, unique=True))
+    cells = draw(st.lists(st.sampled_from([0, *names]), min_size=H * W, max_size=H * W))
+    ids = np.array(cells, np.int32).reshape(H, W)
+    segments = []
+    for id in draw(st.permutations(sorted(set(cells) - {0}))):
+        label = draw(st.integers(0, 2))
+        segments.append(Segment(id, label, bool(THINGS[label]), draw(st.booleans())))
+    return ids, segments
+
+
+@given(st.lists(maps_of_ids(), min_size=1, max_size=3))
+@settings(max_examples=30)
+def test_what_is_written_is_read(some):
+    """PNG and JSON: ids, classes, crowds, the order of segments and of images."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, entries, images = Path(name), [], []
+        for i, (ids, segments) in enumerate(some):
+            write_ids(ids, folder / f"{i}.png")
+            entries.append(entry(i, f"{i}.png", ids, segments, CATEGORIES))
+            images.append({"id": i, "file_name": f"{i}.jpg"})
+        write_annotations(folder / "x.json", CATEGORIES, images, entries)
+        again = read_annotations(folder / "x.json")
+        assert again.image_ids == [*range(len(some))]
+        assert again.categories.as_json() == CATEGORIES.as_json()
+        for i, (ids, segments) in enumerate(some):
+            assert again.segments(i) == segments
+            assert np.array_equal(again.ids(i, folder), ids)
+
+
+@given(maps_of_ids())
+@settings(max_examples=30)
+def test_run_lengths_are_their_pixels(image):
+    """Things as COCO's RLE, painted again: the same regions, crowds too."""
+    ids, segments = image
+    things = [s for s in segments if s.thing]
+    objects = [("here", x) for x in coco_truth(1, ids, segments, CATEGORIES.ids)]
+    painted, visible = paint(objects, ids.shape, "here")
+    assert len(visible) == len(things)
+    for id, info in visible.items():
+        (s,) = [s for s in things if s.id == info["id"]]
+        assert np.array_equal(painted == id, ids == s.id)
+        assert (info["iscrowd"], info["category_id"]) == (s.crowd, CATEGORIES.ids[s.label])
 
 
 def test_the_official_samples(golden, panopticapi_samples):
@@ -397,6 +459,22 @@ def test_the_sum_of_the_ranks_is_the_whole(some, world):
     parts = [[count(*p, 2) for p in some[rank::world]] for rank in range(world)]
     ranks = [sum(part, torch.zeros(2, 4, dtype=torch.float64)) for part in parts]
     torch.testing.assert_close(sum(ranks), whole, rtol=1e-12, atol=0)
+
+
+@given(pictures(), st.data())
+@settings(max_examples=60, deadline=None)
+def test_the_names_of_segments_do_not_count(picture, data):
+    """Other ids on both sides, and the prediction's segments in another order."""
+    sides = []
+    for ids, segments in (picture[:2], picture[2:]):
+        old = sorted({s.id for s in segments} | set(ids.ravel().tolist()) - {0})
+        numbers = st.lists(st.integers(1, LARGEST_ID), min_size=len(old), max_size=len(old), unique=True)
+        new = dict(zip(old, data.draw(numbers), strict=True)) | {0: 0}
+        other = np.array([new[id] for id in ids.ravel().tolist()]).reshape(ids.shape)
+        sides.append((other, [s._replace(id=new[s.id]) for s in segments]))
+    (truth, truths), (predicted, predictions) = sides
+    other = count(truth, truths, predicted, data.draw(st.permutations(predictions)), 2)
+    np.testing.assert_allclose(other, count(*picture, 2), rtol=1e-12)
 
 
 def peak_bytes(function, *arguments) -> int:

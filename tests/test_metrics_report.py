@@ -55,10 +55,10 @@ def result_of(
     return Result(classes, about, counts, present, scores, torch.tensor(tag_counts), 1.5, segments)
 
 
-@given(st.data(), st.integers(1, 6), st.tuples(st.integers(1, 7), st.integers(1, 7)))
+@given(st.data(), st.integers(1, 6), st.tuples(st.integers(1, 2), st.integers(1, 7), st.integers(1, 7)))
 @settings(max_examples=60, deadline=None)
 def test_counts_and_iou_equal_a_loop_over_pixels(data, K, size):
-    """Also where every pixel is ignored, and where classes are empty."""
+    """Of one or two maps; also where every pixel is ignored, and where classes are empty."""
     truth = data.draw(hnp.arrays(np.uint8, size, elements=st.sampled_from([*range(K), IGNORE])))
     predicted = data.draw(hnp.arrays(np.int64, size, elements=st.integers(0, K - 1)))
     expected = [[0] * K for _ in range(K)]
