@@ -26,7 +26,7 @@ from errors import ModelError, WeightsError
 from mask2former import Mask2Former
 from model import Tada, TadaConfig
 from ram import likely_tags
-from unet import UNet, UNetConfig
+from unet import LoRA, UNet, UNetConfig, replace_projections
 from vae import VAE, VAEConfig
 from weights.ram import load_ram, ram_folder
 from weights.words import digest, word_vectors
@@ -131,6 +131,8 @@ def assemble(
     names: Tensor | None,
 ) -> Tada:
     """Join the prior with a new adapter and decoder: empty `(77, C)`, classes `(K, C)`, names `(K, E)`."""
+    if config.lora:
+        replace_projections(unet, partial(LoRA, rank=config.lora))
     adapter = make_adapter(config, clip.config, empty, classes)
     decoder = make_decoder(config, unet.config, tokens=len(empty))
     return Tada(config, vae, unet, clip, tokenizer, adapter, decoder, names)

@@ -59,6 +59,7 @@ class TadaConfig:
     scale_latent: bool = True  # False: VPD's unscaled latent
     attention_maps: bool = False  # VPD adds the UNet's cross-attention to its features; the paper does not
     freeze_unet: bool = False
+    lora: int = 0  # rank of the updates of the frozen UNet's attention projections; 0 = none
     dropout: float = 0.1  # before the classifier
     crop: Size = (512, 512)  # of training; the window of sliding inference
     box: Size | None = (512, 2048)  # short and long side that a test image is resized into; None = its size
@@ -67,6 +68,11 @@ class TadaConfig:
     def __post_init__(self) -> None:
         if not self.prompts:
             object.__setattr__(self, "prompts", self.classes)
+
+    @property
+    def keeps_unet(self) -> bool:
+        """Whether the prior's UNet stays as it is in its file."""
+        return self.freeze_unet or self.lora > 0
 
 
 class Output(NamedTuple):
@@ -109,7 +115,8 @@ class Tada(nn.Module):
 
         self.vae.requires_grad_(False)
         self.clip.requires_grad_(False)
-        self.unet.requires_grad_(not config.freeze_unet)
+        for name, parameter in self.unet.named_parameters():
+            parameter.requires_grad_(".lora_" in name or not config.keeps_unet)
         self.unet.conv_norm_out.requires_grad_(False)  # noise head: unused for segmentation
         self.unet.conv_out.requires_grad_(False)
         if isinstance(adapter, Tagging) and not config.tag_loss_weight:

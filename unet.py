@@ -9,7 +9,7 @@ parts.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,8 +157,11 @@ class UNet(nn.Module):
         """Project the context to keys and values `(B, L, n, d)` of all cross-attentions by one product."""
         levels = (*self.down_blocks, self.mid_block, *self.up_blocks)
         layers = [x.transformer_blocks[0].attn2 for level in levels for x in level.attentions]
-        weights = [weight for layer in layers for weight in (layer.to_k.weight, layer.to_v.weight)]
+        projections = [x for layer in layers for x in (layer.to_k, layer.to_v)]
+        weights = [x.weight for x in projections]
         parts = linear(context, torch.cat(weights)).split([len(weight) for weight in weights], dim=-1)
+        if isinstance(projections[0], LoRA):
+            parts = [y + x.update(context) for y, x in zip(parts, projections, strict=True)]
         parts = [rearrange(x, "B L (n d) -> B L n d", n=self.config.heads) for x in parts]
         return zip(parts[::2], parts[1::2], strict=True)
 
@@ -308,6 +311,35 @@ class Attention(nn.Module):
 
     def split(self, x: Tensor) -> Tensor:
         return rearrange(x, "B N (n d) -> B N n d", n=self.heads)
+
+
+class LoRA(Linear):
+    """W x + B A x: a frozen projection with a trained update of rank R (Hu et al., 2021, section 4.1).
+
+    A `(R, C)` starts like a Linear's weight and B `(D, R)` at 0, so that the first output is that of W alone.
+    The scale of the update, alpha / R there, is 1.
+    """
+
+    def __init__(self, projection: Linear, rank: int):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = projection.in_features, projection.out_features
+        self.weight, self.bias = projection.weight, projection.bias
+        self.lora_A = nn.Parameter(nn.Linear(self.in_features, rank, bias=False).weight.detach())
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.update(x)
+
+    def update(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.lora_A), self.lora_B)
+
+
+def replace_projections(unet: UNet, new: Callable[[Linear], Linear]) -> None:
+    """Replace every projection of the UNet's attentions, in place: queries, keys, values and outputs."""
+    for layer in unet.modules():
+        if isinstance(layer, Attention):
+            layer.to_q, layer.to_k, layer.to_v = map(new, (layer.to_q, layer.to_k, layer.to_v))
+            layer.to_out[0] = new(layer.to_out[0])
 
 
 class FeedForward(nn.Module):

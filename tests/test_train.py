@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.distributed.run
 from PIL import Image
+from safetensors.torch import load_file
 
 import train
 from assemble import build, parameter_groups
@@ -360,6 +361,28 @@ def test_the_same_command_resumes_exactly(folder, uninterrupted, tmp_path, monke
     torch.manual_seed(123)  # another state than before
     assert train.main(command(folder, tmp_path / "run")) == 0
     assert same(tmp_path / "run", uninterrupted)
+
+
+def test_a_run_with_lora_resumes_exactly(folder, tmp_path, monkeypatch):
+    """And every update is trained."""
+    flags = ["--iterations", "2", "--save-every", "1", "--weights", "weights/tiny", "--lora", "4"]
+    assert train.main(command(folder, tmp_path / "whole", *flags)) == 0
+    done, step = [], train.train_step
+
+    def dies(*args, **kwargs):
+        if done:
+            raise KeyboardInterrupt
+        done.append(1)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(train, "train_step", dies)
+    assert train.main(command(folder, tmp_path / "killed", *flags)) == 130
+    monkeypatch.undo()
+    assert train.main(command(folder, tmp_path / "killed", *flags)) == 0
+    assert same(tmp_path / "killed", tmp_path / "whole")
+    state = load_file(tmp_path / "whole" / "last" / "model.safetensors")
+    moved = [x for name, x in state.items() if name.endswith(".lora_B")]
+    assert len(moved) == 4 * 32 and all(x.abs().max() > 0 for x in moved)
 
 
 def test_a_run_that_started_so_resumes_without_it(folder, tmp_path, monkeypatch, capsys):
