@@ -107,7 +107,8 @@ class Tada(nn.Module):
         # Images -> the scored tags of each; assemble.py sets that of other sources.
         self.tagger: Callable[[Tensor], list] | None = None if names is None else self.zero_shot_tags
         self.vectors: dict[str, Tensor] = {}
-        # train.py may replace this with a compiled version.
+        self.noise = torch.empty(0)  # of the last size
+        # run/masters.py replaces this with that of a copy.
         self.run_unet = unet.features_and_attention if config.attention_maps else unet.features
         self.multiple = vae.stride * 2 ** (len(unet.config.channels) - 1)  # of the image's sides: 64
         self.uses_image = isinstance(adapter, (Implicit, Tagging))  # whether the adapter uses image features
@@ -147,10 +148,11 @@ class Tada(nn.Module):
             latent = latent / self.vae.config.scale  # as VPD
         if self.config.noise == "none":
             return latent
-        generator = torch.Generator().manual_seed(NOISE_SEED)  # on the CPU: the same on every device
-        noise = torch.randn(latent.shape[1:], generator=generator).to(latent)
+        if self.noise.shape != latent.shape[1:] or self.noise.to(latent) is not self.noise:
+            generator = torch.Generator().manual_seed(NOISE_SEED)  # on the CPU: the same on every device
+            self.noise = torch.randn(latent.shape[1:], generator=generator).to(latent)
         alpha = float(alphas_cumprod()[self.config.timestep])
-        return alpha**0.5 * latent + (1 - alpha) ** 0.5 * noise
+        return alpha**0.5 * latent + (1 - alpha) ** 0.5 * self.noise
 
     def image_features(self, image: Tensor) -> Features:
         """CLIP's tokens and embedding of images; None if the adapter uses neither."""

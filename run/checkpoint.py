@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import weights.load as weights_loader
-from assemble import SCALE_FILE, Undrawn, assemble, open_tagger, part_configs
+from assemble import SCALE_FILE, Undrawn, assemble, move, open_tagger, part_configs
 from clip import CLIP, Tokenizer
 from errors import CheckpointError
 from model import Tada, TadaConfig
@@ -125,7 +125,7 @@ def read_model(
     # Clone: on the CPU, rounding depends on how a tensor is aligned in memory, in a mapped file otherwise.
     own = {name: x.clone() for name, x in read_own_state(tada, file).items()}
     tada.load_state_dict({**tada.state_dict(), **own}, strict=True, assign=True)
-    tada = tada.to(device).eval()
+    tada = move(tada, device).eval()
     if source == "ram" or (source, threshold) != (config.tags, config.tag_threshold):
         tada.tagger = open_tagger(tada, source, threshold)
     return tada
