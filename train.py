@@ -429,6 +429,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     ranks = init_distributed(options.device)
+    torch.backends.cudnn.benchmark = True  # every step has the same shapes: time the convolutions once
 
     def work() -> int:
         kernels.use(options.kernels, ranks.device)
