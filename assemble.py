@@ -26,7 +26,7 @@ from errors import ModelError, WeightsError
 from mask2former import Mask2Former
 from model import Tada, TadaConfig
 from ram import likely_tags
-from unet import UNet, UNetConfig
+from unet import LoRA, UNet, UNetConfig, replace_projections
 from vae import VAE, VAEConfig
 from weights.ram import load_ram, ram_folder
 from weights.words import digest, word_vectors
@@ -114,7 +114,7 @@ def build(config: TadaConfig, device: torch.device | str = "cpu") -> Tada:
     names = word_vectors(*words, 80, shared=True) if config.tags == "clip" else None  # (K, E)
     with torch.no_grad():
         empty = clip.text(tokenizer([""]).to(device))[0][0]  # (77, C)
-    tada = assemble(config, vae, unet, clip, tokenizer, empty.cpu(), classes.cpu(), names).to(device)
+    tada = move(assemble(config, vae, unet, clip, tokenizer, empty.cpu(), classes.cpu(), names), device)
     if config.tags == "ram":
         tada.tagger = open_tagger(tada, "ram", config.tag_threshold)
     return tada
@@ -131,9 +131,40 @@ def assemble(
     names: Tensor | None,
 ) -> Tada:
     """Join the prior with a new adapter and decoder: empty `(77, C)`, classes `(K, C)`, names `(K, E)`."""
+    if config.lora:
+        replace_projections(unet, partial(LoRA, rank=config.lora))
     adapter = make_adapter(config, clip.config, empty, classes)
     decoder = make_decoder(config, unet.config, tokens=len(empty))
     return Tada(config, vae, unet, clip, tokenizer, adapter, decoder, names)
+
+
+def move(tada: Tada, device: torch.device | str) -> Tada:
+    """Move a model to its device, in place; on a GPU its frozen parts become bfloat16 (not random ones, whose
+    only file is the model's).
+    """
+    tada.to(device)
+    if torch.device(device).type == "cuda" and tada.config.weights != "random":
+        shrink(tada)
+        tada.vae.decoder.to("cpu")  # nothing here draws
+    return tada
+
+
+def shrink(tada: Tada) -> None:
+    """Round the weights of frozen parts to bfloat16, channels-last: half the memory, and norms in their type.
+
+    CLIP keeps float32 where its tags are the model's: they are the same in training and test, on any device.
+    So does its text tower, whose vectors are made once for each word.
+    """
+    parts = [tada.vae]
+    if tada.config.tags != "clip":
+        parts += [tada.clip.vision_model, tada.clip.visual_projection]
+    for part in parts:
+        part.to(torch.bfloat16, memory_format=torch.channels_last)
+    if tada.config.keeps_unet:
+        for name, parameter in tada.unet.named_parameters():
+            if ".lora_" not in name:
+                last = torch.channels_last if parameter.ndim == 4 else torch.preserve_format
+                parameter.data = parameter.data.to(torch.bfloat16, memory_format=last)
 
 
 def make_adapter(config: TadaConfig, clip: CLIPConfig, empty: Tensor, classes: Tensor) -> nn.Module:

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer as BPETokenizer
 from torch import Tensor, nn
 
 from errors import WeightsError
+from kernels import own_type
 from kernels.linear import Linear
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -192,8 +193,10 @@ class CLIP(nn.Module):
         The tokens are the last hidden states before `post_layernorm`, class token first; the embedding is the
         projection of the normed class token. Differentiable with respect to the image.
         """
-        tokens = self.vision_model(pixels(image, self.config.image_size))
-        embedding = self.visual_projection(self.vision_model.post_layernorm(tokens[:, 0]))
+        weight = self.visual_projection.weight
+        with own_type(weight):
+            tokens = self.vision_model(pixels(image, self.config.image_size).to(weight.dtype))
+            embedding = self.visual_projection(self.vision_model.post_layernorm(tokens[:, 0]))
         return tokens, embedding
 
 

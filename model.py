@@ -59,6 +59,7 @@ class TadaConfig:
     scale_latent: bool = True  # False: VPD's unscaled latent
     attention_maps: bool = False  # VPD adds the UNet's cross-attention to its features; the paper does not
     freeze_unet: bool = False
+    lora: int = 0  # rank of the updates of the frozen UNet's attention projections; 0 = none
     dropout: float = 0.1  # before the classifier
     crop: Size = (512, 512)  # of training; the window of sliding inference
     box: Size | None = (512, 2048)  # short and long side that a test image is resized into; None = its size
@@ -67,6 +68,11 @@ class TadaConfig:
     def __post_init__(self) -> None:
         if not self.prompts:
             object.__setattr__(self, "prompts", self.classes)
+
+    @property
+    def keeps_unet(self) -> bool:
+        """Whether the prior's UNet stays as it is in its file."""
+        return self.freeze_unet or self.lora > 0
 
 
 class Output(NamedTuple):
@@ -101,7 +107,8 @@ class Tada(nn.Module):
         # Images -> the scored tags of each; assemble.py sets that of other sources.
         self.tagger: Callable[[Tensor], list] | None = None if names is None else self.zero_shot_tags
         self.vectors: dict[str, Tensor] = {}
-        # train.py may replace this with a compiled version.
+        self.noise = torch.empty(0)  # of the last size
+        # run/masters.py replaces this with that of a copy.
         self.run_unet = unet.features_and_attention if config.attention_maps else unet.features
         self.multiple = vae.stride * 2 ** (len(unet.config.channels) - 1)  # of the image's sides: 64
         self.uses_image = isinstance(adapter, (Implicit, Tagging))  # whether the adapter uses image features
@@ -109,7 +116,8 @@ class Tada(nn.Module):
 
         self.vae.requires_grad_(False)
         self.clip.requires_grad_(False)
-        self.unet.requires_grad_(not config.freeze_unet)
+        for name, parameter in self.unet.named_parameters():
+            parameter.requires_grad_(".lora_" in name or not config.keeps_unet)
         self.unet.conv_norm_out.requires_grad_(False)  # noise head: unused for segmentation
         self.unet.conv_out.requires_grad_(False)
         if isinstance(adapter, Tagging) and not config.tag_loss_weight:
@@ -140,10 +148,11 @@ class Tada(nn.Module):
             latent = latent / self.vae.config.scale  # as VPD
         if self.config.noise == "none":
             return latent
-        generator = torch.Generator().manual_seed(NOISE_SEED)  # on the CPU: the same on every device
-        noise = torch.randn(latent.shape[1:], generator=generator).to(latent)
+        if self.noise.shape != latent.shape[1:] or self.noise.to(latent) is not self.noise:
+            generator = torch.Generator().manual_seed(NOISE_SEED)  # on the CPU: the same on every device
+            self.noise = torch.randn(latent.shape[1:], generator=generator).to(latent)
         alpha = float(alphas_cumprod()[self.config.timestep])
-        return alpha**0.5 * latent + (1 - alpha) ** 0.5 * noise
+        return alpha**0.5 * latent + (1 - alpha) ** 0.5 * self.noise
 
     def image_features(self, image: Tensor) -> Features:
         """CLIP's tokens and embedding of images; None if the adapter uses neither."""

@@ -45,8 +45,10 @@ from metrics.charts import curves
 from metrics.report import percent
 from model import Size, Tada
 from run import checkpoint
+from run.compiled import compile_blocks
 from run.files import make_folder
 from run.folder import Run, fingerprint, open_run
+from run.masters import Masters
 from run.memory import keep_freed_memory
 from run.options import Options, config_of, defaults, parse
 from run.progress import StopOnSignal, describe, draw, drawing, log_line, speed
@@ -56,8 +58,6 @@ from run.start import find_source, start_from
 from run.tagging import open_tags
 
 SHOWN = 8  # images in inputs.jpg and in val/
-# This pass of torch 2.13's compiler may read a sum before it is computed: all maps then have the gradient 0.
-COMPILE = {"reorder_for_peak_memory": False}
 POINTS = 3  # separates this use of the seed from those of loading/stream.py
 
 
@@ -74,15 +74,17 @@ def train_step(
     clip: float | None = None,
     stopping: bool = False,
     seed: int = 0,
+    masters: Masters | None = None,
 ) -> dict[str, float]:
     """Update the model once with the micro-batches of this rank; return the losses of the global batch, the
     gradient norm, and `stop`: whether any rank is `stopping`.
 
-    `model` is `tada` or its DDP wrapper. Each part of the loss is divided by its count over all ranks and
-    micro-batches, so the gradient does not depend on how a batch is divided. `seed` is that of the points of
-    Mask2Former's loss. Raises RunError on all ranks, before the update, if a loss or the gradient is not
-    finite.
+    `model` is `tada`, its `masters`, or the DDP wrapper of either. Each part of the loss is divided by its
+    count over all ranks and micro-batches, so the gradient does not depend on how a batch is divided. `seed`
+    is that of the points of Mask2Former's loss. Raises RunError on all ranks, without an update, if a loss or
+    the gradient is not finite. Numbers are read from a GPU only at the end: it never waits for the CPU.
     """
+    half = ranks.device.type == "cuda" or masters is not None
     labels = [batch.labels.to(ranks.device, non_blocking=True).long() for batch in batches]
     segments = [segments_of(tada, batch, ranks.device) for batch in batches]
     terms = [tada.counts(*target) for target in zip(labels, segments, strict=True)]
@@ -90,9 +92,9 @@ def train_step(
     counts, sums = dict(zip(terms[0], total.clamp(min=1), strict=True)), {}  # of the global batch
     for i, (batch, true_labels, true_segments) in enumerate(zip(batches, labels, segments, strict=True)):
         last = i == len(batches) - 1
-        with nullcontext() if last or model is tada else model.no_sync():
+        with nullcontext() if last or ranks.world == 1 else model.no_sync():
             image = normalise(batch.image.to(ranks.device, non_blocking=True))  # (B, 3, H, W)
-            with torch.autocast(ranks.device.type, torch.bfloat16, enabled=ranks.device.type == "cuda"):
+            with torch.autocast(ranks.device.type, torch.bfloat16, enabled=half):
                 output = model(image, words_of(batch, words))
             rand = [points_of(seed, position, device=ranks.device) for position in batch.positions]
             losses = tada.loss(output, true_labels, segments=true_segments, rand=rand)
@@ -101,20 +103,27 @@ def train_step(
         for name, part in parts.items():
             sums[name] = sums.get(name, 0) + part.detach()
 
+    if masters:
+        masters.take_gradients()
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
     if clip:
         nn.utils.clip_grads_with_norm_(trained, clip, norm)
     parts = torch.stack([*sums.values(), norm.new_tensor(float(stopping))])
-    *losses, stop = ranks.all_reduce(parts.cpu().double()).tolist()  # Apple's GPUs lack float64
+    parts = ranks.all_reduce(parts.float() if ranks.device.type == "mps" else parts.double())
+    # AdamW leaves everything as it is if this is 1, as torch's GradScaler sets it (fused only).
+    optimizer.found_inf = 1 - (parts.isfinite().all() & norm.isfinite()).float()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if masters:
+        masters.copy_weights()
+    *losses, stop = parts.tolist()
     step = {"loss": sum(losses), **dict(zip(sums, losses, strict=True)), "grad_norm": float(norm)}
     if not all(map(math.isfinite, step.values())):
         wrong = [] if all(x.isfinite() for x in sums.values()) else [p for x in batches for p in x.paths]
         where = ", ".join(ranks.all_gather_object(wrong)) or "the gradient alone"
         cure = "give a lower --lr, or the largest norm with --clip, and --fresh"
         raise RunError(f"not finite: {step}, in {where}: {cure}")
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
     return {**step, "stop": bool(stop)}
 
 
@@ -177,14 +186,16 @@ class Training:
 def loop(training: Training, stop: StopOnSignal) -> int:
     """Train to the last iteration, or until a signal; return the exit code."""
     run, options, tada, ranks = training.run, training.options, training.tada, training.run.ranks
+    gpu = ranks.device.type == "cuda"
+    masters = Masters(tada) if gpu and not tada.config.keeps_unet else None
     if options.compile:
-        tada.run_unet = torch.compile(tada.run_unet, options=COMPILE)
-        tada.decoder.compile(options=COMPILE)
-    model = ranks.data_parallel(tada)
+        compile_blocks((masters or tada).unet, tada.decoder)
+    model = ranks.data_parallel(masters or tada, options.accumulate)
     shares = {"rank": ranks.rank, "world": ranks.world, "accumulate": options.accumulate}
     shares |= {"workers": options.workers, "device": ranks.device.type}
     stream = training_stream(training, options.batch, **shares)
     fixed = {"words": training.train_words, "ranks": ranks, "clip": options.clip, "seed": options.seed}
+    fixed["masters"] = masters
     drops = DROPS if options.decoder == "mask2former" else ()
     tada.train()
     if not training.validated:  # the run was interrupted before
@@ -418,6 +429,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     ranks = init_distributed(options.device)
+    torch.backends.cudnn.benchmark = True  # every step has the same shapes: time the convolutions once
 
     def work() -> int:
         kernels.use(options.kernels, ranks.device)

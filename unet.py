@@ -9,7 +9,7 @@ parts.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import attention, attention_maps, norm_silu
+from kernels import attention, attention_maps, norm_silu, own_type
 from kernels.linear import Linear, linear
 
 TAP = 1  # maps come after the second block of an up level (VPD vpd/models.py, output_blocks 1, 4, 7)
@@ -85,7 +85,8 @@ class UNet(nn.Module):
     def forward(self, latent: Tensor, t: Tensor, context: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Predict the noise `(B, 4, h, w)`; for the arguments see `features`."""
         finest = self.features(latent, t, context, lengths)[0]
-        return self.conv_out(norm_silu(self.conv_norm_out, finest))
+        with own_type(self.conv_out.weight):
+            return self.conv_out(norm_silu(self.conv_norm_out, finest))
 
     def features(
         self, latent: Tensor, t: Tensor, context: Tensor, lengths: Tensor | None = None
@@ -95,7 +96,8 @@ class UNet(nn.Module):
         latent `(B, 4, h, w)`, h and w multiples of 8; t `(B,)` int64 in 0..999; context `(B, L, 768)`, 1 <= L
         <= 1024; lengths `(B,)`: the number of context tokens of each image without padding (1..L), None = L.
         """
-        return self._forward(latent, t, context, lengths, with_attention=False)[0]
+        with own_type(self.conv_in.weight):
+            return self._forward(latent, t, context, lengths, with_attention=False)[0]
 
     def features_and_attention(
         self, latent: Tensor, t: Tensor, context: Tensor, lengths: Tensor | None = None
@@ -105,7 +107,8 @@ class UNet(nn.Module):
         The mean over the heads and over the layers of each resolution, on both paths, without the
         middle block (VPD vpd/models.py, `AttentionStore`). float32; the sum over the L tokens is 1.
         """
-        return self._forward(latent, t, context, lengths, with_attention=True)
+        with own_type(self.conv_in.weight):
+            return self._forward(latent, t, context, lengths, with_attention=True)
 
     def _forward(
         self, latent: Tensor, t: Tensor, context: Tensor, lengths: Tensor | None, with_attention: bool
@@ -113,9 +116,10 @@ class UNet(nn.Module):
         """Down, middle, up: the four feature maps and, `with_attention`, the attention maps (else [])."""
         self.check(latent, t, context, lengths)
         time = F.silu(self.time_embedding(t))  # (B, 1280); every block applies SiLU first
-        keys_values = self.keys_values(context)  # of each transformer, in the order of execution
+        dtype = self.conv_in.weight.dtype
+        keys_values = self.keys_values(context.to(dtype))  # of each transformer, in the order of execution
 
-        x = self.conv_in(latent)  # (B, 320, h, w)
+        x = self.conv_in(latent.to(dtype))  # (B, 320, h, w)
         skips = [x]
         attention: list[list[Tensor | None]] = [[] for _ in self.down_blocks]  # per level, of each layer
         for level, weights in zip(self.down_blocks, attention, strict=True):
@@ -157,8 +161,11 @@ class UNet(nn.Module):
         """Project the context to keys and values `(B, L, n, d)` of all cross-attentions by one product."""
         levels = (*self.down_blocks, self.mid_block, *self.up_blocks)
         layers = [x.transformer_blocks[0].attn2 for level in levels for x in level.attentions]
-        weights = [weight for layer in layers for weight in (layer.to_k.weight, layer.to_v.weight)]
+        projections = [x for layer in layers for x in (layer.to_k, layer.to_v)]
+        weights = [x.weight for x in projections]
         parts = linear(context, torch.cat(weights)).split([len(weight) for weight in weights], dim=-1)
+        if isinstance(projections[0], LoRA):
+            parts = [y + x.update(context) for y, x in zip(parts, projections, strict=True)]
         parts = [rearrange(x, "B L (n d) -> B L n d", n=self.config.heads) for x in parts]
         return zip(parts[::2], parts[1::2], strict=True)
 
@@ -308,6 +315,35 @@ class Attention(nn.Module):
 
     def split(self, x: Tensor) -> Tensor:
         return rearrange(x, "B N (n d) -> B N n d", n=self.heads)
+
+
+class LoRA(Linear):
+    """W x + B A x: a frozen projection with a trained update of rank R (Hu et al., 2021, section 4.1).
+
+    A `(R, C)` starts like a Linear's weight and B `(D, R)` at 0, so that the first output is that of W alone.
+    The scale of the update, alpha / R there, is 1.
+    """
+
+    def __init__(self, projection: Linear, rank: int):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = projection.in_features, projection.out_features
+        self.weight, self.bias = projection.weight, projection.bias
+        self.lora_A = nn.Parameter(nn.Linear(self.in_features, rank, bias=False).weight.detach())
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.update(x)
+
+    def update(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+
+
+def replace_projections(unet: UNet, new: Callable[[Linear], Linear]) -> None:
+    """Replace every projection of the UNet's attentions, in place: queries, keys, values and outputs."""
+    for layer in unet.modules():
+        if isinstance(layer, Attention):
+            layer.to_q, layer.to_k, layer.to_v = map(new, (layer.to_q, layer.to_k, layer.to_v))
+            layer.to_out[0] = new(layer.to_out[0])
 
 
 class FeedForward(nn.Module):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from kernels import norm_silu, wide_attention
+from kernels import norm_silu, own_type, wide_attention
 
 EPS = 1e-6  # of every GroupNorm here (CompVis model.py, `Normalize`), not torch's 1e-5
 LOGVAR_RANGE = (-30.0, 20.0)  # the clamp of CompVis ldm/modules/distributions/distributions.py
@@ -65,7 +65,10 @@ class VAE(nn.Module):
         assert H % self.stride == 0 and W % self.stride == 0, (
             f"the image is {H}x{W}: pad both sides to a multiple of {self.stride}"
         )
-        mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)  # (B, 8, h, w) -> 2 (B, 4, h, w)
+        weight = self.quant_conv.weight
+        with own_type(weight):
+            moments = self.quant_conv(self.encoder(image.to(weight.dtype)))  # (B, 8, h, w)
+        mean, logvar = moments.chunk(2, dim=1)  # (B, 4, h, w) each
         return mean, logvar.clamp(*LOGVAR_RANGE)
 
 

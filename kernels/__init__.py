@@ -7,6 +7,7 @@ runs.
 """
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -134,6 +135,15 @@ def chosen(kernel: str, x: Tensor, size: int, worth: bool = True) -> bool:
 def won(what: str, x: Tensor, size: int | str) -> bool:
     """Whether WINS lists this way for x's processor and this size; never if "torch" was chosen."""
     return _asked != "torch" and size in WINS.get((what, processor(x.device)), ())
+
+
+def own_type(weight: Tensor) -> AbstractContextManager:
+    """Turn autocast off for a part whose weights are not float32: all of it computes in their type.
+
+    Autocast would compute its norms in float32, with two to three times the bytes.
+    """
+    off = weight.dtype != torch.float32
+    return torch.autocast(weight.device.type, enabled=False) if off else nullcontext()
 
 
 def arrange(part: nn.Module) -> nn.Module:

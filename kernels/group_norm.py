@@ -65,6 +65,9 @@ def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: f
     assert x.device.type != "cpu" or not isinstance(normalize, triton.JITFunction), (
         "x is on the CPU: Triton's kernels run there only with TRITON_INTERPRET=1 in the environment"
     )
+    assert x.dtype != torch.bfloat16 or isinstance(normalize, triton.JITFunction), (
+        "x is bfloat16, to which Triton's interpreter (3.7.1) truncates: give float16 or float32"
+    )
     x = x.contiguous(memory_format=torch.channels_last)
     return forward(x, groups, weight, bias, eps)[0]
 

@@ -60,6 +60,9 @@ def upsample_cross_entropy(logits: Tensor, labels: Tensor, ignore: int = IGNORE)
     assert logits.device.type != "cpu" or not isinstance(sum_losses, triton.JITFunction), (
         "the logits are on the CPU: Triton's kernels run there only under TRITON_INTERPRET=1"
     )
+    assert logits.dtype != torch.bfloat16 or isinstance(sum_losses, triton.JITFunction), (
+        "the logits are bfloat16, to which Triton's interpreter (3.7.1) truncates: give float16 or float32"
+    )
     assert labels.dtype == torch.int64 and labels.ndim == 3 and len(labels) == len(logits), (
         f"the labels are {labels.dtype} {tuple(labels.shape)}: "
         f"give one int64 map per image, ({len(logits)}, H, W)"

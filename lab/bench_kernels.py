@@ -33,6 +33,7 @@ from kernels.cross_attention import cross_attention
 from kernels.group_norm import group_norm_silu
 from kernels.row_attention import row_attention
 from kernels.upsample_cross_entropy import upsample_cross_entropy
+from run.compiled import OPTIONS
 from run.folder import commit
 
 Clock = Callable[[Callable[[], object]], float]  # microseconds of one call
@@ -209,7 +210,8 @@ class Sizes:
         return torch.randn(*shape, device=self.device, dtype=self.dtype)
 
     def peers(self, plain: Function) -> dict[str, Function]:
-        return {"eager": plain} | ({"compiled": torch.compile(plain, dynamic=False)} if self.compiled else {})
+        compiled = {"compiled": torch.compile(plain, dynamic=False, options=OPTIONS)} if self.compiled else {}
+        return {"eager": plain} | compiled
 
 
 def attention_cases(sizes: Sizes) -> Iterator[Case]:

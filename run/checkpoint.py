@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import weights.load as weights_loader
-from assemble import SCALE_FILE, Undrawn, assemble, open_tagger, part_configs
+from assemble import SCALE_FILE, Undrawn, assemble, move, open_tagger, part_configs
 from clip import CLIP, Tokenizer
 from errors import CheckpointError
 from model import Tada, TadaConfig
@@ -48,7 +48,7 @@ def frozen_digests(config: TadaConfig) -> dict[str, str]:
     """Path -> sha256 of the files that are not trained: the prior's (not of random weights), and RAM's."""
     files = []
     if config.weights != "random":
-        files += prior_files(config.weights, ("vae", "clip", "tokenizer") + ("unet",) * config.freeze_unet)
+        files += prior_files(config.weights, ("vae", "clip", "tokenizer") + ("unet",) * config.keeps_unet)
         files += [SCALE_FILE] * (config.model == "tiny")
     if config.tags == "ram":
         files += [f"ram/{name}" for name in require_files(ram_folder(config.weights))]
@@ -64,8 +64,9 @@ def frozen_file(weights: str, name: str) -> Path:
 
 def own_state(tada: Tada) -> dict[str, Tensor]:
     """Every tensor that is trained or does not come from the prior's files: the content of a model's file."""
-    random, frozen = tada.config.weights == "random", ("vae.", "clip.") + ("unet.",) * tada.config.freeze_unet
-    return {name: x for name, x in tada.state_dict().items() if random or not name.startswith(frozen)}
+    random, frozen = tada.config.weights == "random", ("vae.", "clip.") + ("unet.",) * tada.config.keeps_unet
+    own = {name: random or ".lora_" in name or not name.startswith(frozen) for name in tada.state_dict()}
+    return {name: x for name, x in tada.state_dict().items() if own[name]}
 
 
 def save_model(tada: Tada, file: Path, frozen: dict[str, str], metrics: dict[str, float]) -> None:
@@ -110,19 +111,21 @@ def read_model(
 
     with torch.device("meta"), Undrawn():  # skip initialisation; every tensor comes from one of the files
         configs = part_configs(config.model, config.weights)
-        vae, unet, clip = (kind(x) for kind, x in zip((VAE, UNet, CLIP), configs, strict=True))
+        parts = {kind.__name__.lower(): kind(x) for kind, x in zip((VAE, UNet, CLIP), configs, strict=True)}
+    for name in about["frozen"]:  # the files whose hash was compared
+        if name.endswith(".safetensors") and not name.startswith("ram/"):
+            weights_loader.load(parts[name.split("/")[0]], folder / name)
+    vae, unet, clip = parts.values()
+    with torch.device("meta"), Undrawn():
         empty = torch.empty(clip.config.positions, clip.config.text.width)
         classes = torch.empty(len(config.classes), clip.config.text.width)
         names = torch.empty(len(config.classes), clip.config.projection) if config.tags == "clip" else None
         tokenizer = Tokenizer.spelling(clip.config.vocabulary) if random else Tokenizer(folder / "tokenizer")
         tada = assemble(config, vae, unet, clip, tokenizer, empty, classes, names)
-    for name in about["frozen"]:  # the files whose hash was compared
-        if name.endswith(".safetensors") and not name.startswith("ram/"):
-            weights_loader.load(getattr(tada, name.split("/")[0]), folder / name)
     # Clone: on the CPU, rounding depends on how a tensor is aligned in memory, in a mapped file otherwise.
     own = {name: x.clone() for name, x in read_own_state(tada, file).items()}
     tada.load_state_dict({**tada.state_dict(), **own}, strict=True, assign=True)
-    tada = tada.to(device).eval()
+    tada = move(tada, device).eval()
     if source == "ram" or (source, threshold) != (config.tags, config.tag_threshold):
         tada.tagger = open_tagger(tada, source, threshold)
     return tada

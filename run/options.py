@@ -81,6 +81,7 @@ class Options:
     noise: str = flag("one for all images, or none", TadaConfig.noise, choices=["fixed", "none"])
     attention_maps: bool = flag("add the UNet's cross-attention (VPD)", TadaConfig.attention_maps)
     freeze_unet: bool = flag("train only the adapter and the decoder", TadaConfig.freeze_unet)
+    lora: int = flag("rank of updates of a frozen UNet's attention; 0: none", TadaConfig.lora, least=0)
     dropout: float = flag("before the classifier; * 0.1, tiny 0", least=0, below=1)
 
     preset: str | None = flag(PRESET, None, choices=[*PRESETS], group="the run")
@@ -256,6 +257,8 @@ def refuse_nonsense(p: Parser, o: Options) -> None:
         p.error(f"--tag-threshold {o.tag_threshold:g}: give a score in 0..1")
     if o.tag_threshold is not None and o.tags in ("classes", "oracle"):
         p.error(f"--tag-threshold {o.tag_threshold:g}: {o.tags} have no scores; leave it out")
+    if o.lora and o.freeze_unet:
+        p.error(f"--lora {o.lora} trains what --freeze-unet leaves as it is: give one of them")
     if o.condition == "oracle" and o.tags != "oracle":
         p.error(f"--condition oracle takes the ground-truth tags: leave --tags {o.tags} out")
     if o.condition == "tags" and o.tags == "classes":

@@ -52,17 +52,20 @@ class Ranks(NamedTuple):
         if self.world > 1:
             dist.barrier()
 
-    def data_parallel(self, model: nn.Module) -> nn.Module:
+    def data_parallel(self, model: nn.Module, accumulate: int = 1) -> nn.Module:
         """Wrap a model so that gradients are averaged over all ranks; alone, return the model itself.
 
-        Buffers are not synchronised: they are constants. torch 2.13 renamed that argument of DDP.
+        Gradients lie in DDP's buckets, which saves their copy. The graph is the same in every step, unless
+        micro-batches `accumulate`: all but the last skip the average. Buffers are not synchronised: they are
+        constants. torch 2.13 renamed that argument of DDP.
         """
         if self.world == 1:
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None
         known = inspect.signature(DistributedDataParallel).parameters
         argument = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        return DistributedDataParallel(model, device_ids=devices, **{argument: False})
+        how = {argument: False, "gradient_as_bucket_view": True, "static_graph": accumulate == 1}
+        return DistributedDataParallel(model, device_ids=devices, **how)
 
 
 def usable_device(text: str) -> str:

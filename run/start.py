@@ -47,8 +47,12 @@ def fitting(file: Path, config: TadaConfig, frozen: dict[str, str]) -> str:
     theirs = read_config(about["config"], file)
     if theirs.model != config.model:
         raise CheckpointError(f"{file} has the size {theirs.model}: give --model {theirs.model}")
-    if config.freeze_unet and not theirs.freeze_unet:
-        raise CheckpointError(f"{file} has a UNet of its own, --freeze-unet keeps the prior's: leave it out")
+    if config.keeps_unet and not theirs.keeps_unet:
+        flag = "--lora" if config.lora else "--freeze-unet"
+        raise CheckpointError(f"{file} has a UNet of its own, {flag} keeps the prior's: leave it out")
+    if theirs.lora and config.lora != theirs.lora:
+        cure = f"give --lora {theirs.lora}, or merge it first: python -m run.merge"
+        raise CheckpointError(f"{file} has LoRA of rank {theirs.lora}, not {config.lora}: {cure}")
     prior = {name: expected for name, expected in about["frozen"].items() if not name.startswith("ram/")}
     places = {name: frozen_file(config.weights, name) for name in prior.keys() - frozen.keys()}
     ours = frozen | {name: digest(place) for name, place in places.items() if place.is_file()}
@@ -65,7 +69,7 @@ def start_from(file: Path, tada: Tada) -> str:
     for classes are taken by the classes' names. Raises CheckpointError for random weights of another seed.
     """
     theirs, config, state = read_config(read_about(file)["config"], file), tada.config, load_file(file)
-    for name, x in own_state(tada).items():
+    for name, x in (own := own_state(tada)).items():
         if name.startswith(("vae.", "clip.")) and not torch.equal(x.cpu(), state[name]):
             raise CheckpointError(f"{file} has random weights of another seed: give --seed as its run had")
     place = {name: k for k, name in enumerate((*theirs.classes, None))}  # None: "no object"
@@ -73,7 +77,7 @@ def start_from(file: Path, tada: Tada) -> str:
     new = [name for name in config.classes if name not in place]
     lines, buffers = [f"starting from {file}:"], dict(tada.named_buffers())  # such as vectors of class names
     for part in ("unet", "adapter", "decoder"):
-        ours = dict(getattr(tada, part).named_parameters(prefix=part))
+        ours = {name: x for name, x in getattr(tada, part).named_parameters(prefix=part) if name in own}
         old = {name: state[name] for name in state if name.startswith(f"{part}.") and name not in buffers}
         shapes = ({(name, x[name].shape[name.startswith(PER_CLASS) :]) for name in x} for x in (ours, old))
         odd = set.symmetric_difference(*shapes)

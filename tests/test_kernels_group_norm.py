@@ -173,6 +173,8 @@ def test_wrong_inputs_are_refused():
         group_norm_silu(x, 8, weight, bias[1:], EPS)
     with pytest.raises(AssertionError, match=r"\(0, 32, 5, 7\): an empty map"):
         group_norm_silu(x[:0], 8, weight, bias, EPS)
+    with pytest.raises(AssertionError, match="truncates: give float16 or float32"):
+        group_norm_silu(x.bfloat16(), 8, weight, bias, EPS)
 
 
 def test_a_cpu_without_the_interpreter_is_refused():

@@ -162,6 +162,8 @@ def test_wrong_inputs_are_refused():
         upsample_cross_entropy(logits, labels.byte())
     with pytest.raises(AssertionError, match=r"\(1, 6, 9\): .* \(2, H, W\)"):
         upsample_cross_entropy(logits, labels[:1])
+    with pytest.raises(AssertionError, match="truncates: give float16 or float32"):
+        upsample_cross_entropy(logits.bfloat16(), labels)
 
 
 MISTAKES = {

@@ -40,7 +40,7 @@ from mask2former import (
     pixel_centres,
     uncertain_points,
 )
-from train import COMPILE
+from run.compiled import OPTIONS
 
 BAR = 1e-4  # relative RMS error
 CHANNELS, THINGS, LAYERS, QUERIES = (SMALL[x] for x in ("channels", "things", "layers", "queries"))
@@ -479,7 +479,7 @@ def test_learns_compiled():
     if not which("c++"):
         message = "torch.compile needs a C++ compiler"
         pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
-    compiled(3, 1, options=COMPILE, fullgraph=True)
+    compiled(3, 1, options=OPTIONS, fullgraph=True)
 
 
 def test_overfits_two_images():

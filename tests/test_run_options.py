@@ -16,8 +16,8 @@ from run.recipes import paper_row, recipe
 # The keys of "options" in config.json of runs before a flag was an entry of `Options`.
 KEYS = """
 accumulate adapter_start attention_maps batch blocks check checkpoint_activations clip compile condition
-crop data dataset decoder dropout eval_every freeze_unet fresh from_run iterations kernels log_every long lr
-model noise preset queries run save_every scale_latent scales seed short tag_loss_weight tag_threshold
+crop data dataset decoder dropout eval_every freeze_unet fresh from_run iterations kernels log_every long lora
+lr model noise preset queries run save_every scale_latent scales seed short tag_loss_weight tag_threshold
 tag_tokens tags templates threads timestep unet_lr_scale warmup weight_decay weights whole workers
 """
 
@@ -164,7 +164,7 @@ def test_settings_of_the_model_have_one_default():
     """A flag for a setting of TadaConfig has its default, where that does not depend on the data set."""
     o, settings = parse(["--dataset", "ade20k"]), {x.name: x.default for x in fields(TadaConfig)}
     shared = settings.keys() & asdict(o).keys() - {"dataset", "weights", "tags"}
-    assert len(shared) == 17
+    assert len(shared) == 18
     assert all(getattr(o, name) == settings[name] for name in shared)
     assert len(parser()._actions) == 1 + sum(bool(option.metadata) for option in fields(Options))
 

@@ -18,11 +18,11 @@ def test_buffers_are_not_synchronised_by_old_and_new_torch(argument, monkeypatch
     calls = []
 
     class Old:
-        def __init__(self, module, device_ids=None, broadcast_buffers=True):
+        def __init__(self, module, device_ids=None, broadcast_buffers=True, **other):
             calls.append(("broadcast_buffers", broadcast_buffers, device_ids))
 
     class New:
-        def __init__(self, module, device_ids=None, broadcast_buffers=None, forward_sync_buffers=None):
+        def __init__(self, module, device_ids=None, broadcast_buffers=None, forward_sync_buffers=None, **_):
             assert broadcast_buffers is None
             calls.append(("forward_sync_buffers", forward_sync_buffers, device_ids))
 

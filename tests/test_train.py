@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.distributed.run
 from PIL import Image
+from safetensors.torch import load_file
 
 import train
 from assemble import build, parameter_groups
@@ -33,6 +34,7 @@ from loading.tags import TagSource
 from model import TadaConfig
 from run.checkpoint import read_model
 from run.folder import Run
+from run.masters import Masters
 from run.options import parse
 from run.ranks import Ranks
 
@@ -114,7 +116,7 @@ def test_no_norm_and_no_embedding_decays(segments):
 # ---- one step, however it is divided
 
 
-def one_step(folder, ranks=HERE, accumulate=1, steps=1, lr=None, decoder="fpn"):
+def one_step(folder, ranks=HERE, accumulate=1, steps=1, lr=None, decoder="fpn", half=False):
     """The parameters' gradient of the first step, or with `lr` the losses of some AdamW steps."""
     torch.manual_seed(0)
     panoptic = decoder == "mask2former"
@@ -125,16 +127,18 @@ def one_step(folder, ranks=HERE, accumulate=1, steps=1, lr=None, decoder="fpn"):
     words = TagSource("oracle", dataset.prompts)
     trained = [p for p in tada.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in trained]
-    model = ranks.data_parallel(tada)
+    masters = Masters(tada) if half else None
+    model = ranks.data_parallel(masters or tada, accumulate)
     # A step of plain descent by 2^14 shows the gradient: the parameter it starts from is lost in rounding.
-    optimizer = torch.optim.AdamW(trained, lr) if lr else torch.optim.SGD(trained, 2.0**14)
+    kind = torch.optim.AdamW if lr else torch.optim.SGD
+    optimizer = kind(trained, lr or 2.0**14, fused=True)
     shares = {"rank": ranks.rank, "world": ranks.world, "accumulate": accumulate}
     augmentation = Jitter((64, 64), (0.5, 2.0)) if panoptic else Augment((64, 64), 96, 384)
     batches = TrainStream(dataset, augmentation, batch=4, seed=0, **shares).batches()
     losses = []
     for _ in range(steps):
         step = [next(batches) for _ in range(accumulate)]
-        losses.append(train.train_step(model, tada, optimizer, step, words, ranks)["loss"])
+        losses.append(train.train_step(model, tada, optimizer, step, words, ranks, masters=masters)["loss"])
     gradient = torch.cat([(b - p.detach()).flatten() / 2**14 for b, p in zip(before, trained, strict=True)])
     return losses, gradient
 
@@ -146,36 +150,37 @@ from run.ranks import cleanup, init_distributed
 from test_train import one_step
 torch.set_num_threads(1)
 ranks = init_distributed()
-decoder = {decoder!r}
-curve = one_step({folder!r}, ranks, steps=3, lr=1e-3, decoder=decoder)[0]
-result = one_step({folder!r}, ranks, decoder=decoder), curve
+how = {{"decoder": {decoder!r}, "half": {half!r}}}
+curve = one_step({folder!r}, ranks, steps=3, lr=1e-3, **how)[0]
+result = one_step({folder!r}, ranks, **how), curve
 if ranks.is_main:
     torch.save(result, {out!r})
 cleanup()
 """
 
 
-@pytest.mark.parametrize("decoder", ["fpn", "mask2former"])
-def test_two_processes_and_two_micro_batches_make_the_step_of_one(folder, segments, tmp_path, decoder):
+@pytest.mark.parametrize(("decoder", "half"), [("fpn", False), ("mask2former", False), ("fpn", True)])
+def test_two_processes_and_two_micro_batches_make_the_step_of_one(folder, segments, tmp_path, decoder, half):
     """The same loss and gradient at step 1, the same losses for three, each process on one thread; numbers
     of ignored pixels, or segments, are unequal. The random points of Mask2Former's loss are the same too.
+    `half`: as on a GPU; sums of gradients are rounded to bfloat16, in another order.
     """
     assert torch.get_num_threads() == 1, "another number rounds differently, and matching amplifies rounding"
     folder = segments if decoder == "mask2former" else folder
-    step = partial(one_step, folder, decoder=decoder)
+    step = partial(one_step, folder, decoder=decoder, half=half)
     losses, gradient = step()
     curve, _ = step(steps=3, lr=1e-3)
     accumulated = step(accumulate=2), step(accumulate=2, steps=3, lr=1e-3)[0]
 
     script, out = tmp_path / "worker.py", str(tmp_path / "two.pt")
     here = {"root": str(ROOT), "tests": str(ROOT / "tests"), "folder": str(folder), "out": out}
-    script.write_text(WORKER.format(**here, decoder=decoder))
+    script.write_text(WORKER.format(**here, decoder=decoder, half=half))
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     subprocess.run(run, check=True, capture_output=True, timeout=300)
     for (other_losses, other), other_curve in (accumulated, torch.load(out)):
-        assert other_losses == pytest.approx(losses, rel=1e-6)
-        assert (other - gradient).norm() <= 1e-5 * gradient.norm()
-        assert other_curve == pytest.approx(curve, rel=1e-4)
+        assert other_losses == pytest.approx(losses, rel=1e-3 if half else 1e-6)
+        assert (other - gradient).norm() <= (0.02 if half else 1e-5) * gradient.norm()
+        assert other_curve == pytest.approx(curve, rel=0.02 if half else 1e-4)
     assert curve[2] < curve[0]
 
 
@@ -189,7 +194,7 @@ def test_clipping_scales_the_gradient_to_the_largest_norm(folder):
         tada = build(TadaConfig(classes=tuple(dataset.classes), model="tiny", tags="oracle", dropout=0.0))
         trained = [p for p in tada.parameters() if p.requires_grad]
         before = torch.cat([p.detach().flatten() for p in trained])
-        words, optimizer = TagSource("oracle", dataset.prompts), torch.optim.SGD(trained, lr=2.0**14)
+        words, optimizer = TagSource("oracle", dataset.prompts), torch.optim.SGD(trained, 2.0**14, fused=True)
         norms.append(train.train_step(tada, tada, optimizer, [batch], words, HERE, clip)["grad_norm"])
         steps.append((torch.cat([p.detach().flatten() for p in trained]) - before).norm() / 2**14)
     assert norms[0] == norms[1] == norms[2] == pytest.approx(steps[0].item(), rel=1e-3)
@@ -203,7 +208,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(folder):
     with torch.no_grad():
         tada.decoder.classifier[-1].bias[0] = math.inf
     before = {name: p.clone() for name, p in tada.named_parameters()}
-    optimizer = torch.optim.AdamW([p for p in tada.parameters() if p.requires_grad])
+    optimizer = torch.optim.AdamW([p for p in tada.parameters() if p.requires_grad], fused=True)
     batch = next(TrainStream(dataset, Augment((64, 64), 96, 384), batch=2, seed=0).batches())
     with pytest.raises(RunError, match=r"not finite.*images/train/"):
         train.train_step(tada, tada, optimizer, [batch], TagSource("oracle", dataset.prompts), HERE)
@@ -360,6 +365,28 @@ def test_the_same_command_resumes_exactly(folder, uninterrupted, tmp_path, monke
     torch.manual_seed(123)  # another state than before
     assert train.main(command(folder, tmp_path / "run")) == 0
     assert same(tmp_path / "run", uninterrupted)
+
+
+def test_a_run_with_lora_resumes_exactly(folder, tmp_path, monkeypatch):
+    """And every update is trained."""
+    flags = ["--iterations", "2", "--save-every", "1", "--weights", "weights/tiny", "--lora", "4"]
+    assert train.main(command(folder, tmp_path / "whole", *flags)) == 0
+    done, step = [], train.train_step
+
+    def dies(*args, **kwargs):
+        if done:
+            raise KeyboardInterrupt
+        done.append(1)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(train, "train_step", dies)
+    assert train.main(command(folder, tmp_path / "killed", *flags)) == 130
+    monkeypatch.undo()
+    assert train.main(command(folder, tmp_path / "killed", *flags)) == 0
+    assert same(tmp_path / "killed", tmp_path / "whole")
+    state = load_file(tmp_path / "whole" / "last" / "model.safetensors")
+    moved = [x for name, x in state.items() if name.endswith(".lora_B")]
+    assert len(moved) == 4 * 32 and all(x.abs().max() > 0 for x in moved)
 
 
 def test_a_run_that_started_so_resumes_without_it(folder, tmp_path, monkeypatch, capsys):
