@@ -38,7 +38,7 @@ from images.panoptic import Segment
 from loading.augment import RATIOS, Augment, normalise
 from loading.check import check
 from loading.jitter import UNOWNED, Jitter, masks_of
-from loading.stream import Batch, EvaluationStream, TrainStream
+from loading.stream import TOLERATED, Batch, EvaluationStream, TrainStream
 from loading.tags import TagSource
 from mask2former import Rand, Target
 from metrics.charts import curves
@@ -76,7 +76,7 @@ def train_step(
     seed: int = 0,
 ) -> dict[str, float]:
     """Update the model once with the micro-batches of this rank; return the losses of the global batch, the
-    gradient norm, and `stop`: whether any rank is `stopping`.
+    gradient norm, `stop`: whether any rank is `stopping`, and `replaced`: how many files were unreadable.
 
     `model` is `tada` or its DDP wrapper. Each part of the loss is divided by its count over all ranks and
     micro-batches, so the gradient does not depend on how a batch is divided. `seed` is that of the points of
@@ -105,8 +105,9 @@ def train_step(
     norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
     if clip:
         nn.utils.clip_grads_with_norm_(trained, clip, norm)
-    parts = torch.stack([*sums.values(), norm.new_tensor(float(stopping))])
-    *losses, stop = ranks.all_reduce(parts.cpu().double()).tolist()  # Apple's GPUs lack float64
+    counted = norm.new_tensor([float(stopping), sum(len(batch.skipped) for batch in batches)])
+    parts = torch.stack([*sums.values(), *counted])
+    *losses, stop, replaced = ranks.all_reduce(parts.cpu().double()).tolist()  # Apple's GPUs lack float64
     step = {"loss": sum(losses), **dict(zip(sums, losses, strict=True)), "grad_norm": float(norm)}
     if not all(map(math.isfinite, step.values())):
         wrong = [] if all(x.isfinite() for x in sums.values()) else [p for x in batches for p in x.paths]
@@ -115,7 +116,7 @@ def train_step(
         raise RunError(f"not finite: {step}, in {where}: {cure}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {**step, "stop": bool(stop)}
+    return {**step, "stop": bool(stop), "replaced": int(replaced)}
 
 
 def segments_of(tada: Tada, batch: Batch, device: torch.device) -> list[Target] | None:
@@ -161,6 +162,7 @@ class Training:
     step: int = 0
     best: dict = field(default_factory=dict)  # step and metric of the best checkpoint
     validated: bool = True  # False while a validation of this step is still due
+    replaced: int = 0  # samples whose file was unreadable, on all ranks, since step 1
 
     @property
     def metric(self) -> str:
@@ -201,11 +203,15 @@ def loop(training: Training, stop: StopOnSignal) -> int:
         stopping = stop.signal is not None
         result = train_step(model, tada, training.optimizer, batches=batches, stopping=stopping, **fixed)
         times.append((loaded - started, time.perf_counter() - loaded))
-        training.step = step
+        training.step, training.replaced = step, training.replaced + result.pop("replaced")
+        if not stream.tolerates(training.replaced, position=step * options.batch):
+            share = f"{training.replaced} of the first {step * options.batch:,} samples could not be read"
+            limit = f"more than one, or {TOLERATED:.0%} of the images, an epoch"
+            raise RunError(f"{share}, {limit}: repair or remove what is named above, give --fresh")
         last = step == options.iterations
         stopping = result.pop("stop") and not last
         if last or stopping or step % options.log_every == 0 or step == 1:
-            entry = {"step": step, **result, "lr": options.lr * share, "replaced": stream.replaced}
+            entry = {"step": step, **result, "lr": options.lr * share, "replaced": training.replaced}
             entry |= speed(times, options.batch, remaining=options.iterations - step)
             times.clear()
             run.log(entry)
@@ -312,6 +318,7 @@ def save_checkpoint(training: Training, metrics: dict[str, float], final: bool) 
     tensors, written = checkpoint.training_state(training.optimizer, run.ranks), True
     if run.ranks.is_main:
         facts = {"step": training.step, "best": best, "judged": training.validated}
+        facts["replaced"] = training.replaced
         try:
             model = {"tada": training.tada, "frozen": training.frozen, "metrics": metrics}
             folder = checkpoint.write_step(run.folder, training.step, **model, tensors=tensors, facts=facts)
@@ -332,7 +339,7 @@ def resume(training: Training, folder: Path) -> None:
     tensors, facts = checkpoint.read_step(folder, training.tada)
     restored = checkpoint.restore_training(tensors, training.optimizer, ranks=run.ranks)
     training.step, training.best = facts["step"], facts["best"]
-    training.validated = facts.get("judged", True)
+    training.validated, training.replaced = facts.get("judged", True), facts.get("replaced", 0)
     if run.ranks.is_main and training.best:
         best = checkpoint.step_name(training.best["step"])
         if (run.folder / best).is_dir():  # the link may be missing after a crash or a copy

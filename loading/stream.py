@@ -9,6 +9,7 @@ floats.
 """
 
 import atexit
+import math
 import signal
 import warnings
 from collections import deque
@@ -33,6 +34,7 @@ from loading.augment import Augment, evaluation
 from loading.jitter import Jitter
 
 ORDER, SAMPLE = 1, 2  # keep the two uses of a seed apart
+TOLERATED = 0.01  # of the images may be unreadable; which of them were is in the output
 
 
 def randomness(seed: int, epoch: int, index: int) -> np.random.Generator:
@@ -105,9 +107,8 @@ class Batch(NamedTuple):
 class TrainStream:
     """The training samples of one rank in their global order, endlessly, starting at any position.
 
-    A file that cannot be decoded is named in a DataWarning and replaced by the next index; `seen` and
-    `replaced` count. More than 1 % of the samples of this rank (and more than one) is a DataError; so is a
-    label file with wrong content.
+    A file that cannot be decoded is named in a DataWarning and in its batch, and replaced by the next index.
+    A label file with wrong content is a DataError.
     """
 
     dataset: Dataset
@@ -120,25 +121,22 @@ class TrainStream:
     accumulate: int = 1
     workers: int = 0
     device: str = "cpu"
-    tolerated: float = 0.01
 
     def __post_init__(self) -> None:
         shard(0, self.batch, self.rank, self.world, self.accumulate)  # refuses a batch that cannot be divided
         self.order = Order(len(self.dataset), self.seed)
-        self.seen = self.replaced = 0
 
     def batches(self, position: int = 0) -> Iterator[Batch]:
         """Micro-batches, `accumulate` per step, from the step that starts at global sample `position`."""
         for batch in load_in_order(self, self.micro_batches(position), collate, self.workers, self.device):
-            self.seen += len(batch.paths)
             for sentence in batch.skipped:
-                self.replaced += 1
                 warnings.warn(f"{sentence}; another image takes its place", DataWarning, stacklevel=2)
-                if self.replaced > max(1, self.tolerated * self.seen):
-                    share = f"{self.replaced} of the first {self.seen} samples"
-                    limit = f"more than {self.tolerated:.0%}: repair the data set"
-                    raise DataError(f"{share} could not be read, {limit}; the last one: {sentence}")
             yield batch
+
+    def tolerates(self, replaced: int, position: int) -> bool:
+        """Whether `replaced` of the samples before `position` are few: one, or 1 %, an epoch begun."""
+        images = len(self.dataset)
+        return replaced <= math.ceil(position / images) * max(1, TOLERATED * images)
 
     def micro_batches(self, position: int) -> Iterator[range]:
         while True:

@@ -24,7 +24,7 @@ from PIL import Image
 import train
 from assemble import build, parameter_groups
 from data import open_dataset
-from errors import DataError, RunError
+from errors import DataError, DataWarning, RunError
 from images import scenes
 from loading.augment import Augment
 from loading.jitter import Jitter
@@ -400,6 +400,49 @@ def test_a_run_that_started_so_resumes_without_it(folder, tmp_path, monkeypatch,
     assert train.main(command(folder, tmp_path / "from", "--iterations", "1", "--lr", "1e-2")) == 0
     assert train.main(flags) == 0
     assert "the model of --from has changed: the run resumes from its own" in capsys.readouterr().out
+
+
+@pytest.fixture
+def damaged(folder, tmp_path, monkeypatch):
+    """The images of `folder`, of which 3 breaks after the start has looked at them, as in a large set."""
+    data = shutil.copytree(folder, tmp_path / "data")
+    file = data / "images" / "train" / "3.png"
+    file.write_bytes(file.read_bytes()[:500])
+    monkeypatch.setattr(train, "check", partial(train.check, samples=1))
+    return data
+
+
+def test_unreadable_images_are_counted_across_resumptions(damaged, tmp_path, monkeypatch):
+    """One of eight in each of three epochs, with two stops in between: the log is that of one go."""
+    whole, run, step = tmp_path / "whole", tmp_path / "run", train.train_step
+    with pytest.warns(DataWarning, match=r"3\.png .*another image takes its place"):
+        assert train.main(command(damaged, whole)) == 0
+    assert [line["replaced"] for line in log_of(whole) if "loss" in line][1::2] == [1, 2, 3]
+    for stop in (2, 2, None):  # the steps until Ctrl-C
+        done = []
+
+        def dies(*args, stop=stop, done=done, **kwargs):
+            if len(done) == stop:
+                raise KeyboardInterrupt
+            done.append(1)
+            return step(*args, **kwargs)
+
+        monkeypatch.setattr(train, "train_step", dies)
+        with pytest.warns(DataWarning):
+            assert train.main(command(damaged, run)) == (130 if stop else 0)
+    assert same(run, whole)
+
+
+def test_two_unreadable_images_of_eight_stop_training(damaged, tmp_path, capsys):
+    """In the first epoch, before a checkpoint, with the rule in one sentence."""
+    (damaged / "images" / "train" / "4.png").write_bytes(b"<!DOCTYPE html>")
+    with pytest.warns(DataWarning, match=r"4\.png .*another image takes its place"):
+        assert train.main(command(damaged, tmp_path / "run")) == 2
+    error = capsys.readouterr().err
+    assert re.search(
+        r"of the first [48] samples could not be read, more than one, or 1% of the images, an", error
+    )
+    assert not (tmp_path / "run" / "last").exists()
 
 
 def test_a_panoptic_run_resumes_exactly(segments, tmp_path, monkeypatch):
