@@ -345,8 +345,9 @@ def resume(training: Training, folder: Path) -> None:
         if (run.folder / best).is_dir():  # the link may be missing after a crash or a copy
             checkpoint.point(run.folder, "best", target=best)
     run.truncate_log(training.step + 0.5 * training.validated)
-    new = "" if restored else "; this rank has a new random state, since there were fewer ranks"
-    run.print0(f"resuming from step {training.step} in {folder}{new}")
+    new = "" if restored else "; it has no random states of more ranks or of a GPU: these are new"
+    gpu = "" if run.ranks.device.type == "cpu" else "; same samples as in one go, but a GPU rounds otherwise"
+    run.print0(f"resuming from step {training.step} in {folder}{new}{gpu}")
 
 
 # ---- start

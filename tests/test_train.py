@@ -669,6 +669,19 @@ def test_the_best_step_is_one_that_was_saved(folder, tmp_path, monkeypatch, caps
     assert os.readlink(run / "best") == "step-000006"
 
 
+@pytest.mark.parametrize(("world", "device"), [(1, "cpu"), (1, "meta"), (2, "cpu")])
+def test_what_a_resumed_run_does_not_keep_is_printed(folder, uninterrupted, capsys, world, device):
+    """More ranks have new random states; a GPU (here: any other device) other roundings."""
+    with Run(uninterrupted, HERE) as run:
+        training = train.prepare(run, parse(command(folder, uninterrupted)))
+        assert "resuming from step 6" in capsys.readouterr().out
+        run.ranks = Ranks(0, world, torch.device(device))
+        train.resume(training, uninterrupted / "last")
+        (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("resuming from step 6 in")]
+        assert ("it has no random states of more ranks or of a GPU: these are new" in line) == (world > 1)
+        assert ("same samples as in one go, but a GPU rounds otherwise" in line) == (device != "cpu")
+
+
 def test_a_copied_run_gets_its_link_to_the_best_step_back(folder, tmp_path, capsys):
     """The copy lacks the links, or has folders in their place."""
     run, more = tmp_path / "run", ["--iterations", "3"]
