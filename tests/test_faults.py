@@ -5,28 +5,38 @@ files that changed between two commands. Each ends in one sentence and code 2, o
 import json
 import os
 import random
+import re
 import shutil
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import command, log_of, same, stops_after
 
 import eval as evaluation
 import predict
 import tag
 import train
 from assemble import build
-from errors import TadaError
+from errors import DataWarning, TadaError
 from metrics.report import FILES, move_earlier_results
 from model import TadaConfig
 from run.checkpoint import clean, save_model
+from run.folder import Run
 from run.predictions import Settings, read_list, to_do, write
+from run.ranks import Ranks
 
 ROOT = Path(__file__).parents[1]
+HERE = Ranks(0, 1, torch.device("cpu"))
+SLOW, SWEEP = pytest.mark.slow, pytest.mark.sweep
+# Compare like with like: all runs here have --threads 1, and so have the processes that torchrun starts.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +57,123 @@ def photos(tmp_path) -> Path:
     for name in "abc":
         Image.fromarray(np.full((64, 64, 3), ord(name), np.uint8)).save(folder / f"{name}.png")
     return folder
+
+
+# ---- 1  killed at any moment
+
+KILLER = """
+import json, os, random, signal, sys, time
+sys.path.insert(0, {root!r})
+import torch, train
+torch.set_num_threads(1)
+
+def start(number):
+    child = os.fork()  # not a new process: the imports would take longer than the run
+    if not child:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1), os.dup2(null, 2)
+        os._exit(train.main({command!r} + ["--run", f"{{run}}/{{number}}"]))
+    return child
+
+run, kills, chance = sys.argv[1], int(sys.argv[2]), random.Random(int(sys.argv[3]))
+began = time.monotonic()
+assert os.waitpid(start(0), 0)[1] == 0
+whole, number, found = time.monotonic() - began, 1, []
+while len(found) < kills:
+    child = start(number)
+    time.sleep(chance.uniform(0, whole))
+    os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    if os.WIFSIGNALED(status):
+        names = os.listdir(f"{{run}}/{{number}}") if os.path.isdir(f"{{run}}/{{number}}") else []
+        saving = [x for x in names if x.startswith((".tmp-step", ".old-step", ".tmp-old"))]
+        found.append((max([x for x in names if x.startswith("step-")], default="none"), bool(saving)))
+    else:
+        assert status == 0, status
+        number += 1
+assert os.waitpid(start(number), 0)[1] == 0
+print(json.dumps({{"whole": whole, "runs": number, "killed": found}}))
+"""
+
+
+@pytest.mark.parametrize("kills", [pytest.param(8, marks=SLOW), pytest.param(50, marks=SWEEP)])
+def test_killed_at_any_moment(folder, uninterrupted, tmp_path, kills):
+    """SIGKILL at random moments, in a row until a run is complete: each ends as the one in one go."""
+    seed, runs = random.randrange(2**32), tmp_path / "runs"
+    script = KILLER.format(root=str(ROOT), command=command(folder, "replaced"))
+    line = [sys.executable, "-c", script, str(runs), str(kills), str(seed)]
+    ended = subprocess.run(line, check=False, capture_output=True, text=True)
+    print(f"seed {seed}: {ended.stdout}")
+    assert ended.returncode == 0, ended.stderr
+    done = json.loads(ended.stdout)
+    assert len(done["killed"]) == kills
+    for number in range(done["runs"] + 1):
+        assert same(runs / str(number), uninterrupted), number
+        assert not [*(runs / str(number)).glob(".tmp*"), *(runs / str(number)).glob(".old*")]
+
+
+@SLOW
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_leaves_a_checkpoint(folder, uninterrupted, tmp_path, number):
+    """Sent to the whole process group, loading workers too, as a terminal or a scheduler does."""
+    run = tmp_path / "run"
+    line = [sys.executable, "-u", str(ROOT / "train.py"), *command(folder, run, "--workers", "2")]
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+    process = subprocess.Popen(
+        line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    signal.signal(signal.SIGHUP, before)
+    output = ""
+    for text in process.stdout:
+        output += text
+        if text.startswith("step 2/6"):
+            os.killpg(process.pid, number)
+            break
+    output += process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + number, output
+    assert "stopped at step" in output and "Traceback" not in output
+    assert train.main(command(folder, run)) == 0
+    assert same(run, uninterrupted)
+
+
+@pytest.fixture
+def damaged(folder, tmp_path, monkeypatch):
+    """The images of `folder`, of which 3 breaks after the start has looked at them, as in a large set."""
+    data = shutil.copytree(folder, tmp_path / "data")
+    file = data / "images" / "train" / "3.png"
+    file.write_bytes(file.read_bytes()[:500])
+    monkeypatch.setattr(train, "check", partial(train.check, samples=1))
+    return data
+
+
+def test_unreadable_images_are_counted_across_resumptions(damaged, tmp_path, monkeypatch):
+    """One of eight in each of three epochs, with a stop in between, is named and replaced each time."""
+    run, more = tmp_path / "run", ["--eval-every", "6"]
+    for stop in (5, None):
+        with monkeypatch.context() as patch:
+            stops_after(stop, patch)
+            with pytest.warns(DataWarning, match=r"3\.png .*another image takes its place"):
+                assert train.main(command(damaged, run, *more)) == (130 if stop else 0)
+    assert [line["replaced"] for line in log_of(run) if "loss" in line][1::2] == [1, 2, 3]
+
+
+def test_two_unreadable_images_of_eight_stop_training(damaged, tmp_path, capsys):
+    """In the first epoch, before a checkpoint, with the rule in one sentence."""
+    (damaged / "images" / "train" / "4.png").write_bytes(b"<!DOCTYPE html>")
+    with pytest.warns(DataWarning, match=r"4\.png .*another image takes its place"):
+        assert train.main(command(damaged, tmp_path / "run")) == 2
+    error = capsys.readouterr().err
+    assert re.search(
+        r"of the first [48] samples could not be read, more than one, or 1% of the images, an", error
+    )
+    assert not (tmp_path / "run" / "last").exists()
+
+
+def test_two_processes_do_not_share_a_run(folder, tmp_path, capsys):
+    first = Run(tmp_path / "run", HERE)
+    first.claim()
+    assert train.main(command(folder, tmp_path / "run")) == 2
+    assert "another process" in capsys.readouterr().err
 
 
 # ---- stdout and stderr closed, full, narrow

@@ -8,10 +8,8 @@ import math
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -20,11 +18,12 @@ import pytest
 import torch
 import torch.distributed.run
 from PIL import Image
+from runs import command, log_of, same
 
 import train
 from assemble import build, parameter_groups
 from data import open_dataset
-from errors import DataError, DataWarning, RunError
+from errors import DataError, RunError
 from images import scenes
 from loading.augment import Augment
 from loading.jitter import Jitter
@@ -38,43 +37,10 @@ from run.ranks import Ranks
 
 ROOT = Path(train.__file__).parent
 HERE = Ranks(0, 1, torch.device("cpu"))
-TIMES = ("images_per_second", "data_share", "memory_gib", "eta_seconds")  # may differ between two runs
 
 
 # Compare like with like: all runs here have --threads 1, and so have the processes that torchrun starts.
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Eight images of 4:3 with labels, some of them mostly ignored."""
-    root = tmp_path_factory.mktemp("folder")
-    for split, indices in (("train", range(8)), ("val", range(8, 11))):
-        for kind in ("images", "labels"):
-            (root / kind / split).mkdir(parents=True)
-        for i in indices:
-            scene = scenes.draw(i)
-            labels = scene.labels[:96].copy()
-            labels[: 12 * (i % 8)] = 255
-            Image.fromarray(scene.image[:96]).save(root / "images" / split / f"{i}.png")
-            Image.fromarray(labels).save(root / "labels" / split / f"{i}.png")
-    (root / "classes.txt").write_text("\n".join(scenes.CLASSES))
-    return root
-
-
-def command(folder, run, *more):
-    """The flags of a run of six small steps."""
-    dataset = "panoptic" if (Path(folder) / "annotations").is_dir() else "folder"
-    flags = (
-        f"--dataset {dataset} --data {folder} --model tiny --weights random --run {run} --crop 64 --short 96 "
-    )
-    flags += "--batch 4 --iterations 6 --save-every 2 --eval-every 3 --log-every 1 --workers 0 --threads 1 "
-    return [*(flags + "--tags oracle --dropout 0.1").split(), *more]
-
-
-def log_of(run):
-    lines = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 
 # ---- the recipe
@@ -279,13 +245,6 @@ def test_a_step_at_full_size():
 # ---- a run, and how it resumes
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(folder, one_thread, tmp_path_factory):
-    run = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    assert train.main(command(folder, run)) == 0
-    return run
-
-
 def test_a_run_folder_holds_what_the_readme_lists(uninterrupted):
     names = {path.name for path in uninterrupted.iterdir()}
     assert names >= {
@@ -333,14 +292,6 @@ def test_val_shows_the_ground_truth_and_no_drawing_stops_training(folder, tmp_pa
     assert len(shown) == 3
     (line,) = [x for x in log_of(run) if "val" in x]
     assert f"step 1 val mIoU {100 * line['val']['mIoU']:.1f}% pixel accuracy" in printed
-
-
-def same(run, other):
-    """Bit-equal models and optimisers, and equal logs."""
-    for name in ("model.safetensors", "train.safetensors"):
-        if (run / "last" / name).read_bytes() != (other / "last" / name).read_bytes():
-            return False
-    return log_of(run) == log_of(other)
 
 
 @pytest.mark.parametrize("crash", [1, 3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 5))])
@@ -400,49 +351,6 @@ def test_a_run_that_started_so_resumes_without_it(folder, tmp_path, monkeypatch,
     assert train.main(command(folder, tmp_path / "from", "--iterations", "1", "--lr", "1e-2")) == 0
     assert train.main(flags) == 0
     assert "the model of --from has changed: the run resumes from its own" in capsys.readouterr().out
-
-
-@pytest.fixture
-def damaged(folder, tmp_path, monkeypatch):
-    """The images of `folder`, of which 3 breaks after the start has looked at them, as in a large set."""
-    data = shutil.copytree(folder, tmp_path / "data")
-    file = data / "images" / "train" / "3.png"
-    file.write_bytes(file.read_bytes()[:500])
-    monkeypatch.setattr(train, "check", partial(train.check, samples=1))
-    return data
-
-
-def test_unreadable_images_are_counted_across_resumptions(damaged, tmp_path, monkeypatch):
-    """One of eight in each of three epochs, with two stops in between: the log is that of one go."""
-    whole, run, step = tmp_path / "whole", tmp_path / "run", train.train_step
-    with pytest.warns(DataWarning, match=r"3\.png .*another image takes its place"):
-        assert train.main(command(damaged, whole)) == 0
-    assert [line["replaced"] for line in log_of(whole) if "loss" in line][1::2] == [1, 2, 3]
-    for stop in (2, 2, None):  # the steps until Ctrl-C
-        done = []
-
-        def dies(*args, stop=stop, done=done, **kwargs):
-            if len(done) == stop:
-                raise KeyboardInterrupt
-            done.append(1)
-            return step(*args, **kwargs)
-
-        monkeypatch.setattr(train, "train_step", dies)
-        with pytest.warns(DataWarning):
-            assert train.main(command(damaged, run)) == (130 if stop else 0)
-    assert same(run, whole)
-
-
-def test_two_unreadable_images_of_eight_stop_training(damaged, tmp_path, capsys):
-    """In the first epoch, before a checkpoint, with the rule in one sentence."""
-    (damaged / "images" / "train" / "4.png").write_bytes(b"<!DOCTYPE html>")
-    with pytest.warns(DataWarning, match=r"4\.png .*another image takes its place"):
-        assert train.main(command(damaged, tmp_path / "run")) == 2
-    error = capsys.readouterr().err
-    assert re.search(
-        r"of the first [48] samples could not be read, more than one, or 1% of the images, an", error
-    )
-    assert not (tmp_path / "run" / "last").exists()
 
 
 def test_a_panoptic_run_resumes_exactly(segments, tmp_path, monkeypatch):
@@ -711,43 +619,6 @@ def test_a_model_that_changed_on_the_disk_is_refused(uninterrupted, tmp_path):
             read_model(step)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_leaves_a_checkpoint(folder, uninterrupted, tmp_path, number):
-    """Sent to the whole process group, loading workers too, as a terminal or a scheduler does."""
-    run = tmp_path / "run"
-    line = [sys.executable, "-u", str(ROOT / "train.py"), *command(folder, run, "--workers", "2")]
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
-    process = subprocess.Popen(
-        line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    signal.signal(signal.SIGHUP, before)
-    output = ""
-    for text in process.stdout:
-        output += text
-        if text.startswith("step 2/6"):
-            os.killpg(process.pid, number)
-            break
-    output += process.communicate(timeout=120)[0]
-    assert process.returncode == 128 + number, output
-    assert "stopped at step" in output and "Traceback" not in output
-    assert train.main(command(folder, run)) == 0
-    assert same(run, uninterrupted)
-
-
-@pytest.mark.slow
-def test_killed_at_any_time(folder, uninterrupted, tmp_path):
-    """SIGKILL several times: the same command finishes the run as if it had not been interrupted."""
-    run, line = tmp_path / "run", [sys.executable, str(ROOT / "train.py"), *command(folder, tmp_path / "run")]
-    for seconds in (6, 8, 9, 10):
-        process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(seconds)
-        process.kill()
-        process.wait()
-    assert train.main(command(folder, run)) == 0
-    assert same(run, uninterrupted)
-
-
 # ---- bad input: one sentence, exit code 2
 
 
@@ -790,10 +661,3 @@ def test_a_label_out_of_range_is_named_before_training(folder, tmp_path, capsys)
     error = capsys.readouterr().err
     assert str(file) in error and "24" in error and "0..23" in error
     assert not (tmp_path / "run").exists()
-
-
-def test_two_processes_do_not_share_a_run(folder, tmp_path, capsys):
-    first = Run(tmp_path / "run", HERE)
-    first.claim()
-    assert train.main(command(folder, tmp_path / "run")) == 2
-    assert "another process" in capsys.readouterr().err
