@@ -10,11 +10,9 @@ TIMES = ("images_per_second", "data_share", "memory_gib", "eta_seconds")  # may 
 def command(folder, run, *more):
     """The flags of a run of six small steps."""
     dataset = "panoptic" if (Path(folder) / "annotations").is_dir() else "folder"
-    flags = (
-        f"--dataset {dataset} --data {folder} --model tiny --weights random --run {run} --crop 64 --short 96 "
-    )
-    flags += "--batch 4 --iterations 6 --save-every 2 --eval-every 3 --log-every 1 --workers 0 --threads 1 "
-    return [*(flags + "--tags oracle --dropout 0.1").split(), *more]
+    flags = f"--dataset {dataset} --data {folder} --run-dir {run} --model tiny --weights random --crop 64 "
+    flags += "--short 96 --batch 4 --iterations 6 --save-every 2 --eval-every 3 --log-every 1 --workers 0 "
+    return [*(flags + "--threads 1 --tags oracle --dropout 0.1").split(), *more]
 
 
 def log_of(run):

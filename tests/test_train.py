@@ -296,7 +296,9 @@ def test_val_shows_the_ground_truth_and_no_drawing_stops_training(folder, tmp_pa
 
 @pytest.mark.parametrize("crash", [1, 3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 5))])
 def test_the_same_command_resumes_exactly(folder, uninterrupted, tmp_path, monkeypatch, crash):
-    """Interrupted before or after a checkpoint, with dropout: it ends as the uninterrupted run."""
+    """Interrupted before or after a checkpoint, with dropout: it ends as the uninterrupted run. A restart by
+    torchrun is the same command, too, whose environment counts the attempts.
+    """
     done, step = [], train.train_step
 
     def dies(*args, **kwargs):
@@ -309,6 +311,7 @@ def test_the_same_command_resumes_exactly(folder, uninterrupted, tmp_path, monke
     assert train.main(command(folder, tmp_path / "run")) == 130
     monkeypatch.setattr(train, "train_step", step)
     torch.manual_seed(123)  # another state than before
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert train.main(command(folder, tmp_path / "run")) == 0
     assert same(tmp_path / "run", uninterrupted)
 
