@@ -655,7 +655,7 @@ def test_commands_work_in_any_folder_and_locale(data, tmp_path):
     flags = "--dataset folder --model tiny --weights random --crop 64 --short 64 --batch 2 --iterations 1 "
     flags += "--workers 1 --threads 1 --tags clip --device cpu --data"
     line = [sys.executable, "-c", COMMANDS.format(**names, flags=[*flags.split(), names["data"]])]
-    env = {**os.environ, "LC_ALL": "C", "LANG": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    env = {**os.environ, "LC_ALL": "C", "LANG": "C"}
     ended = subprocess.run(line, check=False, capture_output=True, text=True, env=env, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert (home / "a run" / "eval" / "result.json").is_file()
