@@ -38,9 +38,9 @@ from images.panoptic import Segment
 from loading.augment import RATIOS, Augment, normalise
 from loading.check import check
 from loading.jitter import UNOWNED, Jitter, masks_of
-from loading.stream import Batch, EvaluationStream, TrainStream
+from loading.stream import Batch, EvaluationStream, TrainStream, points_of
 from loading.tags import TagSource
-from mask2former import Rand, Target
+from mask2former import Target
 from metrics.charts import curves
 from metrics.report import percent
 from model import Size, Tada
@@ -58,7 +58,6 @@ from run.start import find_source, start_from
 from run.tagging import open_tags
 
 SHOWN = 8  # images in inputs.jpg and in val/
-POINTS = 3  # separates this use of the seed from those of loading/stream.py
 
 
 # ---- one step
@@ -77,7 +76,7 @@ def train_step(
     masters: Masters | None = None,
 ) -> dict[str, float]:
     """Update the model once with the micro-batches of this rank; return the losses of the global batch, the
-    gradient norm, and `stop`: whether any rank is `stopping`.
+    gradient norm, `stop`: whether any rank is `stopping`, and `replaced`: how many files were unreadable.
 
     `model` is `tada`, its `masters`, or the DDP wrapper of either. Each part of the loss is divided by its
     count over all ranks and micro-batches, so the gradient does not depend on how a batch is divided. `seed`
@@ -109,7 +108,8 @@ def train_step(
     norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
     if clip:
         nn.utils.clip_grads_with_norm_(trained, clip, norm)
-    parts = torch.stack([*sums.values(), norm.new_tensor(float(stopping))])
+    counted = norm.new_tensor([float(stopping), sum(len(batch.skipped) for batch in batches)])
+    parts = torch.stack([*sums.values(), *counted])
     parts = ranks.all_reduce(parts.float() if ranks.device.type == "mps" else parts.double())
     # AdamW leaves everything as it is if this is 1, as torch's GradScaler sets it (fused only).
     optimizer.found_inf = 1 - (parts.isfinite().all() & norm.isfinite()).float()
@@ -117,14 +117,14 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     if masters:
         masters.copy_weights()
-    *losses, stop = parts.tolist()
+    *losses, stop, replaced = parts.tolist()
     step = {"loss": sum(losses), **dict(zip(sums, losses, strict=True)), "grad_norm": float(norm)}
     if not all(map(math.isfinite, step.values())):
         wrong = [] if all(x.isfinite() for x in sums.values()) else [p for x in batches for p in x.paths]
         where = ", ".join(ranks.all_gather_object(wrong)) or "the gradient alone"
         cure = "give a lower --lr, or the largest norm with --clip, and --fresh"
         raise RunError(f"not finite: {step}, in {where}: {cure}")
-    return {**step, "stop": bool(stop)}
+    return {**step, "stop": bool(stop), "replaced": int(replaced)}
 
 
 def segments_of(tada: Tada, batch: Batch, device: torch.device) -> list[Target] | None:
@@ -137,12 +137,6 @@ def segments_of(tada: Tada, batch: Batch, device: torch.device) -> list[Target] 
         Target(labels, masks_of(owner, len(labels)), tuple(size))
         for labels, owner, size in zip(classes, owners, batch.sizes, strict=True)
     ]
-
-
-def points_of(seed: int, position: int, device: torch.device) -> Rand:
-    """Draws the points of one sample's loss: a function of (seed, position), whatever the ranks."""
-    number = np.random.default_rng((POINTS, seed, position)).integers(2**63)
-    return partial(torch.rand, generator=torch.Generator(device).manual_seed(int(number)))
 
 
 def words_of(batch: Batch, words: TagSource) -> list[list[str]] | None:
@@ -170,6 +164,7 @@ class Training:
     step: int = 0
     best: dict = field(default_factory=dict)  # step and metric of the best checkpoint
     validated: bool = True  # False while a validation of this step is still due
+    replaced: int = 0  # samples whose file was unreadable, on all ranks, since step 1
 
     @property
     def metric(self) -> str:
@@ -186,8 +181,7 @@ class Training:
 def loop(training: Training, stop: StopOnSignal) -> int:
     """Train to the last iteration, or until a signal; return the exit code."""
     run, options, tada, ranks = training.run, training.options, training.tada, training.run.ranks
-    gpu = ranks.device.type == "cuda"
-    masters = Masters(tada) if gpu and not tada.config.keeps_unet else None
+    masters = Masters(tada) if ranks.device.type == "cuda" and not tada.config.keeps_unet else None
     if options.compile:
         compile_blocks((masters or tada).unet, tada.decoder)
     model = ranks.data_parallel(masters or tada, options.accumulate)
@@ -212,11 +206,12 @@ def loop(training: Training, stop: StopOnSignal) -> int:
         stopping = stop.signal is not None
         result = train_step(model, tada, training.optimizer, batches=batches, stopping=stopping, **fixed)
         times.append((loaded - started, time.perf_counter() - loaded))
-        training.step = step
+        training.step, training.replaced = step, training.replaced + result.pop("replaced")
+        stream.refuse_many(training.replaced, position=step * options.batch)
         last = step == options.iterations
         stopping = result.pop("stop") and not last
         if last or stopping or step % options.log_every == 0 or step == 1:
-            entry = {"step": step, **result, "lr": options.lr * share, "replaced": stream.replaced}
+            entry = {"step": step, **result, "lr": options.lr * share, "replaced": training.replaced}
             entry |= speed(times, options.batch, remaining=options.iterations - step)
             times.clear()
             run.log(entry)
@@ -323,6 +318,7 @@ def save_checkpoint(training: Training, metrics: dict[str, float], final: bool) 
     tensors, written = checkpoint.training_state(training.optimizer, run.ranks), True
     if run.ranks.is_main:
         facts = {"step": training.step, "best": best, "judged": training.validated}
+        facts["replaced"] = training.replaced
         try:
             model = {"tada": training.tada, "frozen": training.frozen, "metrics": metrics}
             folder = checkpoint.write_step(run.folder, training.step, **model, tensors=tensors, facts=facts)
@@ -343,14 +339,15 @@ def resume(training: Training, folder: Path) -> None:
     tensors, facts = checkpoint.read_step(folder, training.tada)
     restored = checkpoint.restore_training(tensors, training.optimizer, ranks=run.ranks)
     training.step, training.best = facts["step"], facts["best"]
-    training.validated = facts.get("judged", True)
+    training.validated, training.replaced = facts.get("judged", True), facts.get("replaced", 0)
     if run.ranks.is_main and training.best:
         best = checkpoint.step_name(training.best["step"])
         if (run.folder / best).is_dir():  # the link may be missing after a crash or a copy
             checkpoint.point(run.folder, "best", target=best)
     run.truncate_log(training.step + 0.5 * training.validated)
-    new = "" if restored else "; this rank has a new random state, since there were fewer ranks"
-    run.print0(f"resuming from step {training.step} in {folder}{new}")
+    new = "" if restored else "; it has no random states of more ranks or of a GPU: these are new"
+    gpu = "" if run.ranks.device.type == "cpu" else "; same samples as in one go, but a GPU rounds otherwise"
+    run.print0(f"resuming from step {training.step} in {folder}{new}{gpu}")
 
 
 # ---- start

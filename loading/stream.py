@@ -9,13 +9,14 @@ floats.
 """
 
 import atexit
+import math
 import signal
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import KW_ONLY, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -26,18 +27,26 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data import Dataset
-from errors import DataError, DataWarning, Unreadable
+from errors import DataError, DataWarning, RunError, Unreadable
 from images.panoptic import Segment
 from images.read import IGNORE, Size
 from loading.augment import Augment, evaluation
 from loading.jitter import Jitter
+from mask2former import Rand
 
-ORDER, SAMPLE = 1, 2  # keep the two uses of a seed apart
+ORDER, SAMPLE, POINTS = 1, 2, 3  # keep the uses of a seed apart
+TOLERATED = 0.01  # of the images may be unreadable; which of them were is in the output
 
 
 def randomness(seed: int, epoch: int, index: int) -> np.random.Generator:
     """The generator of one sample: on any rank, in any worker, after any resumption the same."""
     return np.random.default_rng((SAMPLE, seed, epoch, index))
+
+
+def points_of(seed: int, position: int, device: torch.device) -> Rand:
+    """Draws the points of one sample's loss: a function of (seed, position), whatever the ranks."""
+    number = np.random.default_rng((POINTS, seed, position)).integers(2**63)
+    return partial(torch.rand, generator=torch.Generator(device).manual_seed(int(number)))
 
 
 @lru_cache(maxsize=4)
@@ -105,9 +114,8 @@ class Batch(NamedTuple):
 class TrainStream:
     """The training samples of one rank in their global order, endlessly, starting at any position.
 
-    A file that cannot be decoded is named in a DataWarning and replaced by the next index; `seen` and
-    `replaced` count. More than 1 % of the samples of this rank (and more than one) is a DataError; so is a
-    label file with wrong content.
+    A file that cannot be decoded is named in a DataWarning and in its batch, and replaced by the next index.
+    A label file with wrong content is a DataError.
     """
 
     dataset: Dataset
@@ -120,25 +128,27 @@ class TrainStream:
     accumulate: int = 1
     workers: int = 0
     device: str = "cpu"
-    tolerated: float = 0.01
 
     def __post_init__(self) -> None:
         shard(0, self.batch, self.rank, self.world, self.accumulate)  # refuses a batch that cannot be divided
         self.order = Order(len(self.dataset), self.seed)
-        self.seen = self.replaced = 0
 
     def batches(self, position: int = 0) -> Iterator[Batch]:
         """Micro-batches, `accumulate` per step, from the step that starts at global sample `position`."""
         for batch in load_in_order(self, self.micro_batches(position), collate, self.workers, self.device):
-            self.seen += len(batch.paths)
             for sentence in batch.skipped:
-                self.replaced += 1
                 warnings.warn(f"{sentence}; another image takes its place", DataWarning, stacklevel=2)
-                if self.replaced > max(1, self.tolerated * self.seen):
-                    share = f"{self.replaced} of the first {self.seen} samples"
-                    limit = f"more than {self.tolerated:.0%}: repair the data set"
-                    raise DataError(f"{share} could not be read, {limit}; the last one: {sentence}")
             yield batch
+
+    def refuse_many(self, replaced: int, position: int) -> None:
+        """Raise RunError if `replaced` of the samples before `position`, over all ranks, are more than one,
+        or 1 % of the images, for each epoch begun.
+        """
+        images = len(self.dataset)
+        if replaced > math.ceil(position / images) * max(1, TOLERATED * images):
+            share = f"{replaced} of the first {position:,} samples could not be read"
+            limit = f"more than one, or {TOLERATED:.0%} of the images, an epoch"
+            raise RunError(f"{share}, {limit}: repair or remove what is named above, give --fresh")
 
     def micro_batches(self, position: int) -> Iterator[range]:
         while True:

@@ -228,18 +228,17 @@ def training_state(optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, 
 
 
 def restore_training(tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer, ranks: Ranks) -> bool:
-    """Restore a `training_state`; false if it has no RNG state of this rank (more ranks than before)."""
+    """Restore a `training_state`; false if it lacks RNG states: there are more ranks, or now a GPU."""
     for group in optimizer.param_groups:
         for name, p in zip(group["names"], group["params"], strict=True):
             keys = ("step", "exp_avg", "exp_avg_sq")
             state = {key: tensors[f"optimizer/{name}/{key}"] for key in keys}
             optimizer.state[p] = {key: x.to(p.device) for key, x in state.items()}
-    if f"rng/{ranks.rank}/cpu" not in tensors:
-        return False
-    torch.set_rng_state(tensors[f"rng/{ranks.rank}/cpu"])
-    if ranks.device.type == "cuda" and f"rng/{ranks.rank}/cuda" in tensors:
-        torch.cuda.set_rng_state(tensors[f"rng/{ranks.rank}/cuda"])
-    return True
+    generators = {"cpu": torch} | ({"cuda": torch.cuda} if ranks.device.type == "cuda" else {})
+    for kind, module in generators.items():
+        if f"rng/{ranks.rank}/{kind}" in tensors:
+            module.set_rng_state(tensors[f"rng/{ranks.rank}/{kind}"])
+    return all(f"rng/{ranks.world - 1}/{kind}" in tensors for kind in generators)
 
 
 # ---- the folder of a step

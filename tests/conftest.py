@@ -138,6 +138,40 @@ def ram(pytestconfig: pytest.Config) -> Path:
 
 
 @pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """Eight images of 4:3 with labels, some of them mostly ignored."""
+    from PIL import Image
+
+    from images import scenes
+
+    root = tmp_path_factory.mktemp("folder")
+    for split, indices in (("train", range(8)), ("val", range(8, 11))):
+        for kind in ("images", "labels"):
+            (root / kind / split).mkdir(parents=True)
+        for i in indices:
+            scene = scenes.draw(i)
+            labels = scene.labels[:96].copy()
+            labels[: 12 * (i % 8)] = 255
+            Image.fromarray(scene.image[:96]).save(root / "images" / split / f"{i}.png")
+            Image.fromarray(labels).save(root / "labels" / split / f"{i}.png")
+    (root / "classes.txt").write_text("\n".join(scenes.CLASSES))
+    return root
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(folder, tmp_path_factory) -> Path:
+    """A run of six small steps in one go, on one thread."""
+    from runs import command
+
+    import train
+
+    run, before = tmp_path_factory.mktemp("runs") / "uninterrupted", torch.get_num_threads()
+    assert train.main(command(folder, run)) == 0
+    torch.set_num_threads(before)
+    return run
+
+
+@pytest.fixture(scope="session")
 def segments(tmp_path_factory) -> Path:
     """Eight training and three validation images of 4:3 with their segments, in COCO panoptic's format."""
     from data import open_dataset

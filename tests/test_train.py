@@ -8,10 +8,8 @@ import math
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +18,7 @@ import pytest
 import torch
 import torch.distributed.run
 from PIL import Image
+from runs import command, log_of, same
 from safetensors.torch import load_file
 
 import train
@@ -40,43 +39,10 @@ from run.ranks import Ranks
 
 ROOT = Path(train.__file__).parent
 HERE = Ranks(0, 1, torch.device("cpu"))
-TIMES = ("images_per_second", "data_share", "memory_gib", "eta_seconds")  # may differ between two runs
 
 
 # Compare like with like: all runs here have --threads 1, and so have the processes that torchrun starts.
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Eight images of 4:3 with labels, some of them mostly ignored."""
-    root = tmp_path_factory.mktemp("folder")
-    for split, indices in (("train", range(8)), ("val", range(8, 11))):
-        for kind in ("images", "labels"):
-            (root / kind / split).mkdir(parents=True)
-        for i in indices:
-            scene = scenes.draw(i)
-            labels = scene.labels[:96].copy()
-            labels[: 12 * (i % 8)] = 255
-            Image.fromarray(scene.image[:96]).save(root / "images" / split / f"{i}.png")
-            Image.fromarray(labels).save(root / "labels" / split / f"{i}.png")
-    (root / "classes.txt").write_text("\n".join(scenes.CLASSES))
-    return root
-
-
-def command(folder, run, *more):
-    """The flags of a run of six small steps."""
-    dataset = "panoptic" if (Path(folder) / "annotations").is_dir() else "folder"
-    flags = (
-        f"--dataset {dataset} --data {folder} --model tiny --weights random --run {run} --crop 64 --short 96 "
-    )
-    flags += "--batch 4 --iterations 6 --save-every 2 --eval-every 3 --log-every 1 --workers 0 --threads 1 "
-    return [*(flags + "--tags oracle --dropout 0.1").split(), *more]
-
-
-def log_of(run):
-    lines = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 
 # ---- the recipe
@@ -284,13 +250,6 @@ def test_a_step_at_full_size():
 # ---- a run, and how it resumes
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(folder, one_thread, tmp_path_factory):
-    run = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    assert train.main(command(folder, run)) == 0
-    return run
-
-
 def test_a_run_folder_holds_what_the_readme_lists(uninterrupted):
     names = {path.name for path in uninterrupted.iterdir()}
     assert names >= {
@@ -340,17 +299,11 @@ def test_val_shows_the_ground_truth_and_no_drawing_stops_training(folder, tmp_pa
     assert f"step 1 val mIoU {100 * line['val']['mIoU']:.1f}% pixel accuracy" in printed
 
 
-def same(run, other):
-    """Bit-equal models and optimisers, and equal logs."""
-    for name in ("model.safetensors", "train.safetensors"):
-        if (run / "last" / name).read_bytes() != (other / "last" / name).read_bytes():
-            return False
-    return log_of(run) == log_of(other)
-
-
 @pytest.mark.parametrize("crash", [1, 3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 5))])
 def test_the_same_command_resumes_exactly(folder, uninterrupted, tmp_path, monkeypatch, crash):
-    """Interrupted before or after a checkpoint, with dropout: it ends as the uninterrupted run."""
+    """Interrupted before or after a checkpoint, with dropout: it ends as the uninterrupted run. A restart by
+    torchrun is the same command, too, whose environment counts the attempts.
+    """
     done, step = [], train.train_step
 
     def dies(*args, **kwargs):
@@ -363,6 +316,7 @@ def test_the_same_command_resumes_exactly(folder, uninterrupted, tmp_path, monke
     assert train.main(command(folder, tmp_path / "run")) == 130
     monkeypatch.setattr(train, "train_step", step)
     torch.manual_seed(123)  # another state than before
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert train.main(command(folder, tmp_path / "run")) == 0
     assert same(tmp_path / "run", uninterrupted)
 
@@ -653,6 +607,19 @@ def test_the_best_step_is_one_that_was_saved(folder, tmp_path, monkeypatch, caps
     assert os.readlink(run / "best") == "step-000006"
 
 
+@pytest.mark.parametrize(("world", "device"), [(1, "cpu"), (1, "meta"), (2, "cpu")])
+def test_what_a_resumed_run_does_not_keep_is_printed(folder, uninterrupted, capsys, world, device):
+    """More ranks have new random states; a GPU (here: any other device) other roundings."""
+    with Run(uninterrupted, HERE) as run:
+        training = train.prepare(run, parse(command(folder, uninterrupted)))
+        assert "resuming from step 6" in capsys.readouterr().out
+        run.ranks = Ranks(0, world, torch.device(device))
+        train.resume(training, uninterrupted / "last")
+        (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("resuming from step 6 in")]
+        assert ("it has no random states of more ranks or of a GPU: these are new" in line) == (world > 1)
+        assert ("same samples as in one go, but a GPU rounds otherwise" in line) == (device != "cpu")
+
+
 def test_a_copied_run_gets_its_link_to_the_best_step_back(folder, tmp_path, capsys):
     """The copy lacks the links, or has folders in their place."""
     run, more = tmp_path / "run", ["--iterations", "3"]
@@ -680,43 +647,6 @@ def test_a_model_that_changed_on_the_disk_is_refused(uninterrupted, tmp_path):
         hashes.write_text(sums)
         with pytest.raises(train.CheckpointError, match=fault):
             read_model(step)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_leaves_a_checkpoint(folder, uninterrupted, tmp_path, number):
-    """Sent to the whole process group, loading workers too, as a terminal or a scheduler does."""
-    run = tmp_path / "run"
-    line = [sys.executable, "-u", str(ROOT / "train.py"), *command(folder, run, "--workers", "2")]
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
-    process = subprocess.Popen(
-        line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    signal.signal(signal.SIGHUP, before)
-    output = ""
-    for text in process.stdout:
-        output += text
-        if text.startswith("step 2/6"):
-            os.killpg(process.pid, number)
-            break
-    output += process.communicate(timeout=120)[0]
-    assert process.returncode == 128 + number, output
-    assert "stopped at step" in output and "Traceback" not in output
-    assert train.main(command(folder, run)) == 0
-    assert same(run, uninterrupted)
-
-
-@pytest.mark.slow
-def test_killed_at_any_time(folder, uninterrupted, tmp_path):
-    """SIGKILL several times: the same command finishes the run as if it had not been interrupted."""
-    run, line = tmp_path / "run", [sys.executable, str(ROOT / "train.py"), *command(folder, tmp_path / "run")]
-    for seconds in (6, 8, 9, 10):
-        process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(seconds)
-        process.kill()
-        process.wait()
-    assert train.main(command(folder, run)) == 0
-    assert same(run, uninterrupted)
 
 
 # ---- bad input: one sentence, exit code 2
@@ -761,10 +691,3 @@ def test_a_label_out_of_range_is_named_before_training(folder, tmp_path, capsys)
     error = capsys.readouterr().err
     assert str(file) in error and "24" in error and "0..23" in error
     assert not (tmp_path / "run").exists()
-
-
-def test_two_processes_do_not_share_a_run(folder, tmp_path, capsys):
-    first = Run(tmp_path / "run", HERE)
-    first.claim()
-    assert train.main(command(folder, tmp_path / "run")) == 2
-    assert "another process" in capsys.readouterr().err
