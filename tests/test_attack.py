@@ -1,0 +1,249 @@
+"""What lies in the place of a file: pipes, sockets and devices below the folders of every command. None is
+waited for, and each is refused by its name.
+"""
+
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eval as evaluation
+import predict
+import tag
+import train
+from assemble import build
+from data import open_dataset
+from errors import DataError
+from model import TadaConfig
+from run.checkpoint import save_model
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.timeout(60)  # who opens a pipe waits for ever
+TINY = TadaConfig(("sky", "sea"), model="tiny", crop=(64, 64), box=(64, 64), stride=(43, 43))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """A random model of two classes."""
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("model") / "model.safetensors"
+    save_model(build(TINY), file, {}, {})
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory) -> Path:
+    """A data set of two images of 64 x 64, two of validation, and a run of one step on it."""
+    root = tmp_path_factory.mktemp("attack")
+    for split in ("train", "val"):
+        for kind in ("images", "labels"):
+            (root / "data" / kind / split).mkdir(parents=True)
+        for i in range(2):
+            pixels = np.random.default_rng(i).integers(0, 256, (64, 64, 3), np.uint8)
+            Image.fromarray(pixels).save(root / "data" / "images" / split / f"{i}.png")
+            Image.fromarray(pixels[..., 0] // 128).save(root / "data" / "labels" / split / f"{i}.png")
+    (root / "data" / "classes.txt").write_text("sky\nsea\n")
+    assert training(root) == 0
+    return root
+
+
+@pytest.fixture
+def own(complete, tmp_path) -> Path:
+    """A copy of the data set and its run."""
+    return shutil.copytree(complete, tmp_path / "own", symlinks=True)
+
+
+def training(root: Path, *more: str) -> int:
+    flags = (
+        f"--dataset folder --data {root}/data --model tiny --weights random --crop 64 --short 64 --batch 2 "
+    )
+    flags += "--iterations 1 --log-every 1 --workers 0 --threads 1 --tags clip --device cpu"
+    return train.main([*flags.split(), "--run-dir", f"{root}/run", *more])
+
+
+def evaluating(root: Path, *more: str) -> int:
+    return evaluation.main([f"{root}/run", "--workers", "0", "--data", f"{root}/data", *more])
+
+
+def pipe(file: Path) -> Path:
+    """Put a named pipe in the place of a file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+    return file
+
+
+# ---- pipes, sockets and devices
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("config.json", "lacks the settings of its run"),
+        ("log.jsonl", "is a pipe, socket or device, which is not opened"),
+        (".lock", "is a pipe, socket or device, which is not opened"),
+        ("step-000001/sha256.json", "no intact checkpoint"),
+        ("step-000001/model.safetensors", "no intact checkpoint"),
+        ("step-000001/train.json", "no intact checkpoint"),
+        ("tags-train.jsonl", None),
+        ("tags-train.sha256", None),
+        (".tmp-config.json", None),
+        (".tmp-log.jsonl", None),
+        (".tmp-step-000002", None),
+        (".tmp-best", None),
+    ],
+)
+def test_a_run_waits_for_no_pipe(own, name, said, capsys):
+    """In the place of what is read it is refused, of what is written anew replaced."""
+    file = pipe(own / "run" / name)
+    code, output = training(own), capsys.readouterr()
+    if said is None:
+        assert code == 0 and not file.is_fifo()
+    else:
+        assert code == 2 and output.err.count("\n") == 1
+        assert said in output.err and str(file) in output.out + output.err
+
+
+def test_a_start_waits_for_no_pipe(own, capsys):
+    """All that a run writes, in the folder of an earlier start; only the drawings of val/ are not made."""
+    run = own / "run"
+    for name in ("last", "best", "log.jsonl", "inputs.jpg", "curve.png"):
+        (run / name).unlink()
+    shutil.rmtree(run / "step-000001"), shutil.rmtree(run / "val")
+    names = ["log.jsonl", "inputs.jpg", "curve.png", "val", "tags-train.jsonl", "tags-train.sha256"]
+    for name in (*names, *(f".tmp-{name}" for name in (*names, "last", "step-000001", "config.json"))):
+        pipe(run / name)
+    assert training(own) == 0
+    left = {path.name for path in run.rglob("*") if path.is_fifo()}
+    assert left == {"val", ".tmp-val"} and "step-000001.jpg is not drawn" in capsys.readouterr().out
+    assert evaluating(own, "--limit", "1") == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("run/config.json", "is a pipe, socket or device, which is not opened"),
+        ("run/step-000001/sha256.json", "is a pipe, socket or device, which is not opened"),
+        ("run/step-000001/model.safetensors", "holds no model.safetensors"),
+        ("run/eval-val/.lock", "is a pipe, socket or device, which is not opened"),
+        ("run/eval-val/result.json", "holds result.json without a result.json of eval.py"),
+        ("data/classes.txt", "is a pipe, socket or device, which is not opened"),
+        ("data/images/val/1.png", "is empty or missing"),
+        ("data/labels/val/1.png", "is empty or missing"),
+    ],
+)
+def test_an_evaluation_waits_for_no_pipe(own, name, said, capsys):
+    pipe(own / name)
+    data = [] if name == "run/config.json" else ["--data", f"{own}/data"]
+    where = os.path.dirname(name) if "result" in name else "run" if "model" in name else name
+    assert evaluation.main([f"{own}/run", "--workers", "0", *data]) == 2
+    error = capsys.readouterr().err
+    assert said in error and str(own / where) in error
+
+
+@pytest.mark.parametrize("place", ["classes.txt", "images/train/1.png", "labels/train/1.png", "tags.jsonl"])
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
+def test_a_data_set_is_checked_without_what_is_no_file(own, place, kind, capsys, monkeypatch):
+    file = own / "data" / place
+    file.unlink(missing_ok=True)
+    monkeypatch.chdir(file.parent)  # a socket's path is at most 108 bytes
+    if kind == "device":
+        file.symlink_to("/dev/zero")
+    elif kind == "pipe":
+        os.mkfifo(file.name)
+    else:
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(file.name)
+    if place == "tags.jsonl":
+        with pytest.raises(SystemExit, match="2"):
+            training(own, "--check", "--fresh", "--tags", str(file))
+    else:
+        assert training(own, "--check", "--fresh") == 2
+    assert str(file) in capsys.readouterr().err
+
+
+def test_a_panoptic_data_set_waits_for_no_pipe(segments, tmp_path):
+    root = shutil.copytree(segments, tmp_path / "segments")
+    pipe(root / "val" / "0.png"), pipe(root / "annotations" / "panoptic_val" / "1.png")
+    dataset = open_dataset("panoptic", root, "val")
+    for i in range(2):
+        with pytest.raises(DataError, match=rf"/{i}\.png is a folder, pipe, socket or device"):
+            dataset.load(i)
+    file = pipe(root / "annotations" / "panoptic_val.json")
+    with pytest.raises(DataError, match=rf"{file} cannot be read \({file} is a pipe"):
+        open_dataset("panoptic", root, "val")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [".lock", "predictions.jsonl", ".tmp-predictions.jsonl", ".predictions.jsonl.tmp-0", "0.png"],
+)
+def test_a_prediction_waits_for_no_pipe(complete, model, name, tmp_path, capsys):
+    file = pipe(tmp_path / "out" / name)
+    command = [model, f"{complete}/data/images/val", "--out", str(tmp_path / "out"), "--tags", "classes"]
+    said = {".lock": "is a pipe, socket", "0.png": "has no line for it"}.get(name)
+    assert predict.main(command) == (2 if said else 0)
+    error = capsys.readouterr().err
+    assert said in error and str(file) in error if said else not file.is_fifo()
+
+
+def test_what_predictions_are_made_of_is_no_pipe(model, tmp_path, capsys, monkeypatch):
+    """Images below a folder are listed as unreadable; a model and a file of tags are refused."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 64)).save("a.png"), os.mkfifo("b.png"), os.symlink("/dev/zero", "c.jpg")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("d.tif")
+    assert predict.main([model, ".", "--tags", "classes"]) == 1
+    output = capsys.readouterr()
+    assert "1 predicted, 0 skipped, 3 unreadable" in output.out
+    for name in ("b.png", "c.jpg", "d.tif"):
+        assert f"unreadable: {tmp_path / name} is a folder, pipe, socket or device" in output.err
+    assert predict.main(["b.png", "a.png"]) == 2 and "b.png holds no model" in capsys.readouterr().err
+    assert predict.main([model, "a.png", "--tags", "b.png"]) == 2
+    assert "--tags b.png: no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "a.png --by clip --names {pipe} --out tags.jsonl",
+        "a.png --by clip --names sea,sky --out {pipe}",
+        "{pipe} --by tadp --dataset folder --data {data} --out tags.jsonl",
+        "--judge {pipe} --dataset folder --data {data}",
+    ],
+)
+def test_tags_wait_for_no_pipe(complete, command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 64)).save("a.png")
+    words = command.format(pipe=pipe(tmp_path / "pipe"), data=complete / "data").split()
+    assert (
+        tag.main([*words, "--model", "tiny", "--weights", "random", "--workers", "0", "--device", "cpu"]) == 2
+    )
+    assert f"{tmp_path / 'pipe'} is a pipe, socket or device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("vae/config.json", "is a pipe, socket or device"),
+        ("vae/sha256.json", "is a pipe, socket or device"),
+        ("clip/model.safetensors", "holds none of"),
+        ("tokenizer/vocab.json", "is missing"),
+        ("tokenizer/merges.txt", "is missing"),
+        (".vectors", None),
+    ],
+)
+def test_weights_wait_for_no_pipe(name, said, tmp_path, monkeypatch, capsys):
+    weights = shutil.copytree(ROOT / "weights" / "tiny", tmp_path / "tiny", ignore=lambda *_: [".vectors"])
+    pipe(weights / name)
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 64)).save("a.png")
+    words = "a.png --by clip --names sea,sky --out tags.jsonl --model tiny --workers 0 --device cpu"
+    assert tag.main([*words.split(), "--weights", str(weights)]) == (2 if said else 0)
+    error = capsys.readouterr().err
+    assert said in error and str((weights / name).parent) in error if said else not error.count("Traceback")
