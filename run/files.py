@@ -41,10 +41,12 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder below one that exists. Raises OSError where it is a link."""
-    folder.mkdir(exist_ok=True)
-    os.close(no_link(folder, os.O_RDONLY))
+def place(top: Path, name: str) -> Path:
+    """The file `name` below `top`, whose folders in between are made. Raises OSError where one is a link."""
+    for folder in [top / x for x in reversed(Path(name).parents)][1:]:
+        folder.mkdir(exist_ok=True)
+        os.close(no_link(folder, os.O_RDONLY))
+    return top / name
 
 
 def no_pipe(path: str | Path, flags: int) -> int:

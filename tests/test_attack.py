@@ -1,5 +1,5 @@
-"""What lies in the place of a file: pipes, sockets and devices below the folders of every command. None is
-waited for, and each is refused by its name.
+"""What lies in the place of a file: pipes, sockets and devices, links that are planted while a command works.
+No pipe is waited for, no link is written through, each is refused by its name.
 """
 
 import os
@@ -19,8 +19,12 @@ import train
 from assemble import build
 from data import open_dataset
 from errors import DataError
+from images.panoptic import read_annotations
+from loading.stream import EvaluationStream
+from metrics.judge import PanopticEvaluator
 from model import TadaConfig
 from run.checkpoint import save_model
+from run.ranks import Ranks
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.timeout(60)  # who opens a pipe waits for ever
@@ -247,3 +251,77 @@ def test_weights_wait_for_no_pipe(name, said, tmp_path, monkeypatch, capsys):
     assert tag.main([*words.split(), "--weights", str(weights)]) == (2 if said else 0)
     error = capsys.readouterr().err
     assert said in error and str((weights / name).parent) in error if said else not error.count("Traceback")
+
+
+# ---- links that are planted while a command works
+
+
+def planting(monkeypatch, module, name: str, link: Path, target: Path):
+    """After the first call of a function, put a link to a folder in the place of another."""
+    real, done = getattr(module, name), []
+
+    def planted(*args, **kwargs):
+        result = real(*args, **kwargs)
+        if not done:
+            shutil.rmtree(link, ignore_errors=True)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(target)
+            done.append(True)
+        return result
+
+    monkeypatch.setattr(module, name, planted)
+
+
+@pytest.fixture
+def elsewhere(tmp_path) -> Path:
+    """A folder of others, with a file of a name that results have."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "b.png").write_text("mine")
+    return folder
+
+
+def test_no_prediction_follows_a_planted_link(model, elsewhere, tmp_path, monkeypatch, capsys):
+    """The folder of results is a link from the first image's on."""
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    (photos / "sub").mkdir(parents=True)
+    for name in ("a.png", "sub/b.png", "sub/c.png"):
+        Image.new("RGB", (64, 64)).save(photos / name)
+    planting(monkeypatch, predict, "write", out / "sub", elsewhere)
+    assert predict.main([model, str(photos), "--out", str(out), "--tags", "classes"]) == 2
+    assert f"{out / 'sub'} is a link, which is not followed" in capsys.readouterr().err
+    assert [path.name for path in elsewhere.iterdir()] == ["b.png"]
+    assert (elsewhere / "b.png").read_text() == "mine" and (out / "a.png").is_file()
+
+
+def test_no_drawing_follows_a_planted_link(complete, elsewhere, tmp_path, monkeypatch, capsys):
+    """val/ of a run, in its second validation; worst/ of an evaluation: the results are written before."""
+    own = shutil.copytree(complete, tmp_path / "own", ignore=lambda *_: ["run"])
+    planting(monkeypatch, train, "draw_val", own / "run" / "val", elsewhere)
+    assert training(own, "--iterations", "2", "--eval-every", "1") == 0
+    assert "step-000002.jpg is not drawn" in capsys.readouterr().out
+    planting(monkeypatch, evaluation, "evaluate", own / "run" / "eval-val" / "worst", elsewhere)
+    assert evaluating(own, "--worst", "2") == 2
+    assert "worst is a link, which is not followed" in capsys.readouterr().err
+    assert [path.name for path in elsewhere.iterdir()] == ["b.png"]
+    assert (own / "run" / "eval-val" / "result.json").is_file()
+
+
+def test_no_segments_follow_a_planted_link(segments, elsewhere, tmp_path):
+    """The PNGs of an evaluation, in a folder of theirs and in the place of one; its JSON."""
+    dataset = open_dataset("panoptic", segments, "val")
+    (tmp_path / "out").mkdir()
+    items = [*EvaluationStream(dataset, None, None).items(range(3))]
+    evaluator = PanopticEvaluator(dataset, "how", tmp_path / "out" / "panoptic")
+    evaluator.add(items[0], items[0].ids, items[0].segments)
+    new = tmp_path / "out" / ".tmp-panoptic"
+    (new / "1.png").symlink_to(elsewhere / "b.png")
+    (tmp_path / "out" / "panoptic.json").symlink_to(elsewhere / "b.png")
+    evaluator.add(items[1], items[1].ids, items[1].segments)
+    alone = Ranks(0, 1, torch.device("cpu"))
+    evaluator.finish(alone, evaluator.measure(alone))
+    assert len(read_annotations(tmp_path / "out" / "panoptic.json")) == 2
+    new.symlink_to(elsewhere)
+    with pytest.raises(OSError, match=r"\.tmp-panoptic is a link, which is not followed"):
+        evaluator.add(items[2], items[2].ids, items[2].segments)
+    assert (elsewhere / "b.png").read_text() == "mine" and len([*elsewhere.iterdir()]) == 1
