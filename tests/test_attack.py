@@ -2,9 +2,14 @@
 No pipe is waited for, no link is written through, each is refused by its name.
 """
 
+import json
 import os
 import shutil
 import socket
+import subprocess
+import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +18,24 @@ import torch
 from PIL import Image
 
 import eval as evaluation
+import page
 import predict
 import tag
 import train
 from assemble import build
 from data import open_dataset
-from errors import DataError
-from images.panoptic import read_annotations
+from errors import DataError, TadaError
+from images.classes import read_classes
+from images.panoptic import read_annotations, read_map
+from images.read import FORMATS, SUFFIXES, label_table, read_image, read_labels
 from loading.stream import EvaluationStream
+from loading.tags import read_tags
 from metrics.judge import PanopticEvaluator
 from model import TadaConfig
-from run.checkpoint import save_model
+from run.checkpoint import read_hashes, save_model
+from run.predictions import read_list
 from run.ranks import Ranks
+from run.tagging import read_tag_lines
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.timeout(60)  # who opens a pipe waits for ever
@@ -325,3 +336,137 @@ def test_no_segments_follow_a_planted_link(segments, elsewhere, tmp_path):
     with pytest.raises(OSError, match=r"\.tmp-panoptic is a link, which is not followed"):
         evaluator.add(items[2], items[2].ids, items[2].segments)
     assert (elsewhere / "b.png").read_text() == "mine" and len([*elsewhere.iterdir()]) == 1
+
+
+# ---- formats: only those of the short list are opened, whatever the name
+
+
+HEADERS = {  # of formats that Pillow can only open, or would hand to another program; harmless and short
+    "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n",
+    "PSD": b"8BPS\0\1" + bytes(20),
+    "FITS": b"SIMPLE  =                    T".ljust(2880),
+    "WMF": b"\xd7\xcd\xc6\x9a" + bytes(60),
+    "XPM": b"/* XPM */\n",
+    "MIC": b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600),
+    "PCD": bytes(2048) + b"PCD_" + bytes(100),
+    "FLI": bytes(4) + b"\x11\xaf" + bytes(130),
+    "GBR": b"\0\0\0\x20\0\0\0\x01" + bytes(40),
+    "SUN": b"\x59\xa6\x6a\x95" + bytes(40),
+}
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory) -> dict[str, bytes]:
+    """Format -> a file of it, of all that Pillow writes and some that it only opens, but ours."""
+    Image.init()
+    found, file = dict(HEADERS), tmp_path_factory.mktemp("foreign") / "x"
+    for form in sorted({*Image.SAVE} - {*FORMATS, "MPO"}):
+        for mode in ("RGB", "1"):
+            with suppress(Exception):
+                Image.new(mode, (64, 64)).save(file, form)
+                found[form] = file.read_bytes()
+                break
+    assert len(found) > 20 and {"PPM", "TGA", "ICO", "GIF"} - {*found} == {"GIF"}
+    return found
+
+
+@pytest.fixture
+def watched(monkeypatch) -> list:
+    """What should not be: decoders of other formats, and processes."""
+    seen = []
+    Image.init()
+    for form, (_, accept) in Image.OPEN.items():
+        if form not in FORMATS:
+            fails = partial(lambda form, *_: seen.append(form), form)
+            monkeypatch.setitem(Image.OPEN, form, (fails, accept and (lambda _: True)))
+    for owner, name in [(subprocess, "Popen"), (os, "posix_spawn"), (os, "fork"), (os, "system")]:
+        monkeypatch.setattr(owner, name, lambda *args, **_: seen.append(args))
+    monkeypatch.setattr("run.folder.commit", lambda: None)  # asks git
+    return seen
+
+
+def test_every_other_format_is_refused_under_every_name(foreign, watched, tmp_path):
+    table = label_table(range(255), ())
+    for form, content in foreign.items():
+        for suffix in SUFFIXES:
+            file = tmp_path / f"x{suffix}"
+            file.write_bytes(content)
+            for read in (read_image, lambda x: read_labels(x, table), lambda x: read_map(x, [])):
+                with pytest.raises(DataError, match=rf"^{file} "):
+                    pytest.fail(f"{form} is read: {read(file)}")
+    assert not watched
+
+
+def test_every_command_refuses_every_other_format(foreign, watched, own, model, tmp_path, capsys):
+    """predict.py, train.py's check and samples, eval.py: as images and as labels."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i, (form, content) in enumerate(foreign.items()):
+        (photos / f"{form}{SUFFIXES[i % len(SUFFIXES)]}").write_bytes(content)
+    out = str(tmp_path / "out")
+    assert predict.main([model, str(photos), "--out", out, "--tags", "classes"]) == 1
+    output = capsys.readouterr()
+    assert f"0 predicted, 0 skipped, {len(foreign)} unreadable" in output.out
+    for kind in ("images", "labels"):
+        for form, content in foreign.items():
+            file = own / "data" / kind / "val" / "1.png"
+            before = file.read_bytes()
+            file.write_bytes(content)
+            with pytest.raises(DataError, match=rf"{file} "):
+                open_dataset("folder", own / "data", "val").load(1)
+            if form in ("EPS", "PPM", "FITS"):
+                assert evaluating(own) == 2 and str(file) in capsys.readouterr().err
+                assert training(own, "--check", "--fresh") == 2 and str(file) in capsys.readouterr().err
+            file.write_bytes(before)
+    assert not watched
+
+
+def test_the_page_refuses_every_other_format(foreign, watched):
+    for form, content in foreign.items():
+        with pytest.raises(DataError, match=rf"^x\.{form} "):
+            page.decoded(content, f"x.{form}")
+    assert not watched
+
+
+# ---- text that is long
+
+
+@pytest.mark.parametrize("text", [" " * 100_000 + ",", "," * 100_000, "1" * 100_000, "names" + " " * 100_000])
+def test_no_reader_takes_long_for_long_text(text, tmp_path):
+    """Numbers of more digits than Python converts (4,300) are one sentence, too."""
+    file = tmp_path / "predictions.jsonl"
+    readers = [
+        read_classes,
+        lambda x: read_tags(x, "/", {"a"}),
+        read_annotations,
+        read_hashes,
+        read_tag_lines,
+    ]
+    started = time.perf_counter()
+    for form in ("sea, %s\nsky\n", '{"image": %s, "tags": [["sea", %s]]}\n', '{"images": [{"id": %s}]}\n'):
+        file.write_text(form.replace("%s", text))
+        for read in (*readers, lambda x: read_list(x.parent)):
+            with pytest.raises(TadaError, match=r"predictions\.jsonl"):
+                pytest.fail(str(read(file))[:80])
+    assert time.perf_counter() - started < 10  # a pattern that grows with the square takes minutes
+
+
+def test_a_small_png_of_many_pixels_keeps_the_limit(tmp_path):
+    """Of ids as of images; 21 megapixels of one colour are below it."""
+    file = tmp_path / "x.png"
+    Image.new("RGB", (5250, 4000)).save(file)
+    assert read_map(file, []).shape == (4000, 5250)
+    Image.new("1", (8001, 8000)).save(file)
+    for read in (read_image, lambda x: read_map(x, [])):
+        with pytest.raises(DataError, match="x.png is too large .*at most 64,000,000 pixels"):
+            read(file)
+
+
+@pytest.mark.parametrize("name", ["../x.png", "/x.png", "a/../../x.png"])
+@pytest.mark.parametrize("key", ["images", "annotations"])
+def test_no_file_name_leads_out(segments, tmp_path, name, key):
+    content = json.loads((segments / "annotations" / "panoptic_val.json").read_text())
+    content[key][0]["file_name"] = name
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=rf"{key}\[0\]: the file_name '{name}' leads out"):
+        read_annotations(tmp_path / "x.json")
