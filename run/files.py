@@ -1,6 +1,4 @@
-"""Files that are written whole or not at all, and never through a link that stands in their place; files that
-are read, and never a pipe there, which would be waited for.
-"""
+"""Files that are written whole or not at all, never through a link in their place, and read unless a pipe."""
 
 import errno
 import json
