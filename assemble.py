@@ -53,7 +53,8 @@ def read_scale(file: Path) -> float:
     """The scaling_factor of tiny's vae/config.json, whose hash is in the `sha256.json` beside it, if any."""
     hashes = file.with_name("sha256.json")
     try:
-        if hashes.exists() and json.loads(hashes.read_bytes()) != {file.name: digest(file)}:
+        found = {x.name: digest(x) for x in (file, hashes) if x.exists()}  # it opens no pipe
+        if found.pop(hashes.name, None) and json.loads(hashes.read_bytes()) != found:
             raise ValueError(f"{hashes.name} has another hash")
         scale = json.loads(file.read_bytes())["scaling_factor"]
         if type(scale) not in (int, float) or not 0 < float(scale) < math.inf:

@@ -51,6 +51,7 @@ from metrics.report import Result, confusion, move_earlier_results, percent
 from metrics.worst import WorstImages
 from model import Size, Tada, TadaConfig, Tags
 from run.checkpoint import find_model, read_about, read_config, read_model
+from run.files import read_bytes
 from run.folder import lock, say
 from run.ranks import DEVICE, DEVICE_HINTS, Ranks, cleanup, init_distributed
 from weights.words import digest
@@ -308,13 +309,13 @@ def run_folder(file: Path) -> Path | None:
     """The run that a model's file belongs to; None if it belongs to none."""
     folder = file.resolve().parent
     folder = folder.parent if folder.name.startswith("step-") else folder
-    return folder if (folder / "config.json").is_file() else None
+    return folder if (folder / "config.json").exists() else None
 
 
 def data_folder(home: Path | None, config: TadaConfig) -> str:
     """The data set's folder of the run, or the default one."""
     try:
-        if home and (folder := json.loads((home / "config.json").read_text()).get("data")):
+        if home and (folder := json.loads(read_bytes(home / "config.json")).get("data")):
             return os.fspath(folder)
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise TadaError(f"{home / 'config.json'} cannot be read ({error}): give --data") from None

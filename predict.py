@@ -51,6 +51,7 @@ from loading.stream import in_order
 from loading.tags import checked_words, choose_source, choose_words
 from model import Size, Tada
 from run.checkpoint import find_model, read_about, read_config, read_model
+from run.files import place
 from run.folder import lock
 from run.predictions import SEGMENTS, Settings, fits, read_list, tidy, to_do, write
 from run.ranks import DEVICE, DEVICE_HINTS, Ranks, cleanup, init_distributed
@@ -228,7 +229,7 @@ def run(
             for record, results in drawn:
                 name = names[record["path"]]
                 for ending in settings.owned:  # also those of an earlier result that this one lacks
-                    (folder / f"{name}{ending}").unlink(missing_ok=True)
+                    place(folder, f"{name}{ending}").unlink(missing_ok=True)
                 record = {"path": record["path"], "labels": f"{name}.png"} | record
                 write(folder, name, record, results=results, rank=ranks.rank)
                 bar.update()

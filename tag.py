@@ -36,7 +36,7 @@ from loading.stream import EvaluationStream, load_in_order
 from loading.tags import LONGEST_CAPTION, LONGEST_TAG, checked_text, read_tags, split_words, unique_words
 from metrics.tagging import measure_tags
 from ram import RAMConfig
-from run.files import replace_text
+from run.files import read_bytes, replace_text
 from run.folder import lock, say
 from run.options import DATASET_HINT
 from run.ranks import DEVICE, DEVICE_HINTS, Ranks, cleanup, init_distributed
@@ -108,10 +108,10 @@ def make_tagger(
 
 def read_names(given: str) -> list[str]:
     """The names in a file, one a line, or between the commas of `given`."""
-    if not os.path.isfile(given):
+    if not os.path.exists(given) or os.path.isdir(given):
         return split_words(given, "tagging", "--names")
     try:
-        lines = Path(given).read_text(encoding="utf-8").splitlines()
+        lines = read_bytes(given).decode("utf-8").splitlines()
         return unique_words(checked_text(line, LONGEST_TAG) for line in lines if line.strip())
     except (OSError, ValueError) as error:
         raise DataError(f"--names {given} is not a list of names, one a line ({error})") from None
@@ -137,7 +137,7 @@ def convert_captions(options: argparse.Namespace) -> int:
     """
     (file,) = options.inputs
     try:
-        entries = json.loads(Path(file).read_text(encoding="utf-8"))
+        entries = json.loads(read_bytes(file))
         lists = {name: entry["captions"] for name, entry in entries.items()}
         if any(not isinstance(x, list) for x in lists.values()):
             raise TypeError("captions must be lists")

@@ -46,7 +46,7 @@ from metrics.report import percent
 from model import Size, Tada
 from run import checkpoint
 from run.compiled import compile_blocks
-from run.files import make_folder
+from run.files import place
 from run.folder import Run, fingerprint, open_run
 from run.masters import Masters
 from run.memory import keep_freed_memory
@@ -290,10 +290,9 @@ def draw_val(training: Training) -> None:
         targets = {"ground truth": truth, "prediction": target_of(prediction, 0)}
         shown.append((item.image.permute(1, 2, 0).numpy(), targets, tags and tags[0]))
     tada.train()
-    file = run.folder / "val" / f"step-{training.step:06d}.jpg"
-    with drawing(run, file):
-        make_folder(file.parent)
-        draw(file, val, shown)
+    name = f"val/step-{training.step:06d}.jpg"
+    with drawing(run, run.folder / name):
+        draw(place(run.folder, name), val, shown)
 
 
 def draw_inputs(training: Training, batch: Batch) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from errors import DataError
 from images.colours import complete_palette
 from images.read import IGNORE
+from run.files import read_bytes
 
 # A list in YAML or JSON; what ends a line for some programs and not for others; a number 0..999.
 OTHER_LIST = re.compile(r'\s*(-\s|\d+\s*:|names\s*:|[\[{"])')
@@ -34,7 +35,7 @@ def read_classes(file: Path) -> ClassTable:
     value is ignored, and so is its colour in RGB labels.
     """
     try:
-        lines = file.read_bytes().decode("utf-8-sig").rstrip(" \t\r\n").split("\n")
+        lines = read_bytes(file).decode("utf-8-sig").rstrip(" \t\r\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read as UTF-8 ({error}): give it one class name a line") from None
     heads = (line.split(maxsplit=1) for line in lines)

@@ -35,6 +35,7 @@ from errors import DataError, Parser, run_command
 from images.colours import complete_palette
 from images.instances import paint
 from images.read import IGNORE, decode, reading, spelling
+from run.files import read_bytes, replace_text
 
 VOID = 0  # the id of pixels without a segment
 LARGEST_ID = 256**3 - 1  # that a colour can hold
@@ -190,7 +191,7 @@ def read_annotations(file: str | Path, truth: Annotations | None = None) -> Anno
 def read_lists(file: Path, given: dict | None = None) -> dict:
     """The lists of a JSON, or those `given` where it has none. A number such as 1.0 is the int 1."""
     try:
-        content = json.loads(file.read_bytes(), parse_float=whole)
+        content = json.loads(read_bytes(file), parse_float=whole)
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror}): give a panoptic JSON") from None
     except (ValueError, RecursionError) as error:
@@ -289,6 +290,7 @@ def read_segments(infos: list, label_of: dict[int, int], where: str) -> np.ndarr
 def write_ids(ids: np.ndarray, path: Path) -> None:
     """The map of ids as a PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # of a link
     Image.fromarray(to_colours(ids)).save(path)
 
 
@@ -317,7 +319,7 @@ def write_annotations(file: Path, categories: Categories, images: list[dict], en
     This and the folder of PNGs with the JSON's name are what COCO's server takes.
     """
     content = {"images": images, "annotations": entries, "categories": categories.as_json()}
-    Path(file).write_text(json.dumps(content), encoding="utf-8")
+    replace_text(Path(file), json.dumps(content))
 
 
 def components(labels: np.ndarray, things: Sequence[bool]) -> tuple[np.ndarray, list[Segment]]:

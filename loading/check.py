@@ -11,6 +11,7 @@ from tqdm import tqdm
 from data import Dataset
 from errors import DataError
 from images.read import IGNORE, SHOWN, Size
+from run.files import read_bytes
 
 MUCH = 0.05  # of the pixels ignored, to suspect a class behind 255; in CamVid 4 % are unlabelled
 
@@ -97,7 +98,7 @@ def fingerprint_of(dataset: Dataset, files: dict[str, list[tuple[int, int]]]) ->
     """Hashes of the list of images (in older runs "pictures"), of the labels' table, of sizes and times."""
     split = {"train": "training", "val": "validation"}.get(dataset.split, dataset.split)
     names = os.fsencode("\n".join(dataset.paths))
-    tables = b"".join(Path(file).read_bytes() for file in dataset.tables)
+    tables = b"".join(read_bytes(file) for file in dataset.tables)
     contents = {f"the list of {split} pictures": names, f"the table of the {split} labels": tables}
     for kind, stats in files.items():
         sizes, times = np.array(stats, np.int64).reshape(-1, 2).T.copy()

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from errors import DataError, DataWarning
 from images.read import SHOWN
+from run.files import read_bytes
 
 MOST_TAGS, LONGEST_TAG, LONGEST_CAPTION = 1000, 200, 10_000  # tags, characters: sanity limits for tag files
 JOINERS = str.maketrans("", "", "\u200c\u200d")  # ZWNJ, ZWJ: letters of some scripts need them
@@ -36,7 +37,7 @@ def read_tags(file: str | Path, root: str | Path, known: Collection[str], some: 
     """
     root, known = os.path.abspath(root), {unicodedata.normalize("NFC", path): path for path in known}
     try:
-        lines = Path(file).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")  # UTF-8's byte order mark
+        lines = read_bytes(file).removeprefix(b"\xef\xbb\xbf").split(b"\n")  # UTF-8's byte order mark
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror}): give another file as --tags") from None
     result, line_of = Tags({}, {}, []), {}

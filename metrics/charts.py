@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from images.text import note, readable
-from run.files import replacing
+from run.files import read_bytes, replacing
 
 CELL = 0.24  # inches of a class in a confusion matrix, 24 pixels
 LARGE = 40  # classes; the names of more stand on all four sides
@@ -56,7 +56,7 @@ def curves(file: Path, log: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
-    entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    entries = [json.loads(line) for line in read_bytes(log).splitlines()]
     entries = [x | {name: 100 * share for name, share in x.get("val", {}).items()} for x in entries]
     figure = Figure((9, 9), dpi=100, layout="constrained")
     figure.suptitle(readable(log.absolute().parent.name), parse_math=False)

@@ -25,6 +25,7 @@ from images.instances import pycocotools
 from images.panoptic import annotation, write_annotations, write_ids
 from loading.stream import Item
 from metrics.quality import GROUPS, Quality, coco_results, coco_truth, count, mask_precision
+from run.files import place
 from run.ranks import Ranks
 
 # What pycocotools raises: all else was measured by then, so the reason is reported instead.
@@ -89,7 +90,7 @@ class PanopticEvaluator:
         self.images.append({"id": image_id, "file_name": name, "height": H, "width": W})
         if self.folder is not None:
             png = self.dataset.png(item.position)
-            write_ids(ids, self.new / png)
+            write_ids(ids, place(self.new.parent, f"{self.new.name}/{png}"))
             self.entries.append(annotation(image_id, png, ids, segments, categories))
         if self.instances and instances is not None:
             labels, scores, masks = (x.cpu() for x in instances)

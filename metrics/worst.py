@@ -10,6 +10,7 @@ from data import Dataset
 from images.draw import Target, compared, mosaic
 from loading.stream import Item
 from metrics.report import class_iou, confusion, percent
+from run.files import place, replacing
 from run.ranks import Ranks
 
 
@@ -31,7 +32,6 @@ class WorstImages:
     def draw(self, folder: Path, ranks: Ranks) -> list[tuple[float, int]]:
         """Draw the worst of all processes, each by the one that keeps it; return mIoU and index of each."""
         worst = sorted(ranks.all_gather_object([image[:2] for image in self.kept]))[: self.most]
-        folder.mkdir(exist_ok=True)
         names = {"palette": self.dataset.palette, "classes": self.dataset.classes}
         for score, i, target, tags in self.kept:
             if (score, i) in worst:
@@ -40,5 +40,6 @@ class WorstImages:
                 targets = {"ground truth": truth, f"prediction, mIoU {percent(score, '%')}": target}
                 tiles = compared(np.asarray(sample.image), path.name, targets, tags, **names)
                 name = f"{1 + worst.index((score, i)):02}-{path.stem}"[:60]  # of at most 255 bytes
-                mosaic(tiles, len(tiles)).save(folder / f"{name}.jpg", quality=92)
+                with replacing(place(folder.parent, f"{folder.name}/{name}.jpg")) as new:
+                    mosaic(tiles, len(tiles)).save(new, quality=92)
         return worst

@@ -27,7 +27,7 @@ from assemble import SCALE_FILE, Undrawn, assemble, move, open_tagger, part_conf
 from clip import CLIP, Tokenizer
 from errors import CheckpointError
 from model import Tada, TadaConfig
-from run.files import sync
+from run.files import read_bytes, sync
 from run.ranks import Ranks
 from unet import UNet
 from vae import VAE
@@ -321,7 +321,7 @@ def clean(run: Path) -> None:
     restore_replaced(run)
     for path in run.glob(".*"):
         if re.fullmatch(rf"\.(tmp|old|tmp-old)-{STEP}|\.tmp-({OTHERS})", path.name):
-            path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def restore_replaced(run: Path) -> None:
@@ -356,7 +356,7 @@ def corruption_of(folder: Path) -> str | None:
 def read_hashes(file: Path) -> dict[str, str]:
     """A step folder's `sha256.json`; CheckpointError unless it lists the other three files."""
     try:
-        hashes = json.loads(file.read_bytes())
+        hashes = json.loads(read_bytes(file))
         if {*hashes} != {MODEL, TENSORS, FACTS} or isinstance(hashes, list):
             raise ValueError(f"it does not list {MODEL}, {TENSORS} and {FACTS}")
     except (ValueError, TypeError, RecursionError) as error:

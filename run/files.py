@@ -1,5 +1,6 @@
-"""Files that are written whole or not at all, and never through a link that stands in their place."""
+"""Files that are written whole or not at all, never through a link in their place, and read unless a pipe."""
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -38,25 +39,40 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder below one that exists. Raises OSError where it is a link."""
-    folder.mkdir(exist_ok=True)
-    os.close(no_link(folder, os.O_RDONLY))
+def place(top: Path, name: str) -> Path:
+    """The file `name` below `top`, whose folders in between are made. Raises OSError where one is a link."""
+    for folder in [top / x for x in reversed(Path(name).parents)][1:]:
+        folder.mkdir(exist_ok=True)
+        os.close(no_link(folder, os.O_RDONLY))
+    return top / name
+
+
+def no_pipe(path: str | Path, flags: int) -> int:
+    """An `opener` of `open`. Raises OSError where `path` is a pipe, socket or device."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise OSError(errno.EINVAL, f"{path} is a pipe, socket or device, which is not opened: remove it")
+    return os.open(path, flags, 0o666)
 
 
 def no_link(path: str | Path, flags: int) -> int:
-    """An `opener` of `open`. Raises OSError where `path` is a link."""
+    """`no_pipe` that raises OSError where `path` is a link, too."""
     try:
-        return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+        return no_pipe(path, flags | os.O_NOFOLLOW)
     except OSError as error:
         if os.path.islink(path):
             raise OSError(error.errno, f"{path} is a link, which is not followed: remove it") from None
         raise
 
 
+def read_bytes(file: str | Path) -> bytes:
+    """All bytes of a file. Raises OSError."""
+    with open(file, "rb", opener=no_pipe) as f:
+        return f.read()
+
+
 def holds(file: Path, *keys: str) -> bool:
     """Whether a file is a JSON object with these keys, as one that we wrote."""
     try:
-        return {*keys} <= json.loads(file.read_bytes()).keys()
+        return {*keys} <= json.loads(read_bytes(file)).keys()
     except (OSError, ValueError, AttributeError, RecursionError):
         return False

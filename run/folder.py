@@ -24,7 +24,7 @@ from tqdm import tqdm
 from errors import RunError
 from model import TadaConfig
 from run.checkpoint import HASHES, REMOVED, clean, is_utf8, newest_step, steps
-from run.files import holds, no_link, replace_text
+from run.files import holds, no_link, read_bytes, replace_text
 from run.ranks import Ranks
 from weights.words import digest
 
@@ -93,8 +93,8 @@ class Run:
     def truncate_log(self, step: float) -> None:
         """Drop log lines after `step` (as `line_step` counts); they will be logged again."""
         file = self.folder / "log.jsonl"
-        if self.ranks.is_main and file.is_file():
-            lines = file.read_bytes().splitlines()
+        if self.ranks.is_main and file.exists():
+            lines = read_bytes(file).splitlines()
             if broken := [n for n, line in enumerate(lines[:-1], 1) if line_step(line) == math.inf]:
                 self.print0(f"{file}, line {broken[0]}, is left out, it is not whole (of {len(broken)} such)")
             kept = [line.decode() for line in lines if line_step(line) <= step]
@@ -172,7 +172,7 @@ def refuse_changes(run: Run, about: dict, defaults: Mapping[str, Any], free: set
     file = run.folder / "config.json"
     now, defaults = json.loads(json.dumps([about, defaults]))  # tuples become lists
     try:
-        before = json.loads(file.read_text(encoding="utf-8"))
+        before = json.loads(read_bytes(file))
         options, torch_version = defaults | before["options"], before["versions"]["torch"]
         read = {**before.get("read", now["read"])}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

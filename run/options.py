@@ -16,6 +16,7 @@ from errors import Parser
 from inference import stride_of
 from loading.tags import SOURCES
 from model import TadaConfig
+from run.files import read_bytes
 from run.ranks import DEVICE_HINTS, usable_device
 from run.recipes import DEMO, PAPER, VPD, recipe
 
@@ -166,7 +167,7 @@ def parse(argv: Sequence[str] | None) -> Options:
 def tags_of_run(folder: Path, condition: str) -> str | None:
     """The tags of the run of this condition that would be resumed: it keeps them when the default changes."""
     try:
-        options = json.loads((folder / "config.json").read_text())["options"]
+        options = json.loads(read_bytes(folder / "config.json"))["options"]
         same = options["condition"] == condition and (folder / "last").exists()
         return str(options["tags"]) if same else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):  # open_run will refuse it

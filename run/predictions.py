@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import TadaError
-from run.files import no_link, replace_text, replacing
+from run.files import no_link, place, replace_text, replacing
 
 LIST, SEGMENTS = "predictions.jsonl", ".segments.png"
 ENDINGS = (".png", ".overlay.jpg", ".attention.jpg", SEGMENTS)  # of all results
@@ -121,8 +121,7 @@ def write(out: Path, name: str, record: dict, results: dict[str, bytes], rank: i
             fcntl.flock(f, fcntl.LOCK_EX)  # of the ranks one at a time
             f.write(json.dumps(checked(record)) + "\n")
         for ending, content in results.items():
-            file = out / f"{name}{ending}"
-            file.parent.mkdir(parents=True, exist_ok=True)
+            file = place(out, f"{name}{ending}")
             with replacing(file, file.with_name(f".{LIST}.tmp-{rank}")) as new:
                 new.write_bytes(content)
     except OSError as error:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clip import CLIP, PROMPT, TEMPLATES, Tokenizer, name_vectors
+from run.files import no_pipe
 from unet import UNet
 from vae import VAE
 from weights.load import OFFICIAL, find, locate
@@ -88,7 +89,7 @@ def prior_files(weights: str, parts: Sequence[str]) -> list[str]:
 
 def digest(file: Path) -> str:
     """The file's sha256."""
-    with file.open("rb") as f:
+    with open(file, "rb", opener=no_pipe) as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
