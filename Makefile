@@ -17,7 +17,7 @@ demo: .venv/.run
 
 test: .venv/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -m "not gpu and not weights and not browser"
+	$(BIN)/python -m pytest -m "not gpu and not weights and not browser and not sweep"
 
 lint: .venv/.dev
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
