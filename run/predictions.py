@@ -95,8 +95,8 @@ def tidy(out: Path) -> None:
 def to_do(names: dict[str, str], words: dict, out: Path, settings: Settings) -> list[str]:
     """The images without such a result. Raises TadaError where a file belongs to another image or program."""
     for folder in {out / x for name in names.values() for x in Path(name).parents if x.name}:
-        if folder.is_symlink():
-            raise TadaError(f"{folder} is a link, which is not followed: give another --out")
+        if folder.is_symlink() or folder.is_file():
+            raise TadaError(f"{folder} is a link, which is not followed, or a file: give another --out")
     records, todo = {name.removesuffix(".png"): x for name, x in read_list(out).items()}, []
     taken = {name.lower() for name in (*records, *names.values())}
     for path, name in names.items():
