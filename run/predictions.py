@@ -64,11 +64,8 @@ def read_list(out: Path) -> dict[str, dict]:
         except (ValueError, KeyError, TypeError, RecursionError):
             if line.endswith(b"\n") or not b'{"path"'.startswith(line[:7]):  # else a crash truncated it
                 raise TadaError(f"{file}, line {number}, is not of predict.py: give another --out") from None
-    return {
-        labels: record
-        for labels, record in sorted(records.items())
-        if any(os.path.lexists(out / f"{labels.removesuffix('.png')}{ending}") for ending in ENDINGS)
-    }
+    stems = [(labels, labels.removesuffix(".png")) for labels in sorted(records)]
+    return {x: records[x] for x, stem in stems if any(os.path.lexists(out / (stem + y)) for y in ENDINGS)}
 
 
 def checked(record: dict) -> dict:
