@@ -262,7 +262,6 @@ def check(folder: Folder, model: str, tmp_path: Path, processes: int) -> tuple[W
     assert second.code == 1, second.said[-2000:]
     counts = {"done": len(folder.whole) - len(done), "left": len(done), "broken": len(folder.broken)}
     assert TOTAL.format(**counts) in second.said, second.said[-2000:]
-    assert "SIGTERM" not in second.said  # torchrun ends all processes when one ends with code 1
     assert {file: file.stat().st_mtime_ns for file in done} == done  # nothing is predicted twice
     # Every one that is broken is listed once, with the reason.
     said = re.findall(r"^unreadable: (.*)$", second.said, re.MULTILINE)
