@@ -12,11 +12,13 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Any, NoReturn, TextIO
 
 NUMBER = re.compile(r"-?[\d.]+(e-?\d+)?")
+PATIENCE = 2  # seconds for rank 0 to say it: torchrun ends all processes when one has ended
 
 
 class TadaError(ValueError):
@@ -97,6 +99,8 @@ def run_command(
         except (TadaError, OSError) as error:
             if main or not isinstance(error, on_all_ranks):
                 print(f"{name}: {error}", file=sys.stderr)
+            else:
+                time.sleep(PATIENCE)
             return 2
         finally:
             sys.stdout.flush()  # at its end Python would report what cannot be written, with code 120
@@ -160,7 +164,9 @@ class Parser(argparse.ArgumentParser):
         arguments = " ".join(x.metavar or x.dest for x in self._get_positional_actions())
         usage = f"usage: {self.prog} {arguments} [flags]".replace("  ", " ")
         lines = f"{usage}; {self.prog} --help lists them\n{self.prog}: {message}\n"
-        self.exit(2, lines if os.environ.get("RANK", "0") == "0" else None)
+        main = os.environ.get("RANK", "0") == "0"
+        time.sleep(0 if main else PATIENCE)
+        self.exit(2, lines if main else None)
 
 
 def nearest(given: str, known: Iterable[str]) -> str:

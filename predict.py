@@ -240,9 +240,10 @@ def run(
         if ranks.is_main:
             tidy(folder)
             done, left = len(todo) - failed, len(names) - len(todo)
-            print(f"{out}: {done} predicted, {left} skipped, {failed + len(long)} unreadable")
+            print(f"{out}: {done} predicted, {left} skipped, {failed + len(long)} unreadable", flush=True)
             if len(names) == 1 and not failed:
                 print(folder / f"{next(iter(names.values()))}.overlay.jpg")
+    ranks.barrier()  # torchrun ends all processes when one ends with code 1
     cleanup()
     return 1 if failed or long else 0
 

@@ -53,6 +53,10 @@ def find_images(inputs: Iterable[str], out: Path, taken: dict[str, str]) -> dict
         folder = folder if os.path.isdir(given) else os.path.dirname(folder)
         bases += [os.path.abspath(folder), *map(os.path.dirname, new)]  # a glob may lead out by ".."
     base, names, taken = os.path.commonpath(bases), {}, dict(taken)
+    for folder in {parent for path in paths for parent in Path(os.path.relpath(path, base)).parents}:
+        stem, suffix = os.path.splitext(str(folder).lower())
+        if suffix in (".png", ".jpg"):  # folders x.png and x.overlay.jpg are in the way of x's results
+            taken = dict.fromkeys((stem, os.path.splitext(stem)[0]), os.path.join(base, folder)) | taken
     for path in dict.fromkeys(paths):
         whole = os.path.relpath(path, base)
         stem = os.path.splitext(whole)[0]

@@ -64,11 +64,8 @@ def read_list(out: Path) -> dict[str, dict]:
         except (ValueError, KeyError, TypeError, RecursionError):
             if line.endswith(b"\n") or not b'{"path"'.startswith(line[:7]):  # else a crash truncated it
                 raise TadaError(f"{file}, line {number}, is not of predict.py: give another --out") from None
-    return {
-        labels: record
-        for labels, record in sorted(records.items())
-        if any(os.path.lexists(out / f"{labels.removesuffix('.png')}{ending}") for ending in ENDINGS)
-    }
+    stems = [(labels, labels.removesuffix(".png")) for labels in sorted(records)]
+    return {x: records[x] for x, stem in stems if any(os.path.lexists(out / (stem + y)) for y in ENDINGS)}
 
 
 def checked(record: dict) -> dict:
@@ -95,8 +92,8 @@ def tidy(out: Path) -> None:
 def to_do(names: dict[str, str], words: dict, out: Path, settings: Settings) -> list[str]:
     """The images without such a result. Raises TadaError where a file belongs to another image or program."""
     for folder in {out / x for name in names.values() for x in Path(name).parents if x.name}:
-        if folder.is_symlink():
-            raise TadaError(f"{folder} is a link, which is not followed: give another --out")
+        if folder.is_symlink() or folder.is_file():
+            raise TadaError(f"{folder} is a link, which is not followed, or a file: give another --out")
     records, todo = {name.removesuffix(".png"): x for name, x in read_list(out).items()}, []
     taken = {name.lower() for name in (*records, *names.values())}
     for path, name in names.items():

@@ -3,10 +3,14 @@ lines for a wrong flag.
 """
 
 import io
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import errors
 from errors import DataError, Parser, RunError, run_command
 
 
@@ -42,9 +46,33 @@ def test_a_bug_keeps_its_traceback():
 def test_shared_errors_are_printed_once(monkeypatch, capsys):
     """Rank 1 prints only errors that rank 0 may not have."""
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(errors, "PATIENCE", 0)
     assert run_command("train.py", fail(RunError("shared")), on_all_ranks=RunError) == 2
     assert run_command("train.py", fail(DataError("own")), on_all_ranks=RunError) == 2
     assert capsys.readouterr().err == "train.py: own\n"
+
+
+LATE = """
+import os, sys, time
+from errors import DataError, Parser, run_command
+
+def work():
+    raise DataError("one sentence")
+
+time.sleep(1 if os.environ["RANK"] == "0" else 0)
+Parser("x").parse_args() if sys.argv[1:] else sys.exit(run_command("x", work))
+"""
+
+
+@pytest.mark.parametrize("flags", [[], ["--szie"]])
+def test_a_late_rank_0_still_says_it(flags, tmp_path):
+    """torchrun ends all processes when one has ended."""
+    (tmp_path / "late.py").write_text(LATE)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *torchrun, str(tmp_path / "late.py"), *flags]
+    environment = os.environ | {"PYTHONPATH": str(Path(errors.__file__).parent)}
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=False).stderr
+    assert said.count("x: unknown flag --szie" if flags else "x: one sentence") == 1
 
 
 def test_a_text_that_the_terminal_cannot_show_is_escaped(monkeypatch):
@@ -96,6 +124,7 @@ def test_a_wrong_flag_is_two_lines_and_code_2(line, sentence, parser, capsys):
 def test_a_wrong_flag_is_printed_once(parser, monkeypatch, capsys):
     """torchrun gives all its processes the same flags."""
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(errors, "PATIENCE", 0)
     with pytest.raises(SystemExit):
         parser.parse_args(["--szie", "3"])
     assert capsys.readouterr().err == ""

@@ -15,6 +15,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, replace
 from io import BytesIO
 from pathlib import Path
+from time import sleep
 from types import SimpleNamespace
 
 import numpy as np
@@ -39,6 +40,7 @@ from loading.tags import LONGEST_TAG, choose_words
 from model import Tada, TadaConfig
 from predict import load_model, main, predict_image
 from run.checkpoint import FACTS, HASHES, MODEL, TENSORS, save_model
+from run.predictions import tidy
 from weights.words import digest
 
 ROOT = Path(__file__).parents[1]
@@ -430,6 +432,27 @@ def test_what_another_run_or_program_wrote_stays(steered, tmp_path, capsys):
     assert (out / "mine.png").read_bytes() == drawing
 
 
+def test_a_folder_may_have_the_name_of_a_result(steered, tmp_path, capsys):
+    """The image beside it keeps its suffix; where the result came first, all is refused at the start."""
+    for name in ("x.jpg", "x.png/1.jpg", "y.jpg", "y.overlay.jpg/1.jpg", "z.jpg"):
+        save(tmp_path / "in" / name)
+    out = tmp_path / "out"
+    arguments = [steered, str(tmp_path / "in"), "--out", str(out), "--words", "sea"]
+    for done in ("5 predicted, 0 skipped", "0 predicted, 5 skipped"):
+        assert main(arguments) == 0
+        assert done in capsys.readouterr().out
+    stems = ("x.jpg", "x.png/1", "y.jpg", "y.overlay.jpg/1", "z")
+    files = [f"{stem}{ending}" for stem in stems for ending in (".overlay.jpg", ".png")]
+    assert results(out) == sorted([*files, "predictions.jsonl"])
+    save(tmp_path / "in" / "z.png" / "1.jpg")
+    assert main(arguments) == 2
+    assert (
+        f"{out / 'z.png'} is a link, which is not followed, or a file: give another --out"
+        in capsys.readouterr().err
+    )
+    assert results(out) == sorted([*files, "predictions.jsonl"])
+
+
 @pytest.mark.parametrize(
     "content", [b'{"id": 1}\n{"id": 2}\n', b'{"id": 1}\n', b'{"id": 1}', b"gr\xf6\xdfe\n"]
 )
@@ -678,8 +701,10 @@ def process(rank: int, port: int, said: Path, arguments: list[str]) -> None:
     os._exit(code)
 
 
-def test_two_processes_share_the_images(steered, tmp_path):
-    """Together they leave, byte for byte, what one leaves; a unreadable image's exit code is that of both."""
+def test_two_processes_share_the_images(steered, tmp_path, monkeypatch):
+    """Together they leave, byte for byte, what one leaves; an unreadable image's exit code is that of both.
+    None ends before rank 0 has said all: at a code of 1 torchrun would end rank 0, too.
+    """
     for i in range(5):
         save(tmp_path / "in" / f"{i}.jpg", noise(30 + i, 40))
     (tmp_path / "in" / "bad.jpg").write_text("no image")
@@ -688,19 +713,20 @@ def test_two_processes_share_the_images(steered, tmp_path):
         port = free.getsockname()[1]
     arguments = [steered, str(tmp_path / "in"), "--words", "sea", "--out"]
     files, two = [tmp_path / "said-0", tmp_path / "said-1"], [*arguments, str(tmp_path / "two")]
+    monkeypatch.setattr(module, "tidy", lambda out: (sleep(0.5), tidy(out)))  # as of many images
     fork = multiprocessing.get_context("fork")  # no second import of torch
     both = [fork.Process(target=process, args=(rank, port, files[rank], two)) for rank in (0, 1)]
     try:
         for one in both:
             one.start()
-        for one in both:
-            one.join(60)
+        both[1].join(60)
+        assert files[0].read_text().endswith("5 predicted, 0 skipped, 1 unreadable\n")
+        both[0].join(60)
         assert [one.exitcode for one in both] == [1, 1]
     finally:
         for one in both:
             one.kill()
     said = [file.read_text() for file in files]
-    assert said[0].endswith("5 predicted, 0 skipped, 1 unreadable\n")
     assert "".join(said).count("unreadable: ") == 1
     assert all(line.startswith("unreadable: ") for line in said[1].splitlines())  # only rank 0 says the rest
 
