@@ -33,7 +33,7 @@ from metrics.report import FILES, move_earlier_results
 from model import TadaConfig
 from run.checkpoint import clean, save_model
 from run.folder import Run
-from run.predictions import Settings, read_list, to_do, write
+from run.predictions import read_list
 from run.ranks import TIMEOUT, Ranks
 
 ROOT = Path(__file__).parents[1]
@@ -883,31 +883,11 @@ def test_a_damaged_line_of_the_log_is_named(data, run, capsys):
     assert f"{log}, line 1, is left out" in capsys.readouterr().out and log.read_bytes() == whole
 
 
-def test_a_changed_line_of_predictions_is_not_used(tmp_path):
-    """Each mutation is one sentence, or the image is predicted again."""
-    image, settings = tmp_path / "a.png", Settings("00", {}, [1.0], False, False, {})
-    Image.new("RGB", (8, 8)).save(image)
-    record = {"path": str(image), "labels": "a.png"} | settings.of(str(image), ["sea"])
-    record |= {"size": [8, 8], "tags": ["sea"], "shares": {"sea": 0.75, "sky": 0.25}}
-    (tmp_path / "out").mkdir()
-    write(tmp_path / "out", "a", record, {".overlay.jpg": b"", ".png": b""}, rank=0)
-    file, how = tmp_path / "out" / "predictions.jsonl", ({str(image): "a"}, {str(image): ["sea"]})
-    whole, chance = file.read_bytes(), random.Random(0)
-    assert to_do(*how, tmp_path / "out", settings) == []
-    used = []
-    for _ in range(200):
-        changed = bytearray(whole)
-        changed[chance.randrange(len(whole) - 1)] = chance.choice(b'0123456789ae.-"{}[],:\xe9')
-        file.write_bytes(changed)
-        try:
-            if to_do(*how, tmp_path / "out", settings) == []:
-                used.append(json.loads(changed))
-        except TadaError as error:
-            assert "predictions.jsonl" in str(error)
-    assert all(line == json.loads(whole) for line in used)
-    file.write_text(json.dumps(json.loads(whole) | {"labels": 5}) + "\n")
+def test_a_line_of_predictions_with_another_type_is_refused(tmp_path):
+    """Other changes: tests/test_fuzz.py."""
+    (tmp_path / "predictions.jsonl").write_text('{"path": "a.png", "labels": 5}\n')
     with pytest.raises(TadaError, match="line 1, is not of predict.py"):
-        read_list(tmp_path / "out")
+        read_list(tmp_path)
 
 
 # ---- the table
