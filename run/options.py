@@ -98,7 +98,7 @@ class Options:
     threads: int = flag("per process; * the CPUs / processes", least=1, role="free")
     kernels: str = flag(KERNELS, "auto", role="speed", choices=["auto", "torch", "triton"])
     device: str | None = flag(PLACE, None, role="free", type=usable_device, metavar="DEVICE")
-    compile: bool = flag("torch.compile the UNet and the decoder", False, role="speed")
+    compile: bool = flag("torch.compile the UNet's transformers and the decoder", False, role="speed")
     checkpoint_activations: bool = flag("less memory, about a third slower", False, role="speed")
 
     run: str = flag(FOLDER, role="free", metavar="DIR", group="what it writes")
