@@ -152,8 +152,7 @@ def shrink(tada: Tada, tags: str) -> None:
     """Round the weights of frozen parts to bfloat16, channels-last: half the memory, and norms in their type.
 
     CLIP keeps float32 where the tags are CLIP's: they are the same in training and test, on any device. So
-    does its text tower, whose vectors are made once for each word. The VAE loses its decoder, as nothing here
-    draws: one left on the CPU would be refused by DDP.
+    does its text tower, for the words. The VAE loses its decoder: nothing draws, and DDP wants one device.
     """
     tada.vae.decoder, parts = None, [tada.vae]
     if "clip" not in (tags, tada.config.tags):

@@ -37,8 +37,7 @@ def merge(path: Path, out: Path, weights: str | None = None) -> str:
     if not rank:
         raise CheckpointError(f"{path} was trained without --lora: there is nothing to merge")
     if out.exists() or out.with_name(HASHES).exists():
-        fault = "exists" if out.exists() else "would be in the folder of a step"
-        raise CheckpointError(f"{out} {fault}: give another --out")
+        raise CheckpointError(f"{out} exists, or its folder is a step's: give another --out")
     replace_projections(tada.unet, merged)
     tada.config = replace(tada.config, lora=0)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -47,8 +46,7 @@ def merge(path: Path, out: Path, weights: str | None = None) -> str:
         with replacing(out) as new:
             save_model(tada, new, frozen_digests(tada.config), metrics)
     except SafetensorError as error:
-        cure = "free space on its disk, or make it writable"
-        raise CheckpointError(f"{out} could not be written ({error}): {cure}") from None
+        raise CheckpointError(f"{out} could not be written ({error}): give another --out") from None
     return f"wrote {out}: the updates of rank {rank} are part of its UNet"
 
 

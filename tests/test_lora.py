@@ -142,7 +142,7 @@ def test_a_merged_model_is_one_of_full_training(tada, tmp_path, capsys):
     assert merged.config == replace(tada.config, lora=0)
     assert error(predicted(merged), predicted(tada)) <= BAR
     for arguments, sentence in (
-        ([str(file), "--out", str(out)], f"{out} exists: give another --out"),
+        ([str(file), "--out", str(out)], f"{out} exists, or its folder is a step's: give another --out"),
         ([str(out), "--out", str(tmp_path / "new")], "was trained without --lora: there is nothing to merge"),
         ([str(file), "--out", "/proc/new"], "/proc/new could not be written (Error while serializing"),
     ):
@@ -155,7 +155,7 @@ def test_a_merged_model_is_one_of_full_training(tada, tmp_path, capsys):
     hashes = {path.name: digest(path) for path in step.iterdir()}
     (step / "sha256.json").write_text(json.dumps(hashes))
     assert merge.main([str(step), "--out", str(step / "merged.safetensors")]) == 2  # none could read it there
-    assert "would be in the folder of a step: give another --out" in capsys.readouterr().err
+    assert "its folder is a step's: give another --out" in capsys.readouterr().err
 
 
 def test_which_models_a_run_with_lora_can_start_from(tada, tmp_path):
