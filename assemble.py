@@ -115,7 +115,8 @@ def build(config: TadaConfig, device: torch.device | str = "cpu") -> Tada:
     names = word_vectors(*words, 80, shared=True) if config.tags == "clip" else None  # (K, E)
     with torch.no_grad():
         empty = clip.text(tokenizer([""]).to(device))[0][0]  # (77, C)
-    tada = move(assemble(config, vae, unet, clip, tokenizer, empty.cpu(), classes.cpu(), names), device)
+    tada = assemble(config, vae, unet, clip, tokenizer, empty.cpu(), classes.cpu(), names)
+    move(tada, device, config.tags)
     if config.tags == "ram":
         tada.tagger = open_tagger(tada, "ram", config.tag_threshold)
     return tada
@@ -139,25 +140,23 @@ def assemble(
     return Tada(config, vae, unet, clip, tokenizer, adapter, decoder, names)
 
 
-def move(tada: Tada, device: torch.device | str) -> Tada:
+def move(tada: Tada, device: torch.device | str, tags: str) -> Tada:
     """Move a model to its device, in place; on a GPU its frozen parts become bfloat16 (not random ones, whose
-    only file is the model's).
+    only file is the model's). `tags` is the source of those that it will use, its config's or another.
     """
-    tada.to(device)
     if torch.device(device).type == "cuda" and tada.config.weights != "random":
-        shrink(tada)
-        tada.vae.decoder.to("cpu")  # nothing here draws
-    return tada
+        shrink(tada, tags)
+    return tada.to(device)
 
 
-def shrink(tada: Tada) -> None:
+def shrink(tada: Tada, tags: str) -> None:
     """Round the weights of frozen parts to bfloat16, channels-last: half the memory, and norms in their type.
 
-    CLIP keeps float32 where its tags are the model's: they are the same in training and test, on any device.
-    So does its text tower, whose vectors are made once for each word.
+    CLIP keeps float32 where the tags are CLIP's: they are the same in training and test, on any device. So
+    does its text tower, for the words. The VAE loses its decoder: nothing draws, and DDP wants one device.
     """
-    parts = [tada.vae]
-    if tada.config.tags != "clip":
+    tada.vae.decoder, parts = None, [tada.vae]
+    if "clip" not in (tags, tada.config.tags):
         parts += [tada.clip.vision_model, tada.clip.visual_projection]
     for part in parts:
         part.to(torch.bfloat16, memory_format=torch.channels_last)

@@ -4,6 +4,7 @@
     output = tada(image, tags)  # image (B, 3, H, W) in [-1, 1], a list of words per image
     labels = predict(tada.eval(), image, tags).labels  # (B, H, W), inference.py
 
+On a GPU call it under `torch.autocast("cuda", torch.bfloat16)`, as frozen parts are bfloat16 there.
 Top to bottom: the settings of a model, the model (its `forward` is Figure 2), its loss, words to vectors.
 assemble.py builds models, inference.py predicts images of any size, run/checkpoint.py saves and loads;
 predict.py's `predict_image` takes a path or an image and does the rest.

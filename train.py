@@ -81,7 +81,7 @@ def train_step(
     `model` is `tada`, its `masters`, or the DDP wrapper of either. Each part of the loss is divided by its
     count over all ranks and micro-batches, so the gradient does not depend on how a batch is divided. `seed`
     is that of the points of Mask2Former's loss. Raises RunError on all ranks, without an update, if a loss or
-    the gradient is not finite. Numbers are read from a GPU only at the end: it never waits for the CPU.
+    the gradient is not finite. Numbers are read from a GPU only at the end, but for Mask2Former's matching.
     """
     half = ranks.device.type == "cuda" or masters is not None
     labels = [batch.labels.to(ranks.device, non_blocking=True).long() for batch in batches]

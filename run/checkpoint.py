@@ -125,7 +125,7 @@ def read_model(
     # Clone: on the CPU, rounding depends on how a tensor is aligned in memory, in a mapped file otherwise.
     own = {name: x.clone() for name, x in read_own_state(tada, file).items()}
     tada.load_state_dict({**tada.state_dict(), **own}, strict=True, assign=True)
-    tada = move(tada, device).eval()
+    tada = move(tada, device, source).eval()
     if source == "ram" or (source, threshold) != (config.tags, config.tag_threshold):
         tada.tagger = open_tagger(tada, source, threshold)
     return tada

@@ -12,11 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from errors import CheckpointError, Parser, run_command
 from kernels.linear import Linear
-from run.checkpoint import find_model, frozen_digests, read_about, read_model, save_model
+from run.checkpoint import HASHES, find_model, frozen_digests, read_about, read_model, save_model
 from run.files import replacing
 from unet import LoRA, replace_projections
 
@@ -35,14 +36,17 @@ def merge(path: Path, out: Path, weights: str | None = None) -> str:
     rank = tada.config.lora
     if not rank:
         raise CheckpointError(f"{path} was trained without --lora: there is nothing to merge")
-    if out.exists():
-        raise CheckpointError(f"{out} exists: give another --out")
+    if out.exists() or out.with_name(HASHES).exists():
+        raise CheckpointError(f"{out} exists, or its folder is a step's: give another --out")
     replace_projections(tada.unet, merged)
     tada.config = replace(tada.config, lora=0)
     out.parent.mkdir(parents=True, exist_ok=True)
     metrics = read_about(find_model(path))["metrics"]
-    with replacing(out) as new:
-        save_model(tada, new, frozen_digests(tada.config), metrics)
+    try:
+        with replacing(out) as new:
+            save_model(tada, new, frozen_digests(tada.config), metrics)
+    except SafetensorError as error:
+        raise CheckpointError(f"{out} could not be written ({error}): give another --out") from None
     return f"wrote {out}: the updates of rank {rank} are part of its UNet"
 
 

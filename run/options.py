@@ -38,6 +38,7 @@ DECODERS = "mask2former needs instances, as scenes have; * coco-panoptic, panopt
 TOKENS = "a tag is one pooled vector, or all tags are one prompt"
 FROM = "a run, step or file to start from: its UNet, adapter, decoder, where they fit; * none"
 START = "the adapter's first context: the empty prompt's, or its own"
+LORA = "rank of updates of a frozen UNet's attention; 0: none"
 KERNELS = "what won the benchmark, plain torch, or the Triton kernels"
 PRESET = "vpd: VPD's recipe; demo: a first look at scenes in minutes; flags override it"
 PRESETS = {"vpd": VPD, "demo": DEMO}
@@ -82,7 +83,7 @@ class Options:
     noise: str = flag("one for all images, or none", TadaConfig.noise, choices=["fixed", "none"])
     attention_maps: bool = flag("add the UNet's cross-attention (VPD)", TadaConfig.attention_maps)
     freeze_unet: bool = flag("train only the adapter and the decoder", TadaConfig.freeze_unet)
-    lora: int = flag("rank of updates of a frozen UNet's attention; 0: none", TadaConfig.lora, least=0)
+    lora: int = flag(LORA, TadaConfig.lora, least=0, below=320)  # channels of the narrowest attention
     dropout: float = flag("before the classifier; * 0.1, tiny 0", least=0, below=1)
 
     preset: str | None = flag(PRESET, None, choices=[*PRESETS], group="the run")
@@ -98,7 +99,7 @@ class Options:
     threads: int = flag("per process; * the CPUs / processes", least=1, role="free")
     kernels: str = flag(KERNELS, "auto", role="speed", choices=["auto", "torch", "triton"])
     device: str | None = flag(PLACE, None, role="free", type=usable_device, metavar="DEVICE")
-    compile: bool = flag("torch.compile the UNet and the decoder", False, role="speed")
+    compile: bool = flag("torch.compile the UNet's transformers and the decoder", False, role="speed")
     checkpoint_activations: bool = flag("less memory, about a third slower", False, role="speed")
 
     run: str = flag(FOLDER, role="free", metavar="DIR", group="what it writes")

@@ -1,5 +1,6 @@
 """LoRA (unet.py, `--lora`, run/merge.py): equal to peft's, saved without the UNet, merged on request."""
 
+import json
 from dataclasses import replace
 from functools import partial
 
@@ -21,6 +22,7 @@ from run.options import parse
 from run.start import fitting, start_from
 from unet import LoRA, UNet, replace_projections
 from weights.load import load
+from weights.words import digest
 
 RANK = 4
 PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -140,11 +142,20 @@ def test_a_merged_model_is_one_of_full_training(tada, tmp_path, capsys):
     assert merged.config == replace(tada.config, lora=0)
     assert error(predicted(merged), predicted(tada)) <= BAR
     for arguments, sentence in (
-        ([str(file), "--out", str(out)], f"{out} exists: give another --out"),
+        ([str(file), "--out", str(out)], f"{out} exists, or its folder is a step's: give another --out"),
         ([str(out), "--out", str(tmp_path / "new")], "was trained without --lora: there is nothing to merge"),
+        ([str(file), "--out", "/proc/new"], "/proc/new could not be written (Error while serializing"),
     ):
         assert merge.main(arguments) == 2
         assert sentence in capsys.readouterr().err
+    (step := tmp_path / "step-000001").mkdir()
+    save_model(tada, step / "model.safetensors", frozen_digests(tada.config), {})
+    (step / "train.safetensors").touch()
+    (step / "train.json").touch()
+    hashes = {path.name: digest(path) for path in step.iterdir()}
+    (step / "sha256.json").write_text(json.dumps(hashes))
+    assert merge.main([str(step), "--out", str(step / "merged.safetensors")]) == 2  # none could read it there
+    assert "its folder is a step's: give another --out" in capsys.readouterr().err
 
 
 def test_which_models_a_run_with_lora_can_start_from(tada, tmp_path):
@@ -177,7 +188,15 @@ def test_which_models_a_run_with_lora_can_start_from(tada, tmp_path):
             fitting(files[name], other, digests)
 
 
-def test_a_frozen_unet_has_no_updates(capsys):
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("4 --freeze-unet", "--lora 4 trains what --freeze-unet leaves as it is: give one of them"),
+        ("-1", "--lora -1: give 0 or more, and less than 320"),
+        ("320", "--lora 320: give 0 or more, and less than 320"),  # 320 x 320 is all of a projection
+    ],
+)
+def test_a_rank_is_refused(flags, sentence, capsys):
     with pytest.raises(SystemExit):
-        parse(["--lora", "4", "--freeze-unet"])
-    assert "--lora 4 trains what --freeze-unet leaves as it is: give one of them" in capsys.readouterr().err
+        parse(["--lora", *flags.split()])
+    assert sentence in capsys.readouterr().err

@@ -131,6 +131,9 @@ def test_noise_is_equation_1(tagging, t, monkeypatch):
         expected = scheduler(**SD15).add_noise(latent, noise, torch.tensor([t, t]))
         assert error(tada.noised(latent), expected) <= 1e-6
     assert torch.equal(tada.noised(latent[:1])[0], tada.noised(latent)[0])
+    wide, half = tada.noised(latent.mT), tada.noised(latent.mT.bfloat16())  # another size, another type
+    assert half.dtype == torch.bfloat16 and error(half, wide) <= 0.01
+    assert error(tada.noised(latent), expected) <= 1e-6
     assert torch.equal(torch.get_rng_state(), before)
 
 

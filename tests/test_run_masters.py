@@ -107,6 +107,22 @@ def test_steps_below_the_resolution_of_bfloat16_add_up(tada):
     assert torch.equal(half, master.bfloat16())
 
 
+def test_attention_maps_are_those_of_the_copy():
+    """With VPD's maps a step updates all of the UNet that is trained, and the copy has it."""
+    torch.manual_seed(0)
+    options = {"model": "tiny", "weights": "weights/tiny", "condition": "none", "attention_maps": True}
+    tada = build(TadaConfig(tuple(SCENES.classes), **options))
+    trained = [name for name, p in tada.unet.named_parameters() if p.requires_grad]
+    before = {name: tada.unet.get_parameter(name).detach().clone() for name in trained}
+    optimizer, masters = adamw(tada), Masters(tada)
+    steps(tada, optimizer, range(1), masters)
+    assert not any(p.requires_grad for p in tada.unet.parameters())  # DDP would make buckets for them
+    for name in trained:
+        master = tada.unet.get_parameter(name)
+        assert not torch.equal(master, before[name]), name
+        assert torch.equal(masters.unet.get_parameter(name), master.bfloat16()), name
+
+
 def test_a_loss_that_is_not_finite_changes_nothing(tada):
     optimizer, masters = adamw(tada), Masters(tada)
     with torch.no_grad():

@@ -18,21 +18,23 @@ def test_buffers_are_not_synchronised_by_old_and_new_torch(argument, monkeypatch
     calls = []
 
     class Old:
-        def __init__(self, module, device_ids=None, broadcast_buffers=True, **other):
-            calls.append(("broadcast_buffers", broadcast_buffers, device_ids))
+        def __init__(self, module, device_ids=None, broadcast_buffers=True, **more):
+            calls.append(("broadcast_buffers", broadcast_buffers, device_ids, more["static_graph"]))
 
     class New:
-        def __init__(self, module, device_ids=None, broadcast_buffers=None, forward_sync_buffers=None, **_):
+        def __init__(
+            self, module, device_ids=None, broadcast_buffers=None, forward_sync_buffers=None, **more
+        ):
             assert broadcast_buffers is None
-            calls.append(("forward_sync_buffers", forward_sync_buffers, device_ids))
+            calls.append(("forward_sync_buffers", forward_sync_buffers, device_ids, more["static_graph"]))
 
     kind = Old if argument == "broadcast_buffers" else New
     monkeypatch.setattr(run.ranks, "DistributedDataParallel", kind)
     model = nn.Linear(1, 1)
     assert isinstance(Ranks(0, 2, torch.device("cpu")).data_parallel(model), kind)
     assert Ranks(0, 1, torch.device("cpu")).data_parallel(model) is model
-    Ranks(1, 2, torch.device("cuda", 1)).data_parallel(model)
-    assert calls == [(argument, False, None), (argument, False, [1])]
+    Ranks(1, 2, torch.device("cuda", 1)).data_parallel(model, accumulate=2)
+    assert calls == [(argument, False, None, True), (argument, False, [1], False)]
 
 
 def test_only_rank_0_has_what_is_gathered(monkeypatch):

@@ -168,17 +168,27 @@ def test_clipping_scales_the_gradient_to_the_largest_norm(folder):
     assert steps[2] == steps[0]
 
 
-def test_a_loss_that_is_not_finite_changes_nothing(folder):
+@pytest.mark.parametrize("where", ["images/train/", "the gradient alone"])
+def test_a_loss_or_gradient_that_is_not_finite_changes_nothing(folder, where):
+    """Neither parameters nor AdamW's state, of which the first step made some."""
     dataset = open_dataset("folder", folder, "train")
     tada = build(TadaConfig(classes=tuple(dataset.classes), model="tiny", tags="oracle", dropout=0.0))
-    with torch.no_grad():
-        tada.decoder.classifier[-1].bias[0] = math.inf
-    before = {name: p.clone() for name, p in tada.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in tada.parameters() if p.requires_grad], fused=True)
     batch = next(TrainStream(dataset, Augment((64, 64), 96, 384), batch=2, seed=0).batches())
-    with pytest.raises(RunError, match=r"not finite.*images/train/"):
-        train.train_step(tada, tada, optimizer, [batch], TagSource("oracle", dataset.prompts), HERE)
-    assert all(torch.equal(p, before[name]) for name, p in tada.named_parameters())
+    step = partial(
+        train.train_step, tada, tada, optimizer, [batch], TagSource("oracle", dataset.prompts), HERE
+    )
+    step()
+    bias = tada.decoder.classifier[-1].bias
+    if where == "the gradient alone":
+        bias.register_hook(lambda gradient: gradient * math.inf)
+    else:
+        bias.data[0] = math.inf
+    tensors = [*tada.parameters(), *(x for state in optimizer.state.values() for x in state.values())]
+    before = [x.detach().clone() for x in tensors]
+    with pytest.raises(RunError, match=f"not finite.*{where}"):
+        step()
+    assert all(torch.equal(x, y) for x, y in zip(tensors, before, strict=True))
 
 
 BROKEN = """
