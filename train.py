@@ -49,7 +49,7 @@ from run.compiled import compile_blocks
 from run.files import place
 from run.folder import Run, fingerprint, open_run
 from run.masters import Masters
-from run.memory import keep_freed_memory
+from run.memory import keep_freed_memory, relief
 from run.options import Options, config_of, defaults, parse
 from run.progress import StopOnSignal, describe, draw, drawing, log_line, speed
 from run.ranks import Ranks, cleanup, init_distributed
@@ -432,7 +432,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             code = train(options, ranks)
         except torch.OutOfMemoryError as error:
-            raise ModelError(f"{error}: give a larger --accumulate, or --checkpoint-activations") from None
+            raise ModelError(f"{error}: {relief(options, ranks.world)}") from None
         cleanup()
         return code
 

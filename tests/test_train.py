@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from functools import partial
@@ -677,17 +678,51 @@ def test_bad_input_is_named(folder, tmp_path, capsys, flags, message):
     assert re.search(message, error)
 
 
-def test_out_of_memory_is_one_sentence(folder, tmp_path, capsys, monkeypatch):
-    """With its cure, from whichever rank it happens on."""
+@pytest.mark.parametrize(
+    ("flags", "cure"),
+    [
+        (
+            "",
+            "turn on --accumulate 4 (16.8), --checkpoint-activations (16.8), --lora 16 (5.2), --freeze-unet",
+        ),
+        ("--accumulate 4", "turn on --checkpoint-activations (16.8), --lora 16 (5.2), --freeze-unet (5.1);"),
+        ("--accumulate 4 --lora 16", "turn on --checkpoint-activations (16.8), --freeze-unet (5.1);"),
+        ("--accumulate 4 --freeze-unet --checkpoint-activations", "a GPU with more memory"),
+    ],
+)
+def test_out_of_memory_is_one_sentence(folder, tmp_path, capsys, monkeypatch, flags, cure):
+    """With what is not yet on, from whichever rank it happens on."""
 
     def exhausted(*arguments) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     monkeypatch.setattr(train, "train", exhausted)
     monkeypatch.setenv("RANK", "0")
-    assert train.main(command(folder, tmp_path / "run")) == 2
+    assert train.main(command(folder, tmp_path / "run", *flags.split())) == 2
     error = capsys.readouterr().err
-    assert error.startswith("train.py: CUDA out of memory") and "larger --accumulate" in error
+    assert error.startswith("train.py: CUDA out of memory") and cure in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_two_machines_make_the_run_of_one(folder, tmp_path):
+    """Two agents that meet by torchrun's own rendezvous, one process each, or one agent with two."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        meeting = f"127.0.0.1:{s.getsockname()[1]}"
+    two = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={meeting}"]
+    agents = {"two": [[*two, f"--node-rank={i}"] for i in (0, 1)]}
+    agents["one"] = [["--standalone", "--nproc-per-node=2"]]
+    models = []
+    for name, hows in agents.items():
+        more = [str(ROOT / "train.py"), *command(folder, tmp_path / name, "--iterations", "2")]
+        more[more.index("--run")] = "--run-dir"  # torchrun takes --run for its own
+        run = [sys.executable, "-m", "torch.distributed.run"]
+        started = [subprocess.Popen([*run, *how, *more], stderr=subprocess.PIPE, text=True) for how in hows]
+        errors = [process.communicate(timeout=300)[1] for process in started]
+        assert [process.returncode for process in started] == [0] * len(hows), errors
+        step = tmp_path / name / "last"
+        models.append([(step / file).read_bytes() for file in ("model.safetensors", "train.safetensors")])
+    assert models[0] == models[1]
 
 
 def test_a_label_out_of_range_is_named_before_training(folder, tmp_path, capsys):
