@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import attention, attention_maps, norm_silu, own_type
+from kernels import attention, attention_maps, norm_silu, normed, own_type
 from kernels.linear import Linear, linear
 
 TAP = 1  # maps come after the second block of an up level (VPD vpd/models.py, output_blocks 1, 4, 7)
@@ -235,8 +235,8 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         h = norm_silu(self.norm1, x)  # reusing `h` frees the previous activation
-        h = self.conv1(h).add_(self.time_emb_proj(time)[:, :, None, None])
-        h = norm_silu(self.norm2, h)
+        h = self.conv1(h)
+        h = norm_silu(self.norm2, h, shift=self.time_emb_proj(time))
         h = self.conv2(h)
         return h.add_(self.conv_shortcut(x))
 
@@ -257,7 +257,7 @@ class SpatialTransformer(nn.Module):
     def forward(
         self, x: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, with_attention: bool
     ) -> tuple[Tensor, Tensor | None]:
-        pixels = rearrange(self.proj_in(self.norm(x)), "B C h w -> B (h w) C")
+        pixels = rearrange(self.proj_in(normed(self.norm, x)), "B C h w -> B (h w) C")
         pixels, weights = self.transformer_blocks[0](pixels, k, v, lengths, with_attention)
         if weights is not None:
             weights = rearrange(weights, "B (h w) L -> B L h w", h=x.shape[2])

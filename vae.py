@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from kernels import norm_silu, own_type, wide_attention
+from kernels import norm_silu, normed, own_type, wide_attention
 
 EPS = 1e-6  # of every GroupNorm here (CompVis model.py, `Normalize`), not torch's 1e-5
 LOGVAR_RANGE = (-30.0, 20.0)  # the clamp of CompVis ldm/modules/distributions/distributions.py
@@ -191,7 +191,7 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = rearrange(self.group_norm(x), "B C h w -> B (h w) 1 C")  # one head of width C
+        tokens = rearrange(normed(self.group_norm, x), "B C h w -> B (h w) 1 C")  # one head of width C
         y = self.to_out(wide_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)))
         return rearrange(y, "B (h w) 1 C -> B C h w", h=x.shape[2]) + x
 

@@ -21,9 +21,9 @@ from .reference import attention_maps as attention_maps  # for those who import 
 from .row_attention import row_attention
 
 # (what, class of processor) -> where it won. GPUs, by compute capability: `python -m lab.bench --suite
-# kernels`; the size is the head width for attention, the number of channels for group_norm_silu, and the
-# number of classes for upsample_cross_entropy. No GPU has been measured yet. CPUs, by `processor()`: `python
-# -m lab.bench --suite cpu-choices`. The numbers are in BENCH.md.
+# kernels`; the size is the head width for attention, the number of channels for group_norm and
+# group_norm_silu, the number of classes for upsample_cross_entropy. No GPU has been measured yet. CPUs, by
+# `processor()`: `python -m lab.bench --suite cpu-choices`. The numbers are in BENCH.md.
 WINS: dict[tuple[str, tuple[int, int] | str], frozenset[int | str]] = {
     ("row_attention", "avx512_bf16"): frozenset({40, 80, 512}),
     ("linear_as_convolution", "avx512_bf16"): frozenset({"forward"}),
@@ -97,17 +97,23 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 wide_attention = plain_attention  # of heads too wide for a kernel: the VAE has a single one of 512 channels
 
 
-def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """silu(norm(x)) of a map `(B, C, H, W)`.
+def norm_silu(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None) -> Tensor:
+    """silu(norm(x + shift)) of a map `(B, C, H, W)`, shift `(B, C)`, by which x may be overwritten.
 
     The kernel's result is channels-last in memory and of x's type, also under autocast, where torch's is
     float32.
     """
-    if chosen("group_norm_silu", x, x.shape[1], x.dtype != torch.float32):
-        from .group_norm import group_norm_silu
+    return normed(norm, x, silu=True, shift=shift)
+
+
+def normed(norm: nn.GroupNorm, x: Tensor, silu: bool = False, shift: Tensor | None = None) -> Tensor:
+    """norm(x) of a map `(B, C, H, W)`, else as `norm_silu`."""
+    kernel = "group_norm_silu" if silu else "group_norm"
+    if chosen(kernel, x, x.shape[1], x.dtype != torch.float32):
+        from .group_norm import group_norm
     else:
-        from .reference import group_norm_silu
-    return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+        from .reference import group_norm
+    return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu, shift)
 
 
 def upsampled_cross_entropy(logits: Tensor, labels: Tensor, ignore: int = IGNORE) -> tuple[Tensor, Tensor]:

@@ -1,26 +1,33 @@
-"""GroupNorm and SiLU fused, on channels-last maps, forward and backward.
+"""GroupNorm with or without SiLU after it and a shift before it, on channels-last maps, forward and backward.
 
 With g the group of channel c, N = P C/G the values of a group (P = H W pixels, G groups) and sigma the
 logistic function, per image:
 
-    xhat = (x - mean_g) rstd_g          mean_g, rstd_g = 1 / sqrt(var_g + eps) over the group's N values
+    xhat = (x + shift_c - mean_g) rstd_g      mean_g, rstd_g = 1 / sqrt(var_g + eps) over the group's N values
     z    = xhat weight_c + bias_c
-    y    = z sigma(z)
+    y    = z sigma(z)                         or z, without SiLU
 
 Backward, from dy. The mean and the variance depend on every value of the group, which gives two means:
 
-    dz      = dy sigma(z) (1 + z (1 - sigma(z)))
+    dz      = dy sigma(z) (1 + z (1 - sigma(z)))              or dy
     dbias_c = sum of dz, dweight_c = sum of dz xhat           over images and pixels
     dx      = rstd_g (weight_c dz - mean of (weight dz) - xhat mean of (weight dz xhat))       means over g
+    dshift_c = sum of dx                                      over the pixels of each image
 
-z is not stored: it costs two multiplications, and reading it would cost as much as reading x.
+z is not stored: it costs two multiplications, and reading it would cost as much as reading x. Nor is x +
+shift (the time embedding of the UNet): that saves a reading and a writing forward, 4 bytes per value in
+bfloat16, and the reading of dx for its sum backward, 2 bytes.
 
 Tiles. A group's channels are a short piece of each pixel's row (20 bytes of 640 at C = 320), so a program
-does not process a group: it processes tiles of 64 pixels x 64 channels, lines of 128 bytes, per channel.
-Three kernels forward and three backward: sums of each tile over its pixels, per channel; their merge into the
-groups' statistics; the result. The forward pass reads x twice and writes y, the backward pass reads x and dy
-twice and writes dx: 6 and 10 bytes per value in bfloat16, against 18 of eager torch on channels-last maps,
-which first copies to another layout. If the map fits the cache, the second reading is free.
+does not process a group of a large map: it processes tiles of 64 pixels x 64 channels, lines of 128 bytes,
+per channel. Three kernels forward and three backward: sums of each tile over its pixels, per channel; their
+merge into the groups' statistics; the result. The forward pass reads x twice and writes y, the backward pass
+reads x and dy twice and writes dx: 6 and 10 bytes per value in bfloat16, against 18 of eager torch on
+channels-last maps, which first copies to another layout. If the map fits the cache, the second reading is
+free.
+
+Small maps. Where the group fits the registers of a program (16x16 pixels of 40 channels, say), the program
+holds it: one kernel forward and one backward, and each map is read once: 4 and 6 bytes per value.
 
 Large means. Sums of squares lose the variance if the mean is large relative to the deviation, so a tile's sum
 of squares is taken around its own mean, and two sets are joined by (Chan, Golub & LeVeque 1983, Eq. 2.1)
@@ -43,15 +50,20 @@ PIXELS, CHANNELS, WARPS = 64, 64, 4
 # maps, so that there are fewer sums to merge.
 MOST_TILES = 8
 MERGED = 64  # sums of tiles that the merge reads at once
+# The most values that a program holds of a whole group, padded to powers of two: of x forward, of x and dy
+# backward; and those in each of its threads, which have 128 registers if there are 512.
+HELD, EACH = 2**15, 64
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """silu(group_norm(x)): `(B, C, H, W)` -> `(B, C, H, W)` of x's type, channels-last in memory.
+def group_norm(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool, shift: Tensor | None = None
+) -> Tensor:
+    """group_norm(x + shift), and SiLU of it: `(B, C, H, W)` -> `(B, C, H, W)` of x's type, channels-last.
 
     x is bfloat16, float16 or float32; if it is not channels-last in memory it is copied once. weight and bias
-    `(C,)` have any floating type (float32 under autocast); all arithmetic is in float32. Differentiable once,
-    in x, weight and bias.
+    `(C,)` and shift `(B, C)` have any floating type (float32 under autocast); all arithmetic is in float32.
+    Differentiable once, in x, weight, bias and shift.
     """
     assert x.ndim == 4 and x.dtype in DTYPES, (
         f"x is {x.dtype} {tuple(x.shape)}: give a map (B, C, H, W) of bfloat16, float16 or float32"
@@ -61,6 +73,9 @@ def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: f
     assert weight.shape == bias.shape == (C,), (
         f"weight is {tuple(weight.shape)} and bias {tuple(bias.shape)}: give ({C},), one value per channel"
     )
+    assert shift is None or shift.shape == x.shape[:2], (
+        f"shift is {tuple(shift.shape)}: give {tuple(x.shape[:2])}, one value per image and channel"
+    )
     assert x.numel() > 0, f"x is {tuple(x.shape)}: an empty map has no mean"
     assert x.device.type != "cpu" or not isinstance(normalize, triton.JITFunction), (
         "x is on the CPU: Triton's kernels run there only with TRITON_INTERPRET=1 in the environment"
@@ -69,7 +84,8 @@ def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: f
         "x is bfloat16, to which Triton's interpreter (3.7.1) truncates: give float16 or float32"
     )
     x = x.contiguous(memory_format=torch.channels_last)
-    return forward(x, groups, weight, bias, eps)[0]
+    shift = None if shift is None else shift.contiguous()
+    return forward(x, groups, weight, bias, eps, silu, shift)[0]
 
 
 def tiling(x: Tensor, groups: int) -> tuple[tuple[int, int, int], dict[str, int], dict[str, int]]:
@@ -83,66 +99,102 @@ def tiling(x: Tensor, groups: int) -> tuple[tuple[int, int, int], dict[str, int]
     return grid, sizes, merged
 
 
-@triton_op("tada::group_norm_silu", mutates_args=())
+def whole(x: Tensor, groups: int, maps: int) -> dict[str, int] | None:
+    """The sizes of the programs that hold a whole group of so many maps; None if it does not fit."""
+    (_, C, H, W), D = x.shape, x.shape[1] // groups
+    width = triton.next_power_of_2(D)
+    if maps * H * W * width > HELD:
+        return None
+    pixels = next(2**i for i in range(16) if H * W <= 2**i)  # H and W may be symbols
+    warps = max(1, min(16, maps * pixels * width // (32 * EACH)))
+    sizes = {"P": H * W, "C": C, "groups": groups, "D": D, "PIXELS": pixels, "WIDTH": width}
+    return sizes | {"num_warps": warps}
+
+
+@triton_op("tada::group_norm", mutates_args=())
 def forward(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool, shift: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, and each group's mean and rstd `(B, G)` float32 for the backward pass."""
-    (B, C), (grid, sizes, merged) = x.shape[:2], tiling(x, groups)
+    B, C = x.shape[:2]
     y = torch.empty_like(x)
-    tile_mean, tile_m2 = (torch.empty(B, grid[1], C, dtype=torch.float32, device=x.device) for _ in range(2))
     mean, rstd = (torch.empty(B, groups, dtype=torch.float32, device=x.device) for _ in range(2))
+    arguments = x, shift, y, mean, rstd, weight, bias
+    if held := whole(x, groups, maps=1):
+        wrap_triton(whole_forward)[(groups, 1, B)](*arguments, eps=eps, SILU=silu, **held)
+        return y, mean, rstd
 
+    grid, sizes, merged = tiling(x, groups)
+    tile_mean, tile_m2 = (torch.empty(B, grid[1], C, dtype=torch.float32, device=x.device) for _ in range(2))
     wrap_triton(measure)[grid](x, tile_mean, tile_m2, **sizes)
     span = sizes["TILES"] * PIXELS
-    wrap_triton(merge)[(groups, B)](tile_mean, tile_m2, mean, rstd, eps=eps, SPAN=span, **merged)
-    wrap_triton(normalize)[grid](x, y, mean, rstd, weight, bias, groups=groups, D=merged["D"], **sizes)
+    wrap_triton(merge)[(groups, B)](tile_mean, tile_m2, shift, mean, rstd, eps=eps, SPAN=span, **merged)
+    wrap_triton(normalize)[grid](*arguments, groups=groups, D=merged["D"], SILU=silu, **sizes)
     return y, mean, rstd
 
 
-@triton_op("tada::group_norm_silu_backward", mutates_args=())
+@triton_op("tada::group_norm_backward", mutates_args=())
 def backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor]:
-    """dx, and dbias and dweight in one float32 tensor `(2, C)`; dy is channels-last as x is."""
-    (B, C), groups = x.shape[:2], mean.shape[1]
-    grid, sizes, merged = tiling(x, groups)
-    sizes |= {"groups": groups, "D": merged["D"]}
-    dx = torch.empty_like(x)
-    tile_sums = torch.empty(2, B, grid[1], C, dtype=torch.float32, device=x.device)  # of dz, and of dz xhat
-    sums = torch.empty(2, B, C, dtype=torch.float32, device=x.device)  # over all pixels of an image
-    means = torch.empty(2, B, groups, dtype=torch.float32, device=x.device)  # of weight dz (xhat)
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    silu: bool,
+    shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx; dbias and dweight in one float32 tensor `(2, C)`; parts of dshift `(B, S, C)`, none without shift.
 
-    wrap_triton(measure_backward)[grid](dy, x, mean, rstd, weight, bias, tile_sums, **sizes)
+    dy is channels-last as x is.
+    """
+    (B, C), groups = x.shape[:2], mean.shape[1]
+    held, (grid, sizes, merged) = whole(x, groups, maps=2), tiling(x, groups)
+    parts = 0 if shift is None else 1 if held else grid[1]
+    dx = torch.empty_like(x)
+    dshift = torch.empty(B, parts, C, dtype=torch.float32, device=x.device)
+    sums = torch.empty(2, B, C, dtype=torch.float32, device=x.device)  # of dz and dz xhat, over an image
+    arguments = dy, x, shift, mean, rstd, weight, bias
+    if held:
+        wrap_triton(whole_backward)[(groups, 1, B)](*arguments, sums, dx, dshift, SILU=silu, **held)
+        return dx, sums.sum(dim=1), dshift
+
+    sizes |= {"groups": groups, "D": merged["D"], "SILU": silu}
+    tile_sums = torch.empty(2, B, grid[1], C, dtype=torch.float32, device=x.device)  # of dz, and of dz xhat
+    means = torch.empty(2, B, groups, dtype=torch.float32, device=x.device)  # of weight dz (xhat)
+    wrap_triton(measure_backward)[grid](*arguments, tile_sums, **sizes)
     wrap_triton(merge_backward)[(groups, B)](tile_sums, weight, sums, means, **merged)
-    wrap_triton(normalize_backward)[grid](dy, x, mean, rstd, weight, bias, means, dx, **sizes)
-    return dx, sums.sum(dim=1)
+    wrap_triton(normalize_backward)[grid](*arguments, means, dx, dshift, **sizes)
+    return dx, sums.sum(dim=1), dshift
 
 
 def keep(ctx, inputs, output) -> None:
-    x, _, weight, bias, _ = inputs
-    ctx.save_for_backward(x, weight, bias, *output[1:])
+    x, _, weight, bias, _, ctx.silu, shift = inputs
+    ctx.save_for_backward(x, weight, bias, shift, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def differentiate(ctx, dy: Tensor, *_) -> tuple[Tensor | None, ...]:
-    x, weight, bias, mean, rstd = ctx.saved_tensors
+    x, weight, bias, shift, mean, rstd = ctx.saved_tensors
     dy = dy.contiguous(memory_format=torch.channels_last)
-    dx, (dbias, dweight) = backward(dy, x, weight, bias, mean, rstd)
-    return dx, None, dweight.to(weight.dtype), dbias.to(bias.dtype), None
+    dx, (dbias, dweight), parts = backward(dy, x, weight, bias, ctx.silu, shift, mean, rstd)
+    dshift = None if shift is None else parts.sum(dim=1).to(shift.dtype)
+    return dx, None, dweight.to(weight.dtype), dbias.to(bias.dtype), None, None, dshift
 
 
 forward.register_autograd(differentiate, setup_context=keep)
 
 
 @triton.jit
-def tile_at(tile, P, C, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
-    """The start of this program's `tile`-th tile, in values; the offsets in it; which of them are real."""
+def tile_at(tile, c, own, P, C, PIXELS: tl.constexpr):
+    """The start of the image's `tile`-th tile, in values; the offsets in it; which of them are real.
+
+    c: the program's channels, of which those are real that are its `own`.
+    """
     first = tile * PIXELS
     start = (tl.program_id(2).to(tl.int64) * P + first) * C  # over 2^31 values at batch 64 of the VAE
     p = tl.arange(0, PIXELS)
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    return start, p[:, None] * C + c[None, :], (first + p < P)[:, None] & (c < C)[None, :]
+    return start, p[:, None] * C + c[None, :], (first + p < P)[:, None] & own[None, :]
 
 
 @triton.jit
@@ -161,7 +213,7 @@ def measure(X, MEAN, M2, P, C, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, TIL
     n, mean, m2 = 0.0, tl.zeros([CHANNELS], tl.float32), tl.zeros([CHANNELS], tl.float32)
     for i in range(TILES):
         tile = tl.program_id(1) * TILES + i
-        start, offsets, real = tile_at(tile, P, C, PIXELS, CHANNELS)
+        start, offsets, real = tile_at(tile, c, c < C, P, C, PIXELS)
         x = tl.load(X + start + offsets, mask=real, other=0).to(tl.float32)
         count = tl.minimum(tl.maximum(P - tile * PIXELS, 0), PIXELS).to(tl.float32)
         tile_mean = tl.sum(x, axis=0) / tl.maximum(count, 1)
@@ -174,7 +226,7 @@ def measure(X, MEAN, M2, P, C, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, TIL
 
 @triton.jit
 def merge(
-    TILE_MEAN, TILE_M2, MEAN, RSTD, P, C, S, eps,
+    TILE_MEAN, TILE_M2, SHIFT, MEAN, RSTD, P, C, S, eps,
     SPAN: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
     """One group of one image: mean and rstd from its D channels' S means and sums of squares, (B, G)."""
@@ -186,6 +238,8 @@ def merge(
         real = (s < S)[:, None] & (d < D)[None, :]
         at = (b * S + s)[:, None] * C + g * D + d[None, :]
         channel_mean = tl.load(TILE_MEAN + at, mask=real, other=0)
+        if SHIFT is not None:
+            channel_mean += tl.load(SHIFT + b * C + g * D + d, mask=d < D, other=0).to(tl.float32)[None, :]
         channel_m2 = tl.load(TILE_M2 + at, mask=real, other=0)
         pixels = tl.minimum(P - s * SPAN, SPAN)[:, None]
         count = tl.where(real, pixels, 0).to(tl.float32)
@@ -199,57 +253,89 @@ def merge(
 
 
 @triton.jit
-def channel_values(MEAN, RSTD, WEIGHT, BIAS, C, groups, D: tl.constexpr, CHANNELS: tl.constexpr):
-    """Mean and rstd of the group, weight and bias, for each of this program's channels; float32."""
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    g = tl.program_id(2) * groups + c // D
-    mean = tl.load(MEAN + g, mask=c < C, other=0)
-    rstd = tl.load(RSTD + g, mask=c < C, other=0)
-    weight = tl.load(WEIGHT + c, mask=c < C, other=0).to(tl.float32)
-    bias = tl.load(BIAS + c, mask=c < C, other=0).to(tl.float32)
+def channel_values(g, c, own, SHIFT, MEAN, RSTD, WEIGHT, BIAS, C):
+    """Mean (less the shift) and rstd of the group, weight and bias, for each of the channels c; float32.
+
+    g: the groups of the channels among those of all images, or the one of all of them.
+    """
+    mean, rstd = tl.broadcast_to(tl.load(MEAN + g), c.shape), tl.broadcast_to(tl.load(RSTD + g), c.shape)
+    if SHIFT is not None:
+        mean -= tl.load(SHIFT + tl.program_id(2) * C + c, mask=own, other=0).to(tl.float32)
+    weight = tl.load(WEIGHT + c, mask=own, other=0).to(tl.float32)
+    bias = tl.load(BIAS + c, mask=own, other=0).to(tl.float32)
     return mean[None, :], rstd[None, :], weight[None, :], bias[None, :]
 
 
 @triton.jit
 def normalize(
-    X, Y, MEAN, RSTD, WEIGHT, BIAS, P, C, groups,
-    D: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr,
+    X, SHIFT, Y, MEAN, RSTD, WEIGHT, BIAS, P, C, groups,
+    D: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """y, from the statistics."""
-    mean, rstd, weight, bias = channel_values(MEAN, RSTD, WEIGHT, BIAS, C, groups, D, CHANNELS)
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    g = tl.program_id(2) * groups + tl.minimum(c, C - 1) // D
+    mean, rstd, weight, bias = channel_values(g, c, c < C, SHIFT, MEAN, RSTD, WEIGHT, BIAS, C)
     for i in range(TILES):
-        start, offsets, real = tile_at(tl.program_id(1) * TILES + i, P, C, PIXELS, CHANNELS)
+        start, offsets, real = tile_at(tl.program_id(1) * TILES + i, c, c < C, P, C, PIXELS)
         x = tl.load(X + start + offsets, mask=real, other=0).to(tl.float32)
         z = (x - mean) * (rstd * weight) + bias
-        y = z / (1 + tl.exp(-z))
+        y = z / (1 + tl.exp(-z)) if SILU else z
         tl.store(Y + start + offsets, y.to(Y.dtype.element_ty), mask=real)
 
 
 @triton.jit
-def dz_xhat(DY, X, start, offsets, real, mean, rstd, weight, bias):
+def whole_forward(
+    X, SHIFT, Y, MEAN, RSTD, WEIGHT, BIAS, P, C, groups, eps,
+    D: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """One group of one image: its mean and rstd (B, G), and y."""
+    g, b, d = tl.program_id(0), tl.program_id(2), tl.arange(0, WIDTH)
+    c, own = g * D + d, d < D
+    start, offsets, real = tile_at(0, c, own, P, C, PIXELS)
+    x = tl.load(X + start + offsets, mask=real, other=0).to(tl.float32)
+    if SHIFT is not None:
+        x += tl.load(SHIFT + b * C + c, mask=own, other=0).to(tl.float32)[None, :]
+    mean = tl.sum(tl.where(real, x, 0)) / (P * D)
+    centred = tl.where(real, x - mean, 0)
+    rstd = 1 / tl.sqrt_rn(tl.sum(centred * centred) / (P * D) + eps)
+    tl.store(MEAN + b * groups + g, mean)
+    tl.store(RSTD + b * groups + g, rstd)
+
+    weight = tl.load(WEIGHT + c, mask=own, other=0).to(tl.float32)[None, :]
+    bias = tl.load(BIAS + c, mask=own, other=0).to(tl.float32)[None, :]
+    z = centred * (rstd * weight) + bias
+    y = z / (1 + tl.exp(-z)) if SILU else z
+    tl.store(Y + start + offsets, y.to(Y.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def dz_xhat(DY, X, start, offsets, real, mean, rstd, weight, bias, SILU: tl.constexpr):
     """The gradient of z (0 where not real), and xhat."""
     x = tl.load(X + start + offsets, mask=real, other=0).to(tl.float32)
-    dy = tl.load(DY + start + offsets, mask=real, other=0).to(tl.float32)
+    dz = tl.load(DY + start + offsets, mask=real, other=0).to(tl.float32)
     xhat = (x - mean) * rstd
-    z = xhat * weight + bias
-    sigma = 1 / (1 + tl.exp(-z))
-    return dy * sigma * (1 + z * (1 - sigma)), xhat
+    if SILU:
+        z = xhat * weight + bias
+        sigma = 1 / (1 + tl.exp(-z))
+        dz *= sigma * (1 + z * (1 - sigma))
+    return dz, xhat
 
 
 @triton.jit
 def measure_backward(
-    DY, X, MEAN, RSTD, WEIGHT, BIAS, TILE_SUMS, P, C, groups,
-    D: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr,
+    DY, X, SHIFT, MEAN, RSTD, WEIGHT, BIAS, TILE_SUMS, P, C, groups,
+    D: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """Each channel's sum of dz and sum of dz xhat, over this program's TILES tiles: (2, B, S, C)."""
-    mean, rstd, weight, bias = channel_values(MEAN, RSTD, WEIGHT, BIAS, C, groups, D, CHANNELS)
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    g = tl.program_id(2) * groups + tl.minimum(c, C - 1) // D
+    mean, rstd, weight, bias = channel_values(g, c, c < C, SHIFT, MEAN, RSTD, WEIGHT, BIAS, C)
     sum_dz, sum_dz_xhat = tl.zeros([CHANNELS], tl.float32), tl.zeros([CHANNELS], tl.float32)
     for i in range(TILES):
-        start, offsets, real = tile_at(tl.program_id(1) * TILES + i, P, C, PIXELS, CHANNELS)
-        dz, xhat = dz_xhat(DY, X, start, offsets, real, mean, rstd, weight, bias)
+        start, offsets, real = tile_at(tl.program_id(1) * TILES + i, c, c < C, P, C, PIXELS)
+        dz, xhat = dz_xhat(DY, X, start, offsets, real, mean, rstd, weight, bias, SILU)
         sum_dz += tl.sum(dz, axis=0)
         sum_dz_xhat += tl.sum(dz * xhat, axis=0)
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     S, B = tl.num_programs(1), tl.num_programs(2)
     row = tl.program_id(2) * S + tl.program_id(1)
     tl.store(TILE_SUMS + row * C + c, sum_dz, mask=c < C)
@@ -279,17 +365,46 @@ def merge_backward(
 
 @triton.jit
 def normalize_backward(
-    DY, X, MEAN, RSTD, WEIGHT, BIAS, MEANS, DX, P, C, groups,
-    D: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr,
+    DY, X, SHIFT, MEAN, RSTD, WEIGHT, BIAS, MEANS, DX, DSHIFT, P, C, groups,
+    D: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """dx, from the means of weight dz and of weight dz xhat."""
-    mean, rstd, weight, bias = channel_values(MEAN, RSTD, WEIGHT, BIAS, C, groups, D, CHANNELS)
+    """dx, from the means of weight dz and of weight dz xhat; each channel's sum of it (B, S, C)."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    g = tl.program_id(2) * groups + c // D
-    of_dz = tl.load(MEANS + g, mask=c < C, other=0)[None, :]
-    of_dz_xhat = tl.load(MEANS + tl.num_programs(2) * groups + g, mask=c < C, other=0)[None, :]
+    g = tl.program_id(2) * groups + tl.minimum(c, C - 1) // D
+    mean, rstd, weight, bias = channel_values(g, c, c < C, SHIFT, MEAN, RSTD, WEIGHT, BIAS, C)
+    of_dz = tl.load(MEANS + g)[None, :]
+    of_dz_xhat = tl.load(MEANS + tl.num_programs(2) * groups + g)[None, :]
+    sum_dx = tl.zeros([CHANNELS], tl.float32)
     for i in range(TILES):
-        start, offsets, real = tile_at(tl.program_id(1) * TILES + i, P, C, PIXELS, CHANNELS)
-        dz, xhat = dz_xhat(DY, X, start, offsets, real, mean, rstd, weight, bias)
+        start, offsets, real = tile_at(tl.program_id(1) * TILES + i, c, c < C, P, C, PIXELS)
+        dz, xhat = dz_xhat(DY, X, start, offsets, real, mean, rstd, weight, bias, SILU)
         dx = rstd * (weight * dz - of_dz - xhat * of_dz_xhat)
         tl.store(DX + start + offsets, dx.to(DX.dtype.element_ty), mask=real)
+        if SHIFT is not None:
+            sum_dx += tl.sum(tl.where(real, dx, 0), axis=0)
+    if SHIFT is not None:
+        row = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+        tl.store(DSHIFT + row * C + c, sum_dx, mask=c < C)
+
+
+@triton.jit
+def whole_backward(
+    DY, X, SHIFT, MEAN, RSTD, WEIGHT, BIAS, SUMS, DX, DSHIFT, P, C, groups,
+    D: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """One group of one image: its D channels' sums of dz and dz xhat (2, B, C), dx and its sums (B, 1, C)."""
+    b, B, d = tl.program_id(2), tl.num_programs(2), tl.arange(0, WIDTH)
+    c, own = tl.program_id(0) * D + d, d < D
+    g = b * groups + tl.program_id(0)
+    mean, rstd, weight, bias = channel_values(g, c, own, SHIFT, MEAN, RSTD, WEIGHT, BIAS, C)
+    start, offsets, real = tile_at(0, c, own, P, C, PIXELS)
+    dz, xhat = dz_xhat(DY, X, start, offsets, real, mean, rstd, weight, bias, SILU)
+    sum_dz, sum_dz_xhat = tl.sum(dz, axis=0)[None, :], tl.sum(dz * xhat, axis=0)[None, :]
+    tl.store(SUMS + b * C + c[None, :], sum_dz, mask=own[None, :])
+    tl.store(SUMS + (B + b) * C + c[None, :], sum_dz_xhat, mask=own[None, :])
+
+    of_dz, of_dz_xhat = tl.sum(weight * sum_dz) / (P * D), tl.sum(weight * sum_dz_xhat) / (P * D)
+    dx = rstd * (weight * dz - of_dz - xhat * of_dz_xhat)
+    tl.store(DX + start + offsets, dx.to(DX.dtype.element_ty), mask=real)
+    if SHIFT is not None:
+        tl.store(DSHIFT + b * C + c, tl.sum(tl.where(real, dx, 0), axis=0), mask=own)

@@ -38,9 +38,17 @@ def real(k: Tensor, lengths: Tensor) -> Tensor:
     return mask[:, None, None, :]
 
 
-def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """silu(group_norm(x)): `(B, C, H, W)` -> `(B, C, H, W)`; under autocast float32, as torch's norms are."""
-    return F.silu(F.group_norm(x, groups, weight, bias, eps), inplace=True)
+def group_norm(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool, shift: Tensor | None = None
+) -> Tensor:
+    """group_norm(x + shift), and SiLU of it: `(B, C, H, W)` -> `(B, C, H, W)`.
+
+    shift `(B, C)` is added in place. Under autocast the result is float32, as torch's norms are.
+    """
+    if shift is not None:
+        x = x.add_(shift[:, :, None, None])
+    y = F.group_norm(x, groups, weight, bias, eps)
+    return F.silu(y, inplace=True) if silu else y
 
 
 def upsample_cross_entropy(logits: Tensor, labels: Tensor, ignore: int) -> tuple[Tensor, Tensor]:

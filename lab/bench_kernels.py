@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels import reference
 from kernels.cross_attention import cross_attention
-from kernels.group_norm import group_norm_silu
+from kernels.group_norm import group_norm
 from kernels.row_attention import row_attention
 from kernels.upsample_cross_entropy import upsample_cross_entropy
 from run.compiled import OPTIONS
@@ -237,7 +237,7 @@ def norm_cases(sizes: Sizes) -> Iterator[Case]:
         return F.silu(F.group_norm(x, sizes.groups, weight, bias, 1e-5))
 
     def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return group_norm_silu(x, sizes.groups, weight, bias, 1e-5)
+        return group_norm(x, sizes.groups, weight, bias, 1e-5, silu=True)
 
     peers = sizes.peers(plain)
     for trained, (B, C, side) in [(True, x) for x in sizes.unet_maps] + [(False, x) for x in sizes.vae_maps]:
