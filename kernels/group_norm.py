@@ -102,10 +102,10 @@ def tiling(x: Tensor, groups: int) -> tuple[tuple[int, int, int], dict[str, int]
 def whole(x: Tensor, groups: int, maps: int) -> dict[str, int] | None:
     """The sizes of the programs that hold a whole group of so many maps; None if it does not fit."""
     (_, C, H, W), D = x.shape, x.shape[1] // groups
-    width = triton.next_power_of_2(D)
+    width = triton.next_power_of_2(int(D))
     if maps * H * W * width > HELD:
         return None
-    pixels = next(2**i for i in range(16) if H * W <= 2**i)  # H and W may be symbols
+    pixels = triton.next_power_of_2(int(H) * int(W))  # int: sizes may be symbols
     warps = max(1, min(16, maps * pixels * width // (32 * EACH)))
     sizes = {"P": H * W, "C": C, "groups": groups, "D": D, "PIXELS": pixels, "WIDTH": width}
     return sizes | {"num_warps": warps}
