@@ -4,7 +4,8 @@
     python -m lab.bench --suite cpu --only unet unet-last --dtype float32  # the peer NCHW, and channels-last
     python -m lab.bench --suite cpu --only mask2former mask2former-loss  # forward; forward, loss and backward
     python -m lab.bench --suite cpu-choices                              # for kernels.WINS, on this processor
-    python -m lab.bench --suite kernels                                  # on a GPU: see bench_kernels.py
+    python -m lab.bench --suite gpu --minutes 9 --out gpu.json           # all of a first day on a GPU
+    python -m lab.bench --suite gpu --only kernels                       # against torch, for kernels.WINS
 
 Both models have the same weights and the same input. Their results are compared first: a row whose error is
 too large reads FAIL and is not timed. Then they run in turns (ours, peer, peer, ours, ...); the table has
@@ -187,6 +188,7 @@ CASES["unet-openvino"] = replace(
 )
 CASES |= {f"{name}-last": channels_last(CASES[name]) for name in ("unet", "vae")}
 ROWS = [name for name in CASES if name != "unet-openvino"]  # by default: of packages that the tests need
+PARTS = ("tests", "unknowns", "kernels", "encoder", "unet", "train", "inference")  # of bench_gpu.py
 
 
 def compare(name: str, dtype: str, size: int, rounds: int) -> dict:
@@ -332,8 +334,9 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--suite", choices=["cpu", "cpu-choices", "kernels"], default="cpu", help="what to measure")
-    add("--only", choices=list(CASES), nargs="+", default=ROWS, help="rows")
+    add("--suite", choices=["cpu", "cpu-choices", "gpu"], default="cpu", help="what to measure")
+    add("--only", choices=[*CASES, *PARTS], nargs="+", help=f"rows; of gpu: {', '.join(PARTS)}")
+    add("--minutes", type=float, default=9, help="for the suite gpu; a part that no longer fits is named")
     add("--dtype", choices=list(BOUND), nargs="+", default=list(BOUND), help="precisions")
     add("--size", type=int, default=512, help="of the image, a multiple of 64; mask2former-loss: 256 or more")
     add("--rounds", type=int, default=7, help="runs of each side per row, at least 3")
@@ -343,16 +346,20 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--rounds {options.rounds}: give at least 3 for a median")
     if options.size < 64 or options.size % 64:
         parser.error(f"--size {options.size}: give a multiple of 64")
-    if options.suite == "kernels" and not torch.cuda.is_available():
-        parser.error("--suite kernels: torch finds no GPU; --suite cpu needs none")
+    gpu = options.suite == "gpu"
+    if wrong := [x for x in options.only or () if (x in PARTS) != gpu]:
+        parser.error(f"--only {wrong[0]}: --suite {options.suite} has {', '.join(PARTS if gpu else CASES)}")
+    if gpu and not torch.cuda.is_available():
+        parser.error("--suite gpu: torch finds no GPU; --suite cpu needs none")
 
-    if options.suite == "kernels":
-        from lab.bench_kernels import Sizes, gpu_clock, suite  # Triton has wheels for Linux only
+    if gpu:
+        from lab import bench_gpu  # Triton has wheels for Linux only
 
-        return run_command("bench", lambda: suite(Sizes(), gpu_clock, options.out))
+        plan, how = bench_gpu.Plan(bench_gpu.PARTS), (options.minutes, options.only or (), options.out)
+        return run_command("bench", lambda: bench_gpu.suite(plan, *how))
     if options.suite == "cpu-choices":
         return run_command("bench", bench_choices.suite)
-    numbers = options.only, options.dtype, options.size, options.rounds, options.out
+    numbers = options.only or ROWS, options.dtype, options.size, options.rounds, options.out
     return run_command("bench", lambda: cpu_suite(*numbers))
 
 

@@ -66,6 +66,7 @@ class Work:
     peers: tuple[Callable[[], nn.Module], ...] = (peer_vae, peer_unet, peer_clip)
     kinds: tuple[Callable[[], nn.Module], ...] = (VAE, UNet, CLIP)
     decoder: Callable[..., SemanticFPN] = SemanticFPN
+    context: int = 768  # channels of CLIP's text
 
     def prior(self) -> tuple[nn.Module, nn.Module, nn.Module, SemanticFPN]:
         """The peer's VAE, UNet and CLIP, and our decoder: the same random weights each time."""
@@ -89,6 +90,15 @@ def batch_of(size: int, images: int = 1) -> Batch:
     labels = labels.repeat_interleave(16, dim=1).repeat_interleave(16, dim=2)
     facts = {"present": [[]] * images, "positions": [*range(images)], "paths": ["random"] * images}
     return Batch(image, labels, **facts, skipped=[])
+
+
+def part(work: Work, i: int, half: bool, last: bool, ours: bool) -> nn.Module:
+    """The VAE, 0, or the UNet, 1: the peer's, or ours with its weights; in bfloat16, channels-last."""
+    torch.manual_seed(0)
+    with torch.device(work.device):
+        peer = work.peers[i]()
+    layout = {"memory_format": torch.channels_last} if last else {}
+    return (our_part(work.kinds[i], peer) if ours else peer).to(torch.bfloat16 if half else None, **layout)
 
 
 def our_part(kind: Callable[[], nn.Module], peer: nn.Module) -> nn.Module:
