@@ -20,8 +20,6 @@ import ctypes
 import json
 import multiprocessing
 import os
-import platform
-import re
 import statistics
 import sys
 import time
@@ -29,7 +27,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -40,6 +37,7 @@ from errors import Parser, run_command
 from kernels import arrange
 from lab import bench_choices
 from lab import bench_mask2former as masks
+from lab.bench_peers import header, memory, peer_clip, peer_unet, peer_vae, table
 from mask2former import Mask2Former
 from ram import RAMConfig, Swin
 from unet import UNet
@@ -70,12 +68,6 @@ class Case:
     mode: Callable = torch.inference_mode
 
 
-def peer_unet() -> nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(sample_size=64, attention_head_dim=8, cross_attention_dim=768)
-
-
 def run_openvino(model: nn.Module, x: list[Tensor]) -> list[Tensor]:
     """The UNet by OpenVINO, computed in the model's type; the first call converts it."""
     if not hasattr(model, "compiled"):
@@ -86,22 +78,6 @@ def run_openvino(model: nn.Module, x: list[Tensor]) -> list[Tensor]:
         converted = openvino.convert_model(model.float(), example_input=cast(x, "float32"))
         model.compiled = openvino.compile_model(converted, "CPU", precision)
     return [torch.from_numpy(model.compiled([y.numpy() for y in cast(x, "float32")])[0])]
-
-
-def peer_vae() -> nn.Module:
-    from diffusers import AutoencoderKL
-
-    levels = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
-    return AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, **levels)
-
-
-def peer_clip() -> nn.Module:
-    from transformers import CLIPConfig, CLIPModel
-
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    text = dict(zip(sizes, (768, 3072, 12, 12), strict=True))
-    image = dict(zip(sizes, (1024, 4096, 24, 16), strict=True)) | {"patch_size": 14, "image_size": 224}
-    return CLIPModel(CLIPConfig(projection_dim=768, text_config=text, vision_config=image))
 
 
 def peer_swin() -> nn.Module:
@@ -265,12 +241,6 @@ def alone(function: Callable, *arguments):
         return pool.submit(function, *arguments).result()
 
 
-def memory(name: str) -> float:
-    """MiB of this process: "VmRSS" resident now, "VmHWM" the highest since a write to clear_refs."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition(f"{name}:")[2].split()[0]) / 1024
-
-
 def cpu_of_others() -> Callable[[], float]:
     """Return a function: called later, it returns the share of all CPUs that other processes took since."""
 
@@ -286,30 +256,6 @@ def cpu_of_others() -> Callable[[], float]:
         return max(busy - own, 0) / max(whole, 1)
 
     return share
-
-
-def header() -> str:
-    """The machine and the versions of a measurement."""
-    cpus = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    bf16 = "bfloat16 by oneDNN" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "bfloat16 emulated"
-    packages = [f"{x} {version(x)}" for x in ("torch", "diffusers", "transformers")]
-    machine = f"{cpus[0]}, {len(cpus)} CPUs, {torch.backends.cpu.get_cpu_capability()}, {bf16}"
-    threads, python = torch.get_num_threads(), platform.python_version()
-    return f"{machine}, {threads} threads; Python {python}, {', '.join(packages)}"
-
-
-COLUMNS = dict.fromkeys(["case", "image", "dtype"], "")  # of the table, with their formats
-COLUMNS |= dict.fromkeys(["ours s", "peer s", "ratio", "min ratio"], ".2f")
-COLUMNS |= dict.fromkeys(["ours MiB", "peer MiB"], ",.0f") | {"error": ".1e"}
-
-
-def table(rows: list[dict]) -> str:
-    """The rows as a Markdown table; the verdict stands in place of missing numbers."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    for row in rows:
-        cells = [format(row[x], form) if x in row else row.get("verdict", "") for x, form in COLUMNS.items()]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def cpu_suite(names: list[str], dtypes: list[str], size: int, rounds: int, out: str | None) -> int:

@@ -36,7 +36,7 @@ from clip import CLIP, Tokenizer
 from decoders import SemanticFPN
 from errors import Parser, run_command
 from kernels import IGNORE
-from lab.bench import header, memory, peer_clip, peer_unet, peer_vae, table
+from lab.bench_peers import header, memory, peer_clip, peer_unet, peer_vae, table
 from loading.augment import normalise
 from loading.stream import Batch
 from model import Tada, TadaConfig
