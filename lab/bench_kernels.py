@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from itertools import product
 
@@ -211,6 +212,11 @@ class Sizes:
     groups: int = 32
     logits: tuple[int, int, int, int] = (4, 150, 64, 8)  # B, K, side, stride
     wide: tuple[int, int, int] = (4, 4096, 512)  # B, N, d
+    convolutions: tuple[tuple[int, int, int, int], ...] = (  # B, channels in and out, side; last: the VAE's
+        *((16, 320, 320, 64), (16, 960, 320, 64), (16, 640, 640, 32), (16, 1920, 640, 32)),
+        *((16, 1280, 1280, 16), (16, 2560, 1280, 16), (16, 1280, 1280, 8)),
+        *((4, 128, 128, 512), (4, 256, 256, 256), (4, 512, 512, 128)),
+    )
     compiled: bool = True
 
     def random(self, *shape: int) -> Tensor:
@@ -296,6 +302,20 @@ def wide_cases(sizes: Sizes) -> Iterator[Case]:
     name, key = f"wide attention B {B} N {N} d {d}", ("row_attention", d)
     slack = 3.0  # its scores are rounded to bfloat16, torch's are not
     yield Case(name, inputs, row_attention, plain, peers, key, *costs, slack=slack)
+
+
+def convolution_cases(sizes: Sizes) -> Iterator[Case]:
+    """3x3 convolutions by torch alone, whose rate on a GPU decides what is worth doing."""
+    for B, C, K, side in sizes.convolutions:
+
+        def inputs(B: int = B, C: int = C, K: int = K, side: int = side) -> list[Tensor]:
+            new = sizes.random(B, C, side, side), sizes.random(K, C, 3, 3)
+            return [x.contiguous(memory_format=torch.channels_last).requires_grad_(B > 4) for x in new]
+
+        name, plain = f"convolution B {B} {C} -> {K} {side}x{side}", partial(F.conv2d, padding=1)
+        flops, moved = 18.0 * B * C * K * side**2, sizes.dtype.itemsize * B * (C + K) * side**2
+        costs = (moved, 2.0 * moved), (flops, 2 * flops)
+        yield Case(name, inputs, plain, plain, {}, ("convolution", C), *costs)
 
 
 # ---- the report

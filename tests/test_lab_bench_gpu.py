@@ -14,14 +14,14 @@ import torch
 from test_lab_bench_kernels import SMALL, cpu_clock
 from test_lab_bench_step import UNET, WORK
 
+import kernels
 from lab import bench, bench_gpu
 from lab.bench_gpu import PARTS, Plan, line, ratios, suite, summary
 
 WHOLE = {"encoder": "VAE encoder", "unet": "UNet", "train": "training step", "inference": "inference"}
 PLAN = Plan(
     {name: (function, 0.1) for name, (function, _) in PARTS.items()},
-    sizes=replace(SMALL, levels=((20, 8),)),
-    convolutions=((8, 8, 8, 4), (2, 8, 8, 4)),
+    sizes=replace(SMALL, levels=((20, 8),), convolutions=((8, 8, 8, 4), (2, 8, 8, 4))),
     clock=cpu_clock,
     call_clock=cpu_clock,
     work=replace(WORK, half=True, context=UNET.context_width),
@@ -65,6 +65,13 @@ def server():
         forkserver.ensure_running()
 
 
+@pytest.fixture(autouse=True)
+def by_default():
+    """The choice of kernels is of the whole process."""
+    yield
+    kernels.use("auto")
+
+
 def read(file: Path) -> dict[str, dict]:
     return json.loads(file.read_text())["parts"]
 
@@ -104,12 +111,16 @@ def test_every_part_runs_and_is_right(tmp_path, capfd):
     assert all(f"| {case} |" in output for names in cases.values() for case in names)
 
 
-def test_a_part_that_fails_or_hangs_does_not_harm_the_others(tmp_path, capfd):
-    """What a part measured before its end is kept."""
+def test_a_part_that_fails_or_hangs_does_not_harm_the_others(capfd, monkeypatch):
+    """What a part measured before its end is kept, and written at once."""
+    saved = []
+    monkeypatch.setattr(bench_gpu, "replace_text", lambda file, text: saved.append(json.loads(text)["parts"]))
     parts = {"raises": (raising, 20), "dies": (dying, 20), "hangs": (endless, 4), "fine": (fine, 20)}
     plan = replace(PLAN, parts=parts | {"long": (fine, 1000)})  # which leaves the others what they need
-    assert suite(plan, 2, out=tmp_path / "gpu.json") == 1
-    output, parts = capfd.readouterr().out, read(tmp_path / "gpu.json")
+    assert suite(plan, 2, out="gpu.json") == 1
+    output, parts = capfd.readouterr().out, saved[-1]
+    assert saved[0] == {"raises": {"rows": [{"case": "before"}], "verdict": "cut"}}
+    assert [len(x) for x in saved] == [1, 1, 1, 2, 2, 3, 3, 4, 4, 5]  # after each row and each part
     verdicts = {name: part["verdict"] for name, part in parts.items()}
     failed = {"raises": "FAIL, exit code 1", "dies": "FAIL, exit code -6", "hangs": "stopped after 4 s"}
     assert verdicts == failed | {"fine": "done", "long": "left out"}
@@ -133,9 +144,22 @@ def test_a_wrong_side_has_no_time():
     }
     plan = replace(PLAN, work=replace(WORK, half=False))
     (row,) = bench_gpu.contest(plan, "case", sides, torch.zeros, (1,))
-    assert not row["right"] and "ours" not in row
+    assert not row["right"] and not row["ours"] and row["failed"] == {"torch": "FAIL: error 5.8e-02"}
+    assert "| case B 1 | FAIL |" in line(row)
     (row,) = bench_gpu.contest(plan, "case", sides | {"ours": sides["a"]}, torch.zeros, (1,))
     assert row["right"] and row["ours"].keys() == {"torch"} and row["peers"].keys() == {"a"}
+
+
+def test_a_choice_of_kernels_that_fails_leaves_the_other():
+    def choose(inputs):
+        if kernels.chosen("cross_attention", torch.ones(1), 40):
+            raise RuntimeError("no such kernel")
+        return [torch.ones(1)]
+
+    plan, sides = replace(PLAN, choices=("torch", "triton")), {"ours": lambda: choose, "peer": lambda: choose}
+    (row,) = bench_gpu.contest(plan, "case", sides, torch.zeros, (1,))
+    assert row["failed"] == {"triton": "FAIL: no such kernel"} and not row["right"]
+    assert row["ours"].keys() == {"torch"} and row["peers"].keys() == {"peer"}
 
 
 def test_a_side_without_memory_is_named():
@@ -159,11 +183,11 @@ def test_goals_are_judged_and_the_summary_is_short():
         return {"case": case, "ours": {"triton": ours}, "peers": many | peers, "floor": [1000.0] * 2}
 
     cross = [f"cross-attention B {B} N 4096 M {M} d 40" for B in (16, 2) for M in range(100, 112)]
-    kernels = [row(case, [60.0, 40.0], CUDNN_ATTENTION=[100.0, 100.0]) for case in cross]
-    kernels += [
+    ours = [row(case, [60.0, 40.0], CUDNN_ATTENTION=[100.0, 100.0]) for case in cross]
+    ours += [
         row("GroupNorm + SiLU UNet B 16 C 1280 32x32", [30.0, 20.0], eager=[100, 100], compiled=[40, 15])
     ]
-    facts = {"machine": "x" * 150, "parts": {"kernels": {"rows": kernels, "verdict": "stopped after 99 s"}}}
+    facts = {"machine": "x" * 150, "parts": {"kernels": {"rows": ours, "verdict": "stopped after 99 s"}}}
     unknown = [
         row(f"self-attention B 16 N 4096 M 4096 d {i}", [100.0] * 2, CUDNN_ATTENTION=[90.0] * 2)
         for i in range(30)
