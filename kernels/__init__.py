@@ -20,8 +20,8 @@ from .reference import IGNORE, RESIDENT
 from .reference import attention_maps as attention_maps  # for those who import from here
 from .row_attention import row_attention
 
-# (what, class of processor) -> where it won. GPUs, by compute capability: `python -m lab.bench --suite
-# kernels`; the size is the head width for attention, the number of channels for group_norm and
+# (what, class of processor) -> where it won. GPUs, by compute capability: `python -m lab.bench --suite gpu
+# --only kernels`; the size is the head width for attention, the number of channels for group_norm and
 # group_norm_silu, the number of classes for upsample_cross_entropy. No GPU has been measured yet. CPUs, by
 # `processor()`: `python -m lab.bench --suite cpu-choices`. The numbers are in BENCH.md.
 WINS: dict[tuple[str, tuple[int, int] | str], frozenset[int | str]] = {

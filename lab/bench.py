@@ -4,7 +4,8 @@
     python -m lab.bench --suite cpu --only unet unet-last --dtype float32  # the peer NCHW, and channels-last
     python -m lab.bench --suite cpu --only mask2former mask2former-loss  # forward; forward, loss and backward
     python -m lab.bench --suite cpu-choices                              # for kernels.WINS, on this processor
-    python -m lab.bench --suite kernels                                  # on a GPU: see bench_kernels.py
+    python -m lab.bench --suite gpu --minutes 9 --out gpu.json           # all of a first day on a GPU
+    python -m lab.bench --suite gpu --only kernels                       # against torch, for kernels.WINS
 
 Both models have the same weights and the same input. Their results are compared first: a row whose error is
 too large reads FAIL and is not timed. Then they run in turns (ours, peer, peer, ours, ...); the table has
@@ -19,8 +20,6 @@ import ctypes
 import json
 import multiprocessing
 import os
-import platform
-import re
 import statistics
 import sys
 import time
@@ -28,7 +27,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -39,6 +37,7 @@ from errors import Parser, run_command
 from kernels import arrange
 from lab import bench_choices
 from lab import bench_mask2former as masks
+from lab.bench_peers import header, memory, peer_clip, peer_unet, peer_vae, table
 from mask2former import Mask2Former
 from ram import RAMConfig, Swin
 from unet import UNet
@@ -69,12 +68,6 @@ class Case:
     mode: Callable = torch.inference_mode
 
 
-def peer_unet() -> nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(sample_size=64, attention_head_dim=8, cross_attention_dim=768)
-
-
 def run_openvino(model: nn.Module, x: list[Tensor]) -> list[Tensor]:
     """The UNet by OpenVINO, computed in the model's type; the first call converts it."""
     if not hasattr(model, "compiled"):
@@ -85,22 +78,6 @@ def run_openvino(model: nn.Module, x: list[Tensor]) -> list[Tensor]:
         converted = openvino.convert_model(model.float(), example_input=cast(x, "float32"))
         model.compiled = openvino.compile_model(converted, "CPU", precision)
     return [torch.from_numpy(model.compiled([y.numpy() for y in cast(x, "float32")])[0])]
-
-
-def peer_vae() -> nn.Module:
-    from diffusers import AutoencoderKL
-
-    levels = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
-    return AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, **levels)
-
-
-def peer_clip() -> nn.Module:
-    from transformers import CLIPConfig, CLIPModel
-
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    text = dict(zip(sizes, (768, 3072, 12, 12), strict=True))
-    image = dict(zip(sizes, (1024, 4096, 24, 16), strict=True)) | {"patch_size": 14, "image_size": 224}
-    return CLIPModel(CLIPConfig(projection_dim=768, text_config=text, vision_config=image))
 
 
 def peer_swin() -> nn.Module:
@@ -187,6 +164,7 @@ CASES["unet-openvino"] = replace(
 )
 CASES |= {f"{name}-last": channels_last(CASES[name]) for name in ("unet", "vae")}
 ROWS = [name for name in CASES if name != "unet-openvino"]  # by default: of packages that the tests need
+PARTS = ("tests", "unknowns", "kernels", "encoder", "unet", "train", "inference")  # of bench_gpu.py
 
 
 def compare(name: str, dtype: str, size: int, rounds: int) -> dict:
@@ -263,12 +241,6 @@ def alone(function: Callable, *arguments):
         return pool.submit(function, *arguments).result()
 
 
-def memory(name: str) -> float:
-    """MiB of this process: "VmRSS" resident now, "VmHWM" the highest since a write to clear_refs."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition(f"{name}:")[2].split()[0]) / 1024
-
-
 def cpu_of_others() -> Callable[[], float]:
     """Return a function: called later, it returns the share of all CPUs that other processes took since."""
 
@@ -284,30 +256,6 @@ def cpu_of_others() -> Callable[[], float]:
         return max(busy - own, 0) / max(whole, 1)
 
     return share
-
-
-def header() -> str:
-    """The machine and the versions of a measurement."""
-    cpus = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    bf16 = "bfloat16 by oneDNN" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "bfloat16 emulated"
-    packages = [f"{x} {version(x)}" for x in ("torch", "diffusers", "transformers")]
-    machine = f"{cpus[0]}, {len(cpus)} CPUs, {torch.backends.cpu.get_cpu_capability()}, {bf16}"
-    threads, python = torch.get_num_threads(), platform.python_version()
-    return f"{machine}, {threads} threads; Python {python}, {', '.join(packages)}"
-
-
-COLUMNS = dict.fromkeys(["case", "image", "dtype"], "")  # of the table, with their formats
-COLUMNS |= dict.fromkeys(["ours s", "peer s", "ratio", "min ratio"], ".2f")
-COLUMNS |= dict.fromkeys(["ours MiB", "peer MiB"], ",.0f") | {"error": ".1e"}
-
-
-def table(rows: list[dict]) -> str:
-    """The rows as a Markdown table; the verdict stands in place of missing numbers."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    for row in rows:
-        cells = [format(row[x], form) if x in row else row.get("verdict", "") for x, form in COLUMNS.items()]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def cpu_suite(names: list[str], dtypes: list[str], size: int, rounds: int, out: str | None) -> int:
@@ -332,8 +280,9 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--suite", choices=["cpu", "cpu-choices", "kernels"], default="cpu", help="what to measure")
-    add("--only", choices=list(CASES), nargs="+", default=ROWS, help="rows")
+    add("--suite", choices=["cpu", "cpu-choices", "gpu"], default="cpu", help="what to measure")
+    add("--only", choices=[*CASES, *PARTS], nargs="+", help=f"rows; of gpu: {', '.join(PARTS)}")
+    add("--minutes", type=float, default=9, help="for the suite gpu; a part that no longer fits is named")
     add("--dtype", choices=list(BOUND), nargs="+", default=list(BOUND), help="precisions")
     add("--size", type=int, default=512, help="of the image, a multiple of 64; mask2former-loss: 256 or more")
     add("--rounds", type=int, default=7, help="runs of each side per row, at least 3")
@@ -343,16 +292,20 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--rounds {options.rounds}: give at least 3 for a median")
     if options.size < 64 or options.size % 64:
         parser.error(f"--size {options.size}: give a multiple of 64")
-    if options.suite == "kernels" and not torch.cuda.is_available():
-        parser.error("--suite kernels: torch finds no GPU; --suite cpu needs none")
+    gpu = options.suite == "gpu"
+    if wrong := [x for x in options.only or () if (x in PARTS) != gpu]:
+        parser.error(f"--only {wrong[0]}: --suite {options.suite} has {', '.join(PARTS if gpu else CASES)}")
+    if gpu and not torch.cuda.is_available():
+        parser.error("--suite gpu: torch finds no GPU; --suite cpu needs none")
 
-    if options.suite == "kernels":
-        from lab.bench_kernels import Sizes, gpu_clock, suite  # Triton has wheels for Linux only
+    if gpu:
+        from lab import bench_gpu  # Triton has wheels for Linux only
 
-        return run_command("bench", lambda: suite(Sizes(), gpu_clock, options.out))
+        plan, how = bench_gpu.Plan(bench_gpu.PARTS), (options.minutes, options.only or (), options.out)
+        return run_command("bench", lambda: bench_gpu.suite(plan, *how))
     if options.suite == "cpu-choices":
         return run_command("bench", bench_choices.suite)
-    numbers = options.only, options.dtype, options.size, options.rounds, options.out
+    numbers = options.only or ROWS, options.dtype, options.size, options.rounds, options.out
     return run_command("bench", lambda: cpu_suite(*numbers))
 
 

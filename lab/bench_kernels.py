@@ -1,4 +1,4 @@
-"""`python -m lab.bench --suite kernels`: the Triton kernels on a GPU, against torch's ways of the same work.
+"""`python -m lab.bench --suite gpu --only kernels`: the Triton kernels against torch's ways of the same work.
 
 One row per shape and direction: our time, the fastest peer's, their ratio, and the floor: the bytes that must
 move at this GPU's measured copy rate, or the products at its measured rate of products, whichever takes
@@ -12,16 +12,15 @@ on several sets of inputs, together larger than the cache: neither launches nor 
 and the peers run twice each, in mirrored order. The time of backward is that of both passes less forward's.
 """
 
-import json
 import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
-from itertools import chain, product
-from pathlib import Path
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -147,13 +146,24 @@ def measure(case: Case, rates: dict[str, float], clock: Clock) -> list[Row]:
     rows = check(case, rates)
     if not all(row.right for row in rows):
         return rows
+    times, failed = take_turns(case, {"ours": case.ours, **case.peers}, clock)
+    for i, row in enumerate(rows):
+        row.ours = times["ours"][i]
+        row.peers = {name: passes[i] for name, passes in times.items() if name != "ours"}
+        row.failed = failed
+    return rows
+
+
+def take_turns(case: Case, functions: dict[str, Function], clock: Clock) -> tuple[dict, dict[str, str]]:
+    """Microseconds of each function's passes (forward, and backward if an input requires a gradient), the
+    means of two turns; and the errors of those that fail, other than "ours".
+    """
     sets = [case.inputs()]
     size = sum(x.numel() * x.element_size() for x in sets[0])
     more = min(MOST_SETS - 1, max(1, int(ROTATED / size))) if sets[0][0].is_cuda else 0
     sets += [case.inputs() for _ in range(more)]
-    dys = [torch.randn_like(case.plain(*inputs)) for inputs in sets] if len(rows) == 2 else []
-
-    functions = {"ours": case.ours, **case.peers}
+    trained = any(x.requires_grad for x in sets[0])
+    dys = [torch.randn_like(case.plain(*inputs)) for inputs in sets] if trained else []
     turns, failed = defaultdict(list), {}
     for name in (*functions, *reversed(functions)):
         try:
@@ -163,10 +173,8 @@ def measure(case: Case, rates: dict[str, float], clock: Clock) -> list[Row]:
                 raise
             memory = isinstance(refusal, torch.OutOfMemoryError)
             failed[name] = "out of memory" if memory else str(refusal).partition("\n")[0]
-    for i, row in enumerate(rows):
-        times = {x: statistics.mean(turn[i] for turn in turns[x]) for x in functions if x not in failed}
-        row.ours, row.peers, row.failed = times.pop("ours"), times, failed
-    return rows
+    right = {name: zip(*passes, strict=True) for name, passes in turns.items() if name not in failed}
+    return {name: [*map(statistics.mean, passes)] for name, passes in right.items()}, failed
 
 
 def time_passes(function: Callable, sets: list[list[Tensor]], dys: list[Tensor], clock: Clock) -> list[float]:
@@ -204,6 +212,11 @@ class Sizes:
     groups: int = 32
     logits: tuple[int, int, int, int] = (4, 150, 64, 8)  # B, K, side, stride
     wide: tuple[int, int, int] = (4, 4096, 512)  # B, N, d
+    convolutions: tuple[tuple[int, int, int, int], ...] = (  # B, channels in and out, side; last: the VAE's
+        *((16, 320, 320, 64), (16, 960, 320, 64), (16, 640, 640, 32), (16, 1920, 640, 32)),
+        *((16, 1280, 1280, 16), (16, 2560, 1280, 16), (16, 1280, 1280, 8)),
+        *((4, 128, 128, 512), (4, 256, 256, 256), (4, 512, 512, 128)),
+    )
     compiled: bool = True
 
     def random(self, *shape: int) -> Tensor:
@@ -291,6 +304,20 @@ def wide_cases(sizes: Sizes) -> Iterator[Case]:
     yield Case(name, inputs, row_attention, plain, peers, key, *costs, slack=slack)
 
 
+def convolution_cases(sizes: Sizes) -> Iterator[Case]:
+    """3x3 convolutions by torch alone, whose rate on a GPU decides what is worth doing."""
+    for B, C, K, side in sizes.convolutions:
+
+        def inputs(B: int = B, C: int = C, K: int = K, side: int = side) -> list[Tensor]:
+            new = sizes.random(B, C, side, side), sizes.random(K, C, 3, 3)
+            return [x.contiguous(memory_format=torch.channels_last).requires_grad_(B > 4) for x in new]
+
+        name, plain = f"convolution B {B} {C} -> {K} {side}x{side}", partial(F.conv2d, padding=1)
+        flops, moved = 18.0 * B * C * K * side**2, sizes.dtype.itemsize * B * (C + K) * side**2
+        costs = (moved, 2.0 * moved), (flops, 2 * flops)
+        yield Case(name, inputs, plain, plain, {}, ("convolution", C), *costs)
+
+
 # ---- the report
 
 
@@ -313,43 +340,19 @@ def header(device: str) -> str:
     return f"{torch.cuda.get_device_name()}, sm_{major}{minor}, {versions}, cuDNN {cudnn}, bfloat16"
 
 
-def line(row: Row) -> str:
-    """A row of the table."""
-    start = f"| {row.case.name} | {row.direction} |"
-    if not row.right:
-        changes = "" if row.repeats else ", a second run differs"
-        return f"{start} FAIL: error {row.error:.1e}, plain torch {row.plain_error:.1e}{changes} |" + 6 * " |"
-    best = f"{row.peers[row.best]:,.1f} ({row.best}) | {row.ratio:.2f}" if row.peers else "- | -"
-    failed = "".join(f"; {name}: {message}" for name, message in row.failed.items())
-    numbers = f"{row.ours:,.1f} | {best} | {row.floor:,.1f} | {row.floor / row.ours:.0%}"
-    return f"{start} {numbers} | {row.error:.1e} | {row.plain_error:.1e}{failed} |"
-
-
-def wins(rows: list[Row]) -> dict[str, list[int]]:
-    """The entries of kernels.WINS for this GPU: sizes at which no row was slower than the fastest peer."""
-    lost, sizes = {row.case.key for row in rows if not row.ratio < 1}, defaultdict(list)
-    for kernel, size in sorted({row.case.key for row in rows} - lost):
+def wins(rows: list[tuple[tuple[str, int], float]]) -> dict[str, list[int]]:
+    """The entries of kernels.WINS for this GPU from the keys and ratios of rows: sizes at which no row was
+    slower than the fastest peer.
+    """
+    lost, sizes = {key for key, ratio in rows if not ratio < 1}, defaultdict(list)
+    for kernel, size in sorted({key for key, _ in rows} - lost):
         sizes[kernel].append(size)
     return dict(sizes)
 
 
-def suite(sizes: Sizes, clock: Clock, out: str | Path | None = None) -> int:
-    """Measure all cases, print the tables, write them to the JSON file `out`; return the exit code."""
+def measure_all(sizes: Sizes, rates: dict[str, float], clock: Clock) -> Iterator[list[Row]]:
+    """The rows of each case; those of many shapes come last."""
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = 64  # a graph per shape: beyond the default of 8 they run eagerly
-    print(header(sizes.device), flush=True)
-    rates = measure_rates(sizes, clock)
-    print(f"copy {rates['copy'] / 1e9:,.0f} GB/s, products {rates['products'] / 1e12:,.1f} TFLOP/s\n")
-    print("| case | direction | ours us | best peer us | ratio | floor us | share | error | plain |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    rows: list[Row] = []
-    for case in chain.from_iterable(f(sizes) for f in (attention_cases, norm_cases, loss_cases, wide_cases)):
-        new = measure(case, rates, clock)
-        rows += new
-        print("\n".join(map(line, new)), flush=True)
-    print(f"\nkernels.WINS of this GPU: {wins(rows)}")
-    if out:
-        record = [vars(row) | {"case": row.case.name, "ratio": row.ratio} for row in rows]
-        facts = {"machine": header(sizes.device), "rates": rates, "rows": record}
-        Path(out).write_text(json.dumps(facts, indent=1))
-    return int(not all(row.right for row in rows))
+    for cases in (loss_cases, wide_cases, norm_cases, attention_cases):
+        yield from (measure(case, rates, clock) for case in cases(sizes))

@@ -22,23 +22,25 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from adapter import Words
-from assemble import parameter_groups
+from assemble import parameter_groups, shrink
 from clip import CLIP, Tokenizer
 from decoders import SemanticFPN
 from errors import Parser, run_command
 from kernels import IGNORE
-from lab.bench import header, memory, peer_clip, peer_unet, peer_vae, table
+from lab.bench_peers import header, memory, peer_clip, peer_unet, peer_vae, table
 from loading.augment import normalise
 from loading.stream import Batch
 from model import Tada, TadaConfig
+from run.masters import Masters
 from run.memory import keep_freed_memory
 from run.ranks import Ranks
 from train import train_step
@@ -47,78 +49,143 @@ from vae import VAE
 
 CLASSES = 150  # of ADE20K
 CAPTION = "a boat on the sea under a blue sky"
-RATE, DECAY = 5e-5, 1e-3  # learning rate and weight decay: they do not change the time
+RATE, DECAY = 0.0, 1e-3  # the rate does not change the time; at 0 every step computes the same
 BOUNDS = 1e-5, 1e-4  # relative errors of the loss, and of the gradient's norm (6e-6 seen at these sizes)
 PHASES = ("vae", "text", "unet", "decoder", "backward", "optimiser")
 
-Step = Callable[[], tuple[float, float]]  # takes one step: the loss, and the norm of its gradient
+Step = Callable[[Batch], tuple[float, float]]  # takes one step: the loss, and the norm of its gradient
 
 
-def prior() -> tuple[nn.Module, nn.Module, nn.Module, SemanticFPN]:
-    """The peer's VAE, UNet and CLIP, and our decoder: the same random weights in every process."""
-    torch.manual_seed(0)
-    decoder = SemanticFPN(classes=CLASSES, dropout=0.0)
-    nn.init.normal_(decoder.classifier[-1].weight)  # a new one's logits are so small that any image would do
-    return peer_vae(), peer_unet(), peer_clip(), decoder
+@dataclass(frozen=True)
+class Work:
+    """What both sides are made of, and how they compute."""
+
+    size: int = 256  # of the image
+    device: str = "cpu"
+    half: bool = False  # in bfloat16: ours as train.py on a GPU, the peer by autocast and channels-last
+    peers: tuple[Callable[[], nn.Module], ...] = (peer_vae, peer_unet, peer_clip)
+    kinds: tuple[Callable[[], nn.Module], ...] = (VAE, UNet, CLIP)
+    decoder: Callable[..., SemanticFPN] = SemanticFPN
+    context: int = 768  # channels of CLIP's text
+
+    def prior(self) -> tuple[nn.Module, nn.Module, nn.Module, SemanticFPN]:
+        """The peer's VAE, UNet and CLIP, and our decoder: the same random weights each time."""
+        torch.manual_seed(0)
+        with torch.device(self.device):
+            decoder, parts = self.decoder(classes=CLASSES, dropout=0.0), [build() for build in self.peers]
+            # A new one's logits are so small that any image would do.
+            nn.init.normal_(decoder.classifier[-1].weight)
+        return *parts, decoder
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.half)
 
 
-def batch_of(size: int) -> Batch:
-    """A random image, and random labels in squares of 16 pixels; the first row of squares is ignored."""
+def batch_of(size: int, images: int = 1) -> Batch:
+    """Random images, and random labels in squares of 16 pixels; the first row of squares is ignored."""
     generator = torch.Generator().manual_seed(1)
-    image = torch.randint(256, (1, 3, size, size), generator=generator).byte()
-    labels = torch.randint(CLASSES, (1, size // 16, size // 16), generator=generator).byte()
+    image = torch.randint(256, (images, 3, size, size), generator=generator).byte()
+    labels = torch.randint(CLASSES, (images, size // 16, size // 16), generator=generator).byte()
     labels[:, 0] = IGNORE
     labels = labels.repeat_interleave(16, dim=1).repeat_interleave(16, dim=2)
-    return Batch(image, labels, present=[[]], positions=[0], paths=["random"], skipped=[])
+    facts = {"present": [[]] * images, "positions": [*range(images)], "paths": ["random"] * images}
+    return Batch(image, labels, **facts, skipped=[])
 
 
-def ours(size: int) -> tuple[nn.Module, torch.optim.Optimizer, Step]:
-    """The model, its optimiser, and a step as train.py takes it."""
-    keep_freed_memory()
-    *peers, decoder = prior()
-    parts = []
-    for kind, peer in zip((VAE, UNet, CLIP), peers, strict=True):
-        with torch.device("meta"):
-            parts.append(kind())
-        parts[-1].load_state_dict(peer.state_dict(), assign=True)
+def part(work: Work, i: int, half: bool, last: bool, ours: bool) -> nn.Module:
+    """The VAE, 0, or the UNet, 1: the peer's, or ours with its weights; in bfloat16, channels-last."""
+    torch.manual_seed(0)
+    with torch.device(work.device):
+        peer = work.peers[i]()
+    layout = {"memory_format": torch.channels_last} if last else {}
+    return (our_part(work.kinds[i], peer) if ours else peer).to(torch.bfloat16 if half else None, **layout)
+
+
+def our_part(kind: Callable[[], nn.Module], peer: nn.Module) -> nn.Module:
+    """Our part with the peer's weights, which the two share."""
+    with torch.device("meta"):
+        part = kind()
+    part.load_state_dict(peer.state_dict(), assign=True)
+    return part
+
+
+def our_model(work: Work) -> Tada:
+    """Our model; in half precision its frozen parts are bfloat16, as on a GPU."""
+    *peers, decoder = work.prior()
+    parts = [our_part(*pair) for pair in zip(work.kinds, peers, strict=True)]
     config = TadaConfig(tuple(map(str, range(CLASSES))), condition="caption", noise="none")
     tokenizer = Tokenizer.spelling(parts[-1].config.vocabulary)
-    tada = Tada(config, *parts, tokenizer, Words(), decoder).train()
-    optimizer = torch.optim.AdamW(parameter_groups(tada, RATE, weight_decay=DECAY), fused=True)
-    batch, ranks = batch_of(size), Ranks(0, 1, torch.device("cpu"))
+    tada = Tada(config, *parts, tokenizer, Words(), decoder)
+    if work.half:
+        shrink(tada, config.tags)
+    return tada
 
-    def step() -> tuple[float, float]:
-        result = train_step(tada, tada, optimizer, [batch], words=lambda *_: [CAPTION], ranks=ranks)
+
+def ours(work: Work) -> tuple[nn.Module, torch.optim.Optimizer, Step]:
+    """The model, its optimiser, and a step as train.py takes it."""
+    keep_freed_memory()
+    tada = our_model(work).train()
+    optimizer = torch.optim.AdamW(parameter_groups(tada, RATE, weight_decay=DECAY), fused=True)
+    masters = Masters(tada) if work.half else None
+    how = {"words": lambda *_: [CAPTION], "ranks": Ranks(0, 1, torch.device(work.device)), "masters": masters}
+
+    def step(batch: Batch) -> tuple[float, float]:
+        result = train_step(masters or tada, tada, optimizer, [batch], **how)
         return result["loss"], result["grad_norm"]
 
     return tada, optimizer, step
 
 
-def peer(size: int) -> tuple[nn.Module, torch.optim.Optimizer, Step]:
-    """The same, of the peers' parts."""
-    vae, unet, clip, decoder = prior()
-    text_model = clip.text_model.requires_grad_(False)
-    vae.requires_grad_(False)
-    unet.conv_norm_out = unet.conv_act = unet.conv_out = nn.Identity()  # the noise head
-    maps = []  # of the last call, coarsest first
-    blocks = unet.up_blocks
+def tapped(unet: nn.Module) -> Callable[..., list[Tensor]]:
+    """The peer's UNet without its noise head, as a function that returns four maps, finest first."""
+    unet.conv_norm_out = unet.conv_act = unet.conv_out = nn.Identity()
+    maps, blocks = [], unet.up_blocks  # maps: of the last call, coarsest first
     for block in (blocks[0].resnets[1], blocks[1].attentions[1], blocks[2].attentions[1], blocks[3]):
         block.register_forward_hook(lambda _, x, y: maps.append(y[0] if isinstance(y, tuple) else y))
-    model = nn.ModuleDict({"vae": vae, "unet": unet, "decoder": decoder.train()})
-    unet.train()
+
+    def features(*inputs: Tensor) -> list[Tensor]:
+        maps.clear()
+        unet(*inputs)
+        return maps[::-1]
+
+    return features
+
+
+def peer_model(work: Work) -> tuple[nn.ModuleDict, Callable[[Tensor], Tensor]]:
+    """The same of the peers' parts, and its logits of images in bytes, at stride 8."""
+    vae, unet, clip, decoder = work.prior()
+    text, features = clip.text_model, tapped(unet)
+    ids = Tokenizer.spelling(clip.config.text_config.vocab_size)([CAPTION]).to(work.device)
+    model = nn.ModuleDict({"vae": vae, "text": text, "unet": unet, "decoder": decoder})
+    if work.half:
+        model.to(memory_format=torch.channels_last)
+
+    def logits(image: Tensor) -> Tensor:
+        with torch.no_grad():
+            pixels = normalise(image.to(work.device, non_blocking=True)).to(vae.dtype)
+            latent = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
+            context = text(ids.expand(len(image), -1)).last_hidden_state
+        t = torch.zeros(len(image), dtype=torch.int64, device=work.device)
+        return decoder(features(latent, t, context)).main
+
+    return model, logits
+
+
+def peer(work: Work) -> tuple[nn.Module, torch.optim.Optimizer, Step]:
+    """The same, of the peers' parts."""
+    model, logits = peer_model(work)
+    for part in ("vae", "text"):
+        model[part].requires_grad_(False)
+    model["unet"].train()
+    model["decoder"].train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=DECAY, foreach=True)
-    batch = batch_of(size)
-    ids = Tokenizer.spelling(clip.config.text_config.vocab_size)([CAPTION])
 
-    def step() -> tuple[float, float]:
-        with torch.no_grad():
-            latent = vae.encode(normalise(batch.image)).latent_dist.mode() * vae.config.scaling_factor
-            context = text_model(ids).last_hidden_state
-        maps.clear()
-        unet(latent, torch.zeros(1, dtype=torch.int64), context)
-        logits = F.interpolate(decoder(maps[::-1]).main, size=(size, size), mode="bilinear")
-        loss = F.cross_entropy(logits, batch.labels.long(), ignore_index=IGNORE)
+    def step(batch: Batch) -> tuple[float, float]:
+        labels = batch.labels.to(work.device, non_blocking=True).long()
+        with work.autocast():
+            large = F.interpolate(logits(batch.image), size=labels.shape[1:], mode="bilinear")
+            loss = F.cross_entropy(large, labels, ignore_index=IGNORE)
         loss.backward()
         norm = nn.utils.get_total_norm([p.grad for p in trained])
         optimizer.step()
@@ -128,12 +195,13 @@ def peer(size: int) -> tuple[nn.Module, torch.optim.Optimizer, Step]:
     return model, optimizer, step
 
 
-def measure(side: str, size: int, steps: int) -> dict:
+def measure(side: str, work: Work, steps: int) -> dict:
     """The first step's loss and norm, the CPU seconds of each phase of the others, and the peak in MiB."""
     with torch.device("meta"):
-        prior()  # imports the peers
+        [build() for build in work.peers]  # imports the peers
     before = memory("VmRSS")
-    model, optimizer, step = {"ours": ours, "peer": peer}[side](size)
+    model, optimizer, step = {"ours": ours, "peer": peer}[side](work)
+    batch = batch_of(work.size)
     ctypes.CDLL(None).malloc_trim(0)  # free what construction left in the heap
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (proc(5))
 
@@ -148,11 +216,11 @@ def measure(side: str, size: int, steps: int) -> dict:
     model.get_submodule("decoder").register_forward_pre_hook(mark)
     model.get_submodule("decoder").register_forward_hook(mark)
     optimizer.register_step_pre_hook(mark)
-    first, rows = step(), []  # also the warm-up
+    first, rows = step(batch), []  # also the warm-up
     for _ in range(steps):
         times.clear()
         mark()
-        step()
+        step(batch)
         mark()
         rows.append([end - start for start, end in pairwise(times)])
     return {"first": first, "phases": rows, "MiB": memory("VmHWM") - before}
@@ -164,13 +232,13 @@ def apart(function: Callable, *arguments):
         return pool.submit(function, *arguments).result()
 
 
-def compare(size: int, steps: int, rounds: int) -> dict:
+def compare(work: Work, steps: int, rounds: int) -> dict:
     """Measure the row of the table, and the median of each phase of both sides."""
-    row = {"case": "training step, sd15", "image": size, "dtype": "float32"}
+    row = {"case": "training step, sd15", "image": work.size, "dtype": "float32"}
     runs = {"ours": [], "peer": []}
     for i in range(rounds):
         for side in ("ours", "peer")[:: -1 if i % 2 else 1]:
-            runs[side].append(apart(measure, side, size, steps))
+            runs[side].append(apart(measure, side, work, steps))
             print(json.dumps({side: runs[side][-1]}), flush=True)
         results = [runs[side][0]["first"] for side in runs]
         errors = [abs(mine / theirs - 1) for mine, theirs in zip(*results, strict=True)]
@@ -204,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> int:
         print(header(), flush=True)
-        row = compare(options.size, options.steps, options.rounds)
+        row = compare(Work(options.size), options.steps, options.rounds)
         print(table([row]))
         if "verdict" not in row:
             print("\n| CPU seconds | ours | peer | ratio |\n|---|---|---|---|")

@@ -161,8 +161,14 @@ def test_peak_memory_is_counted():
 
 def test_invalid_options_are_refused(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    kernels = (["--suite", "kernels"], "torch finds no GPU; --suite cpu needs none")
-    for options, named in ((["--rounds", "2"], "--rounds 2"), (["--size", "100"], "--size 100"), kernels):
+    cases = [
+        (["--rounds", "2"], "--rounds 2"),
+        (["--size", "100"], "--size 100"),
+        (["--only", "kernels"], "--only kernels: --suite cpu has unet, vae"),
+        (["--suite", "gpu", "--only", "vae"], "--only vae: --suite gpu has tests, unknowns, kernels"),
+        (["--suite", "gpu"], "torch finds no GPU; --suite cpu needs none"),
+    ]
+    for options, named in cases:
         with pytest.raises(SystemExit) as stop:
             bench.main(options)
         assert stop.value.code == 2

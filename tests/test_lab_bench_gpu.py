@@ -1,0 +1,206 @@
+"""bench_gpu.py without a GPU: every part at small sizes, kernels in the interpreter, timed by the CPU."""
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from multiprocessing import forkserver
+from pathlib import Path
+
+import pytest
+import torch
+from test_lab_bench_kernels import SMALL, cpu_clock
+from test_lab_bench_step import UNET, WORK
+
+import kernels
+from lab import bench, bench_gpu
+from lab.bench_gpu import PARTS, Plan, line, ratios, suite, summary
+
+WHOLE = {"encoder": "VAE encoder", "unet": "UNet", "train": "training step", "inference": "inference"}
+PLAN = Plan(
+    {name: (function, 0.1) for name, (function, _) in PARTS.items()},
+    sizes=replace(SMALL, levels=((20, 8),), convolutions=((8, 8, 8, 4), (2, 8, 8, 4))),
+    clock=cpu_clock,
+    call_clock=cpu_clock,
+    work=replace(WORK, half=True, context=UNET.context_width),
+    batches=(2, 1),
+    predicted=(2, 1),
+    choices=("torch",),
+    turns=(1, 1),
+    start="forkserver",
+)
+
+
+def raising(plan: Plan) -> Iterator[dict]:
+    yield {"case": "before"}
+    raise RuntimeError("illegal access")
+
+
+def dying(plan: Plan) -> Iterator[dict]:
+    yield {"case": "before"}
+    os.abort()
+
+
+def endless(plan: Plan) -> Iterator[dict]:
+    yield {"case": "before"}
+    time.sleep(600)
+
+
+def wrong(plan: Plan) -> Iterator[dict]:
+    yield {"case": "wrong", "error": 1.0, "plain": 0.1, "right": False}
+
+
+def fine(plan: Plan) -> Iterator[dict]:
+    yield {"case": "fine"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server():
+    """One import of torch and of the peers for all parts; Python 3.11 ignores sys.path there."""
+    multiprocessing.set_forkserver_preload([__name__])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        forkserver.ensure_running()
+
+
+@pytest.fixture(autouse=True)
+def by_default():
+    """The choice of kernels is of the whole process."""
+    yield
+    kernels.use("auto")
+
+
+def read(file: Path) -> dict[str, dict]:
+    return json.loads(file.read_text())["parts"]
+
+
+def test_every_part_runs_and_is_right(tmp_path, capfd):
+    """All that a GPU will run but the sizes, the clocks and bfloat16 in the kernels."""
+    assert list(PARTS) == list(bench.PARTS)
+    (tmp_path / "test_small.py").write_text("def test_small():\n    pass\n")
+    tests = ("-q", "--noconftest", "-p", "no:cacheprovider", str(tmp_path / "test_small.py"))
+    assert suite(replace(PLAN, tests=tests), 9, out=tmp_path / "gpu.json") == 0
+    output, parts = capfd.readouterr().out, read(tmp_path / "gpu.json")
+    assert {name: part["verdict"] for name, part in parts.items()} == dict.fromkeys(PARTS, "done")
+    assert "1 passed" in parts["tests"]["rows"][0]["note"]
+    cases = {name: [row["case"] for row in part["rows"]] for name, part in parts.items()}
+    assert cases["unknowns"] == [
+        "rates",
+        "convolution B 8 8 -> 8 4x4",
+        "convolution B 2 8 -> 8 4x4",
+        "self-attention B 2 N 20 M 20 d 8",
+        "cross-attention B 2 N 20 M 5 d 8",
+        "wide attention B 1 N 20 d 24",
+    ]
+    assert cases["kernels"] == [
+        "upsampling + cross-entropy B 1 K 5 3 -> 12",
+        "wide attention B 1 N 20 d 24",
+        "GroupNorm + SiLU UNet B 2 C 16 4x4",
+        "GroupNorm + SiLU VAE B 1 C 16 8x8",
+        "cross-attention B 2 N 20 M 5 d 8",
+    ]
+    for part, name in WHOLE.items():
+        assert cases[part] == [f"{name} B 2", f"{name} B 1"]
+        for row in parts[part]["rows"]:
+            assert row["right"] and row["error"] > 1e-4  # bfloat16
+            assert row["ours"].keys() == {"torch"} and row["peers"].keys() >= {"channels-last"}
+            assert all(x > 0 for times in (row["ours"] | row["peers"]).values() for x in times)
+    assert "rehearsal on a CPU, torch 2" in output and "FAIL" not in output
+    assert all(f"| {case} |" in output for names in cases.values() for case in names)
+
+
+def test_a_part_that_fails_or_hangs_does_not_harm_the_others(capfd, monkeypatch):
+    """What a part measured before its end is kept, and written at once."""
+    saved = []
+    monkeypatch.setattr(bench_gpu, "replace_text", lambda file, text: saved.append(json.loads(text)["parts"]))
+    parts = {"raises": (raising, 20), "dies": (dying, 20), "hangs": (endless, 4), "fine": (fine, 20)}
+    plan = replace(PLAN, parts=parts | {"long": (fine, 1000)})  # which leaves the others what they need
+    assert suite(plan, 2, out="gpu.json") == 1
+    output, parts = capfd.readouterr().out, saved[-1]
+    assert saved[0] == {"raises": {"rows": [{"case": "before"}], "verdict": "cut"}}
+    assert [len(x) for x in saved] == [1, 1, 1, 2, 2, 3, 3, 4, 4, 5]  # after each row and each part
+    verdicts = {name: part["verdict"] for name, part in parts.items()}
+    failed = {"raises": "FAIL, exit code 1", "dies": "FAIL, exit code -6", "hangs": "stopped after 4 s"}
+    assert verdicts == failed | {"fine": "done", "long": "left out"}
+    error = {"case": "error", "note": "RuntimeError: illegal access", "right": False}
+    assert parts["raises"]["rows"] == [{"case": "before"}, error]
+    assert parts["dies"]["rows"] == parts["hangs"]["rows"] == [{"case": "before"}]
+    assert "long: left out; alone: python -m lab.bench --suite gpu --only long" in output
+
+
+def test_a_wrong_result_fails(tmp_path, capfd):
+    assert suite(replace(PLAN, parts={"wrong": (wrong, 0), "fine": (fine, 0)}), 1) == 1
+    assert "| wrong | FAIL |" in capfd.readouterr().out
+
+
+def test_a_wrong_side_has_no_time():
+    right, off = torch.ones(3), torch.tensor([1.0, 1.0, 1.1])
+    sides = {
+        "ours": lambda: lambda x: [off],
+        "a": lambda: lambda x: [right],
+        "exact": lambda: lambda x: [right],
+    }
+    plan = replace(PLAN, work=replace(WORK, half=False))
+    (row,) = bench_gpu.contest(plan, "case", sides, torch.zeros, (1,))
+    assert not row["right"] and not row["ours"] and row["failed"] == {"torch": "FAIL: error 5.8e-02"}
+    assert "| case B 1 | FAIL |" in line(row)
+    (row,) = bench_gpu.contest(plan, "case", sides | {"ours": sides["a"]}, torch.zeros, (1,))
+    assert row["right"] and row["ours"].keys() == {"torch"} and row["peers"].keys() == {"a"}
+
+
+def test_a_choice_of_kernels_that_fails_leaves_the_other():
+    def choose(inputs):
+        if kernels.chosen("cross_attention", torch.ones(1), 40):
+            raise RuntimeError("no such kernel")
+        return [torch.ones(1)]
+
+    plan, sides = replace(PLAN, choices=("torch", "triton")), {"ours": lambda: choose, "peer": lambda: choose}
+    (row,) = bench_gpu.contest(plan, "case", sides, torch.zeros, (1,))
+    assert row["failed"] == {"triton": "FAIL: no such kernel"} and not row["right"]
+    assert row["ours"].keys() == {"torch"} and row["peers"].keys() == {"peer"}
+
+
+def test_a_side_without_memory_is_named():
+    def exhaust(inputs):
+        if inputs == 16:
+            raise torch.OutOfMemoryError("tried to allocate 1 TiB")
+        return [torch.ones(1)]
+
+    sides = {"ours": lambda: lambda x: [torch.ones(1)], "peer": lambda: exhaust}
+    large, small = bench_gpu.contest(PLAN, "case", sides, lambda B: B, (16, 2))
+    assert large["failed"] == {"peer": "out of memory"} and large["peers"] == {} and large["ours"]["torch"]
+    assert "| peer: out of memory" in line(large) and ratios(large) == []
+    assert small["failed"] == {} and small["peers"]["peer"]
+
+
+def test_goals_are_judged_and_the_summary_is_short():
+    """At the sizes of a GPU."""
+
+    def row(case: str, ours: list[float], **peers: list[float]) -> dict:
+        many = {"FLASH_ATTENTION": [1e5] * 2, "EFFICIENT_ATTENTION": [123456.0] * 2}
+        return {"case": case, "ours": {"triton": ours}, "peers": many | peers, "floor": [1000.0] * 2}
+
+    cross = [f"cross-attention B {B} N 4096 M {M} d 40" for B in (16, 2) for M in range(100, 112)]
+    ours = [row(case, [60.0, 40.0], CUDNN_ATTENTION=[100.0, 100.0]) for case in cross]
+    ours += [
+        row("GroupNorm + SiLU UNet B 16 C 1280 32x32", [30.0, 20.0], eager=[100, 100], compiled=[40, 15])
+    ]
+    facts = {"machine": "x" * 150, "parts": {"kernels": {"rows": ours, "verdict": "stopped after 99 s"}}}
+    unknown = [
+        row(f"self-attention B 16 N 4096 M 4096 d {i}", [100.0] * 2, CUDNN_ATTENTION=[90.0] * 2)
+        for i in range(30)
+    ]
+    facts["parts"]["unknowns"] = {"rows": unknown, "verdict": "done"}
+    text = summary(facts)
+    for goal in (
+        "| G1 | cross-attention B 16, forward | 0.80 | 0.60, the worst of 12 0.60 | reached |",
+        "| G2 | cross-attention B 2, backward | 0.40 | 0.40, the worst of 12 0.40 | reached |",
+        "| G4 | GroupNorm + SiLU against eager | 0.40 | 0.25, the worst of 1 0.25 | reached |",
+        "| G4 | GroupNorm + SiLU against compiled | 0.90 | 0.91, the worst of 1 0.91 | missed |",
+        "| G7 | self-attention B 16 N 4096 against cudnn | 1.05 | 1.11, the worst of 30 1.11 | missed |",
+        "| G9 | UNet B 16 | 0.70 | | not measured |",
+    ):
+        assert goal in text
+    assert len(text) < bench_gpu.LIMIT
