@@ -94,7 +94,8 @@ class Plan:
 
 def run_tests(plan: Plan) -> Iterator[dict]:
     root = Path(__file__).parents[1]
-    marked = [x for x in (root / "tests").glob("test_*.py") if "pytest.mark.gpu" in x.read_text()]
+    files = sorted((root / "tests").glob("test_*.py"))
+    marked = [file for file in files if "pytest.mark.gpu" in file.read_text()]
     last, command = "", [sys.executable, "-m", "pytest", *(plan.tests or ("-m", "gpu", "-x", "-q", *marked))]
     with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as tests:
         for text in tests.stdout:
@@ -431,7 +432,7 @@ def judged(facts: dict, goal: tuple) -> str:
 
 def summary(facts: dict) -> str:
     """The last of the output: all rows, the goals, what is missing."""
-    lines = [facts["machine"], "", HEAD, *(line(row) for _, row in all_rows(facts)), ""]
+    lines = [HEAD, *(line(row) for _, row in all_rows(facts)), "", facts["machine"], ""]
     lines += [f"kernels.WINS of this GPU: {won_by(facts)}", "", "| goal | case | at most | measured | |"]
     lines += ["|---" * 5 + "|", *(judged(facts, goal) for goal in GOALS), "", "G3, G5: no case here."]
     for name, part in facts["parts"].items():
