@@ -293,7 +293,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.size < 64 or options.size % 64:
         parser.error(f"--size {options.size}: give a multiple of 64")
     gpu = options.suite == "gpu"
-    if wrong := [x for x in options.only or () if (x in PARTS) != gpu]:
+    if wrong := [x for x in options.only or () if x not in (PARTS if gpu else CASES)]:
         parser.error(f"--only {wrong[0]}: --suite {options.suite} has {', '.join(PARTS if gpu else CASES)}")
     if gpu and not torch.cuda.is_available():
         parser.error("--suite gpu: torch finds no GPU; --suite cpu needs none")
