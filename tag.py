@@ -144,7 +144,7 @@ def convert_captions(options: argparse.Namespace) -> int:
         captions = {name: checked_text(x[0], LONGEST_CAPTION) for name, x in lists.items()}
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{file} is not a caption file of TADP ({type(error).__name__}: {error})") from None
     paths = [path for dataset in open_sets(options) for path in dataset.paths]
     lines = []

@@ -87,7 +87,7 @@ def read_record(file: Path) -> tuple[dict, list[dict]]:
         try:
             entry = json.loads(line)
             missing = (RUN if lines else SHARED).difference(entry)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             missing = SHARED
         if missing:
             raise TadaError(f"{file}, line {number}, is not from ablate.py: give the runs.jsonl of an --out")

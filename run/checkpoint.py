@@ -124,6 +124,8 @@ def read_model(
         tada = assemble(config, vae, unet, clip, tokenizer, empty, classes, names)
     # Clone: on the CPU, rounding depends on how a tensor is aligned in memory, in a mapped file otherwise.
     own = {name: x.clone() for name, x in read_own_state(tada, file).items()}
+    if bad := [name for name, x in own.items() if not x.sum().isfinite() and not x.isfinite().all()]:
+        raise CheckpointError(f"{file} has NaN or infinity in {', '.join(bad[:10])}: use another step")
     tada.load_state_dict({**tada.state_dict(), **own}, strict=True, assign=True)
     tada = move(tada, device, source).eval()
     if source == "ram" or (source, threshold) != (config.tags, config.tag_threshold):
@@ -132,9 +134,10 @@ def read_model(
 
 
 def read_own_state(tada: Tada, file: Path) -> dict[str, Tensor]:
-    """The tensors of a model's file; CheckpointError unless names and shapes are those of `own_state`."""
+    """The tensors of a model's file; CheckpointError unless names, shapes, dtypes are of `own_state`."""
     own, state = own_state(tada), load_file(file)
-    wrong = sorted(set(own) ^ set(state)) or [name for name in own if own[name].shape != state[name].shape]
+    wrong = sorted(set(own) ^ set(state))
+    wrong = wrong or [x for x in own if (own[x].shape, own[x].dtype) != (state[x].shape, state[x].dtype)]
     if wrong:
         names = ", ".join(wrong[:10])
         raise CheckpointError(f"{file} does not fit the model it describes: {names}; use another step")

@@ -106,7 +106,7 @@ def line_step(line: bytes) -> float:
     try:
         entry = json.loads(line.decode())
         return entry["step"] + 0.5 * ("val" in entry)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
 
 
@@ -175,7 +175,7 @@ def refuse_changes(run: Run, about: dict, defaults: Mapping[str, Any], free: set
         before = json.loads(read_bytes(file))
         options, torch_version = defaults | before["options"], before["versions"]["torch"]
         read = {**before.get("read", now["read"])}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         cure = "start over with --fresh (keeps the run)"
         raise RunError(f"{file} lacks the settings of its run ({error}): {cure}") from None
     other = {x: f"is {y}" for x, y in now["options"].items() if x not in free and options[x] != y}

@@ -177,7 +177,7 @@ def append(file: Path, text: str) -> None:
 
 def made_by(file: Path) -> str:
     """The tagger of the first line; "" if it does not say, as in older runs, or is cut."""
-    with file.open("rb") as f, suppress(ValueError, AttributeError):
+    with file.open("rb") as f, suppress(ValueError, AttributeError, RecursionError):
         return str(json.loads(f.readline()).get("by", ""))
     return ""
 
@@ -194,7 +194,7 @@ def read_tag_lines(file: Path, by: str = "") -> dict[str, str]:
             entry = json.loads(line.decode("utf-8"))
             path, made = entry["image"], entry.get("by", "")
             assert isinstance(path, str) and all(isinstance(tag, str) for tag, _ in entry["tags"])
-        except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
+        except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError):
             cure = "delete the line, or give another file"
             raise TadaError(f"{file}, line {number}, is not of a tagger: {cure}") from None
         if made != by:

@@ -28,6 +28,7 @@ from errors import DataError, TadaError
 from images.classes import read_classes
 from images.panoptic import read_annotations, read_map
 from images.read import FORMATS, SUFFIXES, label_table, read_image, read_labels
+from lab.tables import read_record
 from loading.stream import EvaluationStream
 from loading.tags import read_tags
 from metrics.judge import PanopticEvaluator
@@ -431,9 +432,11 @@ def test_the_page_refuses_every_other_format(foreign, watched):
 # ---- text that is long
 
 
-@pytest.mark.parametrize("text", [" " * 100_000 + ",", "," * 100_000, "1" * 100_000, "names" + " " * 100_000])
+@pytest.mark.parametrize(
+    "text", [" " * 100_000 + ",", "," * 100_000, "1" * 100_000, "names" + " " * 100_000, "[" * 100_000]
+)
 def test_no_reader_takes_long_for_long_text(text, tmp_path):
-    """Numbers of more digits than Python converts (4,300) are one sentence, too."""
+    """More digits than Python converts (4,300) and lists in lists are one sentence, too."""
     file = tmp_path / "predictions.jsonl"
     readers = [
         read_classes,
@@ -441,6 +444,7 @@ def test_no_reader_takes_long_for_long_text(text, tmp_path):
         read_annotations,
         read_hashes,
         read_tag_lines,
+        read_record,
     ]
     started = time.perf_counter()
     for form in ("sea, %s\nsky\n", '{"image": %s, "tags": [["sea", %s]]}\n', '{"images": [{"id": %s}]}\n'):

@@ -569,9 +569,10 @@ def test_a_line_of_tags_is_checked(data, run, capsys):
 
 
 @pytest.mark.parametrize("key", ["options", "versions", "read", "data"])
-def test_settings_that_changed_are_one_sentence(data, run, key, capsys):
+@pytest.mark.parametrize("value", ["5", "[" * 100_000])
+def test_settings_that_changed_are_one_sentence(data, run, key, value, capsys):
     file = run / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {key: 5}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: "?"}).replace('"?"', value))
     code = evaluation.main([str(run), "--workers", "0"]) if key == "data" else training(data, run)
     assert code == 2
     error = capsys.readouterr().err
@@ -875,10 +876,11 @@ def test_predictions_go_through_no_link(model, photos, tmp_path, capsys):
 # ---- beyond the table: what changed between two commands
 
 
-def test_a_damaged_line_of_the_log_is_named(data, run, capsys):
+@pytest.mark.parametrize("damage", [b'{"step": 0, "caf\xe9": 1}', b'{"step": ' + b"[" * 100_000])
+def test_a_damaged_line_of_the_log_is_named(data, run, damage, capsys):
     log = run / "log.jsonl"
     whole = log.read_bytes()
-    log.write_bytes(b'{"step": 0, "caf\xe9": 1}\n' + whole)
+    log.write_bytes(damage + b"\n" + whole)
     assert training(data, run) == 0
     assert f"{log}, line 1, is left out" in capsys.readouterr().out and log.read_bytes() == whole
 

@@ -338,6 +338,12 @@ def test_files_of_other_versions_are_refused(saved):
     assert f"does not fit the model it describes: {name}" in refusal(
         rewritten(saved, lambda about: None, lacking)
     )
+    for dtype in (torch.int8, torch.float8_e4m3fn, torch.float64, torch.complex64):
+        cast = rewritten(saved, lambda about: None, state | {name: state[name].to(dtype)})
+        assert f"does not fit the model it describes: {name}" in refusal(cast)
+    for value in (math.nan, math.inf):
+        poisoned = rewritten(saved, lambda about: None, state | {name: torch.full_like(state[name], value)})
+        assert f"has NaN or infinity in {name}: use another step" in refusal(poisoned)
     other = rewritten(saved, lambda about: about["config"].update(classes=["sea"], prompts=["sea"]))
     assert f"does not fit the model it describes: {name}" in refusal(other).replace(
         "decoder.classifier.1.weight, ", ""
