@@ -29,7 +29,7 @@ from errors import CheckpointError
 from model import Tada, TadaConfig
 from run.files import read_bytes, sync
 from run.ranks import Ranks
-from unet import UNet
+from unet import TIMES, UNet
 from vae import VAE
 from weights.ram import ram_folder, require_files
 from weights.words import digest, digest_once, prior_files
@@ -205,9 +205,31 @@ def read_config(entries: dict, file: Path) -> TadaConfig:
     if unknown:
         raise CheckpointError(f"{file} has unknown settings {', '.join(unknown)}: use a newer TADA")
     try:
-        return TadaConfig(**entries)
+        config = TadaConfig(**entries)
     except TypeError as error:
         raise CheckpointError(f"{file} lacks settings ({error}): use another step") from None
+    for name, possible in POSSIBLE.items():
+        if not possible(value := getattr(config, name)):
+            raise CheckpointError(f"{file} has {name} {str(value)[:80]}, which cannot be: use another step")
+    return config
+
+
+def are_names(x: object) -> bool:
+    return isinstance(x, tuple) and all(isinstance(name, str) for name in x) and len(x) > 0
+
+
+def is_size(x: object) -> bool:
+    """A height and a width, in pixels."""
+    return isinstance(x, tuple) and len(x) == 2 and all(type(n) is int and 0 < n < 2**16 for n in x)
+
+
+POSSIBLE = {  # settings whose values nothing later compares with the tensors
+    **dict.fromkeys(("classes", "prompts"), are_names),
+    **dict.fromkeys(("crop", "stride"), is_size),
+    "box": lambda x: x is None or is_size(x),
+    "timestep": lambda x: type(x) is int and 0 <= x < TIMES,
+    "noise": lambda x: x in ("fixed", "none"),
+}
 
 
 def as_tuples(value: object) -> object:

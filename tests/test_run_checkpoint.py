@@ -850,6 +850,24 @@ def test_settings_that_lack(saved):
     assert "lacks settings (" in refusal(rewritten(saved, lambda about: about["config"].pop("classes")))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("classes", 5),
+        ("prompts", [["../x"]]),
+        ("crop", [0, 64]),
+        ("crop", [1e9, 64]),
+        ("stride", [0, 0]),
+        ("box", [10**8, 64]),
+        ("timestep", 5000),
+        ("noise", "a"),
+    ],
+)
+def test_settings_that_cannot_be(saved, name, value):
+    changed = rewritten(saved, lambda about: about["config"].update({name: value}))
+    assert f"has {name} " in refusal(changed) and "which cannot be: use another step" in refusal(changed)
+
+
 def test_incomplete_steps_are_skipped(tmp_path):
     """A file missing or truncated, an empty folder, invalid hashes: the newest intact step is found, or
     none.
