@@ -108,8 +108,8 @@ def train_step(
     norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
     if clip:
         nn.utils.clip_grads_with_norm_(trained, clip, norm)
-    counted = norm.new_tensor([float(stopping), sum(len(batch.skipped) for batch in batches)])
-    parts = torch.stack([*sums.values(), *counted])
+    numbers = stopping, sum(len(batch.skipped) for batch in batches)
+    parts = torch.stack([*sums.values(), *(norm.new_full((), float(x)) for x in numbers)])
     parts = ranks.all_reduce(parts.float() if ranks.device.type == "mps" else parts.double())
     # AdamW leaves everything as it is if this is 1, as torch's GradScaler sets it (fused only).
     optimizer.found_inf = 1 - (parts.isfinite().all() & norm.isfinite()).float()
