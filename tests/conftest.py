@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.register_profile("same", derandomize=True, deadline=None, max_examples=50)
     hypothesis.settings.load_profile("same")  # the examples of every run, on any machine
     config.stash[MISSING] = set()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # children of a job in the background ignore it
     # A killed compilation leaves half a library in torch's shared cache; later runs end in an ImportError.
     cache = tempfile.TemporaryDirectory(prefix="tada-inductor-")
     config.add_cleanup(cache.cleanup)

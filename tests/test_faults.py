@@ -481,7 +481,7 @@ def test_two_unreadable_images_of_eight_stop_training(damaged, tmp_path, capsys)
 
 
 # ---- 17  a loss that is not finite
-# test_train.py: test_a_loss_that_is_not_finite_changes_nothing
+# test_train.py: test_a_loss_or_gradient_that_is_not_finite_changes_nothing
 
 
 def test_no_checkpoint_holds_what_is_not_finite(folder, uninterrupted, tmp_path, monkeypatch, capsys):

@@ -233,7 +233,7 @@ from train import train_step
 torch.manual_seed(0)
 tada = build(TadaConfig(tuple(f"class {{i}}" for i in range(150))))
 tada.unet.checkpoint_activations = True
-optimizer = torch.optim.AdamW(parameter_groups(tada, 6e-5, weight_decay=0.01))
+optimizer = torch.optim.AdamW(parameter_groups(tada, 6e-5, weight_decay=0.01), fused=True)
 image = torch.randint(0, 256, (1, 3, 512, 512), dtype=torch.uint8)
 labels = torch.randint(0, 150, (1, 512, 512), dtype=torch.uint8)
 batch = Batch(image, labels, [[0]], [0], ["x.jpg"], [])
@@ -715,7 +715,6 @@ def test_two_machines_make_the_run_of_one(folder, tmp_path):
     models = []
     for name, hows in agents.items():
         more = [str(ROOT / "train.py"), *command(folder, tmp_path / name, "--iterations", "2")]
-        more[more.index("--run")] = "--run-dir"  # torchrun takes --run for its own
         run = [sys.executable, "-m", "torch.distributed.run"]
         started = [subprocess.Popen([*run, *how, *more], stderr=subprocess.PIPE, text=True) for how in hows]
         errors = [process.communicate(timeout=300)[1] for process in started]
