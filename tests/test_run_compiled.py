@@ -12,7 +12,7 @@ from unet import UNet, UNetConfig
 SMALL = UNetConfig(channels=(32, 64), layers=1, heads=4, context_width=48, groups=8)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_compiled_blocks_have_the_same_gradients():
     """All weights, the latent and the context, by Inductor; the maps are those of two images, not square."""
     unet, decoder = shake(UNet(SMALL)), nn.Conv2d(32, 3, 1)

@@ -704,6 +704,7 @@ def test_out_of_memory_is_one_sentence(folder, tmp_path, capsys, monkeypatch, fl
     assert len(error.strip().splitlines()) == 1
 
 
+@pytest.mark.sweep
 def test_two_machines_make_the_run_of_one(folder, tmp_path):
     """Two agents that meet by torchrun's own rendezvous, one process each, or one agent with two."""
     with socket.socket() as s:
