@@ -98,7 +98,7 @@ wide_attention = plain_attention  # of heads too wide for a kernel: the VAE has 
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None) -> Tensor:
-    """silu(norm(x + shift)) of a map `(B, C, H, W)`, shift `(B, C)`, by which x may be overwritten.
+    """silu(norm(x + shift)) of a map `(B, C, H, W)` and a shift `(B, C)`, which may be added to x in place.
 
     The kernel's result is channels-last in memory and of x's type, also under autocast, where torch's is
     float32.

@@ -310,7 +310,12 @@ def test_foreign_files_are_refused(tmp_path):
     assert "was not written by train.py: give a run folder" in refusal(file)
     save_file({"x": torch.zeros(3)}, file, metadata={"format": "pt"})
     assert "was not written by train.py" in refusal(file)
-    for name in ("vae/../../other.safetensors", "/vae/other.safetensors"):  # of the prior's files
+    for name in (
+        "vae/../../other.safetensors",
+        "/vae/other.safetensors",
+        "text_encoder/model.safetensors",
+        "",
+    ):  # of the prior's files
         save_model(make(), file, {name: "0" * 64}, {})
         assert "was not written by train.py" in refusal(file)
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed.run
 from PIL import Image
-from runs import command, log_of, same
+from runs import command, log_of, same, stops_after
 from safetensors.torch import load_file
 
 import train
@@ -315,17 +315,9 @@ def test_the_same_command_resumes_exactly(folder, uninterrupted, tmp_path, monke
     """Interrupted before or after a checkpoint, with dropout: it ends as the uninterrupted run. A restart by
     torchrun is the same command, too, whose environment counts the attempts.
     """
-    done, step = [], train.train_step
-
-    def dies(*args, **kwargs):
-        if len(done) == crash:
-            raise KeyboardInterrupt
-        done.append(1)
-        return step(*args, **kwargs)
-
-    monkeypatch.setattr(train, "train_step", dies)
+    stops_after(crash, monkeypatch)
     assert train.main(command(folder, tmp_path / "run")) == 130
-    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.undo()
     torch.manual_seed(123)  # another state than before
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert train.main(command(folder, tmp_path / "run")) == 0
@@ -336,15 +328,7 @@ def test_a_run_with_lora_resumes_exactly(folder, tmp_path, monkeypatch):
     """And every update is trained."""
     flags = ["--iterations", "2", "--save-every", "1", "--weights", "weights/tiny", "--lora", "4"]
     assert train.main(command(folder, tmp_path / "whole", *flags)) == 0
-    done, step = [], train.train_step
-
-    def dies(*args, **kwargs):
-        if done:
-            raise KeyboardInterrupt
-        done.append(1)
-        return step(*args, **kwargs)
-
-    monkeypatch.setattr(train, "train_step", dies)
+    stops_after(1, monkeypatch)
     assert train.main(command(folder, tmp_path / "killed", *flags)) == 130
     monkeypatch.undo()
     assert train.main(command(folder, tmp_path / "killed", *flags)) == 0
@@ -362,16 +346,7 @@ def test_a_run_that_started_so_resumes_without_it(folder, tmp_path, monkeypatch,
         copy = shutil.copytree(source, tmp_path / f"from-{name}", symlinks=True)
         flags = command(folder, tmp_path / name, *more, "--from", str(tmp_path / "from"))
         copy.rename(tmp_path / "from")
-        done, step = [], train.train_step
-        if name == "killed":
-
-            def dies(*args, done=done, step=step, **kwargs):
-                if done:
-                    raise KeyboardInterrupt
-                done.append(1)
-                return step(*args, **kwargs)
-
-            monkeypatch.setattr(train, "train_step", dies)
+        stops_after(1 if name == "killed" else None, monkeypatch)
         capsys.readouterr()
         assert train.main(flags) == (130 if name == "killed" else 0)
         out = capsys.readouterr().out
@@ -397,18 +372,10 @@ def test_a_run_that_started_so_resumes_without_it(folder, tmp_path, monkeypatch,
 def test_a_panoptic_run_resumes_exactly(segments, tmp_path, monkeypatch):
     """Mask2Former on one's own segments, interrupted after a checkpoint: the same points are drawn again."""
     assert train.main(command(segments, tmp_path / "uninterrupted", "--accumulate", "2")) == 0
-    done, step = [], train.train_step
-
-    def dies(*args, **kwargs):
-        if len(done) == 3:
-            raise KeyboardInterrupt
-        done.append(1)
-        return step(*args, **kwargs)
-
-    monkeypatch.setattr(train, "train_step", dies)
+    stops_after(3, monkeypatch)
     run = command(segments, tmp_path / "run", "--accumulate", "2")
     assert train.main(run) == 130
-    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.undo()
     torch.manual_seed(123)
     assert train.main(run) == 0
     assert same(tmp_path / "run", tmp_path / "uninterrupted")
