@@ -116,7 +116,7 @@ def build(config: TadaConfig, device: torch.device | str = "cpu") -> Tada:
     with torch.no_grad():
         empty = clip.text(tokenizer([""]).to(device))[0][0]  # (77, C)
     tada = assemble(config, vae, unet, clip, tokenizer, empty.cpu(), classes.cpu(), names)
-    move(tada, device, config.tags)
+    move(tada, device, config.tags, training=True)
     if config.tags == "ram":
         tada.tagger = open_tagger(tada, "ram", config.tag_threshold)
     return tada
@@ -140,18 +140,19 @@ def assemble(
     return Tada(config, vae, unet, clip, tokenizer, adapter, decoder, names)
 
 
-def move(tada: Tada, device: torch.device | str, tags: str) -> Tada:
+def move(tada: Tada, device: torch.device | str, tags: str, training: bool = False) -> Tada:
     """Move a model to its device, in place; on a GPU its frozen parts become bfloat16 (not random ones, whose
     only file is the model's). `tags` is the source of those that it will use, its config's or another.
     """
     if torch.device(device).type == "cuda" and tada.config.weights != "random":
-        shrink(tada, tags)
+        shrink(tada, tags, training)
     return tada.to(device)
 
 
-def shrink(tada: Tada, tags: str) -> None:
+def shrink(tada: Tada, tags: str, training: bool) -> None:
     """Round the weights of frozen parts to bfloat16, channels-last: half the memory, and norms in their type.
 
+    Without `training` the UNet is frozen too, and computes as the bfloat16 copy of training does.
     CLIP keeps float32 where the tags are CLIP's: they are the same in training and test, on any device. So
     does its text tower, for the words. The VAE loses its decoder: nothing draws, and DDP wants one device.
     """
@@ -160,7 +161,7 @@ def shrink(tada: Tada, tags: str) -> None:
         parts += [tada.clip.vision_model, tada.clip.visual_projection]
     for part in parts:
         part.to(torch.bfloat16, memory_format=torch.channels_last)
-    if tada.config.keeps_unet:
+    if tada.config.keeps_unet or not training:
         for name, parameter in tada.unet.named_parameters():
             if ".lora_" not in name:
                 last = torch.channels_last if parameter.ndim == 4 else torch.preserve_format

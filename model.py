@@ -86,8 +86,8 @@ class Output(NamedTuple):
 class Tada(nn.Module):
     """Figure 2. The VAE and both towers of CLIP are frozen; UNet, adapter and decoder are trained.
 
-    `vectors` caches the pooled text vector `(C,)` of each word; `names` holds the class names `(K, E)` in
-    CLIP's shared space, for zero-shot tags (None unless the tags come from CLIP).
+    `vectors` `(1 + V, C)` caches the pooled text vectors of the V words in `rows`; row 0, zeros, is padding.
+    `names` holds the class names `(K, E)` in CLIP's shared space, for zero-shot tags (None for other tags).
     """
 
     def __init__(
@@ -107,8 +107,9 @@ class Tada(nn.Module):
         self.register_buffer("names", names)
         # Images -> the scored tags of each; assemble.py sets that of other sources.
         self.tagger: Callable[[Tensor], list] | None = None if names is None else self.zero_shot_tags
-        self.vectors: dict[str, Tensor] = {}
-        self.noise = torch.empty(0)  # of the last size
+        self.rows: dict[str, int] = {}
+        self.vectors = torch.empty(0)
+        self.noise, self.alpha = torch.empty(0), 1.0  # of the last size; alpha-bar_t of Eq. 1
         # run/masters.py replaces this with that of a copy.
         self.run_unet = unet.features_and_attention if config.attention_maps else unet.features
         self.multiple = vae.stride * 2 ** (len(unet.config.channels) - 1)  # of the image's sides: 64
@@ -126,12 +127,12 @@ class Tada(nn.Module):
             adapter.log_scale.requires_grad_(False)
             adapter.bias.requires_grad_(False)
 
-    def forward(self, image: Tensor, tags: Tags | None = None, seen: Features | None = None) -> Output:
+    def forward(self, image: Tensor, tags: Tags | Text | None = None, seen: Features | None = None) -> Output:
         """Return Figure 2's output for images `(B, 3, H, W)` in [-1, 1] of any size and the words of each.
 
-        Without tags the adapter uses the class names. `seen`: the `image_features`, if they are at hand. The
-        prediction covers the image padded with grey on the right and below to multiples of 64; `loss` pads
-        the labels, inference.py crops the prediction.
+        Without tags the adapter uses the class names; tags may be encoded already (`text`). `seen`: the
+        `image_features`, if they are at hand. The prediction covers the image padded with grey on the right
+        and below to multiples of 64; `loss` pads the labels, inference.py crops the prediction.
         """
         # fmt: off
         with torch.no_grad():  # the frozen parts
@@ -152,8 +153,8 @@ class Tada(nn.Module):
         if self.noise.shape != latent.shape[1:] or self.noise.to(latent) is not self.noise:
             generator = torch.Generator().manual_seed(NOISE_SEED)  # on the CPU: the same on every device
             self.noise = torch.randn(latent.shape[1:], generator=generator).to(latent)
-        alpha = float(alphas_cumprod()[self.config.timestep])
-        return alpha**0.5 * latent + (1 - alpha) ** 0.5 * self.noise
+            self.alpha = float(alphas_cumprod()[self.config.timestep])
+        return self.alpha**0.5 * latent + (1 - self.alpha) ** 0.5 * self.noise
 
     def image_features(self, image: Tensor) -> Features:
         """CLIP's tokens and embedding of images; None if the adapter uses neither."""
@@ -206,16 +207,18 @@ class Tada(nn.Module):
     def counts(self, labels: Tensor, segments: Sequence[Target] | None = None) -> dict[str, Tensor]:
         """The counts of `loss`, computed from the targets only."""
         target = labels if segments is None else segments
-        return {**self.decoder.counts(target), "tag": labels.new_tensor(len(labels))}
+        return {**self.decoder.counts(target), "tag": labels.new_full((), len(labels))}
 
     # ---- words
 
-    def text(self, tags: Tags | None) -> Text | None:
+    def text(self, tags: Tags | Text | None, longest: int = 0) -> Text | None:
         """Encode each image's words, `(B, T, C)`; None if the condition uses class names or no text.
 
-        An image without words gets the empty-prompt vector. Raises ModelError for a string in place of a
-        list, which would be read letter by letter.
+        An image without words gets the empty-prompt vector. T is the length of the longest list, or
+        `longest`. Raises ModelError for a string in place of a list, which would be read letter by letter.
         """
+        if isinstance(tags, Text):
+            return tags
         if tags is not None and any(isinstance(words, str) for words in (tags, *tags)):
             raise ModelError(f'words {tags!r}: give a list of words for each image, as [["sea", "boat"]]')
         if tags is None or not self.uses_words:
@@ -226,19 +229,28 @@ class Tada(nn.Module):
             return Text(self.clip.text(self.tokenizer(prompts).to(device))[0])  # (B, 77, C)
         lists = [list(words) or [""] for words in tags]
         self.cache_words([word for words in lists for word in words])
-        lengths = torch.tensor([len(words) for words in lists])
-        rows = [torch.stack([self.vectors[word] for word in words]) for words in lists]
-        vectors = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # (B, T, C)
-        return Text(vectors, lengths.to(device) if len(set(map(len, lists))) > 1 else None)
+        lengths = [len(words) for words in lists]
+        T = longest or max(lengths)
+        rows = [[self.rows[word] for word in words] + [0] * (T - len(words)) for words in lists]
+        self.vectors = self.vectors.to(device)
+        vectors = self.vectors[torch.tensor(rows).to(device, non_blocking=True)]  # (B, T, C)
+        ragged = longest or min(lengths) < T
+        return Text(vectors, torch.tensor(lengths).to(device, non_blocking=True) if ragged else None)
 
     def cache_words(self, words: Sequence[str]) -> None:
         """Cache the text vectors of new words; "" is the empty prompt."""
-        new = sorted(set(words) - set(self.vectors) - {""})
+        new = sorted(set(words) - set(self.rows) - {""})
         if new:
             prompts = (PROMPT,) if self.config.templates == 1 else TEMPLATES
-            self.vectors |= zip(new, name_vectors(self.clip, self.tokenizer, new, prompts), strict=True)
-        if "" in words and "" not in self.vectors:
-            self.vectors[""] = name_vectors(self.clip, self.tokenizer, [""], ["{}"])[0]
+            self.add_words(new, name_vectors(self.clip, self.tokenizer, new, prompts))
+        if "" in words and "" not in self.rows:
+            self.add_words([""], name_vectors(self.clip, self.tokenizer, [""], ["{}"]))
+
+    def add_words(self, words: Sequence[str], vectors: Tensor) -> None:
+        """Cache the pooled text vectors `(N, C)` of words."""
+        old = self.vectors.to(vectors.device) if self.rows else torch.zeros_like(vectors[:1])
+        self.rows |= zip(words, range(len(old), len(old) + len(words)), strict=True)
+        self.vectors = torch.cat([old, vectors])
 
     @torch.no_grad()
     def resolve_tags(self, image: Tensor, tags: Tags | None) -> tuple[Tags | None, Features | None]:

@@ -5,8 +5,9 @@
     python train.py --dataset folder --data DIR            # images/, labels/, classes.txt
     python train.py --dataset folder --data DIR --from RUN # starts from a trained model
 
-Re-running the command resumes from the last checkpoint of its run folder. Top to bottom: one step, the loop,
-validation, saving, start. The flags are in run/options.py, the run folder in run/folder.py.
+Re-running the command resumes from the last checkpoint of its run folder. Top to bottom: the loop,
+validation, saving, start. One step is in run/step.py, the flags in run/options.py, the folder in
+run/folder.py.
 """
 
 from errors import CheckpointError, ModelError, RunError, end_quietly, run_command
@@ -14,19 +15,16 @@ from errors import CheckpointError, ModelError, RunError, end_quietly, run_comma
 if __name__ == "__main__":
     end_quietly()  # at Ctrl-C during the imports below
 
-import math
 import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 import inference
 import kernels
@@ -35,12 +33,11 @@ from data import Dataset, open_dataset
 from eval import Result, evaluate, predict_items, target_of
 from images import scenes
 from images.panoptic import Segment
-from loading.augment import RATIOS, Augment, normalise
+from loading.augment import RATIOS, Augment
 from loading.check import check
-from loading.jitter import UNOWNED, Jitter, masks_of
-from loading.stream import Batch, EvaluationStream, TrainStream, points_of
+from loading.jitter import Jitter
+from loading.stream import Batch, EvaluationStream, TrainStream
 from loading.tags import TagSource
-from mask2former import Target
 from metrics.charts import curves
 from metrics.report import percent
 from model import Size, Tada
@@ -48,6 +45,7 @@ from run import checkpoint
 from run.compiled import compile_blocks
 from run.files import place
 from run.folder import Run, fingerprint, open_run
+from run.graph import Recorded
 from run.masters import Masters
 from run.memory import keep_freed_memory, relief
 from run.options import Options, config_of, defaults, parse
@@ -55,94 +53,10 @@ from run.progress import StopOnSignal, describe, draw, drawing, log_line, speed
 from run.ranks import Ranks, cleanup, init_distributed
 from run.recipes import DROPS, learning_rate
 from run.start import find_source, start_from
+from run.step import train_step, update, words_of
 from run.tagging import open_tags
 
 SHOWN = 8  # images in inputs.jpg and in val/
-
-
-# ---- one step
-
-
-def train_step(
-    model: nn.Module,
-    tada: Tada,
-    optimizer: torch.optim.Optimizer,
-    batches: Sequence[Batch],
-    words: TagSource,
-    ranks: Ranks,
-    clip: float | None = None,
-    stopping: bool = False,
-    seed: int = 0,
-    masters: Masters | None = None,
-) -> dict[str, float]:
-    """Update the model once with the micro-batches of this rank; return the losses of the global batch, the
-    gradient norm, `stop`: whether any rank is `stopping`, and `replaced`: how many files were unreadable.
-
-    `model` is `tada`, its `masters`, or the DDP wrapper of either. Each part of the loss is divided by its
-    count over all ranks and micro-batches, so the gradient does not depend on how a batch is divided. `seed`
-    is that of the points of Mask2Former's loss. Raises RunError on all ranks, without an update, if a loss or
-    the gradient is not finite. Numbers are read from a GPU only at the end, but for Mask2Former's matching.
-    """
-    half = ranks.device.type == "cuda" or masters is not None
-    labels = [batch.labels.to(ranks.device, non_blocking=True).long() for batch in batches]
-    segments = [segments_of(tada, batch, ranks.device) for batch in batches]
-    terms = [tada.counts(*target) for target in zip(labels, segments, strict=True)]
-    total = ranks.all_reduce(torch.stack([torch.stack(list(x.values())) for x in terms]).sum(dim=0))
-    counts, sums = dict(zip(terms[0], total.clamp(min=1), strict=True)), {}  # of the global batch
-    for i, (batch, true_labels, true_segments) in enumerate(zip(batches, labels, segments, strict=True)):
-        last = i == len(batches) - 1
-        with nullcontext() if last or ranks.world == 1 else model.no_sync():
-            image = normalise(batch.image.to(ranks.device, non_blocking=True))  # (B, 3, H, W)
-            with torch.autocast(ranks.device.type, torch.bfloat16, enabled=half):
-                output = model(image, words_of(batch, words))
-            rand = [points_of(seed, position, device=ranks.device) for position in batch.positions]
-            losses = tada.loss(output, true_labels, segments=true_segments, rand=rand)
-            parts = {name: total / counts[name] for name, (total, _) in losses.items()}
-            (sum(parts.values()) * ranks.world).backward()  # DDP averages over ranks; the loss is a sum
-        for name, part in parts.items():
-            sums[name] = sums.get(name, 0) + part.detach()
-
-    if masters:
-        masters.take_gradients()
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-    if clip:
-        nn.utils.clip_grads_with_norm_(trained, clip, norm)
-    numbers = stopping, sum(len(batch.skipped) for batch in batches)
-    parts = torch.stack([*sums.values(), *(norm.new_full((), float(x)) for x in numbers)])
-    parts = ranks.all_reduce(parts.float() if ranks.device.type == "mps" else parts.double())
-    # AdamW leaves everything as it is if this is 1, as torch's GradScaler sets it (fused only).
-    optimizer.found_inf = 1 - (parts.isfinite().all() & norm.isfinite()).float()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    if masters:
-        masters.copy_weights()
-    *losses, stop, replaced = parts.tolist()
-    step = {"loss": sum(losses), **dict(zip(sums, losses, strict=True)), "grad_norm": float(norm)}
-    if not all(map(math.isfinite, step.values())):
-        wrong = [] if all(x.isfinite() for x in sums.values()) else [p for x in batches for p in x.paths]
-        where = ", ".join(ranks.all_gather_object(wrong)) or "the gradient alone"
-        cure = "give a lower --lr, or the largest norm with --clip, and --fresh"
-        raise RunError(f"not finite: {step}, in {where}: {cure}")
-    return {**step, "stop": bool(stop), "replaced": int(replaced)}
-
-
-def segments_of(tada: Tada, batch: Batch, device: torch.device) -> list[Target] | None:
-    """The segments of each image as Mask2Former's loss takes them; None for a batch without segments."""
-    if batch.owners is None:
-        return None
-    owners = tada.padded(batch.owners.to(device, non_blocking=True), UNOWNED)
-    classes = [x.to(device, non_blocking=True) for x in batch.classes]
-    return [
-        Target(labels, masks_of(owner, len(labels)), tuple(size))
-        for labels, owner, size in zip(classes, owners, batch.sizes, strict=True)
-    ]
-
-
-def words_of(batch: Batch, words: TagSource) -> list[list[str]] | None:
-    """The tags of each image of a batch; None where the condition has none per image."""
-    tags = [words(path, present) for path, present in zip(batch.paths, batch.present, strict=True)]
-    return None if None in tags else tags
 
 
 # ---- the loop
@@ -184,12 +98,15 @@ def loop(training: Training, stop: StopOnSignal) -> int:
     masters = Masters(tada) if ranks.device.type == "cuda" and not tada.config.keeps_unet else None
     if options.compile:
         compile_blocks((masters or tada).unet, tada.decoder)
-    model = ranks.data_parallel(masters or tada, options.accumulate)
+    model = ranks.data_parallel(masters or tada, options.accumulate, half=ranks.device.type == "cuda")
     shares = {"rank": ranks.rank, "world": ranks.world, "accumulate": options.accumulate}
     shares |= {"workers": options.workers, "device": ranks.device.type}
     stream = training_stream(training, options.batch, **shares)
     fixed = {"words": training.train_words, "ranks": ranks, "clip": options.clip, "seed": options.seed}
     fixed["masters"] = masters
+    if options.cuda_graph:
+        work = partial(update, model, tada, training.optimizer, ranks, options.clip, masters)
+        fixed["recorded"] = Recorded(work, training.optimizer)
     drops = DROPS if options.decoder == "mask2former" else ()
     tada.train()
     if not training.validated:  # the run was interrupted before

@@ -172,7 +172,8 @@ class UNet(nn.Module):
     def _maybe_checkpoint(self, block: nn.Module, *inputs: Tensor | bool | None) -> Any:
         """Run the block, with activation checkpointing if `checkpoint_activations` is set."""
         if self.checkpoint_activations and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
+            # Nothing is drawn in a block; reading the random state would keep it out of a CUDA graph.
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
         return block(*inputs)
 
     def check(self, latent: Tensor, t: Tensor, context: Tensor, lengths: Tensor | None) -> None:

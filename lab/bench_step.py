@@ -117,7 +117,7 @@ def our_model(work: Work) -> Tada:
     tokenizer = Tokenizer.spelling(parts[-1].config.vocabulary)
     tada = Tada(config, *parts, tokenizer, Words(), decoder)
     if work.half:
-        shrink(tada, config.tags)
+        shrink(tada, config.tags, training=True)
     return tada
 
 

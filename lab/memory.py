@@ -79,7 +79,8 @@ def make(model: str, decoder: str, checkpoint: bool = False, **settings: Any) ->
     vectors = torch.randn(77, unet.context_width), torch.randn(CLASSES, unet.context_width)
     tada = assemble(config, VAE(vae), UNet(unet), CLIP(clip), None, *vectors, None).train()
     tada.unet.checkpoint_activations = checkpoint
-    shrink(tada, "ram")
+    shrink(tada, "ram", training=True)
+    tada.clip.text_model = None  # as run/tagging.py
     tada.ram = RAM().requires_grad_(False) if model == "sd15" else None
     return tada if config.keeps_unet else Masters(tada)
 
@@ -94,7 +95,7 @@ def step(model: nn.Module, live: Live, batch: int = 1, side: int = 512) -> Memor
     optimizer.step()
     optimizer.zero_grad()
     device = tada.unet.conv_in.weight.device
-    tada.vectors["tag"] = torch.zeros(tada.unet.config.context_width, device=device)
+    tada.add_words(["tag"], torch.zeros(1, tada.unet.config.context_width, device=device))
     before = live.peak = live.bytes
     image = torch.zeros(batch, 3, side, side, device=device)
     with torch.no_grad():

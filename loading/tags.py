@@ -80,6 +80,12 @@ class TagSource:
             return [self.prompts[k] for k in present]
         return None if self.table is None else self.table[path]
 
+    @property
+    def longest(self) -> int:
+        """The largest number of words of an image, at least 1."""
+        lists = [self.prompts] if self.tags == "oracle" else (self.table or {}).values()
+        return max([1, *map(len, lists)])
+
 
 def open_words(
     condition: str,

@@ -11,6 +11,8 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
+
 from data import LAYOUTS, Dataset, default_data
 from errors import Parser
 from inference import stride_of
@@ -100,6 +102,9 @@ class Options:
     kernels: str = flag(KERNELS, "auto", role="speed", choices=["auto", "torch", "triton"])
     device: str | None = flag(PLACE, None, role="free", type=usable_device, metavar="DEVICE")
     compile: bool = flag("torch.compile the UNet's transformers and the decoder", False, role="speed")
+    cuda_graph: bool = flag(
+        "record a step on the GPU, then replay it: for small batches", False, role="speed"
+    )
     checkpoint_activations: bool = flag("less memory, about a third slower", False, role="speed")
 
     run: str = flag(FOLDER, role="free", metavar="DIR", group="what it writes")
@@ -259,6 +264,13 @@ def refuse_nonsense(p: Parser, o: Options) -> None:
         p.error(f"--tag-threshold {o.tag_threshold:g}: give a score in 0..1")
     if o.tag_threshold is not None and o.tags in ("classes", "oracle"):
         p.error(f"--tag-threshold {o.tag_threshold:g}: {o.tags} have no scores; leave it out")
+    if o.cuda_graph:
+        gpu = torch.cuda.is_available() and (o.device or "cuda").startswith("cuda")
+        fault = "" if gpu else "no GPU is used here"
+        fault = fault or ("it is for one process" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "")
+        fault = fault or ("mask2former matches segments on the CPU" if o.decoder == "mask2former" else "")
+        if fault:
+            p.error(f"--cuda-graph: {fault}; leave it out")
     if o.lora and o.freeze_unet:
         p.error(f"--lora {o.lora} trains what --freeze-unet leaves as it is: give one of them")
     if o.condition == "oracle" and o.tags != "oracle":

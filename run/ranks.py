@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 TIMEOUT = timedelta(minutes=60)  # of a collective: longer than the slowest check, tagging or save of rank 0
@@ -52,12 +54,12 @@ class Ranks(NamedTuple):
         if self.world > 1:
             dist.barrier()
 
-    def data_parallel(self, model: nn.Module, accumulate: int = 1) -> nn.Module:
+    def data_parallel(self, model: nn.Module, accumulate: int = 1, half: bool = False) -> nn.Module:
         """Wrap a model so that gradients are averaged over all ranks; alone, return the model itself.
 
         Gradients lie in DDP's buckets, which saves their copy. The graph is the same in every step, unless
-        micro-batches `accumulate`: all but the last skip the average. Buffers are not synchronised: they are
-        constants. torch 2.13 renamed that argument of DDP.
+        micro-batches `accumulate`: all but the last skip the average. With `half` all gradients travel as
+        bfloat16. Buffers are not synchronised: they are constants. torch 2.13 renamed that argument of DDP.
         """
         if self.world == 1:
             return model
@@ -65,7 +67,15 @@ class Ranks(NamedTuple):
         known = inspect.signature(DistributedDataParallel).parameters
         argument = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         how = {argument: False, "gradient_as_bucket_view": True, "static_graph": accumulate == 1}
-        return DistributedDataParallel(model, device_ids=devices, **how)
+        parallel = DistributedDataParallel(model, device_ids=devices, **how)
+        if half:
+            parallel.register_comm_hook(None, in_bfloat16)
+        return parallel
+
+
+def in_bfloat16(group: None, bucket: dist.GradBucket) -> Future[Tensor]:
+    """torch's hook under another name: by its own DDP refuses it without NCCL, where it works too."""
+    return bf16_compress_hook(group, bucket)
 
 
 def usable_device(text: str) -> str:

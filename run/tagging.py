@@ -47,7 +47,21 @@ def open_tags(
         known = sorted({word for words in lists for word in words} - {""})
         if known and tada.config.condition != "caption" and tada.config.tag_tokens == "pooled":
             cache_vectors(tada, known)
+    if tada.unet.conv_in.weight.is_cuda and tada.config.weights != "random":
+        drop_text_tower(tada)
     return train_words, words
+
+
+def drop_text_tower(tada: Tada) -> None:
+    """Free CLIP's text tower, 0.5 GiB, once the model has the vectors of all words that it may be given."""
+    config = tada.config
+    if tada.uses_words:
+        if config.condition == "caption" or config.tag_tokens == "prompt":
+            return
+        names = tada.tagger.keywords["names"] if config.tags == "ram" else config.prompts
+        cache_vectors(tada, sorted({*names} - {*tada.rows, ""}))
+        tada.cache_words([""])
+    tada.clip.text_model = None
 
 
 def report_cut(run: Run, tada: Tada, lists: list[list[str]]) -> None:
@@ -64,10 +78,10 @@ def report_cut(run: Run, tada: Tada, lists: list[list[str]]) -> None:
 
 
 def cache_vectors(tada: Tada, words: list[str]) -> None:
-    """Fill `tada.vectors` with the text vectors of words, from the cache on disk if it has them."""
+    """Give the model the text vectors of words, from the cache on disk if it has them."""
     config = tada.config
     vectors = word_vectors(config.weights, tada.clip, tada.tokenizer, words, config.templates)
-    tada.vectors |= zip(words, vectors, strict=True)
+    tada.add_words(words, vectors)
 
 
 def tag_all(run: Run, tada: Tada, dataset: Dataset, workers: int, resumed: bool) -> dict[str, list[str]]:

@@ -336,7 +336,7 @@ def test_frozen_parts_in_bfloat16_move_no_result(options, source):
     tada = build(config(weights="weights/tiny", **options)).eval()
     small = copy.deepcopy(tada)
     small.run_unet = small.unet.features
-    shrink(small, source)
+    shrink(small, source, training=True)
     image = torch.stack([torch.from_numpy(scenes.draw(i).image[:96].copy()).permute(2, 0, 1) for i in (1, 2)])
     image = normalise(image)
 
@@ -355,3 +355,8 @@ def test_frozen_parts_in_bfloat16_move_no_result(options, source):
     assert {p.dtype for p in small.parameters() if p.requires_grad} == {torch.float32}
     weights = {p.dtype for name, p in small.unet.named_parameters() if ".lora_" not in name}
     assert weights == {torch.bfloat16 if tada.config.keeps_unet else torch.float32}
+
+    shrink(small, source, training=False)  # the weights of autocast, cast once
+    assert {p.dtype for name, p in small.unet.named_parameters() if ".lora_" not in name} == {torch.bfloat16}
+    for x, autocast, expected in zip(stages(small, True), rounded, exact, strict=True):
+        assert 0 < error(x, expected) <= 2 * error(autocast, expected) + 0.003

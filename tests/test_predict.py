@@ -924,7 +924,7 @@ def test_attention_to_tags_goes_through_the_queries(tada):
     n = last.norm2(q + last.attend_self(n, n))
     reads, part = torch.zeros(2, 32, 3), last.attend_text
     for row, words in enumerate(TAGS):
-        vectors = torch.stack([tada.vectors[word] for word in words])
+        vectors = torch.stack([tada.vectors[tada.rows[word]] for word in words])
         for head in range(4):
             width = slice(32 * head, 32 * head + 32)
             scores = part.to_q(n[row])[:, width] @ part.to_k(vectors)[:, width].T / 32**0.5

@@ -16,9 +16,10 @@ from run.recipes import paper_row, recipe
 # The keys of "options" in config.json of runs before a flag was an entry of `Options`.
 KEYS = """
 accumulate adapter_start attention_maps batch blocks check checkpoint_activations clip compile condition
-crop data dataset decoder dropout eval_every freeze_unet fresh from_run iterations kernels log_every long lora
-lr model noise preset queries run save_every scale_latent scales seed short tag_loss_weight tag_threshold
-tag_tokens tags templates threads timestep unet_lr_scale warmup weight_decay weights whole workers
+crop cuda_graph data dataset decoder dropout eval_every freeze_unet fresh from_run iterations kernels
+log_every long lora lr model noise preset queries run save_every scale_latent scales seed short
+tag_loss_weight tag_threshold tag_tokens tags templates threads timestep unet_lr_scale warmup weight_decay
+weights whole workers
 """
 
 

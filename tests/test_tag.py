@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,10 +30,11 @@ from images.classes import read_classes
 from loading.augment import normalise, to_tensor
 from loading.tags import choose_source, read_tags, split_words, tag_key
 from metrics.tagging import SYNONYMS, classes_named, measure_tags
+from model import TadaConfig
 from ram import RAM, likely_tags
 from run.checkpoint import read_about
 from run.folder import lock
-from run.tagging import report_cut
+from run.tagging import drop_text_tower, report_cut
 from weights.ram import MODEL, NAMES, THRESHOLDS, load_ram, ram_folder
 from weights.words import word_vectors
 
@@ -432,7 +434,7 @@ def test_tags_go_straight_to_the_unet(folder, tmp_path):
     assert (tada.config.condition, tada.config.tags) == ("tags", "clip")
     text = tada.text([["sea", "boat"]])
     condition = tada.adapter(None, None, text)
-    assert torch.equal(condition.context, torch.stack([tada.vectors["sea"], tada.vectors["boat"]])[None])
+    assert torch.equal(condition.context, tada.vectors[[tada.rows["sea"], tada.rows["boat"]]][None])
     out = tmp_path / "out"
     photo = str(folder / "images" / "val" / "6.png")
     assert predict.main([str(run), photo, "--out", str(out), "--words", "sea, boat", "--attention"]) == 0
@@ -546,3 +548,30 @@ def test_a_name_that_is_not_utf8_is_tagged(photos, tmp_path):
     assert tag.main([*CLIP, str(tmp_path), "--out", str(file)]) == 0
     assert [*lines_of(file)] == [str(tmp_path / name)]
     assert len(read_tags(file, tmp_path, [name]).tags[name]) >= 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"tags": "clip"}, ["sea", "sand"]), ({"tags": "oracle"}, ["sea", "sand"]), ({}, ["owl", "sea"])]
+    + [({"condition": "none"}, [])],
+)
+def test_the_text_tower_goes_once_all_words_have_vectors(options, words):
+    """As on a GPU: whatever the images' words, the context is what it was. `{}` stands for RAM's names."""
+    tada = assemble.build(TadaConfig(("sea", "sand"), model="tiny", weights="weights/tiny", **options))
+    if not options:
+        tada.config = replace(tada.config, tags="ram")
+        tada.tagger = partial(likely_tags, None, names=("owl", "sea"))
+    image = torch.rand(2, 3, 64, 128)
+    before = tada(image, [words, []]).condition.context
+    tada.rows.clear()
+    drop_text_tower(tada)
+    assert tada.clip.text_model is None
+    assert torch.equal(tada(image, [words, []]).condition.context, before)
+
+
+@pytest.mark.parametrize("options", [{"condition": "caption"}, {"tag_tokens": "prompt"}])
+def test_prompts_keep_the_text_tower(options):
+    tada = assemble.build(TadaConfig(("sea",), model="tiny", tags="oracle", **options))
+    drop_text_tower(tada)
+    assert tada.clip.text_model is not None

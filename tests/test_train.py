@@ -95,7 +95,7 @@ def one_step(folder, ranks=HERE, accumulate=1, steps=1, lr=None, decoder="fpn", 
     trained = [p for p in tada.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in trained]
     masters = Masters(tada) if half else None
-    model = ranks.data_parallel(masters or tada, accumulate)
+    model = ranks.data_parallel(masters or tada, accumulate, half)
     # A step of plain descent by 2^14 shows the gradient: the parameter it starts from is lost in rounding.
     kind = torch.optim.AdamW if lr else torch.optim.SGD
     optimizer = kind(trained, lr or 2.0**14, fused=True)
@@ -650,10 +650,10 @@ def test_bad_input_is_named(folder, tmp_path, capsys, flags, message):
     [
         (
             "",
-            "turn on --accumulate 4 (16.8), --checkpoint-activations (16.8), --lora 16 (5.2), --freeze-unet",
+            "turn on --accumulate 4 (16.4), --checkpoint-activations (16.4), --lora 16 (4.8), --freeze-unet",
         ),
-        ("--accumulate 4", "turn on --checkpoint-activations (16.8), --lora 16 (5.2), --freeze-unet (5.1);"),
-        ("--accumulate 4 --lora 16", "turn on --checkpoint-activations (16.8), --freeze-unet (5.1);"),
+        ("--accumulate 4", "turn on --checkpoint-activations (16.4), --lora 16 (4.8), --freeze-unet (4.7);"),
+        ("--accumulate 4 --lora 16", "turn on --checkpoint-activations (16.4), --freeze-unet (4.7);"),
         ("--accumulate 4 --freeze-unet --checkpoint-activations", "a GPU with more memory"),
     ],
 )

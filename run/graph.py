@@ -1,0 +1,86 @@
+"""train.py --cuda-graph: the GPU's work of one step is recorded once, then launched as a whole.
+
+A step at sd15 is thousands of kernels, and a small batch keeps a GPU busy for less time than a CPU needs to
+launch them one by one. A graph replays on the addresses that it was recorded with, so shapes never change.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from errors import RunError
+from run.step import Inputs, Work
+
+WARM_UP = 3  # steps before: kernels are compiled and chosen, AdamW makes its state (torch's notes, cuda.rst)
+
+
+class Recorded:
+    """`update(inputs, flags)` of run/step.py: three times as it is, then by a CUDA graph of the fourth time.
+
+    Inputs are copied to where the recorded call had its own. Results are overwritten by the next call.
+    Raises RunError for other shapes than recorded.
+    """
+
+    def __init__(self, update: Work, optimizer: torch.optim.Optimizer):
+        self.update, self.optimizer, self.steps = update, optimizer, 0
+
+    def __call__(self, inputs: Sequence[Inputs], flags: Tensor) -> dict[str, Tensor]:
+        self.steps += 1
+        if self.steps <= WARM_UP:
+            return self.warm_up(inputs, flags)
+        if self.steps == WARM_UP + 1:
+            self.inputs = named_tensors(inputs, flags)  # of this call: the next ones are copied here
+            self.record(inputs, flags)
+        self.load(named_tensors(inputs, flags))
+        self.replay()
+        return self.numbers
+
+    def record(self, inputs: Sequence[Inputs], flags: Tensor) -> None:
+        """Record the update without running it. It reads the learning rates from tensors."""
+        groups = self.optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        self.rates = [torch.tensor(rate, device=flags.device) for rate in rates]
+        for group, rate in zip(groups, self.rates, strict=True):
+            group.update(lr=rate, capturable=True)
+        self.numbers = self.capture(inputs, flags)
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+
+    def load(self, inputs: dict[str, Tensor]) -> None:
+        """Copy new inputs and the learning rates to where the graph reads them."""
+        for name in self.inputs | inputs:
+            old, new = (tuple(x[name].shape) if name in x else None for x in (self.inputs, inputs))
+            if old != new:
+                fault = f"--cuda-graph recorded {name} of the shape {old}, and step {self.steps} has {new}"
+                raise RunError(f"{fault}: give all batches one shape, or leave --cuda-graph out")
+            self.inputs[name].copy_(inputs[name], non_blocking=True)
+        for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
+            rate.fill_(group["lr"])
+
+    # ---- what only a GPU does
+
+    def warm_up(self, inputs: Sequence[Inputs], flags: Tensor) -> dict[str, Tensor]:
+        """The update on a stream of its own, as it will be recorded."""
+        side, main = torch.cuda.Stream(), torch.cuda.current_stream()
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            numbers = self.update(inputs, flags)
+        main.wait_stream(side)
+        return numbers
+
+    def capture(self, inputs: Sequence[Inputs], flags: Tensor) -> dict[str, Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            numbers = self.update(inputs, flags)
+        self.replay = graph.replay
+        return numbers
+
+
+def named_tensors(inputs: Sequence[Inputs], flags: Tensor) -> dict[str, Tensor]:
+    """The tensors of run/step.py's `Inputs`, by names for a sentence."""
+    found = {"flags": flags}
+    for i, x in enumerate(inputs):
+        named = {"image": x.image, "labels": x.labels} | (x.text._asdict() if x.text else {})
+        found |= {f"{name} {i}": tensor for name, tensor in named.items() if tensor is not None}
+    return found
