@@ -62,11 +62,12 @@ class Recorded:
 
     def warm_up(self, inputs: Sequence[Inputs], flags: Tensor) -> dict[str, Tensor]:
         """The update on a stream of its own, as it will be recorded."""
-        side, main = torch.cuda.Stream(), torch.cuda.current_stream()
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
+        if self.steps == 1:
+            self.side = torch.cuda.Stream()  # one: each would cache memory of its own
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
             numbers = self.update(inputs, flags)
-        main.wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self.side)
         return numbers
 
     def capture(self, inputs: Sequence[Inputs], flags: Tensor) -> dict[str, Tensor]:
