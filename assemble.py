@@ -152,7 +152,8 @@ def move(tada: Tada, device: torch.device | str, tags: str, training: bool = Fal
 def shrink(tada: Tada, tags: str, training: bool) -> None:
     """Round the weights of frozen parts to bfloat16, channels-last: half the memory, and norms in their type.
 
-    Without `training` the UNet is frozen too, and computes as the bfloat16 copy of training does.
+    Without `training` the UNet is frozen too, and computes as the bfloat16 copy of training does; with it, it
+    is channels-last as that copy is, so that a launch moves many weights or gradients between the two.
     CLIP keeps float32 where the tags are CLIP's: they are the same in training and test, on any device. So
     does its text tower, for the words. The VAE loses its decoder: nothing draws, and DDP wants one device.
     """
@@ -161,7 +162,9 @@ def shrink(tada: Tada, tags: str, training: bool) -> None:
         parts += [tada.clip.vision_model, tada.clip.visual_projection]
     for part in parts:
         part.to(torch.bfloat16, memory_format=torch.channels_last)
-    if tada.config.keeps_unet or not training:
+    if training and not tada.config.keeps_unet:
+        tada.unet.to(memory_format=torch.channels_last)
+    else:
         for name, parameter in tada.unet.named_parameters():
             if ".lora_" not in name:
                 last = torch.channels_last if parameter.ndim == 4 else torch.preserve_format

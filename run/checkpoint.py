@@ -258,9 +258,12 @@ def restore_training(tensors: dict[str, Tensor], optimizer: torch.optim.Optimize
     """Restore a `training_state`; false if it lacks RNG states: there are more ranks, or now a GPU."""
     for group in optimizer.param_groups:
         for name, p in zip(group["names"], group["params"], strict=True):
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            state = {key: tensors[f"optimizer/{name}/{key}"] for key in keys}
-            optimizer.state[p] = {key: x.to(p.device) for key, x in state.items()}
+            state = {"step": torch.empty((), device=p.device)}
+            # In the parameter's order in memory, by which a fused step pairs them.
+            state |= {key: torch.empty_like(p) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {
+                key: x.copy_(tensors[f"optimizer/{name}/{key}"]) for key, x in state.items()
+            }
     generators = {"cpu": torch} | ({"cuda": torch.cuda} if ranks.device.type == "cuda" else {})
     for kind, module in generators.items():
         if f"rng/{ranks.rank}/{kind}" in tensors:

@@ -123,6 +123,20 @@ def test_attention_maps_are_those_of_the_copy():
         assert torch.equal(masters.unet.get_parameter(name), master.bfloat16()), name
 
 
+def test_channels_last_masters_take_the_same_steps(start):
+    """As on a GPU: the order in memory of masters, gradients and moments changes no value."""
+    plain, last = copied(start), copied(start)
+    last.unet.to(memory_format=torch.channels_last)
+    losses = [steps(x, adamw(x, 1e-3), range(4), Masters(x)) for x in (plain, last)]
+    assert losses[0] == losses[1]
+    for name, x in plain.state_dict().items():
+        assert torch.equal(x, last.state_dict()[name]), name
+    kinds = {
+        x.is_contiguous(memory_format=torch.channels_last) for x in last.unet.parameters() if x.ndim == 4
+    }
+    assert kinds == {True}
+
+
 def test_a_loss_that_is_not_finite_changes_nothing(tada):
     optimizer, masters = adamw(tada), Masters(tada)
     with torch.no_grad():
@@ -143,6 +157,7 @@ def test_a_checkpoint_holds_the_masters(start, tmp_path):
     state = training_state(optimizer, HERE)
     folder = write_step(tmp_path, 2, first, {}, {}, tensors=state, facts={})
     second = copied(start)
+    second.unet.to(memory_format=torch.channels_last)  # as on a GPU; the file has no order in memory
     optimizer = adamw(second)
     tensors, _ = read_step(folder, second)
     restore_training(tensors, optimizer, HERE)
