@@ -102,8 +102,8 @@ def loop(training: Training, stop: StopOnSignal) -> int:
     shares = {"rank": ranks.rank, "world": ranks.world, "accumulate": options.accumulate}
     shares |= {"workers": options.workers, "device": ranks.device.type}
     stream = training_stream(training, options.batch, **shares)
-    fixed = {"words": training.train_words, "ranks": ranks, "clip": options.clip, "seed": options.seed}
-    fixed["masters"] = masters
+    fixed = {"words": training.train_words, "ranks": ranks, "masters": masters}
+    fixed |= {"clip": options.clip, "seed": options.seed}
     if options.cuda_graph:
         work = partial(update, model, tada, training.optimizer, ranks, options.clip, masters)
         fixed["recorded"] = Recorded(work, training.optimizer)
