@@ -15,7 +15,10 @@ import shutil
 import warnings
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
+from inspect import formatannotation
 from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -204,31 +207,37 @@ def read_config(entries: dict, file: Path) -> TadaConfig:
     unknown = sorted(set(entries) - {field.name for field in fields(TadaConfig)})
     if unknown:
         raise CheckpointError(f"{file} has unknown settings {', '.join(unknown)}: use a newer TADA")
-    try:
-        config = TadaConfig(**entries)
-    except TypeError as error:
-        raise CheckpointError(f"{file} lacks settings ({error}): use another step") from None
-    for name, possible in POSSIBLE.items():
-        if not possible(value := getattr(config, name)):
-            raise CheckpointError(f"{file} has {name} {str(value)[:80]}, which cannot be: use another step")
-    return config
+    if "classes" not in entries:
+        raise CheckpointError(f"{file} lacks the setting classes: use another step")
+    for field in fields(TadaConfig):
+        name, value = field.name, entries.get(field.name, field.default)
+        if not is_of(field.type, value):
+            fault = f"has {name} {str(value)[:80]}, which is not of type {formatannotation(field.type)}"
+        elif not POSSIBLE.get(name, lambda x: True)(value):
+            fault = f"has {name} {str(value)[:80]}, which cannot be"
+        else:
+            continue
+        raise CheckpointError(f"{file} {fault}: use another step")
+    return TadaConfig(**entries)
 
 
-def are_names(x: object) -> bool:
-    return isinstance(x, tuple) and all(isinstance(name, str) for name in x) and len(x) > 0
-
-
-def is_size(x: object) -> bool:
-    """A height and a width, in pixels."""
-    return isinstance(x, tuple) and len(x) == 2 and all(type(n) is int and 0 < n < 2**16 for n in x)
+def is_of(kind: Any, x: object) -> bool:
+    """Whether a value, with tuples for JSON's lists, is of the type of a setting."""
+    parts = get_args(kind)
+    if isinstance(kind, UnionType):
+        return any(is_of(part, x) for part in parts)
+    if get_origin(kind) is not tuple:
+        return type(x) is kind or (kind is float and type(x) is int)
+    parts = parts[:1] * len(x) if isinstance(x, tuple) and ... in parts else parts
+    return isinstance(x, tuple) and len(x) == len(parts) and all(map(is_of, parts, x))
 
 
 POSSIBLE = {  # settings whose values nothing later compares with the tensors
-    **dict.fromkeys(("classes", "prompts"), are_names),
-    **dict.fromkeys(("crop", "stride"), is_size),
-    "box": lambda x: x is None or is_size(x),
-    "timestep": lambda x: type(x) is int and 0 <= x < TIMES,
+    "classes": bool,
+    **dict.fromkeys(("crop", "stride", "box"), lambda x: x is None or all(0 < n < 2**16 for n in x)),
+    "timestep": lambda x: 0 <= x < TIMES,
     "noise": lambda x: x in ("fixed", "none"),
+    "dropout": lambda x: 0 <= x < 1,
 }
 
 
@@ -384,9 +393,9 @@ def read_hashes(file: Path) -> dict[str, str]:
     """A step folder's `sha256.json`; CheckpointError unless it lists the other three files."""
     try:
         hashes = json.loads(read_bytes(file))
-        if {*hashes} != {MODEL, TENSORS, FACTS} or isinstance(hashes, list):
+        if not isinstance(hashes, dict) or hashes.keys() != {MODEL, TENSORS, FACTS}:
             raise ValueError(f"it does not list {MODEL}, {TENSORS} and {FACTS}")
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is corrupt ({error}): use another step") from None
     return hashes
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -68,6 +69,18 @@ def read_bytes(file: str | Path) -> bytes:
     """All bytes of a file. Raises OSError."""
     with open(file, "rb", opener=no_pipe) as f:
         return f.read()
+
+
+KINDS = {dict: "an object", list: "a list", str: "a text"}
+
+
+def entry(content: Any, name: str, kind: type, default: Any = None) -> Any:
+    """The value of `name` in an object of JSON. Raises ValueError unless it is of this kind."""
+    known = isinstance(content, dict) and name in content
+    value = content[name] if known else default
+    if isinstance(value, kind):
+        return value
+    raise ValueError(f'"{name}" is {json.dumps(value)[:80] if known else "missing"}, not {KINDS[kind]}')
 
 
 def holds(file: Path, *keys: str) -> bool:

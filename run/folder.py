@@ -24,7 +24,7 @@ from tqdm import tqdm
 from errors import RunError
 from model import TadaConfig
 from run.checkpoint import HASHES, REMOVED, clean, is_utf8, newest_step, steps
-from run.files import holds, no_link, read_bytes, replace_text
+from run.files import entry, holds, no_link, read_bytes, replace_text
 from run.ranks import Ranks
 from weights.words import digest
 
@@ -173,15 +173,18 @@ def refuse_changes(run: Run, about: dict, defaults: Mapping[str, Any], free: set
     now, defaults = json.loads(json.dumps([about, defaults]))  # tuples become lists
     try:
         before = json.loads(read_bytes(file))
-        options, torch_version = defaults | before["options"], before["versions"]["torch"]
-        read = {**before.get("read", now["read"])}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        options = defaults | entry(before, "options", dict)
+        torch_version = entry(entry(before, "versions", dict), "torch", str)
+        read = entry(before, "read", dict, default=now["read"])
+    except (OSError, ValueError, RecursionError) as error:
         cure = "start over with --fresh (keeps the run)"
         raise RunError(f"{file} lacks the settings of its run ({error}): {cure}") from None
     other = {x: f"is {y}" for x, y in now["options"].items() if x not in free and options[x] != y}
     other |= {x: "is removed" for x, y in REMOVED.items() if options.get(x) not in (None, y)}
     changed = [f"--{x.replace('_', '-')} was {options[x]}, {now_is}" for x, now_is in other.items()]
     differ = [name for name, value in now["read"].items() if name in read and read[name] != value]
+    if other:
+        differ = [name for name in differ if has_changed(read[name], now["read"][name])]
     changed += [f"{name} has changed" for name in differ if not name.startswith((*NOTED,))]
     if changed:
         cure = "use the same, another --run-dir, or --fresh to start over (keeps the run)"
@@ -195,6 +198,13 @@ def refuse_changes(run: Run, about: dict, defaults: Mapping[str, Any], free: set
         if then != today:
             effect = "results may differ in rounding from an uninterrupted run"
             run.print0(f"{name} was {then}, is {today}: {effect}")
+
+
+def has_changed(old: Any, new: Any) -> bool:
+    """Whether files that both runs read differ: with other settings a run reads other files, or none."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return any(old[name] != new[name] for name in old.keys() & new.keys())
+    return None not in (old, new)
 
 
 def rename_run(run: Run) -> None:

@@ -852,25 +852,54 @@ def test_metadata_of_another_shape(tmp_path, text):
 
 def test_settings_that_lack(saved):
     """Of a file that someone else wrote."""
-    assert "lacks settings (" in refusal(rewritten(saved, lambda about: about["config"].pop("classes")))
+    assert "lacks the setting classes" in refusal(
+        rewritten(saved, lambda about: about["config"].pop("classes"))
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("classes", 5),
-        ("prompts", [["../x"]]),
+        ("classes", []),
         ("crop", [0, 64]),
-        ("crop", [1e9, 64]),
+        ("crop", [10**9, 64]),
         ("stride", [0, 0]),
         ("box", [10**8, 64]),
         ("timestep", 5000),
         ("noise", "a"),
+        ("dropout", 5),
     ],
 )
 def test_settings_that_cannot_be(saved, name, value):
     changed = rewritten(saved, lambda about: about["config"].update({name: value}))
     assert f"has {name} " in refusal(changed) and "which cannot be: use another step" in refusal(changed)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("classes", 5, "tuple[str, ...]"),
+        ("prompts", [["../x"]], "tuple[str, ...]"),
+        ("palette", [[1, 2]], "tuple[tuple[int, int, int], ...]"),
+        ("weights", 5, "str"),
+        ("lora", "x", "int"),
+        ("lora", True, "int"),
+        ("freeze_unet", None, "bool"),
+        ("tag_threshold", "x", "float | None"),
+        ("crop", [1e9, 64], "tuple[int, int]"),
+        ("box", 5, "tuple[int, int] | None"),
+    ],
+)
+def test_settings_of_another_type(saved, name, value, kind):
+    """Each is named, with what it should be, before any part is built."""
+    said = refusal(rewritten(saved, lambda about: about["config"].update({name: value})))
+    assert f" has {name} {value if type(value) is not list else ''}" in said
+    assert said.endswith(f", which is not of type {kind}: use another step")
+
+
+def test_whole_numbers_are_floats(tmp_path):
+    config = checkpoint.read_config({"classes": ["sea"], "dropout": 0, "tag_threshold": 1}, tmp_path)
+    assert (config.dropout, config.tag_threshold, config.box) == (0, 1, (512, 2048))
 
 
 def test_incomplete_steps_are_skipped(tmp_path):

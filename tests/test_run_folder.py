@@ -132,6 +132,45 @@ def test_only_free_settings_may_change(old_run):
     assert (folder.with_name(f"{folder.name}.1") / step_name(1)).is_dir()
 
 
+def test_a_file_that_one_of_two_runs_does_not_read_has_not_changed(old_run):
+    """Another --lora, --tags or --dataset reads other files; with the same settings they must be the same."""
+    file = old_run() / "config.json"
+    about = json.loads(file.read_text())
+    about["read"]["a frozen file"] = {"vae": "1"}
+    file.write_text(json.dumps(about))
+    more = {"the file of tags": "2", "a frozen file": {"vae": "1", "unet": "1"}}
+    for options, hashes, faults in (
+        ({"newer": "on"}, more, "--newer was off, is on"),
+        (
+            {"newer": "on"},
+            {"a frozen file": {"vae": "2"}},
+            "--newer was off, is on; a frozen file has changed",
+        ),
+        ({}, more, "a frozen file has changed; the file of tags has changed"),
+    ):
+        with pytest.raises(RunError, match=re.escape(f"settings ({faults}):")):
+            start(file.parent, hashes=hashes, **options)
+
+
+@pytest.mark.parametrize(
+    ("about", "fault"),
+    [
+        ({"options": 5}, '"options" is 5, not an object'),
+        ([], '"options" is missing, not an object'),
+        ({"versions": [1]}, '"versions" is [1], not an object'),
+        ({"versions": {}}, '"torch" is missing, not a text'),
+        ({"read": "x"}, '"read" is "x", not an object'),
+    ],
+)
+def test_a_field_of_another_kind_is_named(old_run, about, fault):
+    file = old_run() / "config.json"
+    old = json.loads(file.read_text())
+    file.write_text(json.dumps(about and old | about))
+    with pytest.raises(RunError) as caught:
+        start(file.parent)
+    assert str(caught.value).startswith(f"{file} lacks the settings of its run ({fault}): start over")
+
+
 def test_other_data_is_refused_and_another_time_is_printed(old_run, capsys):
     """A data set that was copied elsewhere may have other times; a run of older code has neither."""
     folder, hashes = (

@@ -650,10 +650,13 @@ def test_bad_input_is_named(folder, tmp_path, capsys, flags, message):
     [
         (
             "",
-            "turn on --accumulate 4 (16.8), --checkpoint-activations (16.8), --lora 16 (5.2), --freeze-unet",
+            "turn on --accumulate 4 (16.8), --checkpoint-activations (16.8), --lora 16 (5.2) or --freeze",
         ),
-        ("--accumulate 4", "turn on --checkpoint-activations (16.8), --lora 16 (5.2), --freeze-unet (5.1);"),
-        ("--accumulate 4 --lora 16", "turn on --checkpoint-activations (16.8), --freeze-unet (5.1);"),
+        (
+            "--accumulate 4",
+            "on --checkpoint-activations (16.8), --lora 16 (5.2) or --freeze-unet (5.1);",
+        ),
+        ("--accumulate 4 --lora 16", "activations (16.8), --freeze-unet instead of --lora (5.1);"),
         ("--accumulate 4 --freeze-unet --checkpoint-activations", "a GPU with more memory"),
     ],
 )
