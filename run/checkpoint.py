@@ -18,7 +18,7 @@ from dataclasses import asdict, fields, replace
 from inspect import formatannotation
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -211,22 +211,18 @@ def read_config(entries: dict, file: Path) -> TadaConfig:
         raise CheckpointError(f"{file} lacks the setting classes: use another step")
     for field in fields(TadaConfig):
         name, value = field.name, entries.get(field.name, field.default)
-        if not is_of(field.type, value):
-            fault = f"has {name} {str(value)[:80]}, which is not of type {formatannotation(field.type)}"
-        elif not POSSIBLE.get(name, lambda x: True)(value):
-            fault = f"has {name} {str(value)[:80]}, which cannot be"
-        else:
-            continue
-        raise CheckpointError(f"{file} {fault}: use another step")
+        fault = "" if is_of(field.type, value) else f"is not of type {formatannotation(field.type)}"
+        if fault or not POSSIBLE.get(name, lambda x: True)(value):
+            fault = f"has {name} {str(value)[:80]}, which {fault or 'cannot be'}"
+            raise CheckpointError(f"{file} {fault}: use another step")
     return TadaConfig(**entries)
 
 
 def is_of(kind: Any, x: object) -> bool:
     """Whether a value, with tuples for JSON's lists, is of the type of a setting."""
-    parts = get_args(kind)
     if isinstance(kind, UnionType):
-        return any(is_of(part, x) for part in parts)
-    if get_origin(kind) is not tuple:
+        return any(is_of(part, x) for part in get_args(kind))
+    if not (parts := get_args(kind)):
         return type(x) is kind or (kind is float and type(x) is int)
     parts = parts[:1] * len(x) if isinstance(x, tuple) and ... in parts else parts
     return isinstance(x, tuple) and len(x) == len(parts) and all(map(is_of, parts, x))

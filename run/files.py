@@ -71,16 +71,13 @@ def read_bytes(file: str | Path) -> bytes:
         return f.read()
 
 
-KINDS = {dict: "an object", list: "a list", str: "a text"}
-
-
 def entry(content: Any, name: str, kind: type, default: Any = None) -> Any:
-    """The value of `name` in an object of JSON. Raises ValueError unless it is of this kind."""
+    """The value of `name` in an object of JSON. Raises ValueError unless it is of this type."""
     known = isinstance(content, dict) and name in content
-    value = content[name] if known else default
-    if isinstance(value, kind):
+    if isinstance(value := content[name] if known else default, kind):
         return value
-    raise ValueError(f'"{name}" is {json.dumps(value)[:80] if known else "missing"}, not {KINDS[kind]}')
+    what = json.dumps(value)[:80] if known else "missing"
+    raise ValueError(f'"{name}" is {what}, not of type {kind.__name__}')
 
 
 def holds(file: Path, *keys: str) -> bool:

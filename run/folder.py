@@ -21,6 +21,7 @@ from typing import Any, Self, TextIO
 import torch
 from tqdm import tqdm
 
+from assemble import build
 from errors import RunError
 from model import TadaConfig
 from run.checkpoint import HASHES, REMOVED, clean, is_utf8, newest_step, steps
@@ -125,6 +126,7 @@ def open_run(
         require_ours(run.folder, file)
         run.claim()
         if options.fresh and (steps(run.folder) or file.exists()):
+            build(config)  # the earlier run stays where it is if the weights cannot be read
             rename_run(run)
         for link in (run.folder / "last", run.folder / "best"):
             if link.is_dir() and not link.is_symlink():

@@ -725,7 +725,7 @@ def test_bad_input_is_one_sentence(root, finished, tada, tmp_path, capsys):
         ([run, "--out", str(tmp_path / "file")], r"file cannot be written or locked \(.*\): give"),
         ([str(alone)], "does not hold its data set's folder: give it with --data"),
         ([str(nested)], r"config.json cannot be read \(.*\): give --data"),
-        ([str(unreadable)], r'config.json cannot be read \("data" is 5, not a text\): give --data'),
+        ([str(unreadable)], r'config.json cannot be read \("data" is 5, not of type str\): give --data'),
     ]
     for arguments, message in cases:
         assert main([*arguments, "--workers", "0"]) == 2, arguments

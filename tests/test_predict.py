@@ -1158,6 +1158,20 @@ def test_a_tagger_that_cannot_be(steered, option):
         load_model(steered, "cpu", tag_threshold=5)
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "mps", "gpu", torch.device("cuda", 99)])
+def test_a_device_that_torch_cannot_use(device):
+    """In one sentence, before the file is read."""
+    with pytest.raises(TadaError, match=rf"^device {device}: torch \S+ cannot use it here; choose another"):
+        load_model("nowhere", device)
+
+
+@pytest.mark.parametrize("decoder", ["fpn", "mask2former"])
+def test_an_unknown_keyword_is_named_with_the_known_ones(decoder):
+    tada = SimpleNamespace(config=replace(CONFIG, decoder=decoder))
+    with pytest.raises(ModelError, match="^foo is unknown: give words, scales, flip, score or overlap$"):
+        predict_image(tada, noise(8, 8), ["sea"], foo=1)
+
+
 def test_scales_and_flip_from_python(steered, tada, tmp_path):
     path, flags = save(tmp_path / "x.png", noise(100, 150)), ["--scales", "1", "1.5", "--flip"]
     assert main([steered, str(path), "--out", str(tmp_path / "out"), *flags]) == 0

@@ -80,7 +80,10 @@ class Settings:
 
 def start(folder: Path, *, hashes: dict[str, str] | None = None, **options) -> Path | None:
     """Open a run with these options and hashes of the data; the step to resume from."""
-    config, read = TadaConfig(("sea",)), fingerprint(["sea"], tags="clip", frozen={}, drawing=None)
+    config, read = (
+        TadaConfig(("sea",), model="tiny"),
+        fingerprint(["sea"], tags="clip", frozen={}, drawing=None),
+    )
     read |= hashes or {}
     with Run(folder, HERE) as run:
         return open_run(run, Settings(**options), defaults=vars(Settings()), config=config, read=read)
@@ -155,11 +158,11 @@ def test_a_file_that_one_of_two_runs_does_not_read_has_not_changed(old_run):
 @pytest.mark.parametrize(
     ("about", "fault"),
     [
-        ({"options": 5}, '"options" is 5, not an object'),
-        ([], '"options" is missing, not an object'),
-        ({"versions": [1]}, '"versions" is [1], not an object'),
-        ({"versions": {}}, '"torch" is missing, not a text'),
-        ({"read": "x"}, '"read" is "x", not an object'),
+        ({"options": 5}, '"options" is 5, not of type dict'),
+        ([], '"options" is missing, not of type dict'),
+        ({"versions": [1]}, '"versions" is [1], not of type dict'),
+        ({"versions": {}}, '"torch" is missing, not of type str'),
+        ({"read": "x"}, '"read" is "x", not of type dict'),
     ],
 )
 def test_a_field_of_another_kind_is_named(old_run, about, fault):
