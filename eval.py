@@ -423,8 +423,7 @@ def segment_options(given: dict[str, float], decoder: str, several: dict[str, An
             raise ModelError(f"--{name} {given[name]}: give a share in 0..1")
         return {"score": SCORE, "overlap": OVERLAP} | given
     for name in given:
-        here = f"this model's decoder is {decoder}"
-        raise ModelError(f"--{name} is for mask2former's segments, {here}: leave it out")
+        raise ModelError(f"--{name} is for mask2former's segments, this decoder is {decoder}: leave it out")
     return {}
 
 

@@ -85,8 +85,7 @@ def load_model(
     try:
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError):
-        fault = f"torch {torch.__version__} cannot use it here; choose another, such as cpu"
-        raise TadaError(f"device {device}: {fault}") from None
+        raise TadaError(f"device {device}: torch {torch.__version__} lacks it here; choose another") from None
     return read_model(checkpoint, weights, device, tags, tag_threshold).requires_grad_(False)
 
 

@@ -140,10 +140,8 @@ def convert_captions(options: argparse.Namespace) -> int:
         entries = entry({"content": json.loads(read_bytes(file))}, "content", dict)
         lists = {name: entry(x, "captions", list) for name, x in entries.items()}
         captions = {name: checked_text(x[0] if x else "", LONGEST_CAPTION) for name, x in lists.items()}
-    except OSError as error:
-        raise DataError(f"{file} cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file} is not a caption file of TADP ({error})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{file} cannot be read as captions of TADP ({error})") from None
     paths = [path for dataset in open_sets(options) for path in dataset.paths]
     lines = []
     for path in paths:

@@ -184,11 +184,11 @@ def read_about(file: Path) -> dict:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is not a whole safetensors file ({error}): use another step") from None
     except (ValueError, LookupError, TypeError, RecursionError):
-        fault = f"was not written by train.py: give a run folder or its {MODEL}"
-        raise CheckpointError(f"{file} {fault}") from None
+        raise CheckpointError(
+            f"{file} was not written by train.py: give a run folder or its {MODEL}"
+        ) from None
     if newer:
-        fault = f"has format {about['format']}, this code reads {FORMAT}"
-        raise CheckpointError(f"{file} {fault}: use a newer TADA")
+        raise CheckpointError(f"{file} has format {about['format']}, not {FORMAT}: use a newer TADA")
     if not hashes.exists():
         warnings.warn(f"{file} is used unchecked: no {HASHES} is beside it", stacklevel=1)  # once a process
     return about
@@ -204,13 +204,10 @@ def read_config(entries: dict, file: Path) -> TadaConfig:
             fault = f"has {name} {entries[name]!r}, only {supported!r} is still supported"
             raise CheckpointError(f"{file} {fault}: use TADA 0.1.0")
     entries = {name: as_tuples(value) for name, value in entries.items() if name not in REMOVED}
-    unknown = sorted(set(entries) - {field.name for field in fields(TadaConfig)})
-    if unknown:
+    if unknown := sorted(set(entries) - {field.name for field in fields(TadaConfig)}):
         raise CheckpointError(f"{file} has unknown settings {', '.join(unknown)}: use a newer TADA")
-    if "classes" not in entries:
-        raise CheckpointError(f"{file} lacks the setting classes: use another step")
     for field in fields(TadaConfig):
-        name, value = field.name, entries.get(field.name, field.default)
+        name, value = field.name, entries.get(field.name, None if field.name == "classes" else field.default)
         fault = "" if is_of(field.type, value) else f"is not of type {formatannotation(field.type)}"
         if fault or not POSSIBLE.get(name, lambda x: True)(value):
             fault = f"has {name} {str(value)[:80]}, which {fault or 'cannot be'}"

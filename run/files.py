@@ -76,8 +76,7 @@ def entry(content: Any, name: str, kind: type, default: Any = None) -> Any:
     known = isinstance(content, dict) and name in content
     if isinstance(value := content[name] if known else default, kind):
         return value
-    what = json.dumps(value)[:80] if known else "missing"
-    raise ValueError(f'"{name}" is {what}, not of type {kind.__name__}')
+    raise ValueError(f'"{name}" is {json.dumps(value)[:80] if known else "missing"}, not a {kind.__name__}')
 
 
 def holds(file: Path, *keys: str) -> bool:

@@ -185,9 +185,8 @@ def refuse_changes(run: Run, about: dict, defaults: Mapping[str, Any], free: set
     other |= {x: "is removed" for x, y in REMOVED.items() if options.get(x) not in (None, y)}
     changed = [f"--{x.replace('_', '-')} was {options[x]}, {now_is}" for x, now_is in other.items()]
     differ = [name for name, value in now["read"].items() if name in read and read[name] != value]
-    if other:
-        differ = [name for name in differ if has_changed(read[name], now["read"][name])]
-    changed += [f"{name} has changed" for name in differ if not name.startswith((*NOTED,))]
+    if not changed:  # with other settings a run reads other files
+        changed = [f"{name} has changed" for name in differ if not name.startswith((*NOTED,))]
     if changed:
         cure = "use the same, another --run-dir, or --fresh to start over (keeps the run)"
         raise RunError(f"{run.folder} holds a run started with other settings ({'; '.join(changed)}): {cure}")
@@ -200,13 +199,6 @@ def refuse_changes(run: Run, about: dict, defaults: Mapping[str, Any], free: set
         if then != today:
             effect = "results may differ in rounding from an uninterrupted run"
             run.print0(f"{name} was {then}, is {today}: {effect}")
-
-
-def has_changed(old: Any, new: Any) -> bool:
-    """Whether files that both runs read differ: with other settings a run reads other files, or none."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        return any(old[name] != new[name] for name in old.keys() & new.keys())
-    return None not in (old, new)
 
 
 def rename_run(run: Run) -> None:

@@ -254,7 +254,7 @@ def test_how_segments_are_read_is_mask2formers_alone(tmp_path, capsys):
     for flag in ("score", "overlap"):
         assert main([stub(tmp_path), picture, "--out", str(out), "--words", "sea", f"--{flag}", "0.8"]) == 2
         assert capsys.readouterr().err == (
-            f"predict.py: --{flag} is for mask2former's segments, this model's decoder is fpn: leave it out\n"
+            f"predict.py: --{flag} is for mask2former's segments, this decoder is fpn: leave it out\n"
         )
     assert not out.exists()
     with pytest.raises(SystemExit):
@@ -1161,7 +1161,7 @@ def test_a_tagger_that_cannot_be(steered, option):
 @pytest.mark.parametrize("device", ["cuda:99", "mps", "gpu", torch.device("cuda", 99)])
 def test_a_device_that_torch_cannot_use(device):
     """In one sentence, before the file is read."""
-    with pytest.raises(TadaError, match=rf"^device {device}: torch \S+ cannot use it here; choose another"):
+    with pytest.raises(TadaError, match=rf"^device {device}: torch \S+ lacks it here; choose another"):
         load_model("nowhere", device)
 
 

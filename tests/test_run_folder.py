@@ -144,11 +144,6 @@ def test_a_file_that_one_of_two_runs_does_not_read_has_not_changed(old_run):
     more = {"the file of tags": "2", "a frozen file": {"vae": "1", "unet": "1"}}
     for options, hashes, faults in (
         ({"newer": "on"}, more, "--newer was off, is on"),
-        (
-            {"newer": "on"},
-            {"a frozen file": {"vae": "2"}},
-            "--newer was off, is on; a frozen file has changed",
-        ),
         ({}, more, "a frozen file has changed; the file of tags has changed"),
     ):
         with pytest.raises(RunError, match=re.escape(f"settings ({faults}):")):
@@ -158,11 +153,11 @@ def test_a_file_that_one_of_two_runs_does_not_read_has_not_changed(old_run):
 @pytest.mark.parametrize(
     ("about", "fault"),
     [
-        ({"options": 5}, '"options" is 5, not of type dict'),
-        ([], '"options" is missing, not of type dict'),
-        ({"versions": [1]}, '"versions" is [1], not of type dict'),
-        ({"versions": {}}, '"torch" is missing, not of type str'),
-        ({"read": "x"}, '"read" is "x", not of type dict'),
+        ({"options": 5}, '"options" is 5, not a dict'),
+        ([], '"options" is missing, not a dict'),
+        ({"versions": [1]}, '"versions" is [1], not a dict'),
+        ({"versions": {}}, '"torch" is missing, not a str'),
+        ({"read": "x"}, '"read" is "x", not a dict'),
     ],
 )
 def test_a_field_of_another_kind_is_named(old_run, about, fault):

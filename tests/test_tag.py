@@ -296,14 +296,14 @@ def test_captions_of_tadp_become_lines(folder, tmp_path, capsys):
     ]
     assert "captions of 2 of 8 images" in capsys.readouterr().out
     for text, fault in (
-        ('{"train/0.png": ["a boat"]}', '"captions" is missing, not of type list'),
-        ('{"train/0.png": {"captions": "a boat"}}', '"captions" is "a boat", not of type list'),
+        ('{"train/0.png": ["a boat"]}', '"captions" is missing, not a list'),
+        ('{"train/0.png": {"captions": "a boat"}}', '"captions" is "a boat", not a list'),
         ('{"train/0.png": {"captions": []}}', "a tag or caption must be"),
-        ("[5]", '"content" is [5], not of type dict'),
+        ("[5]", '"content" is [5], not a dict'),
     ):
         file.write_text(text)
         assert tag.main(["--by", "tadp", str(file), *flags]) == 2
-        assert f"is not a caption file of TADP ({fault}" in capsys.readouterr().err
+        assert f"cannot be read as captions of TADP ({fault}" in capsys.readouterr().err
 
 
 def test_the_quality_of_tags_by_hand():
