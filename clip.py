@@ -97,7 +97,7 @@ class Tokenizer:
                 raise ValueError("they do not agree")
             self.prepare(vocabulary, merges, positions)
         except (ValueError, TypeError, LookupError, RecursionError) as error:
-            cause = " ".join(str(error).split())
+            cause = " ".join(str(error).split()) if isinstance(error, ValueError) else "they do not agree"
             raise WeightsError(
                 f"{files[0]} or {files[1].name} is corrupt ({cause}): delete both; "
                 "`python -m weights.fetch` downloads them again"

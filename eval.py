@@ -19,7 +19,6 @@ if __name__ == "__main__":
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -51,7 +50,7 @@ from metrics.report import Result, confusion, move_earlier_results, percent
 from metrics.worst import WorstImages
 from model import Size, Tada, TadaConfig, Tags
 from run.checkpoint import find_model, read_about, read_config, read_model
-from run.files import read_bytes
+from run.files import entry, read_bytes
 from run.folder import lock, say
 from run.ranks import DEVICE, DEVICE_HINTS, Ranks, cleanup, init_distributed
 from weights.words import digest
@@ -315,9 +314,9 @@ def run_folder(file: Path) -> Path | None:
 def data_folder(home: Path | None, config: TadaConfig) -> str:
     """The data set's folder of the run, or the default one."""
     try:
-        if home and (folder := json.loads(read_bytes(home / "config.json")).get("data")):
-            return os.fspath(folder)
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        if home and (folder := entry(json.loads(read_bytes(home / "config.json")), "data", str, default="")):
+            return folder
+    except (OSError, ValueError, RecursionError) as error:
         raise TadaError(f"{home / 'config.json'} cannot be read ({error}): give --data") from None
     if config.dataset in ("folder", "panoptic"):
         raise TadaError("the checkpoint does not hold its data set's folder: give it with --data")
@@ -424,8 +423,7 @@ def segment_options(given: dict[str, float], decoder: str, several: dict[str, An
             raise ModelError(f"--{name} {given[name]}: give a share in 0..1")
         return {"score": SCORE, "overlap": OVERLAP} | given
     for name in given:
-        here = f"this model's decoder is {decoder}"
-        raise ModelError(f"--{name} is for mask2former's segments, {here}: leave it out")
+        raise ModelError(f"--{name} is for mask2former's segments, this decoder is {decoder}: leave it out")
     return {}
 
 

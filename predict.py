@@ -82,6 +82,10 @@ def load_model(
     if not 0 <= (tag_threshold or 0) <= 1:
         raise TadaError(f"tag_threshold {tag_threshold}: give a score in 0..1")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError):
+        raise TadaError(f"device {device}: torch {torch.__version__} lacks it here; choose another") from None
     return read_model(checkpoint, weights, device, tags, tag_threshold).requires_grad_(False)
 
 
@@ -102,6 +106,8 @@ def predict_image(
     Raises DataError or ModelError.
     """
     config = tada.config
+    for name in segments.keys() - {"score", "overlap"}:
+        raise ModelError(f"{name} is unknown: give words, scales, flip, score or overlap")
     if not scales or not all(0.1 <= x <= 10 for x in scales):
         raise ModelError(f"scales {scales}: give numbers in 0.1..10")
     reading = segment_options(segments, config.decoder, {"flip": flip, "scales": tuple(scales) != (1.0,)})

@@ -36,7 +36,7 @@ from loading.stream import EvaluationStream, load_in_order
 from loading.tags import LONGEST_CAPTION, LONGEST_TAG, checked_text, read_tags, split_words, unique_words
 from metrics.tagging import measure_tags
 from ram import RAMConfig
-from run.files import read_bytes, replace_text
+from run.files import entry, read_bytes, replace_text
 from run.folder import lock, say
 from run.options import DATASET_HINT
 from run.ranks import DEVICE, DEVICE_HINTS, Ranks, cleanup, init_distributed
@@ -137,15 +137,11 @@ def convert_captions(options: argparse.Namespace) -> int:
     """
     (file,) = options.inputs
     try:
-        entries = json.loads(read_bytes(file))
-        lists = {name: entry["captions"] for name, entry in entries.items()}
-        if any(not isinstance(x, list) for x in lists.values()):
-            raise TypeError("captions must be lists")
-        captions = {name: checked_text(x[0], LONGEST_CAPTION) for name, x in lists.items()}
-    except OSError as error:
-        raise DataError(f"{file} cannot be read ({error.strerror})") from None
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{file} is not a caption file of TADP ({type(error).__name__}: {error})") from None
+        entries = entry({"content": json.loads(read_bytes(file))}, "content", dict)
+        lists = {name: entry(x, "captions", list) for name, x in entries.items()}
+        captions = {name: checked_text(x[0] if x else "", LONGEST_CAPTION) for name, x in lists.items()}
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{file} cannot be read as captions of TADP ({error})") from None
     paths = [path for dataset in open_sets(options) for path in dataset.paths]
     lines = []
     for path in paths:

@@ -43,7 +43,8 @@ def paint(objects: Sequence[tuple[str, dict]], size: Size, where: str) -> tuple[
             painted.append((entry, np.flatnonzero(mask.decode(shape)) if shape else []))
         except Exception as error:  # noqa: BLE001 - pycocotools raises anything
             form = "polygons [[x, y, x, y, ...], ...] or RLE of the image's size"
-            raise DataError(f'{place}: "segmentation" must be {form} ({error})') from None
+            fault = error if isinstance(error, ValueError) else f"it is {str(shape)[:80]}"
+            raise DataError(f'{place}: "segmentation" must be {form} ({fault})') from None
     painted.sort(key=lambda x: (x[0].get("iscrowd", 0) != 1, -len(x[1])))
     ids = np.zeros(H * W, np.int32)
     for id, (_, pixels) in enumerate(painted, 1):

@@ -55,7 +55,8 @@ def check(dataset: Dataset, samples: int = 200) -> Report:
     a wrong mode, value or size, no labelled pixel at all. Training labels of one class are refused too,
     unless there are instances to learn; all files are read before.
     """
-    faults, sizes, pixels, unreadable = list(dataset.missing), [], np.zeros(256, np.int64), set()
+    faults, opened, sizes, unreadable = list(dataset.missing), [], [], set()
+    pixels = np.zeros(256, np.int64)
     files = {"images": [], "labels": []}  # their sizes in bytes and times in ns
     for i, (kind, file) in ((j, pair) for j in range(len(dataset)) for pair in zip(files, dataset.names(j))):
         files[kind].append(size_and_time(file))
@@ -64,6 +65,7 @@ def check(dataset: Dataset, samples: int = 200) -> Report:
             unreadable.add(i)
 
     def read(i: int) -> None:
+        opened.append(i)
         try:
             labels = dataset.load(i).labels
         except DataError as error:
@@ -85,13 +87,13 @@ def check(dataset: Dataset, samples: int = 200) -> Report:
                 break
         else:
             faults += doubts(dataset, pixels)
+    whole, count = f"{dataset.name} {dataset.split}", f"{len(dataset):,} images, {len(opened):,} of them"
     if faults:
-        message = f"{dataset.name} {dataset.split} has {len(faults)} faults, repair or remove what they name:"
+        message = f"{whole} has {len(faults)} faults ({count} opened), repair or remove what they name:"
         more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
         raise DataError("\n  ".join([message, *faults[:SHOWN], *more]))
-    title = f"{dataset.name} {dataset.split}: {len(dataset):,} images, {len(sizes):,} of them read"
-    fingerprint = fingerprint_of(dataset, files)
-    return Report(title, dataset.classes, sizes, pixels, fingerprint, doubts(dataset, pixels))
+    of = fingerprint_of(dataset, files), doubts(dataset, pixels)
+    return Report(f"{whole}: {count} decoded with their labels", dataset.classes, sizes, pixels, *of)
 
 
 def fingerprint_of(dataset: Dataset, files: dict[str, list[tuple[int, int]]]) -> dict[str, str]:

@@ -15,7 +15,10 @@ import shutil
 import warnings
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
+from inspect import formatannotation
 from pathlib import Path
+from types import UnionType
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -181,11 +184,11 @@ def read_about(file: Path) -> dict:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is not a whole safetensors file ({error}): use another step") from None
     except (ValueError, LookupError, TypeError, RecursionError):
-        fault = f"was not written by train.py: give a run folder or its {MODEL}"
-        raise CheckpointError(f"{file} {fault}") from None
+        raise CheckpointError(
+            f"{file} was not written by train.py: give a run folder or its {MODEL}"
+        ) from None
     if newer:
-        fault = f"has format {about['format']}, this code reads {FORMAT}"
-        raise CheckpointError(f"{file} {fault}: use a newer TADA")
+        raise CheckpointError(f"{file} has format {about['format']}, not {FORMAT}: use a newer TADA")
     if not hashes.exists():
         warnings.warn(f"{file} is used unchecked: no {HASHES} is beside it", stacklevel=1)  # once a process
     return about
@@ -201,34 +204,33 @@ def read_config(entries: dict, file: Path) -> TadaConfig:
             fault = f"has {name} {entries[name]!r}, only {supported!r} is still supported"
             raise CheckpointError(f"{file} {fault}: use TADA 0.1.0")
     entries = {name: as_tuples(value) for name, value in entries.items() if name not in REMOVED}
-    unknown = sorted(set(entries) - {field.name for field in fields(TadaConfig)})
-    if unknown:
+    if unknown := sorted(set(entries) - {field.name for field in fields(TadaConfig)}):
         raise CheckpointError(f"{file} has unknown settings {', '.join(unknown)}: use a newer TADA")
-    try:
-        config = TadaConfig(**entries)
-    except TypeError as error:
-        raise CheckpointError(f"{file} lacks settings ({error}): use another step") from None
-    for name, possible in POSSIBLE.items():
-        if not possible(value := getattr(config, name)):
-            raise CheckpointError(f"{file} has {name} {str(value)[:80]}, which cannot be: use another step")
-    return config
+    for field in fields(TadaConfig):
+        name, value = field.name, entries.get(field.name, None if field.name == "classes" else field.default)
+        fault = "" if is_of(field.type, value) else f"is not of type {formatannotation(field.type)}"
+        if fault or not POSSIBLE.get(name, lambda x: True)(value):
+            fault = f"has {name} {str(value)[:80]}, which {fault or 'cannot be'}"
+            raise CheckpointError(f"{file} {fault}: use another step")
+    return TadaConfig(**entries)
 
 
-def are_names(x: object) -> bool:
-    return isinstance(x, tuple) and all(isinstance(name, str) for name in x) and len(x) > 0
-
-
-def is_size(x: object) -> bool:
-    """A height and a width, in pixels."""
-    return isinstance(x, tuple) and len(x) == 2 and all(type(n) is int and 0 < n < 2**16 for n in x)
+def is_of(kind: Any, x: object) -> bool:
+    """Whether a value, with tuples for JSON's lists, is of the type of a setting."""
+    if isinstance(kind, UnionType):
+        return any(is_of(part, x) for part in get_args(kind))
+    if not (parts := get_args(kind)):
+        return type(x) is kind or (kind is float and type(x) is int)
+    parts = parts[:1] * len(x) if isinstance(x, tuple) and ... in parts else parts
+    return isinstance(x, tuple) and len(x) == len(parts) and all(map(is_of, parts, x))
 
 
 POSSIBLE = {  # settings whose values nothing later compares with the tensors
-    **dict.fromkeys(("classes", "prompts"), are_names),
-    **dict.fromkeys(("crop", "stride"), is_size),
-    "box": lambda x: x is None or is_size(x),
-    "timestep": lambda x: type(x) is int and 0 <= x < TIMES,
+    "classes": bool,
+    **dict.fromkeys(("crop", "stride", "box"), lambda x: x is None or all(0 < n < 2**16 for n in x)),
+    "timestep": lambda x: 0 <= x < TIMES,
     "noise": lambda x: x in ("fixed", "none"),
+    "dropout": lambda x: 0 <= x < 1,
 }
 
 
@@ -387,9 +389,9 @@ def read_hashes(file: Path) -> dict[str, str]:
     """A step folder's `sha256.json`; CheckpointError unless it lists the other three files."""
     try:
         hashes = json.loads(read_bytes(file))
-        if {*hashes} != {MODEL, TENSORS, FACTS} or isinstance(hashes, list):
+        if not isinstance(hashes, dict) or hashes.keys() != {MODEL, TENSORS, FACTS}:
             raise ValueError(f"it does not list {MODEL}, {TENSORS} and {FACTS}")
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is corrupt ({error}): use another step") from None
     return hashes
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -68,6 +69,14 @@ def read_bytes(file: str | Path) -> bytes:
     """All bytes of a file. Raises OSError."""
     with open(file, "rb", opener=no_pipe) as f:
         return f.read()
+
+
+def entry(content: Any, name: str, kind: type, default: Any = None) -> Any:
+    """The value of `name` in an object of JSON. Raises ValueError unless it is of this type."""
+    known = isinstance(content, dict) and name in content
+    if isinstance(value := content[name] if known else default, kind):
+        return value
+    raise ValueError(f'"{name}" is {json.dumps(value)[:80] if known else "missing"}, not a {kind.__name__}')
 
 
 def holds(file: Path, *keys: str) -> bool:

@@ -21,10 +21,11 @@ from typing import Any, Self, TextIO
 import torch
 from tqdm import tqdm
 
+from assemble import build
 from errors import RunError
 from model import TadaConfig
 from run.checkpoint import HASHES, REMOVED, clean, is_utf8, newest_step, steps
-from run.files import holds, no_link, read_bytes, replace_text
+from run.files import entry, holds, no_link, read_bytes, replace_text
 from run.ranks import Ranks
 from weights.words import digest
 
@@ -125,6 +126,7 @@ def open_run(
         require_ours(run.folder, file)
         run.claim()
         if options.fresh and (steps(run.folder) or file.exists()):
+            build(config)  # the earlier run stays where it is if the weights cannot be read
             rename_run(run)
         for link in (run.folder / "last", run.folder / "best"):
             if link.is_dir() and not link.is_symlink():
@@ -173,16 +175,18 @@ def refuse_changes(run: Run, about: dict, defaults: Mapping[str, Any], free: set
     now, defaults = json.loads(json.dumps([about, defaults]))  # tuples become lists
     try:
         before = json.loads(read_bytes(file))
-        options, torch_version = defaults | before["options"], before["versions"]["torch"]
-        read = {**before.get("read", now["read"])}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        options = defaults | entry(before, "options", dict)
+        torch_version = entry(entry(before, "versions", dict), "torch", str)
+        read = entry(before, "read", dict, default=now["read"])
+    except (OSError, ValueError, RecursionError) as error:
         cure = "start over with --fresh (keeps the run)"
         raise RunError(f"{file} lacks the settings of its run ({error}): {cure}") from None
     other = {x: f"is {y}" for x, y in now["options"].items() if x not in free and options[x] != y}
     other |= {x: "is removed" for x, y in REMOVED.items() if options.get(x) not in (None, y)}
     changed = [f"--{x.replace('_', '-')} was {options[x]}, {now_is}" for x, now_is in other.items()]
     differ = [name for name, value in now["read"].items() if name in read and read[name] != value]
-    changed += [f"{name} has changed" for name in differ if not name.startswith((*NOTED,))]
+    if not changed:  # with other settings a run reads other files
+        changed = [f"{name} has changed" for name in differ if not name.startswith((*NOTED,))]
     if changed:
         cure = "use the same, another --run-dir, or --fresh to start over (keeps the run)"
         raise RunError(f"{run.folder} holds a run started with other settings ({'; '.join(changed)}): {cure}")

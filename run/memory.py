@@ -25,8 +25,8 @@ def relief(options: Options, world: int) -> str:
     images = options.batch // world
     ways = {f"--accumulate {images} (16.4)": options.accumulate < images}
     ways["--checkpoint-activations (16.4)"] = not options.checkpoint_activations
-    ways["--lora 16 (4.8)"] = not (options.lora or options.freeze_unet)
-    ways["--freeze-unet (4.7)"] = not options.freeze_unet
+    frozen = "--freeze-unet instead of --lora" if options.lora else "--lora 16 (4.8) or --freeze-unet"
+    ways[f"{frozen} (4.7)"] = not options.freeze_unet
     off = ", ".join(way for way, useful in ways.items() if useful)
     note = "GiB of sd15 at 512x512, one image at a time"
     return f"turn on {off}; in brackets {note}" if off else "take a smaller --crop or a GPU with more memory"

@@ -51,7 +51,8 @@ def fitting(file: Path, config: TadaConfig, frozen: dict[str, str]) -> str:
         flag = "--lora" if config.lora else "--freeze-unet"
         raise CheckpointError(f"{file} has a UNet of its own, {flag} keeps the prior's: leave it out")
     if theirs.lora and config.lora != theirs.lora:
-        cure = f"give --lora {theirs.lora}, or merge it first: python -m run.merge"
+        cure = f"give --lora {theirs.lora}{' instead of --freeze-unet' * config.freeze_unet}"
+        cure += "" if config.keeps_unet else ", or merge it first: python -m run.merge"
         raise CheckpointError(f"{file} has LoRA of rank {theirs.lora}, not {config.lora}: {cure}")
     prior = {name: expected for name, expected in about["frozen"].items() if not name.startswith("ram/")}
     places = {name: frozen_file(config.weights, name) for name in prior.keys() - frozen.keys()}

@@ -268,6 +268,9 @@ def test_a_corrupt_vocabulary_is_named(tmp_path, vocabulary, merges):
     (tmp_path / "merges.txt").write_text(merges)
     with pytest.raises(WeightsError, match=r"vocab\.json or merges\.txt is corrupt \(.*\): .*weights\.fetch"):
         Tokenizer(tmp_path)
+    (tmp_path / "vocab.json").write_text("[]")
+    with pytest.raises(WeightsError, match=r"is corrupt \(they do not agree\): "):
+        Tokenizer(tmp_path)
 
 
 def test_the_ids_follow_from_the_merges(clip_vocabulary):

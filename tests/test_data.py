@@ -388,7 +388,8 @@ def test_camvid_is_a_folder(camvid):
     report = check(val, samples=5)
     expected = sum(np.bincount(val.load(i)[1].ravel(), minlength=256) for i in (0, 25, 50, 75, 100))
     assert (report.pixels == expected).all()
-    assert str(report).startswith("folder val: 101 images, 5 of them read\n  height 360 to 360, median 360\n")
+    head = "folder val: 101 images, 5 of them decoded with their labels\n  height 360 to 360, median 360\n"
+    assert str(report).startswith(head)
     assert f"{expected[1] / expected[:255].sum():.2%} building" in str(report)
 
 

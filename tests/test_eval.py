@@ -725,7 +725,7 @@ def test_bad_input_is_one_sentence(root, finished, tada, tmp_path, capsys):
         ([run, "--out", str(tmp_path / "file")], r"file cannot be written or locked \(.*\): give"),
         ([str(alone)], "does not hold its data set's folder: give it with --data"),
         ([str(nested)], r"config.json cannot be read \(.*\): give --data"),
-        ([str(unreadable)], r"config.json cannot be read \(.*\): give --data"),
+        ([str(unreadable)], r'config.json cannot be read \("data" is 5, not a str\): give --data'),
     ]
     for arguments, message in cases:
         assert main([*arguments, "--workers", "0"]) == 2, arguments
@@ -937,7 +937,7 @@ def test_flags_of_another_decoder_are_refused(panoptic_run, finished, capsys):
         ([run, "--ms"], "--ms: mask2former reads an image whole, once; leave it out"),
         ([run, "--scales", "1", "2"], "--scales: mask2former reads an image whole"),
         ([run, "--window", "64"], "--window: mask2former reads"),
-        ([str(finished), "--score", "0.5"], "--score .* this model's decoder is fpn: leave it out"),
+        ([str(finished), "--score", "0.5"], "--score .* this decoder is fpn: leave it out"),
     ):
         assert main(flags) == 2
         assert re.match(f"eval.py: {message}", capsys.readouterr().err)

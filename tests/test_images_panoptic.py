@@ -226,7 +226,10 @@ def test_instances_become_segments_of_the_same_pixels(tmp_path, capsys):
             lambda c: c["annotations"][0].update(segmentation=[box(1, 1, 999, 9)]),
             r"annotations\[0\].*far outs",
         ),
-        (lambda c: c["annotations"][2].update(segmentation={}), r'annotations\[2\]: "segmentation" must be'),
+        (
+            lambda c: c["annotations"][2].update(segmentation={}),
+            r"annotations\[2\].*image's size \(it is {}\)",
+        ),
         (lambda c: c["annotations"][0].update(segmentation=[["a"] * 6]), r'annotations\[0\]: "segmentation"'),
         (lambda c: c["annotations"][0].update(segmentation=box(1, 1, 3, 3)), r'annotations\[0\]: "segmentat'),
         (lambda c: c["images"][1].pop("height"), 'image 2.jpg needs "height" and "width"'),

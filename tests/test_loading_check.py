@@ -29,7 +29,7 @@ def test_check_names_every_kind_of_fault(tmp_path):
     with pytest.raises(DataError) as caught:
         check(open_dataset("folder", root, "train"))
     message, *faults = str(caught.value).splitlines()
-    assert message.startswith("folder train has 7 faults")
+    assert message.startswith("folder train has 7 faults (7 images, 6 of them opened), repair")
     assert len(faults) == 7
     for expected in (
         r"images/train/000\.png has no label file",

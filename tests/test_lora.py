@@ -25,6 +25,7 @@ from weights.load import load
 from weights.words import digest
 
 RANK = 4
+MERGE = "merge it first: python -m run.merge"
 PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -170,7 +171,9 @@ def test_which_models_a_run_with_lora_can_start_from(tada, tmp_path):
         (tmp_path / name).mkdir()
         files[name] = tmp_path / name / "model.safetensors"
         save_model(model, files[name], frozen_digests(model.config), {})
-    digests = frozen_digests(here)
+    files["merged"] = tmp_path / "merged" / "model.safetensors"
+    merge.merge(files["same"], files["merged"])
+    digests, frozen = frozen_digests(here), replace(here, lora=0, freeze_unet=True)
     for name, taken in (("same", "taken"), ("frozen", "the prior's, which that model did not train")):
         fitting(files[name], here, digests)
         new = build(here)
@@ -181,11 +184,16 @@ def test_which_models_a_run_with_lora_can_start_from(tada, tmp_path):
             assert torch.equal(x, new.unet.get_parameter(name)), name
     for name, other, sentence in (
         ("own", here, "has a UNet of its own, --lora keeps the prior's: leave it out"),
-        ("same", replace(here, lora=8), "has LoRA of rank 4, not 8: give --lora 4, or merge it first"),
-        ("same", replace(here, lora=0), "has LoRA of rank 4, not 0: give --lora 4, or merge it first"),
+        ("same", replace(here, lora=8), "has LoRA of rank 4, not 8: give --lora 4"),
+        ("same", replace(here, lora=0), f"not 0: give --lora 4, or {MERGE}"),
+        ("same", frozen, "not 0: give --lora 4 instead of --freeze-unet"),
+        ("merged", frozen, "has a UNet of its own, --freeze-unet keeps the prior's: leave it out"),
     ):
-        with pytest.raises(CheckpointError, match=sentence):
+        with pytest.raises(CheckpointError) as caught:
             fitting(files[name], other, digests)
+        assert str(caught.value).endswith(sentence)
+    for name in ("merged", "own"):  # the advice, followed
+        fitting(files[name], replace(here, lora=0), digests)
 
 
 @pytest.mark.parametrize(

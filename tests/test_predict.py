@@ -254,7 +254,7 @@ def test_how_segments_are_read_is_mask2formers_alone(tmp_path, capsys):
     for flag in ("score", "overlap"):
         assert main([stub(tmp_path), picture, "--out", str(out), "--words", "sea", f"--{flag}", "0.8"]) == 2
         assert capsys.readouterr().err == (
-            f"predict.py: --{flag} is for mask2former's segments, this model's decoder is fpn: leave it out\n"
+            f"predict.py: --{flag} is for mask2former's segments, this decoder is fpn: leave it out\n"
         )
     assert not out.exists()
     with pytest.raises(SystemExit):
@@ -1156,6 +1156,20 @@ def test_a_tagger_that_cannot_be(steered, option):
         load_model(steered, "cpu", **option)
     with pytest.raises(TadaError, match="^tag_threshold 5: give a score in 0..1$"):
         load_model(steered, "cpu", tag_threshold=5)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", torch.device("cuda", 99)])
+def test_a_device_that_torch_cannot_use(device):
+    """In one sentence, before the file is read."""
+    with pytest.raises(TadaError, match=rf"^device {device}: torch \S+ lacks it here; choose another"):
+        load_model("nowhere", device)
+
+
+@pytest.mark.parametrize("decoder", ["fpn", "mask2former"])
+def test_an_unknown_keyword_is_named_with_the_known_ones(decoder):
+    tada = SimpleNamespace(config=replace(CONFIG, decoder=decoder))
+    with pytest.raises(ModelError, match="^foo is unknown: give words, scales, flip, score or overlap$"):
+        predict_image(tada, noise(8, 8), ["sea"], foo=1)
 
 
 def test_scales_and_flip_from_python(steered, tada, tmp_path):

@@ -330,7 +330,7 @@ def test_truncated_files_are_refused(saved, tmp_path, bytes_kept):
 def test_files_of_other_versions_are_refused(saved):
     """A newer format, unknown settings, tensors that do not fit the settings."""
     newer = rewritten(saved, lambda about: about.update(format=2))
-    assert "has format 2, this code reads 1: use a newer TADA" in refusal(newer)
+    assert "has format 2, not 1: use a newer TADA" in refusal(newer)
     unknown = rewritten(saved, lambda about: about["config"].update(depth=3, attention="flash"))
     assert "has unknown settings attention, depth: use a newer TADA" in refusal(unknown)
     state = load_file(saved)
@@ -852,25 +852,53 @@ def test_metadata_of_another_shape(tmp_path, text):
 
 def test_settings_that_lack(saved):
     """Of a file that someone else wrote."""
-    assert "lacks settings (" in refusal(rewritten(saved, lambda about: about["config"].pop("classes")))
+    without = rewritten(saved, lambda about: about["config"].pop("classes"))
+    assert "has classes None, which is not of type tuple[str, ...]: use another step" in refusal(without)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("classes", 5),
-        ("prompts", [["../x"]]),
+        ("classes", []),
         ("crop", [0, 64]),
-        ("crop", [1e9, 64]),
+        ("crop", [10**9, 64]),
         ("stride", [0, 0]),
         ("box", [10**8, 64]),
         ("timestep", 5000),
         ("noise", "a"),
+        ("dropout", 5),
     ],
 )
 def test_settings_that_cannot_be(saved, name, value):
     changed = rewritten(saved, lambda about: about["config"].update({name: value}))
     assert f"has {name} " in refusal(changed) and "which cannot be: use another step" in refusal(changed)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("classes", 5, "tuple[str, ...]"),
+        ("prompts", [["../x"]], "tuple[str, ...]"),
+        ("palette", [[1, 2]], "tuple[tuple[int, int, int], ...]"),
+        ("weights", 5, "str"),
+        ("lora", "x", "int"),
+        ("lora", True, "int"),
+        ("freeze_unet", None, "bool"),
+        ("tag_threshold", "x", "float | None"),
+        ("crop", [1e9, 64], "tuple[int, int]"),
+        ("box", 5, "tuple[int, int] | None"),
+    ],
+)
+def test_settings_of_another_type(saved, name, value, kind):
+    """Each is named, with what it should be, before any part is built."""
+    said = refusal(rewritten(saved, lambda about: about["config"].update({name: value})))
+    assert f" has {name} {value if type(value) is not list else ''}" in said
+    assert said.endswith(f", which is not of type {kind}: use another step")
+
+
+def test_whole_numbers_are_floats(tmp_path):
+    config = checkpoint.read_config({"classes": ["sea"], "dropout": 0, "tag_threshold": 1}, tmp_path)
+    assert (config.dropout, config.tag_threshold, config.box) == (0, 1, (512, 2048))
 
 
 def test_incomplete_steps_are_skipped(tmp_path):

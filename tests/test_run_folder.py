@@ -80,7 +80,10 @@ class Settings:
 
 def start(folder: Path, *, hashes: dict[str, str] | None = None, **options) -> Path | None:
     """Open a run with these options and hashes of the data; the step to resume from."""
-    config, read = TadaConfig(("sea",)), fingerprint(["sea"], tags="clip", frozen={}, drawing=None)
+    config, read = (
+        TadaConfig(("sea",), model="tiny"),
+        fingerprint(["sea"], tags="clip", frozen={}, drawing=None),
+    )
     read |= hashes or {}
     with Run(folder, HERE) as run:
         return open_run(run, Settings(**options), defaults=vars(Settings()), config=config, read=read)
@@ -130,6 +133,40 @@ def test_only_free_settings_may_change(old_run):
         start(folder, crop=(32, 32))
     assert start(folder, crop=(32, 32), fresh=True) is None
     assert (folder.with_name(f"{folder.name}.1") / step_name(1)).is_dir()
+
+
+def test_a_file_that_one_of_two_runs_does_not_read_has_not_changed(old_run):
+    """Another --lora, --tags or --dataset reads other files; with the same settings they must be the same."""
+    file = old_run() / "config.json"
+    about = json.loads(file.read_text())
+    about["read"]["a frozen file"] = {"vae": "1"}
+    file.write_text(json.dumps(about))
+    more = {"the file of tags": "2", "a frozen file": {"vae": "1", "unet": "1"}}
+    for options, hashes, faults in (
+        ({"newer": "on"}, more, "--newer was off, is on"),
+        ({}, more, "a frozen file has changed; the file of tags has changed"),
+    ):
+        with pytest.raises(RunError, match=re.escape(f"settings ({faults}):")):
+            start(file.parent, hashes=hashes, **options)
+
+
+@pytest.mark.parametrize(
+    ("about", "fault"),
+    [
+        ({"options": 5}, '"options" is 5, not a dict'),
+        ([], '"options" is missing, not a dict'),
+        ({"versions": [1]}, '"versions" is [1], not a dict'),
+        ({"versions": {}}, '"torch" is missing, not a str'),
+        ({"read": "x"}, '"read" is "x", not a dict'),
+    ],
+)
+def test_a_field_of_another_kind_is_named(old_run, about, fault):
+    file = old_run() / "config.json"
+    old = json.loads(file.read_text())
+    file.write_text(json.dumps(about and old | about))
+    with pytest.raises(RunError) as caught:
+        start(file.parent)
+    assert str(caught.value).startswith(f"{file} lacks the settings of its run ({fault}): start over")
 
 
 def test_other_data_is_refused_and_another_time_is_printed(old_run, capsys):

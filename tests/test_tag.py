@@ -297,9 +297,15 @@ def test_captions_of_tadp_become_lines(folder, tmp_path, capsys):
         ("images/val/7.png", "snow"),
     ]
     assert "captions of 2 of 8 images" in capsys.readouterr().out
-    file.write_text('{"train/0.png": ["a boat"]}')
-    assert tag.main(["--by", "tadp", str(file), *flags]) == 2
-    assert "is not a caption file of TADP (TypeError" in capsys.readouterr().err
+    for text, fault in (
+        ('{"train/0.png": ["a boat"]}', '"captions" is missing, not a list'),
+        ('{"train/0.png": {"captions": "a boat"}}', '"captions" is "a boat", not a list'),
+        ('{"train/0.png": {"captions": []}}', "a tag or caption must be"),
+        ("[5]", '"content" is [5], not a dict'),
+    ):
+        file.write_text(text)
+        assert tag.main(["--by", "tadp", str(file), *flags]) == 2
+        assert f"cannot be read as captions of TADP ({fault}" in capsys.readouterr().err
 
 
 def test_the_quality_of_tags_by_hand():

@@ -510,6 +510,20 @@ def test_a_run_does_not_resume_with_other_data(folder, uninterrupted, tmp_path, 
     assert message in error and "--fresh" in error
 
 
+@pytest.mark.parametrize("part", ["vae", "unet"])
+def test_fresh_moves_nothing_if_the_weights_are_bad(folder, tmp_path, capsys, part):
+    """Of the UNet, which is trained, no hash is made: it is read."""
+    run, weights = tmp_path / "run", shutil.copytree("weights/tiny", tmp_path / "tiny")
+    flags = command(folder, run, "--iterations", "1")
+    assert train.main(flags) == 0
+    before = sorted(run.rglob("*"))
+    file = next((weights / part).glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-8])
+    assert train.main([*flags, "--fresh", "--weights", str(weights)]) == 2
+    assert f"{file} is truncated" in capsys.readouterr().err
+    assert sorted(run.rglob("*")) == before and not (tmp_path / "run.1").exists()
+
+
 @pytest.mark.parametrize("text", [None, "", '{"options": '])
 def test_a_run_without_its_config_is_named(folder, tmp_path, capsys, text):
     run = tmp_path / "run"
@@ -650,10 +664,13 @@ def test_bad_input_is_named(folder, tmp_path, capsys, flags, message):
     [
         (
             "",
-            "turn on --accumulate 4 (16.4), --checkpoint-activations (16.4), --lora 16 (4.8), --freeze-unet",
+            "turn on --accumulate 4 (16.4), --checkpoint-activations (16.4), --lora 16 (4.8) or --freeze",
         ),
-        ("--accumulate 4", "turn on --checkpoint-activations (16.4), --lora 16 (4.8), --freeze-unet (4.7);"),
-        ("--accumulate 4 --lora 16", "turn on --checkpoint-activations (16.4), --freeze-unet (4.7);"),
+        (
+            "--accumulate 4",
+            "on --checkpoint-activations (16.4), --lora 16 (4.8) or --freeze-unet (4.7);",
+        ),
+        ("--accumulate 4 --lora 16", "activations (16.4), --freeze-unet instead of --lora (4.7);"),
         ("--accumulate 4 --freeze-unet --checkpoint-activations", "a GPU with more memory"),
     ],
 )

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from clip import CLIP
 from errors import WeightsError
 from unet import UNet
-from vae import VAE
+from vae import VAE, VAEConfig
 from weights.load import CODE, OFFICIAL, load, locate, match
 
 MANIFESTS = Path(__file__).parents[1] / "weights" / "manifests"
@@ -471,3 +471,21 @@ def test_the_cure_can_be_typed_where_the_user_is(tmp_path, monkeypatch):
     for folder, where in ((CODE, ""), (tmp_path, f" in {CODE}")):
         monkeypatch.chdir(folder)
         assert refusal(tmp_path / "nowhere").endswith(f"`python -m weights.fetch`{where}")
+
+
+def test_a_file_of_tiny_is_recognised(tmp_path):
+    """Its cure is no download; a damaged one, and one beside no latent scale of tiny, keep theirs."""
+    with torch.device("meta"):
+        vae, clip, tiny = VAE(), CLIP(), VAE(VAEConfig.tiny())
+    for module, part in ((vae, "vae"), (clip, "clip")):
+        with pytest.raises(
+            WeightsError, match=rf"^weights/tiny/{part}/\S+ is of the size tiny: give --model tiny$"
+        ):
+            load(module, f"weights/tiny/{part}")
+    moved = Path(shutil.copytree("weights/tiny/vae", tmp_path / "vae"))
+    save_file({"x": torch.zeros(1)}, next(moved.glob("*.safetensors")))
+    for module, kept in ((tiny, True), (vae, False)):
+        if not kept:
+            (moved / "sha256.json").unlink()
+        with pytest.raises(WeightsError, match=r"does not fit \(.*weights.fetch"):
+            load(module, moved)

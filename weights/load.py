@@ -130,7 +130,13 @@ def load(module: Module, path: str | Path) -> Module:
     with weights:
         names = weights.keys()
         shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in names}
-        theirs = match({name: tuple(x.shape) for name, x in ours.items()}, shapes, file, official)
+        try:
+            theirs = match({name: tuple(x.shape) for name, x in ours.items()}, shapes, file, official)
+        except WeightsError:
+            tiny = (file.parent.parent / "vae" / "sha256.json").is_file()  # beside its latent scale
+            if tiny and module.config != type(module.config).tiny():
+                raise WeightsError(f"{file} is of the size tiny: give --model tiny") from None
+            raise
         dtypes = {name: weights.get_slice(name).get_dtype() for name in theirs.values()}
         refuse_dtypes(dtypes, file, official)
         state, sums = {}, []
