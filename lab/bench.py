@@ -164,7 +164,16 @@ CASES["unet-openvino"] = replace(
 )
 CASES |= {f"{name}-last": channels_last(CASES[name]) for name in ("unet", "vae")}
 ROWS = [name for name in CASES if name != "unet-openvino"]  # by default: of packages that the tests need
-PARTS = ("tests", "unknowns", "kernels", "encoder", "unet", "train", "inference")  # of bench_gpu.py
+PARTS = (
+    "tests",
+    "unknowns",
+    "kernels",
+    "encoder",
+    "unet",
+    "train",
+    "inference",
+    "compiled",
+)  # of bench_gpu.py
 
 
 def compare(name: str, dtype: str, size: int, rounds: int) -> dict:

@@ -16,7 +16,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -25,6 +25,7 @@ from itertools import product
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels import reference
@@ -34,6 +35,7 @@ from kernels.row_attention import row_attention
 from kernels.upsample_cross_entropy import upsample_cross_entropy
 from run.compiled import OPTIONS
 from run.folder import commit
+from unet import UNet, UNetConfig
 
 Clock = Callable[[Callable[[], object]], float]  # microseconds of one call
 Function = Callable[..., Tensor]
@@ -47,7 +49,7 @@ def gpu_clock(work: Callable[[], object]) -> float:
     from triton.testing import do_bench_cudagraph  # Triton has wheels for Linux only
 
     torch.cuda.synchronize()  # the graph runs on a stream of its own
-    return do_bench_cudagraph(work, return_mode="median") * 1e3
+    return do_bench_cudagraph(work, rep=6, return_mode="median") * 1e3  # 10 replays of 6 ms
 
 
 # ---- a row
@@ -62,7 +64,7 @@ class Case:
     ours: Function
     plain: Function  # in any precision
     peers: dict[str, Function]
-    key: tuple[str, int]  # the entry of kernels.WINS
+    key: tuple[str, int] | None  # the entry of kernels.WINS
     moved: tuple[float, float]  # least bytes of forward and of backward
     products: tuple[float, float] = (0.0, 0.0)  # their least floating-point operations
     slack: float = 2.0  # times plain torch's error is allowed
@@ -86,15 +88,6 @@ class Row:
     def right(self) -> bool:
         return self.repeats and self.error <= self.case.slack * self.plain_error + 1e-6
 
-    @property
-    def best(self) -> str:
-        return min(self.peers, key=self.peers.get)
-
-    @property
-    def ratio(self) -> float:
-        """Ours / the fastest peer; infinite if nothing was measured, so that such a row never wins."""
-        return self.ours / self.peers[self.best] if self.right and self.peers else math.inf
-
 
 @contextmanager
 def nan_memory() -> Iterator[None]:
@@ -109,7 +102,9 @@ def nan_memory() -> Iterator[None]:
 def evaluate(function: Function, inputs: list[Tensor], dy: Tensor | None) -> list[Tensor]:
     """The result and, given its gradient dy, the gradients of the inputs that require one."""
     y = function(*inputs)
-    return [y] if dy is None else [y, *torch.autograd.grad(y, [x for x in inputs if x.requires_grad], dy)]
+    if dy is None:
+        return [y] if isinstance(y, Tensor) else y
+    return [y, *torch.autograd.grad(y, [x for x in inputs if x.requires_grad], dy)]
 
 
 def error(result: Tensor, exact: Tensor) -> float:
@@ -122,8 +117,8 @@ def error(result: Tensor, exact: Tensor) -> float:
 def check(case: Case, rates: dict[str, float]) -> list[Row]:
     """The rows of a case without times: the worst error of each direction, and whether runs repeat."""
     inputs = case.inputs()
-    y = case.plain(*inputs)
-    dy = torch.randn_like(y) if y.requires_grad else None
+    trained = any(x.requires_grad for x in inputs)
+    dy = torch.randn_like(case.plain(*inputs)) if trained else None
     doubled = [x.detach().double() if x.is_floating_point() else x for x in inputs]
     doubled = [y.requires_grad_(x.requires_grad) for x, y in zip(inputs, doubled, strict=True)]
     exact = evaluate(case.plain, doubled, None if dy is None else dy.double())
@@ -131,7 +126,7 @@ def check(case: Case, rates: dict[str, float]) -> list[Row]:
     with nan_memory():
         ours, again = (evaluate(case.ours, inputs, dy) for _ in range(2))
     rows = []
-    for i, part in enumerate([slice(1)] if dy is None else [slice(1), slice(1, None)]):
+    for i, part in enumerate([slice(1), slice(1, None)] if trained else [slice(None)]):
         results = zip(ours[part], plain[part], exact[part], strict=True)
         errors = [(error(x, z), error(y, z)) for x, y, z in results]
         worst = max(errors, key=lambda pair: pair[0] - case.slack * pair[1])
@@ -154,6 +149,25 @@ def measure(case: Case, rates: dict[str, float], clock: Clock) -> list[Row]:
     return rows
 
 
+def sentence(problem: BaseException) -> str:
+    if isinstance(problem, torch.OutOfMemoryError):
+        return "out of memory"
+    return f"{type(problem).__name__}: {str(problem).partition(chr(10))[0][:200]}"
+
+
+@contextmanager
+def noted(failed: dict[str, str], name: str) -> Iterator[None]:
+    """Note an error: of memory, of a compiler, of a backend that does not support the shape. One after which
+    nothing can run on the GPU is raised.
+    """
+    try:
+        yield
+    except torch.AcceleratorError:
+        raise
+    except Exception as problem:  # noqa: BLE001 - compilers raise anything
+        failed[name] = sentence(problem)
+
+
 def take_turns(case: Case, functions: dict[str, Function], clock: Clock) -> tuple[dict, dict[str, str]]:
     """Microseconds of each function's passes (forward, and backward if an input requires a gradient), the
     means of two turns; and the errors of those that fail, other than "ours".
@@ -166,13 +180,8 @@ def take_turns(case: Case, functions: dict[str, Function], clock: Clock) -> tupl
     dys = [torch.randn_like(case.plain(*inputs)) for inputs in sets] if trained else []
     turns, failed = defaultdict(list), {}
     for name in (*functions, *reversed(functions)):
-        try:
+        with nullcontext() if name == "ours" else noted(failed, name):
             turns[name].append(time_passes(functions[name], sets, dys, clock))
-        except RuntimeError as refusal:  # out of memory, or a backend that does not support the shape
-            if name == "ours":
-                raise
-            memory = isinstance(refusal, torch.OutOfMemoryError)
-            failed[name] = "out of memory" if memory else str(refusal).partition("\n")[0]
     right = {name: zip(*passes, strict=True) for name, passes in turns.items() if name not in failed}
     return {name: [*map(statistics.mean, passes)] for name, passes in right.items()}, failed
 
@@ -202,12 +211,16 @@ class Sizes:
     batches: tuple[int, ...] = (16, 2)
     levels: tuple[tuple[int, int], ...] = ((4096, 40), (1024, 80), (256, 160), (64, 160))  # N, d
     contexts: tuple[int, ...] = (32, 77, 150)
+    context: int = 77  # of a text
     heads: int = 8
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    projected: tuple[int, ...] = (16, 1)
     backends: tuple[str, ...] = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")
     unet_maps: tuple[tuple[int, int, int], ...] = (  # B, C, side
         *((16, 320, 64), (16, 960, 64), (16, 640, 32), (16, 1920, 32)),
         *((16, 1280, 16), (16, 2560, 16), (16, 1280, 8), (2, 320, 64)),
     )
+    block_maps: tuple[tuple[int, int, int], ...] = ((16, 320, 64), (16, 640, 32), (16, 1280, 16))
     vae_maps: tuple[tuple[int, int, int], ...] = ((4, 128, 512), (4, 256, 256), (4, 512, 128), (4, 512, 64))
     groups: int = 32
     logits: tuple[int, int, int, int] = (4, 150, 64, 8)  # B, K, side, stride
@@ -243,26 +256,90 @@ def attention_cases(sizes: Sizes) -> Iterator[Case]:
         yield Case(name, inputs, cross_attention, plain, peers, key, *costs)
 
 
+def block_cases(sizes: Sizes) -> Iterator[Case]:
+    """A transformer block's norm, cross-attention and residual: all that unet.py does there."""
+    n, C, B, M = sizes.heads, sizes.unet.context_width, sizes.batches[0], sizes.context
+
+    def chain(attend: Function, x: Tensor, context: Tensor, *weights: Tensor) -> Tensor:
+        scale, shift, q, k, v, out, bias = weights
+        q = F.linear(F.layer_norm(x, x.shape[-1:], scale, shift), q)
+        if attend is reference.attention:
+            k, v = F.linear(context, k), F.linear(context, v)
+        else:  # as UNet.keys_values
+            k, v = F.linear(context, torch.cat([k, v])).chunk(2, dim=-1)
+        y = attend(*(part.unflatten(-1, (n, -1)) for part in (q, k, v)))
+        return x + F.linear(y.flatten(2), out, bias)
+
+    def plain(*tensors: Tensor) -> Tensor:
+        return chain(reference.attention, *tensors)
+
+    for N, d in sizes.levels:
+
+        def inputs(N: int = N, D: int = n * d) -> list[Tensor]:
+            q, k, v, out = (sizes.random(D, x) * x**-0.5 for x in (D, C, C, D))
+            scale, shift, bias = (sizes.random(D) for _ in range(3))
+            return [sizes.random(B, N, D), sizes.random(B, M, C), scale, shift, q, k, v, out, bias]
+
+        D, size = n * d, sizes.dtype.itemsize
+        moved = size * (2.0 * B * N * D + B * M * C + 2 * D * (C + D))
+        flops = 4.0 * B * D * (N * D + M * C + N * M)
+        name = f"cross-attention block B {B} N {N} M {M} C {D}"
+        ours, costs = partial(chain, cross_attention), ((moved, 0.0), (flops, 0.0))
+        yield Case(name, inputs, ours, plain, sizes.peers(plain), None, *costs)
+
+
+class KeysValues(UNet):
+    """The keys and values of every layer."""
+
+    def forward(self, context: Tensor) -> list[Tensor]:
+        return [x for pair in self.keys_values(context) for x in pair]
+
+
+def projection_cases(sizes: Sizes) -> Iterator[Case]:
+    """The keys and values of all cross-attentions: one product, `UNet.keys_values`, against a Linear each."""
+    with torch.device("meta"):
+        unet = KeysValues(sizes.unet)
+    last = (".attn2.to_k.weight", ".attn2.to_v.weight")
+    widths = {name: len(x) for name, x in unet.named_parameters() if name.endswith(last)}  # as executed
+    C, M, D = sizes.unet.context_width, sizes.context, sum(widths.values())
+
+    def ours(context: Tensor, *weights: Tensor) -> list[Tensor]:
+        return functional_call(unet, dict(zip(widths, weights, strict=True)), (context,))
+
+    def plain(context: Tensor, *weights: Tensor) -> list[Tensor]:
+        return [F.linear(context, x).unflatten(-1, (sizes.unet.heads, -1)) for x in weights]
+
+    for B in sizes.projected:
+
+        def inputs(B: int = B) -> list[Tensor]:
+            return [sizes.random(B, M, C), *(sizes.random(x, C) * C**-0.5 for x in widths.values())]
+
+        costs = (sizes.dtype.itemsize * (B * M * (C + D) + 1.0 * C * D), 0.0), (2.0 * B * M * C * D, 0.0)
+        name, peers = f"keys and values B {B} M {M}, {len(widths) // 2} layers", {"eager": plain}
+        yield Case(name, inputs, ours, plain, peers, None, *costs)
+
+
 def norm_cases(sizes: Sizes) -> Iterator[Case]:
-    """GroupNorm + SiLU on channels-last maps of the UNet and, without gradients, of the autoencoder."""
+    """GroupNorm, also with SiLU, on channels-last maps of the UNet and, without gradients, of the VAE."""
+    maps = [(True, True, x) for x in sizes.unet_maps] + [(True, False, x) for x in sizes.vae_maps]
+    for silu, trained, (B, C, side) in maps + [(False, True, x) for x in sizes.block_maps]:
 
-    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.silu(F.group_norm(x, sizes.groups, weight, bias, 1e-5))
+        def plain(x: Tensor, weight: Tensor, bias: Tensor, silu: bool = silu) -> Tensor:
+            y = F.group_norm(x, sizes.groups, weight, bias, 1e-5)
+            return F.silu(y) if silu else y
 
-    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return group_norm(x, sizes.groups, weight, bias, 1e-5, silu=True)
-
-    peers = sizes.peers(plain)
-    for trained, (B, C, side) in [(True, x) for x in sizes.unet_maps] + [(False, x) for x in sizes.vae_maps]:
+        def ours(x: Tensor, weight: Tensor, bias: Tensor, silu: bool = silu) -> Tensor:
+            return group_norm(x, sizes.groups, weight, bias, 1e-5, silu=silu)
 
         def inputs(B: int = B, C: int = C, side: int = side, trained: bool = trained) -> list[Tensor]:
             x = sizes.random(B, C, side, side).contiguous(memory_format=torch.channels_last)
             return [x.requires_grad_(trained) for x in (x, sizes.random(C), sizes.random(C))]
 
-        name = f"GroupNorm + SiLU {'UNet' if trained else 'VAE'} B {B} C {C} {side}x{side}"
+        name = f"GroupNorm{' + SiLU' * silu} {'UNet' if trained else 'VAE'} B {B} C {C} {side}x{side}"
         values = B * C * side * side * sizes.dtype.itemsize
         moved = 3.0 * values, 5.0 * values  # x is read twice: 6 bytes a value in bfloat16; backward 10
-        yield Case(name, inputs, ours, plain, peers, ("group_norm_silu", C), moved)
+        key = "group_norm_silu" if silu else "group_norm", C
+        yield Case(name, inputs, ours, plain, sizes.peers(plain), key, moved)
 
 
 def loss_cases(sizes: Sizes) -> Iterator[Case]:
@@ -340,19 +417,9 @@ def header(device: str) -> str:
     return f"{torch.cuda.get_device_name()}, sm_{major}{minor}, {versions}, cuDNN {cudnn}, bfloat16"
 
 
-def wins(rows: list[tuple[tuple[str, int], float]]) -> dict[str, list[int]]:
-    """The entries of kernels.WINS for this GPU from the keys and ratios of rows: sizes at which no row was
-    slower than the fastest peer.
-    """
-    lost, sizes = {key for key, ratio in rows if not ratio < 1}, defaultdict(list)
-    for kernel, size in sorted({key for key, _ in rows} - lost):
-        sizes[kernel].append(size)
-    return dict(sizes)
-
-
-def measure_all(sizes: Sizes, rates: dict[str, float], clock: Clock) -> Iterator[list[Row]]:
-    """The rows of each case; those of many shapes come last."""
+def all_cases(sizes: Sizes) -> Iterator[Case]:
+    """Every case that has a kernel; those of many shapes come last."""
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = 64  # a graph per shape: beyond the default of 8 they run eagerly
-    for cases in (loss_cases, wide_cases, norm_cases, attention_cases):
-        yield from (measure(case, rates, clock) for case in cases(sizes))
+    for cases in (loss_cases, wide_cases, projection_cases, block_cases, norm_cases, attention_cases):
+        yield from cases(sizes)
