@@ -135,38 +135,21 @@ def unknowns(plan: Plan) -> Iterator[dict]:
     backends = {name: sdpa_kernel(getattr(SDPBackend, name)) for name in sizes.backends}
 
     def measured(case: short.Case) -> dict:
-        peers = {name: by(case.plain) for name, by in backends.items() if case.key[0] != "convolution"}
-        times, failed = short.take_turns(case, {"ours": case.plain, **peers}, plan.clock)
-        costs = zip(case.moved, case.products, strict=True)
-        floor = [max(x / rates["copy"], y / rates["products"]) * 1e6 for x, y in costs]
-        return {"ours": {"torch": times.pop("ours")}, "peers": times, "floor": floor, "failed": failed}
+        peers = {name: by(case.plain) for name, by in backends.items() if case.key}
+        return short.timed(case, {"torch": case.plain}, peers, rates, plan.clock)
 
     yield from each(chain(short.convolution_cases(sizes), alone, across, short.wide_cases(sizes)), measured)
 
 
 def our_kernels(plan: Plan) -> Iterator[dict]:
     rates = short.measure_rates(plan.sizes, plan.clock)
-
-    def measured(case: short.Case) -> dict:
-        rows = short.measure(case, rates, plan.clock)
-        worst = max(rows, key=lambda row: row.error - case.slack * row.plain_error)
-        result = {"key": case.key, "right": all(row.right for row in rows), "failed": worst.failed}
-        result |= {"error": worst.error, "plain": worst.plain_error}
-        if result["right"]:
-            result["ours"] = {"triton": [row.ours for row in rows]}
-            result["peers"] = {peer: [row.peers[peer] for row in rows] for peer in worst.peers}
-            result["floor"] = [row.floor for row in rows]
-        elif not all(row.repeats for row in rows):
-            result["note"] = "a second run differs"
-        return result
-
-    yield from each(short.all_cases(plan.sizes), measured)
+    yield from each(short.all_cases(plan.sizes), partial(short.measure, rates=rates, clock=plan.clock))
 
 
 def each(cases: Iterable[short.Case], measured: Callable[[short.Case], dict]) -> Iterator[dict]:
     """A row of each case; an error is its note."""
     for case in cases:
-        row, failed = {"key": case.key, "right": False}, {}
+        row, failed = {"right": False, "key": case.key}, {}
         with short.noted(failed, "note"):
             row = measured(case)
         yield {"case": case.name} | row | failed

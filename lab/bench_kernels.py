@@ -70,25 +70,6 @@ class Case:
     slack: float = 2.0  # times plain torch's error is allowed
 
 
-@dataclass
-class Row:
-    """The measurements of a case in one direction; times are in microseconds, NaN for a wrong result."""
-
-    case: Case
-    direction: str
-    error: float
-    plain_error: float
-    repeats: bool
-    floor: float
-    ours: float = math.nan
-    peers: dict[str, float] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)  # peers without a time: their error
-
-    @property
-    def right(self) -> bool:
-        return self.repeats and self.error <= self.case.slack * self.plain_error + 1e-6
-
-
 @contextmanager
 def nan_memory() -> Iterator[None]:
     """Fill new memory with NaN, so that unwritten results are noticed."""
@@ -114,39 +95,29 @@ def error(result: Tensor, exact: Tensor) -> float:
     return math.inf if math.isnan(ratio) else ratio
 
 
-def check(case: Case, rates: dict[str, float]) -> list[Row]:
-    """The rows of a case without times: the worst error of each direction, and whether runs repeat."""
+def check(case: Case) -> dict:
+    """The row of a case without times: the worst of its errors, and whether it is right and repeats."""
     inputs = case.inputs()
     trained = any(x.requires_grad for x in inputs)
     dy = torch.randn_like(case.plain(*inputs)) if trained else None
     doubled = [x.detach().double() if x.is_floating_point() else x for x in inputs]
     doubled = [y.requires_grad_(x.requires_grad) for x, y in zip(inputs, doubled, strict=True)]
-    exact = evaluate(case.plain, doubled, None if dy is None else dy.double())
+    exact = evaluate(case.plain, doubled, dy.double() if trained else None)
     plain = evaluate(case.plain, inputs, dy)
     with nan_memory():
         ours, again = (evaluate(case.ours, inputs, dy) for _ in range(2))
-    rows = []
-    for i, part in enumerate([slice(1), slice(1, None)] if trained else [slice(None)]):
-        results = zip(ours[part], plain[part], exact[part], strict=True)
-        errors = [(error(x, z), error(y, z)) for x, y, z in results]
-        worst = max(errors, key=lambda pair: pair[0] - case.slack * pair[1])
-        repeats = all(map(torch.equal, ours[part], again[part]))
-        floor = max(case.moved[i] / rates["copy"], case.products[i] / rates["products"]) * 1e6
-        rows.append(Row(case, ("forward", "backward")[i], *worst, repeats, floor))
-    return rows
+    errors = [(error(x, z), error(y, z)) for x, y, z in zip(ours, plain, exact, strict=True)]
+    worst, theirs = max(errors, key=lambda pair: pair[0] - case.slack * pair[1])
+    row = {"case": case.name, "key": case.key, "error": worst, "plain": theirs}
+    if not all(map(torch.equal, ours, again)):
+        return row | {"right": False, "note": "a second run differs"}
+    return row | {"right": worst <= case.slack * theirs + 1e-6}
 
 
-def measure(case: Case, rates: dict[str, float], clock: Clock) -> list[Row]:
-    """Check the case; if all its rows are right, add the times of ours and of each peer."""
-    rows = check(case, rates)
-    if not all(row.right for row in rows):
-        return rows
-    times, failed = take_turns(case, {"ours": case.ours, **case.peers}, clock)
-    for i, row in enumerate(rows):
-        row.ours = times["ours"][i]
-        row.peers = {name: passes[i] for name, passes in times.items() if name != "ours"}
-        row.failed = failed
-    return rows
+def measure(case: Case, rates: dict[str, float], clock: Clock) -> dict:
+    """The row of a case; with times if it is right."""
+    row = check(case)
+    return row | timed(case, {"triton": case.ours}, case.peers, rates, clock) if row["right"] else row
 
 
 def sentence(problem: BaseException) -> str:
@@ -168,9 +139,11 @@ def noted(failed: dict[str, str], name: str) -> Iterator[None]:
         failed[name] = sentence(problem)
 
 
-def take_turns(case: Case, functions: dict[str, Function], clock: Clock) -> tuple[dict, dict[str, str]]:
+def timed(
+    case: Case, ours: dict[str, Function], peers: dict[str, Function], rates: dict[str, float], clock: Clock
+) -> dict:
     """Microseconds of each function's passes (forward, and backward if an input requires a gradient), the
-    means of two turns; and the errors of those that fail, other than "ours".
+    means of two turns; the floor of each; and the errors of peers that fail.
     """
     sets = [case.inputs()]
     size = sum(x.numel() * x.element_size() for x in sets[0])
@@ -178,12 +151,16 @@ def take_turns(case: Case, functions: dict[str, Function], clock: Clock) -> tupl
     sets += [case.inputs() for _ in range(more)]
     trained = any(x.requires_grad for x in sets[0])
     dys = [torch.randn_like(case.plain(*inputs)) for inputs in sets] if trained else []
-    turns, failed = defaultdict(list), {}
+    functions, turns, failed = ours | peers, defaultdict(list), {}
     for name in (*functions, *reversed(functions)):
-        with nullcontext() if name == "ours" else noted(failed, name):
+        with nullcontext() if name in ours else noted(failed, name):
             turns[name].append(time_passes(functions[name], sets, dys, clock))
-    right = {name: zip(*passes, strict=True) for name, passes in turns.items() if name not in failed}
-    return {name: [*map(statistics.mean, passes)] for name, passes in right.items()}, failed
+    turns = {name: x for name, x in turns.items() if name not in failed}
+    means = {name: [*map(statistics.mean, zip(*passes, strict=True))] for name, passes in turns.items()}
+    costs = zip(case.moved, case.products, strict=True)
+    floor = [max(x / rates["copy"], y / rates["products"]) * 1e6 for x, y in costs][: 1 + trained]
+    ours = {name: means.pop(name) for name in ours}
+    return {"ours": ours, "peers": means, "failed": failed, "floor": floor}
 
 
 def time_passes(function: Callable, sets: list[list[Tensor]], dys: list[Tensor], clock: Clock) -> list[float]:
@@ -392,7 +369,7 @@ def convolution_cases(sizes: Sizes) -> Iterator[Case]:
         name, plain = f"convolution B {B} {C} -> {K} {side}x{side}", partial(F.conv2d, padding=1)
         flops, moved = 18.0 * B * C * K * side**2, sizes.dtype.itemsize * B * (C + K) * side**2
         costs = (moved, 2.0 * moved), (flops, 2 * flops)
-        yield Case(name, inputs, plain, plain, {}, ("convolution", C), *costs)
+        yield Case(name, inputs, plain, plain, {}, None, *costs)
 
 
 # ---- the report
