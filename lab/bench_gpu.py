@@ -70,10 +70,8 @@ def captured(forward: Callable) -> Callable:
         if x.shape not in graphs:
             own, stream, graph = x.clone(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(
-                stream
-            ):  # first cuDNN's trials and Triton's compiler, which wait for the GPU
-                for _ in range(3):
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # cuDNN's trials and Triton's compiler wait for the GPU
                     forward(own, *others)
             torch.cuda.current_stream().wait_stream(stream)
             with torch.cuda.graph(graph):
@@ -113,10 +111,8 @@ def run_tests(plan: Plan) -> Iterator[dict]:
     root = Path(__file__).parents[1]
     files = sorted((root / "tests").glob("test_*.py"))
     marked = [file for file in files if "pytest.mark.gpu" in file.read_text()]
-    last, command = (
-        "",
-        [sys.executable, "-m", "pytest", *(plan.tests or ("-m", "gpu", "--maxfail=9", "-q", *marked))],
-    )
+    arguments, last = plan.tests or ("-m", "gpu", "--maxfail=9", "-q", *marked), ""
+    command = [sys.executable, "-m", "pytest", *arguments]
     with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as tests:
         for text in tests.stdout:
             print(text, end="", flush=True)
@@ -224,8 +220,7 @@ def train(plan: Plan) -> Iterator[dict]:
 
     sides = {"ours": partial(build, steps.ours), "channels-last": partial(build, steps.peer)}
     if plan.compile:
-        del sides["channels-last"]
-        sides["compiled"] = partial(build, steps.peer, "vae.encoder", "unet", "decoder")
+        sides = {"ours": sides["ours"], "compiled": partial(sides["channels-last"], *steps.COMPILED)}
     batch = partial(steps.batch_of, plan.work.size)
     yield from contest(plan, "training step", sides, batch, plan.batches)
 
@@ -303,7 +298,9 @@ def contest(
         sets = zip(results[label], theirs or results[label], exact or theirs or results[label], strict=True)
         errors = [(difference(x, z), difference(y, z)) for x, y, z in sets] if theirs else [(math.inf, 0.0)]
         worst.append(max(errors, key=lambda pair: pair[0] - SLACK * pair[1]))
-        if not worst[-1][0] <= SLACK * worst[-1][1] + least < math.inf:
+        if not theirs:
+            wrong[label] = "no peer to compare with"
+        elif not worst[-1][0] <= SLACK * worst[-1][1] + least < math.inf:
             wrong[label] = f"error {worst[-1][0]:.1e}"
     error, plain = max(worst, default=(math.inf, 0.0))
     del exact, theirs, results
@@ -360,13 +357,14 @@ def suite(plan: Plan, minutes: float, only: Sequence[str] = (), out: str | None 
     print(facts["machine"], flush=True)
     parts = {name: part for name, part in plan.parts.items() if not only or name in only}
     needed = sum(seconds for _, seconds in parts.values())
+    facts["parts"] = {name: {"rows": [], "verdict": "left out"} for name in parts}
     for name, (function, seconds) in parts.items():
         needed -= seconds
         left = deadline - time.monotonic()
         limit = min(left, max(seconds, left - needed))
         if name == "tests" and len(parts) > 1:
             limit = min(limit, 20 * minutes)
-        part = facts["parts"][name] = {"rows": [], "verdict": "left out"}
+        part = facts["parts"][name]
         if left >= seconds:
             print(f"\n{name}, at most {limit:.0f} s\n{HEAD}", flush=True)
             for row in rows_of(plan, function, won_by(facts), limit, part):
@@ -399,6 +397,7 @@ def rows_of(plan: Plan, function: Callable, won: dict, limit: float, part: dict)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.kill()
+        process.join()  # its memory is free for the next part
 
 
 def child(plan: Plan, function: Callable, won: dict[str, list[int]], sender: Connection) -> None:

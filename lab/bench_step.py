@@ -48,6 +48,7 @@ CLASSES = 150  # of ADE20K
 CAPTION = "a boat on the sea under a blue sky"
 RATE, DECAY = 0.0, 1e-3  # the rate does not change the time; at 0 every step computes the same
 BOUNDS = 1e-5, 1e-4  # relative errors of the loss, and of the gradient's norm (6e-6 seen at these sizes)
+COMPILED = ("vae.encoder", "unet", "decoder")  # parts of the peer, where it is compiled
 STEPS, ROUNDS = 3, 2  # timed steps of each process, processes of each side
 PHASES = ("vae", "text", "unet", "decoder", "backward", "optimiser")
 

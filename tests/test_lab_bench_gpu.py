@@ -13,6 +13,8 @@ import pytest
 import torch
 from test_lab_bench_kernels import SMALL, cpu_clock
 from test_lab_bench_step import UNET, WORK
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import kernels
 from lab import bench, bench_gpu, bench_kernels
@@ -53,7 +55,7 @@ def dying(plan: Plan) -> Iterator[dict]:
 
 
 def endless(plan: Plan) -> Iterator[dict]:
-    yield {"case": "before"}
+    yield {"case": "before", "process": os.getpid()}
     time.sleep(600)
 
 
@@ -137,15 +139,58 @@ def test_a_part_that_fails_or_hangs_does_not_harm_the_others(capfd, monkeypatch)
     plan = replace(PLAN, parts=parts | {"long": (fine, 1000)})  # which leaves the others what they need
     assert suite(plan, 2, out="gpu.json") == 1
     output, parts = capfd.readouterr().out, saved[-1]
-    assert saved[0] == {"raises": {"rows": [{"case": "before"}], "verdict": "cut"}}
-    assert [len(x) for x in saved] == [1, 1, 1, 2, 2, 3, 3, 4, 4, 5]  # after each row and each part
+    assert saved[0]["raises"] == {"rows": [{"case": "before"}], "verdict": "cut"}
+    assert len(saved) == 10 and all(len(x) == 5 for x in saved)  # after each row and each part
     verdicts = {name: part["verdict"] for name, part in parts.items()}
     failed = {"raises": "FAIL, exit code 1", "dies": "FAIL, exit code -6", "hangs": "FAIL, stopped after 4 s"}
     assert verdicts == failed | {"fine": "done", "long": "left out"}
     error = {"case": "error", "note": "RuntimeError: illegal access", "right": False}
     assert parts["raises"]["rows"] == [{"case": "before"}, error]
-    assert parts["dies"]["rows"] == parts["hangs"]["rows"] == [{"case": "before"}]
+    assert parts["dies"]["rows"] == [{"case": "before"}]
+    assert len(parts["hangs"]["rows"]) == 1
     assert "long: left out; alone: python -m lab.bench --suite gpu --only long" in output
+
+
+def test_the_minutes_are_kept(capfd):
+    """A part that hangs takes no more than is left; the next one is named."""
+    start, parts = time.monotonic(), {"hangs": (endless, 2), "late": (fine, 1.5)}
+    assert suite(replace(PLAN, parts=parts), 3 / 60) == 1
+    assert time.monotonic() - start < 4
+    assert "hangs: FAIL, stopped after 2 s" in (output := capfd.readouterr().out)
+    assert "late: left out; alone: python -m lab.bench --suite gpu --only late" in output
+
+
+def test_a_killed_suite_has_written_what_finished(tmp_path):
+    """And its part, which would keep a GPU busy, ends with it."""
+    out, parts = tmp_path / "gpu.json", {"fine": (fine, 9), "hangs": (endless, 9), "late": (fine, 9)}
+    plan = replace(PLAN, parts=parts, start="fork")
+    process = multiprocessing.get_context("fork").Process(target=suite, args=(plan, 9), kwargs={"out": out})
+    process.start()
+    while not out.exists() or not read(out)["hangs"]["rows"]:
+        time.sleep(0.05)
+    process.kill()
+    process.join()
+    parts = read(out)
+    assert parts["fine"] == {"rows": [{"case": "fine"}], "verdict": "done"}
+    assert {name: parts[name]["verdict"] for name in ("hangs", "late")} == {
+        "hangs": "cut",
+        "late": "left out",
+    }
+    (row,) = parts["hangs"]["rows"]
+    assert row["case"] == "before" and ended(row["process"])
+
+
+def ended(process: int) -> bool:
+    """Whether it ends within five seconds; nobody may be there to bury it."""
+    for _ in range(100):
+        try:
+            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def test_a_wrong_result_fails(tmp_path, capfd):
@@ -188,6 +233,10 @@ def test_a_side_without_memory_is_named():
 
     sides = {"ours": lambda: lambda x: [torch.ones(1)], "peer": lambda: exhaust}
     large, small = bench_gpu.contest(PLAN, "case", sides, lambda B: B, (16, 2))
+    ours = {"ours": sides["peer"], "peer": sides["ours"]}
+    failing, fitting = bench_gpu.contest(PLAN, "case", ours, lambda B: B, (16, 2))
+    assert not failing["right"] and fitting["right"]
+    assert line(failing).startswith("| case B 16 | FAIL |") and "torch: out of memory" in line(failing)
     assert large["failed"] == {"peer": "out of memory"} and large["peers"] == {} and large["ours"]["torch"]
     assert "| peer: out of memory" in line(large) and pairs(large) == []
     assert small["failed"] == {} and small["peers"]["peer"]
@@ -231,3 +280,52 @@ def test_wins_are_the_sizes_that_never_lost():
     rows = [row | {"ours": {"triton": [us]} if us else {}} for row, (_, us) in zip(rows, times, strict=True)]
     rows += [{"case": "", "key": None}, {"case": ""}]
     assert won_by({"parts": {"kernels": {"rows": rows}}}) == {"kernel": [40]}
+
+
+def test_a_case_that_fails_leaves_the_others():
+    """And a size at which a kernel failed has not won."""
+
+    def measured(case):
+        if case.key == ("kernel", 1):
+            raise torch.OutOfMemoryError("tried to allocate 1 TiB")
+        return {"case": case.name, "key": case.key, "ours": {"triton": [1.0]}, "peers": {"torch": [2.0]}}
+
+    case = bench_kernels.Case("a", None, None, None, {}, ("kernel", 1), (0.0, 0.0))
+    cases = [case, replace(case, name="b", key=("kernel", 2))]
+    rows = list(bench_gpu.each(cases, measured))
+    assert line(rows[0]).startswith("| a | FAIL |") and "out of memory" in line(rows[0])
+    assert won_by({"parts": {"kernels": {"rows": rows}}}) == {"kernel": [2]}
+
+
+class OfTheHost(TorchDispatchMode):
+    """Refuse what a CUDA graph cannot capture: reads of values, and copies from the CPU to the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero"), name
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.dim()]
+        result = func(*args, **kwargs or {})
+        made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        assert not (any(x.is_cpu for x in given) and any(x.is_meta for x in made)), name
+        return result
+
+
+def test_a_graph_reads_nothing_of_the_host(monkeypatch):
+    """On meta tensors, which have no values."""
+
+    def refusing(forward):
+        def run(*inputs):
+            with OfTheHost():
+                captured.append(forward(*inputs))
+            raise KeyError("captured")  # the labels need values
+
+        return run
+
+    captured, work = [], replace(WORK, device="meta", context=UNET.context_width)
+    monkeypatch.setattr(torch, "autocast", lambda *_, auto=torch.autocast, **how: auto("cpu", enabled=False))
+    monkeypatch.setattr(bench_gpu, "contest", lambda plan, name, sides, *rest: iter([(name, sides["ours"])]))
+    plan = replace(PLAN, work=work, capture=refusing)
+    (_, _), (name, build) = bench_gpu.predict(plan)
+    with pytest.raises(KeyError, match="captured"):
+        build()(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    assert name == "inference by CUDA graph" and captured[0].prediction.main.device.type == "meta"
