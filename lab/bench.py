@@ -272,11 +272,8 @@ def cpu_suite(names: list[str], dtypes: list[str], size: int, rounds: int, out: 
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(
-        prog="python -m lab.bench",
-        description="Measure TADA against its peers.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    how = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    parser = Parser(prog="python -m lab.bench", description="Measure TADA against its peers.", **how)
     add = parser.add_argument
     add("--suite", choices=["cpu", "cpu-choices", "gpu"], default="cpu", help="what to measure")
     add("--only", choices=[*CASES, *PARTS], nargs="+", help=f"rows; of gpu: {', '.join(PARTS)}")

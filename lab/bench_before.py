@@ -74,15 +74,14 @@ def rows(images: int, photos: int, rounds: int) -> list[dict]:
         before, model = check_out(home / "before"), str(home / "model")
         run(before, "train.py", "--run", model, "--iterations", "20", *TINY)
         seen = str(photographs(home / "photos", photos))
-        evaluate = ["eval.py", model, "--split", "test", "--limit", str(images), *TINY]
+        evaluate = ["eval.py", model, "--split", "test", "--limit", str(images), *TINY, "--out"]
+        predict = ["predict.py", model, seen, *TINY, "--out"]
         cases: dict[str, Callable[[Path, Path], float]] = {
             "train.py --help, CPU s": lambda side, out: run(side, "train.py", "--help")[0],
             "train.py, tiny, CPU s a step": step,
-            f"eval.py, {images} drawn images, CPU s": lambda side, out: run(
-                side, *evaluate, "--out", str(out)
-            )[0],
+            f"eval.py, {images} drawn images, CPU s": lambda side, out: run(side, *evaluate, str(out))[0],
             f"predict.py, {photos} photographs of 12 megapixels, s": lambda side, out: run(
-                side, "predict.py", model, seen, "--out", str(out), *TINY
+                side, *predict, str(out)
             )[1],
         }
         found, new = [], partial(tempfile.mkdtemp, dir=home)

@@ -25,9 +25,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from datetime import date
 from functools import partial
-from importlib.metadata import distributions
 from itertools import chain
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -166,9 +164,7 @@ def encoder(plan: Plan) -> Iterator[dict]:
             vae.encoder.compile(**plan.compile)
         return partial(encode, vae)
 
-    def images(B: int) -> Tensor:
-        return torch.rand(B, 3, work.size, work.size, device=work.device) * 2 - 1
-
+    images = lambda B: torch.rand(B, 3, work.size, work.size, device=work.device) * 2 - 1
     yield from contest(plan, "VAE encoder", layouts(plan, build), images, plan.batches)
 
 
@@ -351,13 +347,11 @@ PARTS |= {"compiled": (compiled, 60)}
 def suite(plan: Plan, minutes: float, only: Sequence[str] = (), out: str | None = None) -> int:
     """Run the parts, or `only` some, print the summary; return the exit code: 1 after an error or FAIL."""
     deadline = time.monotonic() + 60 * minutes
-    installed = {x.name: x.version for x in distributions()}
-    packages = ", ".join(f"{x} {installed.get(x, 'missing')}" for x in ("diffusers", "transformers"))
-    facts = {"machine": f"{short.header(plan.work.device)}, {packages}, {date.today()}", "parts": {}}
-    print(facts["machine"], flush=True)
     parts = {name: part for name, part in plan.parts.items() if not only or name in only}
     needed = sum(seconds for _, seconds in parts.values())
+    facts = {"machine": short.header(plan.work.device)}
     facts["parts"] = {name: {"rows": [], "verdict": "left out"} for name in parts}
+    print(facts["machine"], flush=True)
     for name, (function, seconds) in parts.items():
         needed -= seconds
         left = deadline - time.monotonic()

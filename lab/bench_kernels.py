@@ -1,11 +1,9 @@
 """`python -m lab.bench --suite gpu --only kernels`: the Triton kernels against torch's ways of the same work.
 
-One row per shape and direction: our time, the fastest peer's, their ratio, and the floor: the bytes that must
-move at this GPU's measured copy rate, or the products at its measured rate of products, whichever takes
-longer. Correctness comes first: in memory that was filled with NaN, our error against float64 may be at most
-twice that of plain torch in the same precision, and a second run must give the same bits. Otherwise the row
-reads FAIL, is not timed, and the exit code is 1. A peer that fails (out of memory, a shape that it does not
-support) is named with its error.
+A row of each shape; its floor is the bytes that must move at this GPU's copy rate, or the products at its
+rate of products, whichever takes longer. Correctness comes first: in memory that was filled with NaN, our
+error against float64 may be at most twice that of plain torch in the same precision, and a second run must
+give the same bits. Otherwise the row reads FAIL and is not timed. A peer that fails is named with its error.
 
 A time is the median of replays of a CUDA graph (`triton.testing.do_bench_cudagraph`) that calls the function
 on several sets of inputs, together larger than the cache: neither launches nor the cache are measured. Ours
@@ -18,8 +16,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import date
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import distributions
 from itertools import product
 
 import torch
@@ -247,9 +246,7 @@ def block_cases(sizes: Sizes) -> Iterator[Case]:
         y = attend(*(part.unflatten(-1, (n, -1)) for part in (q, k, v)))
         return x + F.linear(y.flatten(2), out, bias)
 
-    def plain(*tensors: Tensor) -> Tensor:
-        return chain(reference.attention, *tensors)
-
+    plain = lambda *tensors: chain(reference.attention, *tensors)
     for N, d in sizes.levels:
 
         def inputs(N: int = N, D: int = n * d) -> list[Tensor]:
@@ -283,14 +280,10 @@ def projection_cases(sizes: Sizes) -> Iterator[Case]:
     def ours(context: Tensor, *weights: Tensor) -> list[Tensor]:
         return functional_call(unet, dict(zip(widths, weights, strict=True)), (context,))
 
-    def plain(context: Tensor, *weights: Tensor) -> list[Tensor]:
-        return [F.linear(context, x).unflatten(-1, (sizes.unet.heads, -1)) for x in weights]
-
+    n = sizes.unet.heads
+    plain = lambda context, *weights: [F.linear(context, x).unflatten(-1, (n, -1)) for x in weights]
     for B in sizes.projected:
-
-        def inputs(B: int = B) -> list[Tensor]:
-            return [sizes.random(B, M, C), *(sizes.random(x, C) * C**-0.5 for x in widths.values())]
-
+        inputs = lambda B=B: [sizes.random(B, M, C), *(sizes.random(x, C) / C**0.5 for x in widths.values())]
         costs = (sizes.dtype.itemsize * (B * M * (C + D) + 1.0 * C * D), 0.0), (2.0 * B * M * C * D, 0.0)
         name, peers = f"keys and values B {B} M {M}, {len(widths) // 2} layers", {"eager": plain}
         yield Case(name, inputs, ours, plain, peers, None, *costs)
@@ -334,9 +327,7 @@ def loss_cases(sizes: Sizes) -> Iterator[Case]:
         logits = F.interpolate(logits, (large, large), mode="bilinear", align_corners=False)
         return F.cross_entropy(logits, labels, ignore_index=reference.IGNORE, reduction="sum")
 
-    def ours(logits: Tensor, labels: Tensor) -> Tensor:
-        return upsample_cross_entropy(logits, labels)[0]
-
+    ours = lambda *tensors: upsample_cross_entropy(*tensors)[0]
     small, labels, flops = B * K * side**2 * sizes.dtype.itemsize, 8.0 * B * large**2, 10.0 * B * K * large**2
     shape, peers = f"B {B} K {K} {side} -> {large}", sizes.peers(plain)
     name, key = f"upsampling + cross-entropy {shape}", ("upsample_cross_entropy", K)
@@ -349,10 +340,7 @@ def wide_cases(sizes: Sizes) -> Iterator[Case]:
     B, N, d = sizes.wide
     plain, peers = reference.attention, {"torch's choice": reference.attention}
     costs = (4.0 * sizes.dtype.itemsize * B * N * d, 0.0), (4.0 * B * N * N * d, 0.0)
-
-    def inputs() -> list[Tensor]:
-        return [sizes.random(B, N, 1, d) for _ in range(3)]
-
+    inputs = lambda: [sizes.random(B, N, 1, d) for _ in range(3)]
     name, key = f"wide attention B {B} N {N} d {d}", ("row_attention", d)
     slack = 3.0  # its scores are rounded to bfloat16, torch's are not
     yield Case(name, inputs, row_attention, plain, peers, key, *costs, slack=slack)
@@ -386,7 +374,12 @@ def measure_rates(sizes: Sizes, clock: Clock) -> dict[str, float]:
 
 def header(device: str) -> str:
     """The machine, the versions and the commit of a measurement."""
-    versions = f"torch {torch.__version__}, triton {version('triton')}, commit {commit() or 'unknown'}"
+    found, packages = (
+        {x.name: x.version for x in distributions()},
+        ("torch", "triton", "diffusers", "transformers"),
+    )
+    versions = ", ".join(f"{x} {found.get(x, 'missing')}" for x in packages)
+    versions = f"{versions}, commit {commit() or 'unknown'}, {date.today()}"
     if device == "cpu":
         return f"rehearsal on a CPU, {versions}: the times mean nothing"
     major, minor = torch.cuda.get_device_capability()

@@ -227,9 +227,8 @@ def measure(side: str, work: Work, steps: int) -> dict:
 def compare(work: Work, steps: int, rounds: int) -> dict:
     """Measure the row of the table, and the median of each phase of both sides."""
     row = {"case": "training step, sd15", "image": work.size, "dtype": "float32"}
-    sides = {
-        side: lambda _, side=side: bench_peers.apart(measure, side, work, steps) for side in ("ours", "peer")
-    }
+    run = lambda side: lambda _: bench_peers.apart(measure, side, work, steps)
+    sides = {side: run(side) for side in ("ours", "peer")}
     runs = dict(zip(sides, bench_peers.in_turns(rounds, *sides.values()), strict=True))
     print(json.dumps(runs), flush=True)
     results = [runs[side][0]["first"] for side in runs]

@@ -166,7 +166,7 @@ def test_a_killed_suite_has_written_what_finished(tmp_path):
     plan = replace(PLAN, parts=parts, start="fork")
     process = multiprocessing.get_context("fork").Process(target=suite, args=(plan, 9), kwargs={"out": out})
     process.start()
-    while not out.exists() or not read(out)["hangs"]["rows"]:
+    while process.is_alive() and not (out.exists() and read(out)["hangs"]["rows"]):
         time.sleep(0.05)
     process.kill()
     process.join()
