@@ -286,12 +286,12 @@ def test_a_case_that_fails_leaves_the_others():
     """And a size at which a kernel failed has not won."""
 
     def measured(case):
-        if case.key == ("kernel", 1):
+        if case.name == "a":
             raise torch.OutOfMemoryError("tried to allocate 1 TiB")
         return {"case": case.name, "key": case.key, "ours": {"triton": [1.0]}, "peers": {"torch": [2.0]}}
 
     case = bench_kernels.Case("a", None, None, None, {}, ("kernel", 1), (0.0, 0.0))
-    cases = [case, replace(case, name="b", key=("kernel", 2))]
+    cases = [case, replace(case, name="b", key=("kernel", 2)), replace(case, name="c")]
     rows = list(bench_gpu.each(cases, measured))
     assert line(rows[0]).startswith("| a | FAIL |") and "out of memory" in line(rows[0])
     assert won_by({"parts": {"kernels": {"rows": rows}}}) == {"kernel": [2]}
