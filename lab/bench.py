@@ -16,18 +16,15 @@ make the exit code 1.
 """
 
 import argparse
-import ctypes
 import json
-import multiprocessing
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from timeit import timeit
 
 import torch
 from torch import Tensor, nn
@@ -35,14 +32,26 @@ from torch import Tensor, nn
 from clip import CLIP, pixels
 from errors import Parser, run_command
 from kernels import arrange
-from lab import bench_choices
+from lab import bench_choices, bench_peers
 from lab import bench_mask2former as masks
-from lab.bench_peers import header, memory, peer_clip, peer_unet, peer_vae, table
+from lab.bench_peers import peer_clip, peer_unet, peer_vae
 from mask2former import Mask2Former
 from ram import RAMConfig, Swin
 from unet import UNet
 from vae import VAE
 
+COLUMNS = (
+    "case",
+    "image",
+    "dtype",
+    "ours s",
+    "peer s",
+    "ratio",
+    "min ratio",
+    "ours MiB",
+    "peer MiB",
+    "error",
+)
 BUSY = 0.08  # a second busy process can make a row several times slower
 BOUND = {"float32": 1e-5, "bfloat16": 0.05}  # relative RMS error between ours and the peer
 
@@ -164,7 +173,16 @@ CASES["unet-openvino"] = replace(
 )
 CASES |= {f"{name}-last": channels_last(CASES[name]) for name in ("unet", "vae")}
 ROWS = [name for name in CASES if name != "unet-openvino"]  # by default: of packages that the tests need
-PARTS = ("tests", "unknowns", "kernels", "encoder", "unet", "train", "inference")  # of bench_gpu.py
+PARTS = (
+    "tests",
+    "unknowns",
+    "kernels",
+    "encoder",
+    "unet",
+    "train",
+    "inference",
+    "compiled",
+)  # of bench_gpu.py
 
 
 def compare(name: str, dtype: str, size: int, rounds: int) -> dict:
@@ -182,35 +200,25 @@ def compare(name: str, dtype: str, size: int, rounds: int) -> dict:
         row["error"] = torch.stack([relative(*x) for x in zip(mine, theirs, strict=True)]).max().item()
         if not row["error"] <= case.bounds[dtype]:
             return row | {"verdict": "FAIL"}
-        times = in_turns(runs, rounds)
-    if times is None:
+        for _ in range(3):
+            others = cpu_of_others()
+            times = bench_peers.in_turns(rounds, *(lambda _, run=run: timeit(run, number=1) for run in runs))
+            if not (busy := others() > BUSY):
+                break
+    if busy:
         return row | {"verdict": "BUSY"}
     del ours, peer, models, runs, mine, theirs  # free their memory
     row["ours s"], row["peer s"] = (statistics.median(x) for x in times)
-    row["ratio"] = statistics.median(mine / theirs for mine, theirs in zip(*times, strict=True))
+    row["ratio"] = bench_peers.ratio(*times)
     row["min ratio"] = min(times[0]) / min(times[1])
     for who in ("ours", "peer"):
-        row[f"{who} MiB"] = alone(peak_of_run, name, who, dtype, size)
+        row[f"{who} MiB"] = bench_peers.alone(peak_of_run, name, who, dtype, size)
     return row
 
 
 def relative(ours: Tensor, peer: Tensor) -> Tensor:
     ours, peer = ours.float(), peer.float()
     return (ours - peer).norm() / peer.norm()
-
-
-def in_turns(sides: list[Callable], rounds: int) -> list[list[float]] | None:
-    """Seconds of every run, A B, B A, A B, ...; None if the machine was busy in all of three tries."""
-    for _ in range(3):
-        times, others = ([], []), cpu_of_others()
-        for i in range(rounds):
-            for who in (i % 2, 1 - i % 2):
-                start = time.perf_counter()
-                sides[who]()
-                times[who].append(time.perf_counter() - start)
-        if others() <= BUSY:
-            return times
-    return None
 
 
 def cast(inputs: list[Tensor], dtype: str) -> list[Tensor]:
@@ -222,23 +230,13 @@ def peak_of_run(name: str, who: str, dtype: str, size: int) -> float:
     case, side = CASES[name], getattr(CASES[name], who)
     with torch.device("meta"):
         side.build()  # imports the peer
-    before = memory("VmRSS")
+    before = bench_peers.memory("VmRSS")
     model = arrange(side.build().to(getattr(torch, dtype)).eval())
     inputs = cast(case.inputs(size), dtype)
-    ctypes.CDLL(None).malloc_trim(0)  # free what construction left in the heap
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (proc(5))
+    bench_peers.watch_peak()
     with case.mode():
         side.run(model, inputs)
-    return memory("VmHWM") - before
-
-
-def alone(function: Callable, *arguments):
-    """Run a function in a new process, where glibc frees blocks over 1 MiB at once: peaks then compare
-    live tensors, not the fragmentation of the heap.
-    """
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # glibc reads it when a process starts
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+    return bench_peers.memory("VmHWM") - before
 
 
 def cpu_of_others() -> Callable[[], float]:
@@ -260,25 +258,22 @@ def cpu_of_others() -> Callable[[], float]:
 
 def cpu_suite(names: list[str], dtypes: list[str], size: int, rounds: int, out: str | None) -> int:
     """Measure and print every row of CASES in `names`; return the exit code."""
-    print(header(), flush=True)
+    print(bench_peers.header(), flush=True)
     rows = []
     for name in names:
         measured = list(CASES[name].bounds)
         for dtype in [x for x in dtypes if x in measured] or measured:
             rows.append(compare(name, dtype, size, rounds))
             print(json.dumps(rows[-1]), flush=True)
-    print(table(rows))
+    print(bench_peers.table(rows, COLUMNS))
     if out:
-        Path(out).write_text(json.dumps({"machine": header(), "rows": rows}, indent=1))
+        Path(out).write_text(json.dumps({"machine": bench_peers.header(), "rows": rows}, indent=1))
     return int(any("verdict" in row for row in rows))
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(
-        prog="python -m lab.bench",
-        description="Measure TADA against its peers.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    how = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    parser = Parser(prog="python -m lab.bench", description="Measure TADA against its peers.", **how)
     add = parser.add_argument
     add("--suite", choices=["cpu", "cpu-choices", "gpu"], default="cpu", help="what to measure")
     add("--only", choices=[*CASES, *PARTS], nargs="+", help=f"rows; of gpu: {', '.join(PARTS)}")

@@ -7,20 +7,21 @@ predict.py seconds by the clock), in turns, whole processes with threads that sl
 train.py the difference between a long and a short run, which is what a step takes.
 """
 
-import argparse
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 from PIL import Image
 
-from errors import Parser, TadaError, run_command
+from errors import TadaError, run_command
 from images import scenes
+from lab.bench_peers import in_turns, ratio, table
 
 ROOT, BEFORE = Path(__file__).parents[1], "82e1c58"
 SHORT, LONG = 4, 44  # steps of train.py
@@ -73,49 +74,25 @@ def rows(images: int, photos: int, rounds: int) -> list[dict]:
         before, model = check_out(home / "before"), str(home / "model")
         run(before, "train.py", "--run", model, "--iterations", "20", *TINY)
         seen = str(photographs(home / "photos", photos))
-        evaluate = ["eval.py", model, "--split", "test", "--limit", str(images), *TINY]
+        evaluate = ["eval.py", model, "--split", "test", "--limit", str(images), *TINY, "--out"]
+        predict = ["predict.py", model, seen, *TINY, "--out"]
         cases: dict[str, Callable[[Path, Path], float]] = {
             "train.py --help, CPU s": lambda side, out: run(side, "train.py", "--help")[0],
             "train.py, tiny, CPU s a step": step,
-            f"eval.py, {images} drawn images, CPU s": lambda side, out: run(
-                side, *evaluate, "--out", str(out)
-            )[0],
+            f"eval.py, {images} drawn images, CPU s": lambda side, out: run(side, *evaluate, str(out))[0],
             f"predict.py, {photos} photographs of 12 megapixels, s": lambda side, out: run(
-                side, "predict.py", model, seen, "--out", str(out), *TINY
+                side, *predict, str(out)
             )[1],
         }
-        table = []
+        found, new = [], partial(tempfile.mkdtemp, dir=home)
         for case, measure in cases.items():
-            seconds: dict[Path, list[float]] = {ROOT: [], before: []}
-            for i in range(rounds):
-                for side in (ROOT, before)[:: -1 if i % 2 else 1]:
-                    seconds[side].append(measure(side, home / f"{len(table)}-{i}-{side.name}"))
-            ours, theirs = seconds.values()
-            ratio = median(new / old for new, old in zip(ours, theirs, strict=True))
-            table.append({"case": case, "now": median(ours), "before": median(theirs), "ratio": ratio})
-            print(table[-1], flush=True)
-        return table
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = Parser(
-        prog="python -m lab.bench_before",
-        description="Measure the commands against those of an earlier commit.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--images", type=int, default=500, help="drawn images that eval.py reads")
-    parser.add_argument("--photos", type=int, default=200, help="photographs that predict.py reads")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each side")
-    options = parser.parse_args(argv)
-
-    def work() -> int:
-        print("| case | now | before | ratio |\n|---|---|---|---|")
-        for row in rows(options.images, options.photos, options.rounds):
-            print(f"| {row['case']} | {row['now']:.2f} | {row['before']:.2f} | {row['ratio']:.2f} |")
-        return 0
-
-    return run_command("bench_before", work)
+            sides = (lambda _, x=x, of=measure: of(x, Path(new(), "out")) for x in (ROOT, before))
+            now, then = in_turns(rounds, *sides)
+            row = {"case": case, "now": median(now), "before": median(then), "ratio": ratio(now, then)}
+            print(row, flush=True)
+            found.append(row)
+        return found
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("bench_before", lambda: print(table(rows(images=500, photos=200, rounds=3)))))

@@ -5,8 +5,6 @@ median of the ratios is at most 0.97.
 """
 
 import copy
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -18,6 +16,8 @@ from torch import Tensor, nn
 from kernels import WINS, cpu_class, reference
 from kernels.linear import as_convolution
 from kernels.row_attention import row_attention
+from lab import bench_peers
+from lab.bench_peers import cpu_seconds, in_turns
 from unet import UNet
 from vae import VAE
 
@@ -29,15 +29,8 @@ PRODUCTS = ((4096, 320, 2560), (1024, 640, 5120), (257, 1024, 4096))  # tokens, 
 
 def ratio(ours: Callable, plain: Callable) -> float:
     """CPU time of ours / plain: the median over rounds, in turns, after one run of each."""
-    ratios = []
-    for i in range(ROUNDS + 1):
-        seconds = {}
-        for side in (ours, plain) if i % 2 else (plain, ours):
-            start = time.process_time()
-            side()
-            seconds[side] = time.process_time() - start
-        ratios.append(seconds[ours] / seconds[plain])
-    return statistics.median(ratios[1:])
+    times = in_turns(ROUNDS + 1, *(lambda _, x=x: cpu_seconds(x) for x in (ours, plain)))
+    return bench_peers.ratio(*(x[1:] for x in times))
 
 
 def attention_ratio(width: int) -> float:

@@ -2,7 +2,8 @@
 
 In this order: the tests that need a GPU; what decides the next work (cuDNN's convolutions, each of torch's
 backends of attention, a copy, a product); our kernels against torch; the VAE's encoder, the UNet, a training
-step and inference against diffusers. All rows and the goals come last. Each part runs in a process of its
+step and inference against diffusers, and all but inference against diffusers compiled. All rows and the goals
+come last. Each part runs in a process of its
 own, so neither an illegal access nor a lack of memory harms the next, and gets the time that later parts do
 not need. Rows are printed and written to the JSON file as they come.
 
@@ -11,6 +12,7 @@ that won in this call ("auto") and with all of them ("triton"). Its error may be
 in the same precision, both against the peer in float32; otherwise it reads FAIL and has no time.
 """
 
+import ctypes
 import json
 import math
 import multiprocessing
@@ -20,12 +22,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from datetime import date
 from functools import partial
-from importlib.metadata import distributions
 from itertools import chain
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -39,26 +39,12 @@ import inference
 import kernels
 from lab import bench_kernels as short
 from lab import bench_step as steps
+from lab.bench_goals import HEAD, all_rows, line, summary, won_by
 from loading.augment import normalise
+from run.compiled import OPTIONS
 from run.files import replace_text
 
 SLACK = 3.0  # times the peer's error
-LIMIT = 11_900  # characters of the summary: a lent machine returns the last 12,000
-GOALS = (  # name, part, start of the rows, pass (None: the sum), peer ("": the fastest), the highest ratio
-    ("G1", "kernels", "cross-attention B 16", 0, "", 0.80),
-    ("G2", "kernels", "cross-attention B 16", 1, "", 0.60),
-    ("G2", "kernels", "cross-attention B 2", 1, "", 0.40),
-    ("G4", "kernels", "GroupNorm + SiLU", None, "eager", 0.40),
-    ("G4", "kernels", "GroupNorm + SiLU", None, "compiled", 0.90),
-    ("G6", "kernels", "upsampling", None, "eager", 0.15),
-    ("G7", "unknowns", "self-attention B 16 N 4096", None, "cudnn", 1.05),
-    ("G8", "encoder", "VAE encoder B 16", None, "", 0.75),
-    ("G9", "unet", "UNet B 16", None, "", 0.70),
-    ("G10", "train", "training step B 16", None, "", 0.65),
-    ("G10", "train", "training step B 2", None, "", 0.65),
-    ("G11", "inference", "inference B 1", None, "", 0.50),
-    ("G11", "inference", "inference B 16", None, "", 0.75),
-)
 Run = Callable[[object], list[Tensor]]  # one call of a side, with results to compare
 
 
@@ -70,6 +56,30 @@ def event_clock(work: Callable[[], object]) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) * 1e3
+
+
+def captured(forward: Callable) -> Callable:
+    """The function, replayed from a CUDA graph for each shape of its first argument. The other arguments are
+    those of the first call; the result is overwritten by the next one.
+    """
+    graphs = {}
+
+    def run(x: Tensor, *others: object) -> object:
+        if x.shape not in graphs:
+            own, stream, graph = x.clone(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # cuDNN's trials and Triton's compiler wait for the GPU
+                    forward(own, *others)
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graph):
+                graphs[x.shape] = graph, own, forward(own, *others)
+        graph, own, result = graphs[x.shape]
+        own.copy_(x)
+        graph.replay()
+        return result
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,9 @@ class Plan:
     predicted: tuple[int, ...] = (16, 1)
     choices: tuple[str, ...] = ("auto", "triton")  # of kernels.use
     turns: tuple[int, int] = (3, 20)  # before the clock, and timed
+    compile: dict | None = None  # how the only peer is compiled; None: the peers run eagerly
+    options: dict = field(default_factory=lambda: {"dynamic": False, "options": OPTIONS})  # of `compile`
+    capture: Callable[[Callable], Callable] = captured
     start: str = "spawn"  # of the processes
 
 
@@ -96,7 +109,8 @@ def run_tests(plan: Plan) -> Iterator[dict]:
     root = Path(__file__).parents[1]
     files = sorted((root / "tests").glob("test_*.py"))
     marked = [file for file in files if "pytest.mark.gpu" in file.read_text()]
-    last, command = "", [sys.executable, "-m", "pytest", *(plan.tests or ("-m", "gpu", "-x", "-q", *marked))]
+    arguments, last = plan.tests or ("-m", "gpu", "--maxfail=9", "-q", *marked), ""
+    command = [sys.executable, "-m", "pytest", *arguments]
     with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as tests:
         for text in tests.stdout:
             print(text, end="", flush=True)
@@ -106,7 +120,6 @@ def run_tests(plan: Plan) -> Iterator[dict]:
 
 def unknowns(plan: Plan) -> Iterator[dict]:
     """Convolutions by cuDNN, attention by each of torch's backends."""
-    torch.backends.cudnn.benchmark = True
     sizes, rates = plan.sizes, short.measure_rates(plan.sizes, plan.clock)
     products = f"products {rates['products'] / 1e12:,.1f} TFLOP/s"
     yield {"case": "rates", "note": f"copy {rates['copy'] / 1e9:,.0f} GB/s, {products}", "rates": rates}
@@ -114,28 +127,26 @@ def unknowns(plan: Plan) -> Iterator[dict]:
     alone = [replace(case, name="self-" + case.name[6:]) for x in own for case in short.attention_cases(x)]
     across = short.attention_cases(replace(sizes, batches=sizes.batches[-1:]))
     backends = {name: sdpa_kernel(getattr(SDPBackend, name)) for name in sizes.backends}
-    for case in chain(short.convolution_cases(sizes), alone, across, short.wide_cases(sizes)):
-        peers = {name: by(case.plain) for name, by in backends.items() if case.key[0] != "convolution"}
-        times, failed = short.take_turns(case, {"ours": case.plain, **peers}, plan.clock)
-        costs = zip(case.moved, case.products, strict=True)
-        floor = [max(x / rates["copy"], y / rates["products"]) * 1e6 for x, y in costs]
-        row = {"case": case.name, "ours": {"torch": times.pop("ours")}, "peers": times, "floor": floor}
-        yield row | {"failed": failed}
+
+    def measured(case: short.Case) -> dict:
+        peers = {name: by(case.plain) for name, by in backends.items() if case.key}
+        return short.timed(case, {"torch": case.plain}, peers, rates, plan.clock)
+
+    yield from each(chain(short.convolution_cases(sizes), alone, across, short.wide_cases(sizes)), measured)
 
 
 def our_kernels(plan: Plan) -> Iterator[dict]:
     rates = short.measure_rates(plan.sizes, plan.clock)
-    for rows in short.measure_all(plan.sizes, rates, plan.clock):
-        worst = max(rows, key=lambda row: row.error - row.case.slack * row.plain_error)
-        result = {"case": worst.case.name, "key": worst.case.key, "right": all(row.right for row in rows)}
-        result |= {"error": worst.error, "plain": worst.plain_error, "failed": worst.failed}
-        if result["right"]:
-            result["ours"] = {"triton": [row.ours for row in rows]}
-            result["peers"] = {peer: [row.peers[peer] for row in rows] for peer in worst.peers}
-            result["floor"] = [row.floor for row in rows]
-        elif not all(row.repeats for row in rows):
-            result["note"] = "a second run differs"
-        yield result
+    yield from each(short.all_cases(plan.sizes), partial(short.measure, rates=rates, clock=plan.clock))
+
+
+def each(cases: Iterable[short.Case], measured: Callable[[short.Case], dict]) -> Iterator[dict]:
+    """A row of each case; an error is its note."""
+    for case in cases:
+        row, failed = {"right": False, "key": case.key}, {}
+        with short.noted(failed, "note"):
+            row = measured(case)
+        yield {"case": case.name} | row | failed
 
 
 def encoder(plan: Plan) -> Iterator[dict]:
@@ -148,11 +159,12 @@ def encoder(plan: Plan) -> Iterator[dict]:
         return [vae.moments(image)[0] if ours else vae.encode(image.to(vae.dtype)).latent_dist.mean]
 
     def build(half: bool, last: bool, ours: bool = False) -> Run:
-        return partial(encode, steps.part(work, 0, half, last, ours))
+        vae = steps.part(work, 0, half, last, ours)
+        if plan.compile and not ours:
+            vae.encoder.compile(**plan.compile)
+        return partial(encode, vae)
 
-    def images(B: int) -> Tensor:
-        return torch.rand(B, 3, work.size, work.size, device=work.device) * 2 - 1
-
+    images = lambda B: torch.rand(B, 3, work.size, work.size, device=work.device) * 2 - 1
     yield from contest(plan, "VAE encoder", layouts(plan, build), images, plan.batches)
 
 
@@ -172,6 +184,8 @@ def unet(plan: Plan) -> Iterator[dict]:
 
     def build(half: bool, last: bool, ours: bool = False) -> Run:
         model = steps.part(work, 1, half and ours, last, ours)
+        if plan.compile and not ours:
+            model.compile(**plan.compile)
         return partial(learn, model, model.features if ours else steps.tapped(model), half and not ours)
 
     def inputs(B: int) -> list[Tensor]:
@@ -182,20 +196,27 @@ def unet(plan: Plan) -> Iterator[dict]:
 
 
 def layouts(plan: Plan, build: Callable[..., Run]) -> dict[str, Callable[[], Run]]:
-    """Ours, the peer in both layouts of memory, and the peer in float32."""
+    """Ours, the peer in both layouts of memory, and in float32; or ours and the compiled peer."""
     half = plan.work.half
-    sides = {"ours": partial(build, half, last=True, ours=True), "NCHW": partial(build, half, False)}
-    return sides | {"channels-last": partial(build, half, True), "exact": partial(build, False, False)}
+    sides = {"ours": partial(build, half, last=True, ours=True)}
+    if plan.compile:
+        return sides | {"compiled": partial(build, half, True)}
+    sides |= {"NCHW": partial(build, half, False), "channels-last": partial(build, half, True)}
+    return sides | {"exact": partial(build, False, False)}
 
 
 def train(plan: Plan) -> Iterator[dict]:
     """The step of train.py against the same of diffusers, transformers and our decoder."""
 
-    def build(side: Callable) -> Run:
-        step = side(plan.work)[2]
+    def build(side: Callable, *compiled: str) -> Run:
+        model, _, step = side(plan.work)
+        for name in compiled:
+            model.get_submodule(name).compile(**plan.compile)
         return lambda batch: [torch.tensor(x) for x in step(batch)]  # the loss, the norm of the gradient
 
     sides = {"ours": partial(build, steps.ours), "channels-last": partial(build, steps.peer)}
+    if plan.compile:
+        sides = {"ours": sides["ours"], "compiled": partial(sides["channels-last"], *steps.COMPILED)}
     batch = partial(steps.batch_of, plan.work.size)
     yield from contest(plan, "training step", sides, batch, plan.batches)
 
@@ -204,8 +225,14 @@ def predict(plan: Plan) -> Iterator[dict]:
     """The labels of images: ours as eval.py's, the peer's of bfloat16 weights."""
     work = plan.work
 
-    def ours() -> Run:
+    def ours(graph: bool = False) -> Run:
         tada = steps.our_model(work).eval()
+        if graph:
+            ids = tada.tokenizer([steps.CAPTION]).to(work.device)  # a graph copies nothing from the CPU
+            tada.tokenizer = lambda texts: ids.expand(len(texts), -1)
+            # A cached cast would be freed after the capture.
+            cast = torch.autocast(work.device, torch.bfloat16, work.half, cache_enabled=False)
+            tada.forward = plan.capture(cast(tada.forward))
 
         def run(image: Tensor) -> list[Tensor]:
             pixels, words = normalise(image.to(work.device)), [[steps.CAPTION]] * len(image)
@@ -227,6 +254,16 @@ def predict(plan: Plan) -> Iterator[dict]:
     sides = {"ours": ours, "channels-last": partial(peer, work.half), "exact": partial(peer, False)}
     image = lambda B: steps.batch_of(work.size, B).image
     yield from contest(plan, "inference", sides, image, plan.predicted)
+    plan, sides = replace(plan, choices=plan.choices[:1]), sides | {"ours": partial(ours, graph=True)}
+    yield from contest(plan, "inference by CUDA graph", sides, image, plan.predicted[-1:])
+
+
+def compiled(plan: Plan) -> Iterator[dict]:
+    """The encoder, the UNet and the step against diffusers compiled; last, since that takes minutes."""
+    plan = replace(plan, compile=plan.options)
+    for part in (encoder, unet):
+        yield from part(replace(plan, batches=plan.batches[:1]))
+    yield from train(plan)
 
 
 # ---- ours against peers
@@ -236,54 +273,56 @@ def contest(
     plan: Plan, name: str, sides: dict[str, Callable[[], Run]], inputs: Callable, batches: tuple[int, ...]
 ) -> Iterator[dict]:
     """Compare "ours" with "exact", or else with the peer, at the last of the batches; then time all sides."""
-    small, runs, results, kept, wrong = inputs(batches[-1]), {}, {}, {}, {}
-    exact = sides["exact"]()(small) if "exact" in sides else None
-    for side in (x for x in sides if x != "exact"):
-        before, run = torch.cuda.memory_allocated(), sides[side]()
-        for label in plan.choices if side == "ours" else (side,):
-            runs[label] = partial(call, plan, label if side == "ours" else "torch", run)
-            try:
-                results[label] = runs[label](small)
-            except RuntimeError as problem:  # the others go on
-                wrong[label] = f"FAIL: {str(problem).partition(chr(10))[0][:200]}"
-            kept[label] = torch.cuda.memory_allocated() - before
-    peer = next(x for x in results if x not in plan.choices)
-    plain = list(map(difference, results[peer], exact or results[peer]))
-    least = 1e-5 if exact else 0.05 if plan.work.half else 1e-4
-    pairs = [] if results.keys() & plan.choices else [(math.inf, 0.0)]
+    small, built, runs, results, kept, wrong = inputs(batches[-1]), {}, {}, {}, {}, {}
+    labels = [(x, "ours") for x in plan.choices] + [(x, x) for x in sides if x != "ours"]
+    for label, side in reversed(labels):
+        with short.noted(wrong, label):
+            if side not in built:
+                built[side] = torch.cuda.memory_allocated(), sides[side]()
+            run = partial(call, plan, label if side == "ours" else "torch", built[side][1])
+            results[label] = run(small)
+            kept[label] = torch.cuda.memory_allocated() - built[side][0]
+            runs[label] = run
+        run = None
+        if side == "exact":
+            built, runs = {}, {}  # free it
+    exact = results.pop("exact", None)
+    theirs = next((x for label, x in results.items() if label not in plan.choices), exact)
+    least = 1e-5 if exact else 0.25 if plan.compile else 0.05 if plan.work.half else 1e-4
+    worst = []
     for label in results.keys() & plan.choices:
-        errors = zip(map(difference, results[label], exact or results[peer]), plain, strict=True)
-        pairs.append(max(errors, key=lambda pair: pair[0] - SLACK * pair[1]))
-        if not pairs[-1][0] <= SLACK * pairs[-1][1] + least < math.inf:
-            wrong[label] = f"FAIL: error {pairs[-1][0]:.1e}"
-    error, plain = max(pairs)
-    del exact, results
-    right = {label: run for label, run in runs.items() if label not in wrong}
+        sets = zip(results[label], theirs or results[label], exact or theirs or results[label], strict=True)
+        errors = [(difference(x, z), difference(y, z)) for x, y, z in sets] if theirs else [(math.inf, 0.0)]
+        worst.append(max(errors, key=lambda pair: pair[0] - SLACK * pair[1]))
+        if not theirs:
+            wrong[label] = "no peer to compare with"
+        elif not worst[-1][0] <= SLACK * worst[-1][1] + least < math.inf:
+            wrong[label] = f"error {worst[-1][0]:.1e}"
+    error, plain = max(worst, default=(math.inf, 0.0))
+    del exact, theirs, results
+    right = {label: runs[label] for label, _ in labels if label in runs and label not in wrong}
     for B in batches:
         row = race(plan, right, inputs(B), kept)
         row["failed"] |= wrong
-        yield {"case": f"{name} B {B}", "error": error, "plain": plain, "right": not wrong} | row
+        row["right"] = not row["failed"].keys() & plan.choices
+        yield {"case": f"{name} B {B}", "error": error, "plain": plain} | row
 
 
 def race(plan: Plan, runs: dict[str, Run], inputs: object, kept: dict[str, int]) -> dict:
-    """The median time of each side in turns, and the MiB that it takes; one that lacks memory is named."""
-    times, failed, most = {}, {}, {}
-    for label, run in runs.items():
-        torch.cuda.empty_cache()
-        try:
-            before = torch.cuda.memory_allocated() - kept[label]
-            if plan.work.device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            for _ in range(plan.turns[0]):
-                run(inputs)
-            most[label] = (torch.cuda.max_memory_allocated() - before) / 2**20
-            times[label] = []
-        except torch.OutOfMemoryError:
-            failed[label] = "out of memory"
-    for i in range(plan.turns[1]):
+    """The median time of each side in turns, and the MiB that it takes; one that fails is named."""
+    times, failed, most = {label: [] for label in runs}, {}, {}
+    for i in range(sum(plan.turns)):
         for label in list(times)[:: -1 if i % 2 else 1]:
-            times[label].append(plan.call_clock(partial(runs[label], inputs)))
-    medians = {label: [statistics.median(x)] for label, x in times.items()}
+            with short.noted(failed, label):
+                before = torch.cuda.memory_allocated() - kept[label]
+                if plan.work.device == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                times[label].append(plan.call_clock(partial(runs[label], inputs)))
+                most[label] = (torch.cuda.max_memory_allocated() - before) / 2**20
+            if label in failed:
+                del times[label]
+                torch.cuda.empty_cache()
+    medians = {label: [statistics.median(x[plan.turns[0] :])] for label, x in times.items()}
     ours = {label: medians.pop(label) for label in plan.choices if label in medians}
     return {"ours": ours, "peers": medians, "failed": failed, "MiB": most}
 
@@ -300,26 +339,26 @@ def difference(x: Tensor, exact: Tensor) -> float:
 
 # ---- the suite
 
-PARTS = {"tests": (run_tests, 60), "unknowns": (unknowns, 60), "kernels": (our_kernels, 90)}
-PARTS |= {"encoder": (encoder, 25), "unet": (unet, 35), "train": (train, 45), "inference": (predict, 30)}
+PARTS = {"tests": (run_tests, 60), "unknowns": (unknowns, 45), "kernels": (our_kernels, 100)}
+PARTS |= {"encoder": (encoder, 25), "unet": (unet, 35), "train": (train, 45), "inference": (predict, 40)}
+PARTS |= {"compiled": (compiled, 60)}
 
 
 def suite(plan: Plan, minutes: float, only: Sequence[str] = (), out: str | None = None) -> int:
     """Run the parts, or `only` some, print the summary; return the exit code: 1 after an error or FAIL."""
     deadline = time.monotonic() + 60 * minutes
-    installed = {x.name: x.version for x in distributions()}
-    packages = ", ".join(f"{x} {installed.get(x, 'missing')}" for x in ("diffusers", "transformers"))
-    facts = {"machine": f"{short.header(plan.work.device)}, {packages}, {date.today()}", "parts": {}}
-    print(facts["machine"], flush=True)
     parts = {name: part for name, part in plan.parts.items() if not only or name in only}
     needed = sum(seconds for _, seconds in parts.values())
+    facts = {"machine": short.header(plan.work.device)}
+    facts["parts"] = {name: {"rows": [], "verdict": "left out"} for name in parts}
+    print(facts["machine"], flush=True)
     for name, (function, seconds) in parts.items():
         needed -= seconds
         left = deadline - time.monotonic()
         limit = min(left, max(seconds, left - needed))
         if name == "tests" and len(parts) > 1:
             limit = min(limit, 20 * minutes)
-        part = facts["parts"][name] = {"rows": [], "verdict": "left out"}
+        part = facts["parts"][name]
         if left >= seconds:
             print(f"\n{name}, at most {limit:.0f} s\n{HEAD}", flush=True)
             for row in rows_of(plan, function, won_by(facts), limit, part):
@@ -328,7 +367,7 @@ def suite(plan: Plan, minutes: float, only: Sequence[str] = (), out: str | None 
                 save(facts, out)
         print(f"{name}: {part['verdict']}", flush=True)
         save(facts, out)
-    print("\n" + summary(facts)[-LIMIT:], flush=True)
+    print("\n" + summary(facts), flush=True)
     failed = [x for x in facts["parts"].values() if x["verdict"].startswith("FAIL")]
     return int(bool(failed) or not all(row.get("right", True) for _, row in all_rows(facts)))
 
@@ -344,7 +383,7 @@ def rows_of(plan: Plan, function: Callable, won: dict, limit: float, part: dict)
     try:
         while receiver.poll(max(0, end - time.monotonic())):
             yield receiver.recv()
-        part["verdict"] = f"stopped after {limit:.0f} s"
+        part["verdict"] = f"FAIL, stopped after {limit:.0f} s"
     except EOFError:  # the process has ended
         process.join()
         part["verdict"] = f"FAIL, exit code {process.exitcode}" if process.exitcode else "done"
@@ -352,11 +391,15 @@ def rows_of(plan: Plan, function: Callable, won: dict, limit: float, part: dict)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.kill()
+        process.join()  # its memory is free for the next part
 
 
 def child(plan: Plan, function: Callable, won: dict[str, list[int]], sender: Connection) -> None:
     """Send the rows of a part; an error is one more, and ends this process with its traceback."""
     os.setsid()  # so that it is killed with all that it starts
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: and with the process that started it
+    torch.backends.cudnn.benchmark = True  # as train.py
+    torch.backends.cudnn.allow_tf32 = False  # float32 is the reference
     processor = kernels.processor(torch.device(plan.work.device))
     kernels.WINS.update({(kernel, processor): frozenset(sizes) for kernel, sizes in won.items()})
     try:
@@ -364,78 +407,9 @@ def child(plan: Plan, function: Callable, won: dict[str, list[int]], sender: Con
             sender.send(row)
     finally:
         if problem := sys.exc_info()[1]:
-            note = f"{type(problem).__name__}: {str(problem).partition(chr(10))[0][:200]}"
-            sender.send({"case": "error", "note": note, "right": False})
+            sender.send({"case": "error", "note": short.sentence(problem), "right": False})
 
 
 def save(facts: dict, out: str | None) -> None:
     if out:
         replace_text(Path(out), json.dumps(facts, indent=1))
-
-
-# ---- the report
-
-HEAD = "| case | ours us | best peer us | ratio | of the floor | error, peer's | |\n" + "|---" * 7 + "|"
-
-
-def all_rows(facts: dict) -> list[tuple[str, dict]]:
-    return [(name, row) for name, part in facts["parts"].items() for row in part["rows"]]
-
-
-def best(times: dict[str, list[float]]) -> list[tuple[float, str]]:
-    """The least time of each pass, and whose it is."""
-    named = [[(x, name.removesuffix("_ATTENTION").lower()) for x in y] for name, y in times.items()]
-    return [min(x) for x in zip(*named, strict=True)]
-
-
-def ratios(row: dict, peer: str = "") -> list[float]:
-    """Ours / the fastest peer, or those of one name, of each pass and of their sum; [] without times."""
-    peers = {name: x for name, x in row.get("peers", {}).items() if name.lower().startswith(peer)}
-    pairs = [(x, y) for (x, _), (y, _) in zip(best(row.get("ours", {})), best(peers), strict=False)]
-    return [x / y for x, y in pairs] + [sum(x for x, _ in pairs) / sum(y for _, y in pairs)] if pairs else []
-
-
-def won_by(facts: dict) -> dict[str, list[int]]:
-    """The value of kernels.WINS for this GPU."""
-    rows = [row for name, row in all_rows(facts) if "key" in row]
-    return short.wins([(tuple(row["key"]), x) for row in rows for x in ratios(row)[:-1] or [math.inf]])
-
-
-def line(row: dict) -> str:
-    """A row of the table: forward / backward."""
-    ours, peers = (best(row.get(side, {})) for side in ("ours", "peers"))
-    cells = [" / ".join(f"{us:,.{int(us < 1e4)}f} {name}" for us, name in x) for x in (ours, peers)]
-    cells += [" / ".join(f"{x:.2f}" for x in ratios(row)[:-1])]
-    cells += [" / ".join(f"{x / us:.0%}" for x, (us, _) in zip(row.get("floor", []), ours, strict=False))]
-    cells += [f"{row['error']:.1e}, {row['plain']:.1e}" if "error" in row else ""]
-    notes = [row["note"]] if "note" in row else []
-    notes += [f"{name}: {why}" for name, why in row.get("failed", {}).items()]
-    notes += [f"{name} {mib:,.0f} MiB" for name, mib in row.get("MiB", {}).items()]
-    if not row.get("right", True) and not ours:
-        cells[0] = "FAIL"
-    return f"| {' | '.join([row['case'], *cells, '; '.join(notes)])} |"
-
-
-def judged(facts: dict, goal: tuple) -> str:
-    """A line of the table of goals: of the geometric mean; no row may be slower than the peer."""
-    name, part, start, i, peer, highest = goal
-    rows = [row for x, row in all_rows(facts) if x == part and f"{row['case']} ".startswith(start + " ")]
-    found = [x[-1 if i is None else i] for x in (ratios(row, peer) for row in rows) if len(x) > (i or 0) + 1]
-    way = "" if i is None else (", forward", ", backward")[i]
-    text = f"| {name} | {start}{way}{f' against {peer}' if peer else ''} | {highest:.2f}"
-    if not found:
-        return f"{text} | | not measured |"
-    mean, worst = statistics.geometric_mean(found), max(found)
-    verdict = "reached" if mean <= highest and worst <= max(highest, 1.05) else "missed"
-    return f"{text} | {mean:.2f}, the worst of {len(found)} {worst:.2f} | {verdict} |"
-
-
-def summary(facts: dict) -> str:
-    """The last of the output: all rows, the goals, what is missing."""
-    lines = [HEAD, *(line(row) for _, row in all_rows(facts)), "", facts["machine"], ""]
-    lines += [f"kernels.WINS of this GPU: {won_by(facts)}", "", "| goal | case | at most | measured | |"]
-    lines += ["|---" * 5 + "|", *(judged(facts, goal) for goal in GOALS), "", "G3, G5: no case here."]
-    for name, part in facts["parts"].items():
-        again = f"; alone: python -m lab.bench --suite gpu --only {name}" if part["verdict"] != "done" else ""
-        lines.append(f"{name}: {part['verdict']}{again}")
-    return "\n".join(lines)

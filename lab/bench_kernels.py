@@ -1,11 +1,9 @@
 """`python -m lab.bench --suite gpu --only kernels`: the Triton kernels against torch's ways of the same work.
 
-One row per shape and direction: our time, the fastest peer's, their ratio, and the floor: the bytes that must
-move at this GPU's measured copy rate, or the products at its measured rate of products, whichever takes
-longer. Correctness comes first: in memory that was filled with NaN, our error against float64 may be at most
-twice that of plain torch in the same precision, and a second run must give the same bits. Otherwise the row
-reads FAIL, is not timed, and the exit code is 1. A peer that fails (out of memory, a shape that it does not
-support) is named with its error.
+A row of each shape; its floor is the bytes that must move at this GPU's copy rate, or the products at its
+rate of products, whichever takes longer. Correctness comes first: in memory that was filled with NaN, our
+error against float64 may be at most twice that of plain torch in the same precision, and a second run must
+give the same bits. Otherwise the row reads FAIL and is not timed. A peer that fails is named with its error.
 
 A time is the median of replays of a CUDA graph (`triton.testing.do_bench_cudagraph`) that calls the function
 on several sets of inputs, together larger than the cache: neither launches nor the cache are measured. Ours
@@ -16,15 +14,17 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import date
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import distributions
 from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels import reference
@@ -34,6 +34,7 @@ from kernels.row_attention import row_attention
 from kernels.upsample_cross_entropy import upsample_cross_entropy
 from run.compiled import OPTIONS
 from run.folder import commit
+from unet import UNet, UNetConfig
 
 Clock = Callable[[Callable[[], object]], float]  # microseconds of one call
 Function = Callable[..., Tensor]
@@ -47,7 +48,7 @@ def gpu_clock(work: Callable[[], object]) -> float:
     from triton.testing import do_bench_cudagraph  # Triton has wheels for Linux only
 
     torch.cuda.synchronize()  # the graph runs on a stream of its own
-    return do_bench_cudagraph(work, return_mode="median") * 1e3
+    return do_bench_cudagraph(work, rep=6, return_mode="median") * 1e3  # 10 replays of 6 ms
 
 
 # ---- a row
@@ -62,38 +63,10 @@ class Case:
     ours: Function
     plain: Function  # in any precision
     peers: dict[str, Function]
-    key: tuple[str, int]  # the entry of kernels.WINS
+    key: tuple[str, int] | None  # the entry of kernels.WINS
     moved: tuple[float, float]  # least bytes of forward and of backward
     products: tuple[float, float] = (0.0, 0.0)  # their least floating-point operations
     slack: float = 2.0  # times plain torch's error is allowed
-
-
-@dataclass
-class Row:
-    """The measurements of a case in one direction; times are in microseconds, NaN for a wrong result."""
-
-    case: Case
-    direction: str
-    error: float
-    plain_error: float
-    repeats: bool
-    floor: float
-    ours: float = math.nan
-    peers: dict[str, float] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)  # peers without a time: their error
-
-    @property
-    def right(self) -> bool:
-        return self.repeats and self.error <= self.case.slack * self.plain_error + 1e-6
-
-    @property
-    def best(self) -> str:
-        return min(self.peers, key=self.peers.get)
-
-    @property
-    def ratio(self) -> float:
-        """Ours / the fastest peer; infinite if nothing was measured, so that such a row never wins."""
-        return self.ours / self.peers[self.best] if self.right and self.peers else math.inf
 
 
 @contextmanager
@@ -109,7 +82,9 @@ def nan_memory() -> Iterator[None]:
 def evaluate(function: Function, inputs: list[Tensor], dy: Tensor | None) -> list[Tensor]:
     """The result and, given its gradient dy, the gradients of the inputs that require one."""
     y = function(*inputs)
-    return [y] if dy is None else [y, *torch.autograd.grad(y, [x for x in inputs if x.requires_grad], dy)]
+    if dy is None:
+        return [y] if isinstance(y, Tensor) else y
+    return [y, *torch.autograd.grad(y, [x for x in inputs if x.requires_grad], dy)]
 
 
 def error(result: Tensor, exact: Tensor) -> float:
@@ -119,44 +94,55 @@ def error(result: Tensor, exact: Tensor) -> float:
     return math.inf if math.isnan(ratio) else ratio
 
 
-def check(case: Case, rates: dict[str, float]) -> list[Row]:
-    """The rows of a case without times: the worst error of each direction, and whether runs repeat."""
+def check(case: Case) -> dict:
+    """The row of a case without times: the worst of its errors, and whether it is right and repeats."""
     inputs = case.inputs()
-    y = case.plain(*inputs)
-    dy = torch.randn_like(y) if y.requires_grad else None
+    trained = any(x.requires_grad for x in inputs)
+    dy = torch.randn_like(case.plain(*inputs)) if trained else None
     doubled = [x.detach().double() if x.is_floating_point() else x for x in inputs]
     doubled = [y.requires_grad_(x.requires_grad) for x, y in zip(inputs, doubled, strict=True)]
-    exact = evaluate(case.plain, doubled, None if dy is None else dy.double())
+    exact = evaluate(case.plain, doubled, dy.double() if trained else None)
     plain = evaluate(case.plain, inputs, dy)
     with nan_memory():
         ours, again = (evaluate(case.ours, inputs, dy) for _ in range(2))
-    rows = []
-    for i, part in enumerate([slice(1)] if dy is None else [slice(1), slice(1, None)]):
-        results = zip(ours[part], plain[part], exact[part], strict=True)
-        errors = [(error(x, z), error(y, z)) for x, y, z in results]
-        worst = max(errors, key=lambda pair: pair[0] - case.slack * pair[1])
-        repeats = all(map(torch.equal, ours[part], again[part]))
-        floor = max(case.moved[i] / rates["copy"], case.products[i] / rates["products"]) * 1e6
-        rows.append(Row(case, ("forward", "backward")[i], *worst, repeats, floor))
-    return rows
+    errors = [(error(x, z), error(y, z)) for x, y, z in zip(ours, plain, exact, strict=True)]
+    worst, theirs = max(errors, key=lambda pair: pair[0] - case.slack * pair[1])
+    row = {"case": case.name, "key": case.key, "error": worst, "plain": theirs}
+    if not all(map(torch.equal, ours, again)):
+        return row | {"right": False, "note": "a second run differs"}
+    return row | {"right": worst <= case.slack * theirs + 1e-6}
 
 
-def measure(case: Case, rates: dict[str, float], clock: Clock) -> list[Row]:
-    """Check the case; if all its rows are right, add the times of ours and of each peer."""
-    rows = check(case, rates)
-    if not all(row.right for row in rows):
-        return rows
-    times, failed = take_turns(case, {"ours": case.ours, **case.peers}, clock)
-    for i, row in enumerate(rows):
-        row.ours = times["ours"][i]
-        row.peers = {name: passes[i] for name, passes in times.items() if name != "ours"}
-        row.failed = failed
-    return rows
+def measure(case: Case, rates: dict[str, float], clock: Clock) -> dict:
+    """The row of a case; with times if it is right."""
+    row = check(case)
+    return row | timed(case, {"triton": case.ours}, case.peers, rates, clock) if row["right"] else row
 
 
-def take_turns(case: Case, functions: dict[str, Function], clock: Clock) -> tuple[dict, dict[str, str]]:
+def sentence(problem: BaseException) -> str:
+    if isinstance(problem, torch.OutOfMemoryError):
+        return "out of memory"
+    return f"{type(problem).__name__}: {str(problem).partition(chr(10))[0][:200]}"
+
+
+@contextmanager
+def noted(failed: dict[str, str], name: str) -> Iterator[None]:
+    """Note an error: of memory, of a compiler, of a backend that does not support the shape. One after which
+    nothing can run on the GPU is raised.
+    """
+    try:
+        yield
+    except torch.AcceleratorError:
+        raise
+    except Exception as problem:  # noqa: BLE001 - compilers raise anything
+        failed[name] = sentence(problem)
+
+
+def timed(
+    case: Case, ours: dict[str, Function], peers: dict[str, Function], rates: dict[str, float], clock: Clock
+) -> dict:
     """Microseconds of each function's passes (forward, and backward if an input requires a gradient), the
-    means of two turns; and the errors of those that fail, other than "ours".
+    means of two turns; the floor of each; and the errors of peers that fail.
     """
     sets = [case.inputs()]
     size = sum(x.numel() * x.element_size() for x in sets[0])
@@ -164,17 +150,16 @@ def take_turns(case: Case, functions: dict[str, Function], clock: Clock) -> tupl
     sets += [case.inputs() for _ in range(more)]
     trained = any(x.requires_grad for x in sets[0])
     dys = [torch.randn_like(case.plain(*inputs)) for inputs in sets] if trained else []
-    turns, failed = defaultdict(list), {}
+    functions, turns, failed = ours | peers, defaultdict(list), {}
     for name in (*functions, *reversed(functions)):
-        try:
+        with nullcontext() if name in ours else noted(failed, name):
             turns[name].append(time_passes(functions[name], sets, dys, clock))
-        except RuntimeError as refusal:  # out of memory, or a backend that does not support the shape
-            if name == "ours":
-                raise
-            memory = isinstance(refusal, torch.OutOfMemoryError)
-            failed[name] = "out of memory" if memory else str(refusal).partition("\n")[0]
-    right = {name: zip(*passes, strict=True) for name, passes in turns.items() if name not in failed}
-    return {name: [*map(statistics.mean, passes)] for name, passes in right.items()}, failed
+    turns = {name: x for name, x in turns.items() if name not in failed}
+    means = {name: [*map(statistics.mean, zip(*passes, strict=True))] for name, passes in turns.items()}
+    costs = zip(case.moved, case.products, strict=True)
+    floor = [max(x / rates["copy"], y / rates["products"]) * 1e6 for x, y in costs][: 1 + trained]
+    ours = {name: means.pop(name) for name in ours}
+    return {"ours": ours, "peers": means, "failed": failed, "floor": floor}
 
 
 def time_passes(function: Callable, sets: list[list[Tensor]], dys: list[Tensor], clock: Clock) -> list[float]:
@@ -202,12 +187,16 @@ class Sizes:
     batches: tuple[int, ...] = (16, 2)
     levels: tuple[tuple[int, int], ...] = ((4096, 40), (1024, 80), (256, 160), (64, 160))  # N, d
     contexts: tuple[int, ...] = (32, 77, 150)
+    context: int = 77  # of a text
     heads: int = 8
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    projected: tuple[int, ...] = (16, 1)
     backends: tuple[str, ...] = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")
     unet_maps: tuple[tuple[int, int, int], ...] = (  # B, C, side
         *((16, 320, 64), (16, 960, 64), (16, 640, 32), (16, 1920, 32)),
         *((16, 1280, 16), (16, 2560, 16), (16, 1280, 8), (2, 320, 64)),
     )
+    block_maps: tuple[tuple[int, int, int], ...] = ((16, 320, 64), (16, 640, 32), (16, 1280, 16))
     vae_maps: tuple[tuple[int, int, int], ...] = ((4, 128, 512), (4, 256, 256), (4, 512, 128), (4, 512, 64))
     groups: int = 32
     logits: tuple[int, int, int, int] = (4, 150, 64, 8)  # B, K, side, stride
@@ -243,26 +232,84 @@ def attention_cases(sizes: Sizes) -> Iterator[Case]:
         yield Case(name, inputs, cross_attention, plain, peers, key, *costs)
 
 
+def block_cases(sizes: Sizes) -> Iterator[Case]:
+    """A transformer block's norm, cross-attention and residual: all that unet.py does there."""
+    n, C, B, M = sizes.heads, sizes.unet.context_width, sizes.batches[0], sizes.context
+
+    def chain(attend: Function, x: Tensor, context: Tensor, *weights: Tensor) -> Tensor:
+        scale, shift, q, k, v, out, bias = weights
+        q = F.linear(F.layer_norm(x, x.shape[-1:], scale, shift), q)
+        if attend is reference.attention:
+            k, v = F.linear(context, k), F.linear(context, v)
+        else:  # as UNet.keys_values
+            k, v = F.linear(context, torch.cat([k, v])).chunk(2, dim=-1)
+        y = attend(*(part.unflatten(-1, (n, -1)) for part in (q, k, v)))
+        return x + F.linear(y.flatten(2), out, bias)
+
+    plain = lambda *tensors: chain(reference.attention, *tensors)
+    for N, d in sizes.levels:
+
+        def inputs(N: int = N, D: int = n * d) -> list[Tensor]:
+            q, k, v, out = (sizes.random(D, x) * x**-0.5 for x in (D, C, C, D))
+            scale, shift, bias = (sizes.random(D) for _ in range(3))
+            return [sizes.random(B, N, D), sizes.random(B, M, C), scale, shift, q, k, v, out, bias]
+
+        D, size = n * d, sizes.dtype.itemsize
+        moved = size * (2.0 * B * N * D + B * M * C + 2 * D * (C + D))
+        flops = 4.0 * B * D * (N * D + M * C + N * M)
+        name = f"cross-attention block B {B} N {N} M {M} C {D}"
+        ours, costs = partial(chain, cross_attention), ((moved, 0.0), (flops, 0.0))
+        yield Case(name, inputs, ours, plain, sizes.peers(plain), None, *costs)
+
+
+class KeysValues(UNet):
+    """The keys and values of every layer."""
+
+    def forward(self, context: Tensor) -> list[Tensor]:
+        return [x for pair in self.keys_values(context) for x in pair]
+
+
+def projection_cases(sizes: Sizes) -> Iterator[Case]:
+    """The keys and values of all cross-attentions: one product, `UNet.keys_values`, against a Linear each."""
+    with torch.device("meta"):
+        unet = KeysValues(sizes.unet)
+    last = (".attn2.to_k.weight", ".attn2.to_v.weight")
+    widths = {name: len(x) for name, x in unet.named_parameters() if name.endswith(last)}  # as executed
+    C, M, D = sizes.unet.context_width, sizes.context, sum(widths.values())
+
+    def ours(context: Tensor, *weights: Tensor) -> list[Tensor]:
+        return functional_call(unet, dict(zip(widths, weights, strict=True)), (context,))
+
+    n = sizes.unet.heads
+    plain = lambda context, *weights: [F.linear(context, x).unflatten(-1, (n, -1)) for x in weights]
+    for B in sizes.projected:
+        inputs = lambda B=B: [sizes.random(B, M, C), *(sizes.random(x, C) / C**0.5 for x in widths.values())]
+        costs = (sizes.dtype.itemsize * (B * M * (C + D) + 1.0 * C * D), 0.0), (2.0 * B * M * C * D, 0.0)
+        name, peers = f"keys and values B {B} M {M}, {len(widths) // 2} layers", {"eager": plain}
+        yield Case(name, inputs, ours, plain, peers, None, *costs)
+
+
 def norm_cases(sizes: Sizes) -> Iterator[Case]:
-    """GroupNorm + SiLU on channels-last maps of the UNet and, without gradients, of the autoencoder."""
+    """GroupNorm, also with SiLU, on channels-last maps of the UNet and, without gradients, of the VAE."""
+    maps = [(True, True, x) for x in sizes.unet_maps] + [(True, False, x) for x in sizes.vae_maps]
+    for silu, trained, (B, C, side) in maps + [(False, True, x) for x in sizes.block_maps]:
 
-    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.silu(F.group_norm(x, sizes.groups, weight, bias, 1e-5))
+        def plain(x: Tensor, weight: Tensor, bias: Tensor, silu: bool = silu) -> Tensor:
+            y = F.group_norm(x, sizes.groups, weight, bias, 1e-5)
+            return F.silu(y) if silu else y
 
-    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return group_norm(x, sizes.groups, weight, bias, 1e-5, silu=True)
-
-    peers = sizes.peers(plain)
-    for trained, (B, C, side) in [(True, x) for x in sizes.unet_maps] + [(False, x) for x in sizes.vae_maps]:
+        def ours(x: Tensor, weight: Tensor, bias: Tensor, silu: bool = silu) -> Tensor:
+            return group_norm(x, sizes.groups, weight, bias, 1e-5, silu=silu)
 
         def inputs(B: int = B, C: int = C, side: int = side, trained: bool = trained) -> list[Tensor]:
             x = sizes.random(B, C, side, side).contiguous(memory_format=torch.channels_last)
             return [x.requires_grad_(trained) for x in (x, sizes.random(C), sizes.random(C))]
 
-        name = f"GroupNorm + SiLU {'UNet' if trained else 'VAE'} B {B} C {C} {side}x{side}"
+        name = f"GroupNorm{' + SiLU' * silu} {'UNet' if trained else 'VAE'} B {B} C {C} {side}x{side}"
         values = B * C * side * side * sizes.dtype.itemsize
         moved = 3.0 * values, 5.0 * values  # x is read twice: 6 bytes a value in bfloat16; backward 10
-        yield Case(name, inputs, ours, plain, peers, ("group_norm_silu", C), moved)
+        key = "group_norm_silu" if silu else "group_norm", C
+        yield Case(name, inputs, ours, plain, sizes.peers(plain), key, moved)
 
 
 def loss_cases(sizes: Sizes) -> Iterator[Case]:
@@ -280,9 +327,7 @@ def loss_cases(sizes: Sizes) -> Iterator[Case]:
         logits = F.interpolate(logits, (large, large), mode="bilinear", align_corners=False)
         return F.cross_entropy(logits, labels, ignore_index=reference.IGNORE, reduction="sum")
 
-    def ours(logits: Tensor, labels: Tensor) -> Tensor:
-        return upsample_cross_entropy(logits, labels)[0]
-
+    ours = lambda *tensors: upsample_cross_entropy(*tensors)[0]
     small, labels, flops = B * K * side**2 * sizes.dtype.itemsize, 8.0 * B * large**2, 10.0 * B * K * large**2
     shape, peers = f"B {B} K {K} {side} -> {large}", sizes.peers(plain)
     name, key = f"upsampling + cross-entropy {shape}", ("upsample_cross_entropy", K)
@@ -295,10 +340,7 @@ def wide_cases(sizes: Sizes) -> Iterator[Case]:
     B, N, d = sizes.wide
     plain, peers = reference.attention, {"torch's choice": reference.attention}
     costs = (4.0 * sizes.dtype.itemsize * B * N * d, 0.0), (4.0 * B * N * N * d, 0.0)
-
-    def inputs() -> list[Tensor]:
-        return [sizes.random(B, N, 1, d) for _ in range(3)]
-
+    inputs = lambda: [sizes.random(B, N, 1, d) for _ in range(3)]
     name, key = f"wide attention B {B} N {N} d {d}", ("row_attention", d)
     slack = 3.0  # its scores are rounded to bfloat16, torch's are not
     yield Case(name, inputs, row_attention, plain, peers, key, *costs, slack=slack)
@@ -315,7 +357,7 @@ def convolution_cases(sizes: Sizes) -> Iterator[Case]:
         name, plain = f"convolution B {B} {C} -> {K} {side}x{side}", partial(F.conv2d, padding=1)
         flops, moved = 18.0 * B * C * K * side**2, sizes.dtype.itemsize * B * (C + K) * side**2
         costs = (moved, 2.0 * moved), (flops, 2 * flops)
-        yield Case(name, inputs, plain, plain, {}, ("convolution", C), *costs)
+        yield Case(name, inputs, plain, plain, {}, None, *costs)
 
 
 # ---- the report
@@ -332,7 +374,12 @@ def measure_rates(sizes: Sizes, clock: Clock) -> dict[str, float]:
 
 def header(device: str) -> str:
     """The machine, the versions and the commit of a measurement."""
-    versions = f"torch {torch.__version__}, triton {version('triton')}, commit {commit() or 'unknown'}"
+    found, packages = (
+        {x.name: x.version for x in distributions()},
+        ("torch", "triton", "diffusers", "transformers"),
+    )
+    versions = ", ".join(f"{x} {found.get(x, 'missing')}" for x in packages)
+    versions = f"{versions}, commit {commit() or 'unknown'}, {date.today()}"
     if device == "cpu":
         return f"rehearsal on a CPU, {versions}: the times mean nothing"
     major, minor = torch.cuda.get_device_capability()
@@ -340,19 +387,9 @@ def header(device: str) -> str:
     return f"{torch.cuda.get_device_name()}, sm_{major}{minor}, {versions}, cuDNN {cudnn}, bfloat16"
 
 
-def wins(rows: list[tuple[tuple[str, int], float]]) -> dict[str, list[int]]:
-    """The entries of kernels.WINS for this GPU from the keys and ratios of rows: sizes at which no row was
-    slower than the fastest peer.
-    """
-    lost, sizes = {key for key, ratio in rows if not ratio < 1}, defaultdict(list)
-    for kernel, size in sorted({key for key, _ in rows} - lost):
-        sizes[kernel].append(size)
-    return dict(sizes)
-
-
-def measure_all(sizes: Sizes, rates: dict[str, float], clock: Clock) -> Iterator[list[Row]]:
-    """The rows of each case; those of many shapes come last."""
+def all_cases(sizes: Sizes) -> Iterator[Case]:
+    """Every case that has a kernel; those of many shapes come last."""
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = 64  # a graph per shape: beyond the default of 8 they run eagerly
-    for cases in (loss_cases, wide_cases, norm_cases, attention_cases):
-        yield from (measure(case, rates, clock) for case in cases(sizes))
+    for cases in (loss_cases, wide_cases, projection_cases, block_cases, norm_cases, attention_cases):
+        yield from cases(sizes)

@@ -27,6 +27,7 @@ from PIL import Image
 from data import open_dataset
 from errors import TadaError, run_command
 from lab.bench_before import ROOT, check_out
+from lab.bench_peers import in_turns, table
 from loading.augment import Augment
 from loading.stream import TrainStream
 
@@ -54,11 +55,7 @@ def rows(images: int = 200, pairs: int = 120_000) -> list[dict]:
 
 def compare(case: str, runs: int, *sides: Callable[[int], float]) -> dict:
     """The medians of the seconds that ours and the peer return for 0..runs-1."""
-    seconds = [], []
-    for i in range(runs):
-        for side in (0, 1) if i % 2 == 0 else (1, 0):
-            seconds[side].append(sides[side](i))
-    ours, peer = map(median, seconds)
+    ours, peer = map(median, in_turns(runs, *sides))
     return {"case": case, "ours s": ours, "peer s": peer, "ratio": ours / peer}
 
 
@@ -159,12 +156,5 @@ def starts(root: Path, pairs: int) -> dict:
     return row
 
 
-def main() -> int:
-    print("| case | ours s | peer s | ratio |\n|---|---|---|---|")
-    for case, *numbers in (row.values() for row in rows()):
-        print("|", case, *(f"| {x:.3g}" for x in numbers), "|")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(run_command("bench_loader", main))
+    sys.exit(run_command("bench_loader", lambda: print(table(rows()))))

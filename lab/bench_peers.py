@@ -1,7 +1,14 @@
-"""What the benches share: the peers' models at Stable Diffusion v1.5's sizes, the machine, the table."""
+"""What the benches share: the peers' models at Stable Diffusion v1.5's sizes, turns, memory, the table."""
 
+import ctypes
+import multiprocessing
+import os
 import platform
 import re
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -47,15 +54,54 @@ def header() -> str:
     return f"{machine}, {threads} threads; Python {python}, {', '.join(packages)}"
 
 
-COLUMNS = dict.fromkeys(["case", "image", "dtype"], "")  # of the table, with their formats
-COLUMNS |= dict.fromkeys(["ours s", "peer s", "ratio", "min ratio"], ".2f")
-COLUMNS |= dict.fromkeys(["ours MiB", "peer MiB"], ",.0f") | {"error": ".1e"}
+def in_turns(runs: int, *sides: Callable[[int], float]) -> list[list[float]]:
+    """What each side returns of 0..runs-1: A B, B A, A B, ..., so that a machine that slows down is fair."""
+    found = [[] for _ in sides]
+    for i in range(runs):
+        for values, side in [*zip(found, sides, strict=True)][:: -1 if i % 2 else 1]:
+            values.append(side(i))
+    return found
 
 
-def table(rows: list[dict]) -> str:
+def ratio(ours: list[float], peer: list[float]) -> float:
+    return statistics.median(mine / theirs for mine, theirs in zip(ours, peer, strict=True))
+
+
+def cpu_seconds(work: Callable, *arguments: object) -> float:
+    start = time.process_time()
+    work(*arguments)
+    return time.process_time() - start
+
+
+def watch_peak() -> None:
+    """Begin to measure "VmHWM"; free first what construction left in the heap."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (proc(5))
+
+
+def apart(function: Callable, *arguments):
+    """Run a function in a new process, with glibc as users have it."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def alone(function: Callable, *arguments):
+    """Run a function in a new process, where glibc frees blocks over 1 MiB at once: peaks then compare
+    live tensors, not the fragmentation of the heap.
+    """
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # glibc reads it when a process starts
+    return apart(function, *arguments)
+
+
+FORMATS = {"error": ".1e", "ours MiB": ",.0f", "peer MiB": ",.0f"}  # of the table's columns; others: .2f
+
+
+def table(rows: list[dict], columns: Sequence[str] = ()) -> str:
     """The rows as a Markdown table; the verdict stands in place of missing numbers."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    columns = columns or [*rows[0]]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in rows:
-        cells = [format(row[x], form) if x in row else row.get("verdict", "") for x, form in COLUMNS.items()]
+        cells = [(row.get(x, row.get("verdict", "")), FORMATS.get(x, ".2f")) for x in columns]
+        cells = [format(x, form) if isinstance(x, float) else str(x) for x, form in cells]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -11,7 +11,6 @@ import contextlib
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +20,7 @@ from scipy.ndimage import distance_transform_edt
 
 from errors import DataError, run_command
 from images.panoptic import Categories, Segment, annotation, read_annotations, write_annotations, write_ids
-from lab.bench import alone, memory
+from lab.bench_peers import alone, cpu_seconds, in_turns, memory, ratio, table, watch_peak
 from mask2former import COCO_THINGS
 from metrics.quality import GROUPS, compare
 
@@ -71,16 +70,10 @@ def draw(folder: Path, images: int, n: int, rng: np.random.Generator) -> Path:
     return folder
 
 
-def seconds(side: Callable, folder: Path) -> float:
-    start = time.process_time()
-    side(folder)
-    return time.process_time() - start
-
-
 def peak(side: Callable, folder: Path, warm: Path) -> float:
     """MiB that a run takes beyond the program, which a smaller run has loaded."""
     side(warm)
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (proc(5))
+    watch_peak()
     before = memory("VmRSS")
     side(folder)
     return memory("VmHWM") - before
@@ -91,7 +84,7 @@ def rows(images: int = 500) -> list[dict]:
     if find_spec("panopticapi") is None:
         peer_at = "git+https://github.com/cocodataset/panopticapi@7bb4655"
         raise DataError(f"PQ's bench needs panopticapi: pip install {peer_at}")
-    sides, rng, table = (ours, peer), np.random.default_rng(0), []
+    sides, rng, found = (ours, peer), np.random.default_rng(0), []
     for n in SEGMENTS:
         with tempfile.TemporaryDirectory() as root:
             sets = [draw(Path(root, str(i)), min(SET, images - i), n, rng) for i in range(0, images, SET)]
@@ -99,21 +92,13 @@ def rows(images: int = 500) -> list[dict]:
             for folder in sets:
                 if not np.allclose(ours(folder), peer(folder), rtol=0, atol=1e-12):
                     raise DataError(f"PQ of {n} segments is {ours(folder)}, by panopticapi {peer(folder)}")
-            orders = [slice(None, None, (-1) ** i) for i in range(len(sets))]  # ours first, then the peer
-            times = [[seconds(x, s) for x in sides[order]][order] for s, order in zip(sets, orders)]
-            case, (mine, theirs) = f"PQ of {images} images", np.array(times).T
-            row = {"case": case, "segments": n, "ours s": mine.sum(), "peer s": theirs.sum()}
-            row["ratio"] = np.median(mine / theirs)
-            table.append(row | {f"{x.__name__} MiB": alone(peak, x, sets[0], warm) for x in sides})
-    return table
-
-
-def main() -> int:
-    table = [{k: f"{x:.2f}" if isinstance(x, float) else str(x) for k, x in row.items()} for row in rows()]
-    lines = [[*table[0]], ["---"] * len(table[0]), *(row.values() for row in table)]
-    print(*(f"| {' | '.join(line)} |" for line in lines), sep="\n")
-    return 0
+            runs = (lambda i, x=x, sets=sets: cpu_seconds(x, sets[i]) for x in sides)
+            mine, theirs = in_turns(len(sets), *runs)
+            row = {"case": f"PQ of {images} images", "segments": n, "ours s": sum(mine)}
+            row |= {"peer s": sum(theirs), "ratio": ratio(mine, theirs)}
+            found.append(row | {f"{x.__name__} MiB": alone(peak, x, sets[0], warm) for x in sides})
+    return found
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("bench_pq", main))
+    sys.exit(run_command("bench_pq", lambda: print(table(rows()))))

@@ -12,19 +12,14 @@ seconds of all threads: also on a busy machine they say how much work a step is.
 same processes, with weights and optimiser, without imports and construction.
 """
 
-import argparse
-import ctypes
 import json
-import multiprocessing
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -34,9 +29,11 @@ from adapter import Words
 from assemble import parameter_groups, shrink
 from clip import CLIP, Tokenizer
 from decoders import SemanticFPN
-from errors import Parser, run_command
+from errors import run_command
 from kernels import IGNORE
-from lab.bench_peers import header, memory, peer_clip, peer_unet, peer_vae, table
+from lab import bench_peers
+from lab.bench import COLUMNS
+from lab.bench_peers import peer_clip, peer_unet, peer_vae
 from loading.augment import normalise
 from loading.stream import Batch
 from model import Tada, TadaConfig
@@ -51,6 +48,8 @@ CLASSES = 150  # of ADE20K
 CAPTION = "a boat on the sea under a blue sky"
 RATE, DECAY = 0.0, 1e-3  # the rate does not change the time; at 0 every step computes the same
 BOUNDS = 1e-5, 1e-4  # relative errors of the loss, and of the gradient's norm (6e-6 seen at these sizes)
+COMPILED = ("vae.encoder", "unet", "decoder")  # parts of the peer, where it is compiled
+STEPS, ROUNDS = 3, 2  # timed steps of each process, processes of each side
 PHASES = ("vae", "text", "unet", "decoder", "backward", "optimiser")
 
 Step = Callable[[Batch], tuple[float, float]]  # takes one step: the loss, and the norm of its gradient
@@ -199,11 +198,10 @@ def measure(side: str, work: Work, steps: int) -> dict:
     """The first step's loss and norm, the CPU seconds of each phase of the others, and the peak in MiB."""
     with torch.device("meta"):
         [build() for build in work.peers]  # imports the peers
-    before = memory("VmRSS")
+    before = bench_peers.memory("VmRSS")
     model, optimizer, step = {"ours": ours, "peer": peer}[side](work)
     batch = batch_of(work.size)
-    ctypes.CDLL(None).malloc_trim(0)  # free what construction left in the heap
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (proc(5))
+    bench_peers.watch_peak()
 
     times = []
 
@@ -223,32 +221,24 @@ def measure(side: str, work: Work, steps: int) -> dict:
         step(batch)
         mark()
         rows.append([end - start for start, end in pairwise(times)])
-    return {"first": first, "phases": rows, "MiB": memory("VmHWM") - before}
-
-
-def apart(function: Callable, *arguments):
-    """Run a function in a new process, with glibc as users have it: `bench.alone` would change its times."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+    return {"first": first, "phases": rows, "MiB": bench_peers.memory("VmHWM") - before}
 
 
 def compare(work: Work, steps: int, rounds: int) -> dict:
     """Measure the row of the table, and the median of each phase of both sides."""
     row = {"case": "training step, sd15", "image": work.size, "dtype": "float32"}
-    runs = {"ours": [], "peer": []}
-    for i in range(rounds):
-        for side in ("ours", "peer")[:: -1 if i % 2 else 1]:
-            runs[side].append(apart(measure, side, work, steps))
-            print(json.dumps({side: runs[side][-1]}), flush=True)
-        results = [runs[side][0]["first"] for side in runs]
-        errors = [abs(mine / theirs - 1) for mine, theirs in zip(*results, strict=True)]
-        row["error"] = errors[0]
-        if not all(error <= bound for error, bound in zip(errors, BOUNDS, strict=True)):
-            return row | {"verdict": "FAIL"}
+    run = lambda side: lambda _: bench_peers.apart(measure, side, work, steps)
+    sides = {side: run(side) for side in ("ours", "peer")}
+    runs = dict(zip(sides, bench_peers.in_turns(rounds, *sides.values()), strict=True))
+    print(json.dumps(runs), flush=True)
+    results = [runs[side][0]["first"] for side in runs]
+    errors = [abs(mine / theirs - 1) for mine, theirs in zip(*results, strict=True)]
+    row["error"] = errors[0]
+    if not all(error <= bound for error, bound in zip(errors, BOUNDS, strict=True)):
+        return row | {"verdict": "FAIL"}
     seconds = [[statistics.median(map(sum, run["phases"])) for run in runs[side]] for side in runs]
     row["ours s"], row["peer s"] = map(statistics.median, seconds)
-    ratios = [mine / theirs for mine, theirs in zip(*seconds, strict=True)]
-    row["ratio"], row["min ratio"] = statistics.median(ratios), min(seconds[0]) / min(seconds[1])
+    row["ratio"], row["min ratio"] = bench_peers.ratio(*seconds), min(seconds[0]) / min(seconds[1])
     for side, measured in runs.items():
         row[f"{side} MiB"] = statistics.median(run["MiB"] for run in measured)
         phases = zip(*(phases for run in measured for phases in run["phases"]), strict=True)
@@ -256,33 +246,17 @@ def compare(work: Work, steps: int, rounds: int) -> dict:
     return row
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = Parser(
-        prog="python -m lab.bench_step",
-        description="Measure a training step of TADA against its peers.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--size", type=int, default=256, help="of the image, a multiple of 64")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps of each process")
-    parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
-    options = parser.parse_args(argv)
-    if options.size < 64 or options.size % 64 or min(options.steps, options.rounds) < 1:
-        parser.error("give a multiple of 64 as --size, and at least one step and one round")
+def main() -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # in the processes: threads sleep while they wait
-
-    def work() -> int:
-        print(header(), flush=True)
-        row = compare(Work(options.size), options.steps, options.rounds)
-        print(table([row]))
-        if "verdict" not in row:
-            print("\n| CPU seconds | ours | peer | ratio |\n|---|---|---|---|")
-            for phase in PHASES:
-                mine, theirs = row["ours phases"][phase], row["peer phases"][phase]
-                print(f"| {phase} | {mine:.2f} | {theirs:.2f} | {mine / theirs:.2f} |")
-        return int("verdict" in row)
-
-    return run_command("bench", work)
+    print(bench_peers.header(), flush=True)
+    row = compare(Work(), STEPS, ROUNDS)
+    print(bench_peers.table([row], COLUMNS))
+    if "verdict" not in row:
+        pairs = [(phase, row["ours phases"][phase], row["peer phases"][phase]) for phase in PHASES]
+        phases = [{"CPU seconds": x, "ours s": mine, "peer s": y, "ratio": mine / y} for x, mine, y in pairs]
+        print("", bench_peers.table(phases), sep="\n")
+    return int("verdict" in row)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("bench", main))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from oracle import SMALL_MASK2FORMER, SMALL_UNET, reference_mask2former, reference_unet
 
-from lab import bench
+from lab import bench, bench_peers
 from mask2former import Mask2Former
 from unet import UNet
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def quiet(monkeypatch):
     """No other process, and memory measured in this one."""
-    monkeypatch.setattr(bench, "alone", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(bench_peers, "alone", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(bench, "cpu_of_others", lambda: lambda: 0.0)
 
 
@@ -57,7 +57,7 @@ def test_a_row_compares_equal_work(small):
     assert row["error"] < 1e-5
     assert row["ours s"] > 0 and row["peer s"] > 0
     assert 0.1 < row["ratio"] < 10
-    assert "| UNet | 128 | float32 |" in bench.table([row])
+    assert "| UNet | 128 | float32 |" in bench_peers.table([row], bench.COLUMNS)
 
 
 def test_a_wrong_result_is_not_timed(small, monkeypatch):
@@ -66,7 +66,9 @@ def test_a_wrong_result_is_not_timed(small, monkeypatch):
     row = bench.compare("unet", "float32", size=64, rounds=3)
     assert row["verdict"] == "FAIL"
     assert "ours s" not in row
-    assert bench.table([row]).count("FAIL") == 6  # in place of every number but the error
+    assert (
+        bench_peers.table([row], bench.COLUMNS).count("FAIL") == 6
+    )  # in place of every number but the error
 
 
 def test_mask2former_is_compared_under_our_names(masks):
@@ -118,13 +120,12 @@ def test_a_busy_machine_is_not_timed(small, monkeypatch):
     assert "ratio" not in row
 
 
-def test_runs_take_turns(monkeypatch):
+def test_runs_take_turns():
     """A B, B A, A B: a machine that slows down is fair to both."""
-    monkeypatch.setattr(bench, "cpu_of_others", lambda: lambda: 0.0)
     order = []
-    times = bench.in_turns([lambda: order.append("A"), lambda: order.append("B")], 3)
-    assert order == list("ABBAAB")
-    assert [len(x) for x in times] == [3, 3]
+    times = bench_peers.in_turns(3, *(lambda i, x=x: order.append((x, i)) or i for x in "AB"))
+    assert order == [("A", 0), ("B", 0), ("B", 1), ("A", 1), ("A", 2), ("B", 2)]
+    assert times == [[0, 1, 2]] * 2
 
 
 def test_others_are_all_that_is_not_ours(monkeypatch):
@@ -146,11 +147,11 @@ def test_peak_memory_is_counted():
     """
     program = """if True:
         import torch
-        from lab import bench
-        before = bench.memory("VmRSS")
-        bench.Path("/proc/self/clear_refs").write_text("5")
+        from lab.bench_peers import memory, watch_peak
+        before = memory("VmRSS")
+        watch_peak()
         torch.ones(64 * 2**20)
-        print(bench.memory("VmHWM") - before, bench.memory("VmRSS") - before)
+        print(memory("VmHWM") - before, memory("VmRSS") - before)
     """
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -11,7 +11,7 @@ from errors import TadaError
 from lab import bench_before
 
 
-def test_every_command_is_measured(monkeypatch, capsys):
+def test_every_command_is_measured(monkeypatch):
     """Ours and the older one in turns, each with flags that its parser takes; of train.py a difference."""
     parsers = {"train.py": run.options.parse, "eval.py": eval.parse, "predict.py": predict.parse}
     calls = []
@@ -25,13 +25,14 @@ def test_every_command_is_measured(monkeypatch, capsys):
     monkeypatch.setattr(bench_before, "check_out", lambda folder: folder)
     monkeypatch.setattr(bench_before, "run", measure)
     monkeypatch.setattr(bench_before, "PHOTO", (40, 30))
-    assert bench_before.main(["--images", "2", "--photos", "1", "--rounds", "2"]) == 0
-    table = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert [[cell.strip() for cell in row] for row in table[2:]] == [
-        ["train.py --help, CPU s", "1.00", "2.00", "0.50"],
-        ["train.py, tiny, CPU s a step", "0.20", "0.40", "0.50"],
-        ["eval.py, 2 drawn images, CPU s", "1.00", "2.00", "0.50"],
-        ["predict.py, 1 photographs of 12 megapixels, s", "5.00", "5.00", "1.00"],
+    rows = bench_before.rows(images=2, photos=1, rounds=2)
+    assert bench_before.table(rows).splitlines() == [
+        "| case | now | before | ratio |",
+        "|---|---|---|---|",
+        "| train.py --help, CPU s | 1.00 | 2.00 | 0.50 |",
+        "| train.py, tiny, CPU s a step | 0.20 | 0.40 | 0.50 |",
+        "| eval.py, 2 drawn images, CPU s | 1.00 | 2.00 | 0.50 |",
+        "| predict.py, 1 photographs of 12 megapixels, s | 5.00 | 5.00 | 1.00 |",
     ]
     ours = bench_before.ROOT.name
     assert [name for name, _ in calls[1:5]] == [ours, "before", "before", ours]

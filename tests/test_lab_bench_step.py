@@ -1,6 +1,5 @@
 """bench_step.py compares equal steps, times no wrong result, and splits a step into its phases."""
 
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -8,7 +7,7 @@ from oracle import SMALL_CLIP, SMALL_UNET, SMALL_VAE, reference_clip, reference_
 
 from clip import CLIP
 from decoders import SemanticFPN
-from lab import bench_step
+from lab import bench_peers, bench_step
 from unet import UNet
 from vae import VAE
 
@@ -31,7 +30,7 @@ WORK = bench_step.Work(
 def here(monkeypatch):
     """All in this process."""
     monkeypatch.setattr(bench_step, "keep_freed_memory", lambda: None)  # it would last for all tests
-    monkeypatch.setattr(bench_step, "apart", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(bench_peers, "apart", lambda function, *arguments: function(*arguments))
 
 
 def first_step(build) -> tuple:
@@ -53,8 +52,8 @@ def test_both_sides_train_the_same_weights_with_the_same_gradients():
 
 
 def test_a_row_has_times_memory_and_phases(monkeypatch, capsys):
-    monkeypatch.setattr(bench_step, "Work", lambda size: replace(WORK, size=size))
-    assert bench_step.main(["--size", "64", "--steps", "2", "--rounds", "2"]) == 0
+    monkeypatch.setattr(bench_step, "Work", lambda: WORK)
+    assert bench_step.main() == 0
     text = capsys.readouterr().out
     assert "| training step, sd15 | 64 | float32 |" in text
     assert all(f"\n| {phase} |" in text for phase in bench_step.PHASES)
