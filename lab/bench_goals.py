@@ -30,6 +30,7 @@ GOALS = (  # name, part, start of the rows, pass (None: the sum), peer ("": the 
     ("G9", "compiled", "UNet B 16", None, "", 0.92),
     ("G10", "train", "training step B 16", None, "", 0.65),
     ("G10", "train", "training step B 2", None, "", 0.65),
+    ("G10", "train", "training step by CUDA graph B 2", None, "", 0.65),
     ("G10", "compiled", "training step B 16", None, "", 0.90),
     ("G10", "compiled", "training step B 2", None, "", 0.90),
     ("G11", "inference", "inference by CUDA graph B 1", None, "", 0.50),

@@ -43,6 +43,7 @@ from lab.bench_goals import HEAD, all_rows, line, summary, won_by
 from loading.augment import normalise
 from run.compiled import OPTIONS
 from run.files import replace_text
+from run.graph import Recorded
 
 SLACK = 3.0  # times the peer's error
 Run = Callable[[object], list[Tensor]]  # one call of a side, with results to compare
@@ -99,6 +100,7 @@ class Plan:
     compile: dict | None = None  # how the only peer is compiled; None: the peers run eagerly
     options: dict = field(default_factory=lambda: {"dynamic": False, "options": OPTIONS})  # of `compile`
     capture: Callable[[Callable], Callable] = captured
+    recorded: type[Recorded] = Recorded
     start: str = "spawn"  # of the processes
 
 
@@ -219,6 +221,10 @@ def train(plan: Plan) -> Iterator[dict]:
         sides = {"ours": sides["ours"], "compiled": partial(sides["channels-last"], *steps.COMPILED)}
     batch = partial(steps.batch_of, plan.work.size)
     yield from contest(plan, "training step", sides, batch, plan.batches)
+    if not plan.compile:
+        sides["ours"] = partial(build, partial(steps.ours, graph=plan.recorded))
+        plan, small = replace(plan, choices=plan.choices[:1]), plan.batches[-1:]
+        yield from contest(plan, "training step by CUDA graph", sides, batch, small)
 
 
 def predict(plan: Plan) -> Iterator[dict]:
@@ -226,7 +232,7 @@ def predict(plan: Plan) -> Iterator[dict]:
     work = plan.work
 
     def ours(graph: bool = False) -> Run:
-        tada = steps.our_model(work).eval()
+        tada = steps.our_model(work, training=False).eval()
         if graph:
             ids = tada.tokenizer([steps.CAPTION]).to(work.device)  # a graph copies nothing from the CPU
             tada.tokenizer = lambda texts: ids.expand(len(texts), -1)

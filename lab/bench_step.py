@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -36,11 +37,13 @@ from lab.bench import COLUMNS
 from lab.bench_peers import peer_clip, peer_unet, peer_vae
 from loading.augment import normalise
 from loading.stream import Batch
+from loading.tags import TagSource
 from model import Tada, TadaConfig
+from run.graph import Recorded
 from run.masters import Masters
 from run.memory import keep_freed_memory
 from run.ranks import Ranks
-from train import train_step
+from run.step import train_step, update
 from unet import UNet
 from vae import VAE
 
@@ -108,7 +111,7 @@ def our_part(kind: Callable[[], nn.Module], peer: nn.Module) -> nn.Module:
     return part
 
 
-def our_model(work: Work) -> Tada:
+def our_model(work: Work, training: bool = True) -> Tada:
     """Our model; in half precision its frozen parts are bfloat16, as on a GPU."""
     *peers, decoder = work.prior()
     parts = [our_part(*pair) for pair in zip(work.kinds, peers, strict=True)]
@@ -116,17 +119,21 @@ def our_model(work: Work) -> Tada:
     tokenizer = Tokenizer.spelling(parts[-1].config.vocabulary)
     tada = Tada(config, *parts, tokenizer, Words(), decoder)
     if work.half:
-        shrink(tada, config.tags, training=True)
+        shrink(tada, config.tags, training)
     return tada
 
 
-def ours(work: Work) -> tuple[nn.Module, torch.optim.Optimizer, Step]:
-    """The model, its optimiser, and a step as train.py takes it."""
+def ours(work: Work, graph: type[Recorded] | None = None) -> tuple[nn.Module, torch.optim.Optimizer, Step]:
+    """The model, its optimiser, and a step as train.py takes it; with `graph` as by its --cuda-graph."""
     keep_freed_memory()
     tada = our_model(work).train()
     optimizer = torch.optim.AdamW(parameter_groups(tada, RATE, weight_decay=DECAY), fused=True)
     masters = Masters(tada) if work.half else None
-    how = {"words": lambda *_: [CAPTION], "ranks": Ranks(0, 1, torch.device(work.device)), "masters": masters}
+    words, ranks = TagSource("", (), {"random": [CAPTION]}), Ranks(0, 1, torch.device(work.device))
+    how = {"words": words, "ranks": ranks, "masters": masters}
+    if graph:
+        plain = partial(update, masters or tada, tada, optimizer, ranks, None, masters)
+        how["recorded"] = graph(plain, optimizer)
 
     def step(batch: Batch) -> tuple[float, float]:
         result = train_step(masters or tada, tada, optimizer, [batch], **how)

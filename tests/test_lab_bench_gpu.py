@@ -13,12 +13,13 @@ import pytest
 import torch
 from test_lab_bench_kernels import SMALL, cpu_clock
 from test_lab_bench_step import UNET, WORK
+from test_run_graph import Replayed
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kernels
 from lab import bench, bench_gpu, bench_kernels
-from lab.bench_goals import LIMIT, line, pairs, summary, won_by
+from lab.bench_goals import GOALS, LIMIT, judged, line, pairs, summary, won_by
 from lab.bench_gpu import PARTS, Plan, suite
 
 
@@ -37,9 +38,10 @@ PLAN = Plan(
     batches=(1,),
     predicted=(2, 1),
     choices=("torch",),
-    turns=(1, 1),
+    turns=(3, 1),  # with the call before them: the fourth records a step
     options={"backend": "eager"},
     capture=plainly,
+    recorded=Replayed,
     start="forkserver",
 )
 
@@ -117,7 +119,7 @@ def test_every_part_runs_and_is_right(tmp_path, capfd):
         "cross-attention B 2 N 20 M 5 d 8",
     ]
     for part, name in WHOLE.items():
-        graph = ["inference by CUDA graph B 1"] * (part == "inference")
+        graph = [f"{name} by CUDA graph B 1"] * (part in ("train", "inference"))
         assert cases[part] == [*[f"{name} B 2"] * (part == "inference"), f"{name} B 1", *graph]
         assert all(row["peers"].keys() >= {"channels-last"} for row in parts[part]["rows"])
     assert cases["compiled"] == ["VAE encoder B 1", "UNet B 1", "training step B 1"]
@@ -329,3 +331,15 @@ def test_a_graph_reads_nothing_of_the_host(monkeypatch):
     with pytest.raises(KeyError, match="captured"):
         build()(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
     assert name == "inference by CUDA graph" and captured[0].prediction.main.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("ours", "verdict"), [([1, 10], "reached"), ([1, 106], "missed"), ([90, 90], "missed")]
+)
+def test_a_goal_needs_the_mean_and_every_row(ours, verdict):
+    """G1: the geometric mean at most 0.80, and no row above 1.05, however fast the others are."""
+    rows = [
+        {"case": f"cross-attention B 16 N {us}", "ours": {"auto": [us]}, "peers": {"x": [100]}} for us in ours
+    ]
+    facts = {"parts": {"kernels": {"rows": rows}}}
+    assert judged(facts, GOALS[0]).endswith(f"| 0.80 | {verdict} |")
