@@ -102,6 +102,9 @@ def run_command(
             else:
                 time.sleep(PATIENCE)
             return 2
+        except getattr(sys.modules.get("torch"), "OutOfMemoryError", ()) as error:  # a GPU's
+            print(f"{name}: {error}: take smaller images, or --device cpu", file=sys.stderr)
+            return 2
         finally:
             sys.stdout.flush()  # at its end Python would report what cannot be written, with code 120
 

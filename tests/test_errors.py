@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import errors
 from errors import DataError, Parser, RunError, run_command
@@ -27,6 +28,11 @@ def fail(error: BaseException):
         (DataError("x.png is empty: remove it"), 2, "eval.py: x.png is empty: remove it\n"),
         (FileNotFoundError(2, "No such file", "x"), 2, "eval.py: [Errno 2] No such file: 'x'\n"),
         (KeyboardInterrupt(), 130, "interrupted: nothing was written\n"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory"),
+            2,
+            "eval.py: CUDA out of memory: take smaller images, or --device cpu\n",
+        ),
     ],
 )
 def test_becomes_a_sentence_and_a_code(error, code, message, capsys):
