@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(
     checkpoint: str, *, weights: str | None, device: str | None, host: str, port: int, browser: bool
-) -> int:
+) -> None:
     """Serve until Ctrl-C."""
     try:
         import starlette  # noqa: F401
@@ -230,7 +230,6 @@ def run(
         if browser and (sys.platform == "darwin" or {"DISPLAY", "WAYLAND_DISPLAY"} & {*os.environ}):
             Thread(target=webbrowser.open, args=[url], daemon=True).start()  # elsewhere it may be a text one
         uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3)).run([listener])
-    return 0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -387,12 +387,11 @@ def main(argv: list[str] | None = None) -> int:
     if out.suffix != ".json" or len(out.parents) < 2:
         parser.error(f"--out {out}: give ROOT/annotations/panoptic_train.json, or panoptic_val.json")
 
-    def work() -> int:
+    def work() -> None:
         images, objects, hidden = from_instances(Path(options.from_instances), out)
         print(f"{out}: {images} images, {objects} objects, {hidden} of them without a visible pixel")
         place = out.parents[1] / out.stem.removeprefix("panoptic_")
         print(f"next: put the images into {place}, then train.py --dataset panoptic --data {out.parents[1]}")
-        return 0
 
     return run_command("images.panoptic", work)
 

@@ -388,17 +388,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     o = parse(argv)
 
-    def work() -> int:
+    def work() -> None:
         if o.report:
             print(report(*read_record(o.report)))
-            return 0
+            return
         with lock(o.out, "--out"):
             run_all(o.rows, o.seeds, split=o.split, steps=o.steps, folder=o.out, jobs=o.jobs)
             tables = report(*read_record(o.out / "runs.jsonl"))
             (o.out / "tables.md").write_text(tables + "\n", encoding="utf-8")
             print(tables)
             figure(o.out, o.split).save(o.out / "figure.jpg", quality=90)
-        return 0
 
     return run_command("ablate.py", work, "stopped: run the same command to resume")
 

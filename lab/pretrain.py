@@ -352,13 +352,12 @@ def write_config(config: VAEConfig, scale: float, file: Path) -> None:
     replace_text(file.with_name("sha256.json"), json.dumps({file.name: digest(file)}))
 
 
-def train_all(job: Job, longer: float, count: int) -> int:
+def train_all(job: Job, longer: float, count: int) -> None:
     """Train or resume the three stages on `count` scenes; `longer` multiplies their steps."""
     with lock(job.run, "--run"):
         drawn = draw_scenes(job.run, count)
         for stage, train in zip(STAGES.values(), (train_vae, train_clip, train_unet), strict=True):
             train(drawn, stage._replace(steps=max(round(longer * stage.steps), 1)), job)
-    return 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -235,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prediction-folder", metavar="DIR", help=pngs)
     options = parser.parse_args(argv)
 
-    def work() -> int:
+    def work() -> None:
         truth = read_annotations(options.truth)
         predicted = read_annotations(options.prediction, truth)
         folder = png_folder(truth, options.truth_folder, "--truth-folder")
@@ -244,7 +244,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("            PQ      SQ      RQ  classes")
         for which, *numbers, n in quality.rows():
             print(f"{which:6}{''.join(f'{x:>8}' for x in numbers)}{n:>9}")
-        return 0
 
     return run_command("metrics.quality", work)
 
