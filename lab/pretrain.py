@@ -11,7 +11,6 @@ numbers. `python -m lab.evidence` measures the result.
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -35,7 +34,7 @@ from assemble import part_configs
 from clip import CLIP, PROMPT, TEMPLATES, CLIPConfig, Tokenizer, token_ids
 from errors import Parser, RunError, run_command
 from images import scenes
-from run.files import replace_text, sync
+from run.files import replace_text, replacing, sync
 from run.folder import commit, lock
 from unet import TIMES, UNet, UNetConfig, alphas_cumprod
 from vae import VAE, VAEConfig
@@ -326,10 +325,9 @@ def write(model: nn.Module, file: Path) -> None:
 
 def save_replacing(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file atomically."""
-    new = file.with_suffix(".tmp")
-    save_file(tensors, new, metadata=metadata)
-    sync(new)
-    os.replace(new, file)
+    with replacing(file) as new:
+        save_file(tensors, new, metadata=metadata)
+        sync(new)
 
 
 def write_config(config: VAEConfig, scale: float, file: Path) -> None:

@@ -4,7 +4,6 @@ The checkpoint is a pickle of 5.6 GB. torch opens it with `weights_only=True`, w
 no code, and maps it into memory, so only the 0.8 GB of the tagger are read.
 """
 
-import os
 import pickle
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from errors import WeightsError
 from ram import RAM, RAMConfig
+from run.files import replacing
 from weights.load import OFFICIAL, absence, kind, load, locate, match
 
 MODEL = "model.safetensors"
@@ -101,14 +101,11 @@ def convert(checkpoint: str | Path, file: str | Path, config: RAMConfig | None =
     with torch.device("meta"):
         ours = {name: tuple(x.shape) for name, x in RAM(config or RAMConfig()).state_dict().items()}
     names = match(ours, {name: tuple(x.shape) for name, x in state.items()}, checkpoint, official)
-    scratch = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        save_file({name: state[names[name]].contiguous() for name in ours}, scratch)
-        os.replace(scratch, file)
+        with replacing(file) as new:
+            save_file({name: state[names[name]].contiguous() for name in ours}, new)
     except SafetensorError as error:  # the disk is full, ...
         raise WeightsError(f"{file} cannot be written ({error}): free 0.9 GB of its disk") from None
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def read_checkpoint(checkpoint: Path) -> dict[str, Tensor]:
