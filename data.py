@@ -25,17 +25,7 @@ from errors import DataError
 from images import scenes
 from images.classes import read_classes
 from images.panoptic import Categories, Segment, read_annotations, read_map, semantic
-from images.read import (
-    LOSSLESS,
-    SHOWN,
-    SUFFIXES,
-    Size,
-    label_table,
-    read_image,
-    read_labels,
-    scan,
-    spelling,
-)
+from images.read import LOSSLESS, SHOWN, SUFFIXES, Size, label_table, read_image, read_labels, scan, spelling
 
 TRAIN_IDS = "_labelTrainIds"  # label files with this ending already hold 0..K-1
 

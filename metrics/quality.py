@@ -38,16 +38,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from images.instances import pycocotools
-from images.panoptic import (
-    VOID,
-    Annotations,
-    Categories,
-    Segment,
-    annotation,
-    index,
-    read_annotations,
-    runs,
-)
+from images.panoptic import VOID, Annotations, Categories, Segment, annotation, index, read_annotations, runs
 
 
 def count(

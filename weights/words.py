@@ -24,12 +24,7 @@ from weights.load import OFFICIAL, find, locate
 
 
 def word_vectors(
-    weights: str,
-    clip: CLIP,
-    tokenizer: Tokenizer,
-    words: Sequence[str],
-    templates: int,
-    shared: bool = False,
+    weights: str, clip: CLIP, tokenizer: Tokenizer, words: Sequence[str], templates: int, shared: bool = False
 ) -> Tensor:
     """`name_vectors` with 1 or 80 prompts, cached in `weights/.vectors` by a hash of all inputs.
 
