@@ -665,7 +665,7 @@ def test_instances_by_hand():
 
 
 def test_semantic_equals_transformers():
-    """Class scores at their one size; labels and logits follow from them."""
+    """Class scores at their one size; logits follow from them."""
     decoder = Mask2Former(**SMALL)
     classes, masks = 2 * torch.randn(2, 6, K + 1), blobs(2, 6, 32, 32)
     prediction = Queries((classes,), (masks,))
@@ -676,12 +676,8 @@ def test_semantic_equals_transformers():
     semantic = decoder.semantic(prediction, (384, 384))
     for ours, theirs in zip(semantic, expected, strict=True):
         assert error(ours, theirs.segmentation_scores) <= 1e-5
-    labels = decoder.labels(prediction, (384, 384))
-    assert torch.equal(labels, semantic.argmax(1))
     shares = decoder.logits(prediction, (384, 384)).softmax(1)
     assert error(shares, semantic / semantic.sum(1, keepdim=True)) <= 1e-5
-    cut = decoder.semantic(prediction, (128, 128), (100, 128), (50, 64))
-    assert cut.shape == (2, K, 50, 64)
 
 
 # ---- sizes and initialisation
