@@ -44,11 +44,6 @@ class RAMConfig:
     head_layers: int = 2
     head_heads: int = 4
 
-    @property
-    def sides(self) -> tuple[int, ...]:
-        """Side of each stage's square of tokens: 96, 48, 24, 12."""
-        return tuple(self.image_size // self.patch // 2**i for i in range(len(self.depths)))
-
 
 class RAM(nn.Module):
     """Images `(B, 3, H, W)` in [-1, 1] of any size -> logits `(B, K)` of the K = 4,585 tags."""
@@ -194,7 +189,8 @@ class Stage(nn.Module):
 
     def __init__(self, config: RAMConfig, index: int, downsample: bool):
         super().__init__()
-        self.side, self.window = config.sides[index], config.window
+        self.side = config.image_size // config.patch // 2**index  # 96, 48, 24, 12
+        self.window = config.window
         assert self.side % self.window == 0, f"{self.side} tokens a side: need a multiple of {self.window}"
         self.shift = self.window // 2 if self.side > self.window else 0
         width, heads = config.width * 2**index, config.heads[index]

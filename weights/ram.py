@@ -40,15 +40,11 @@ class LoadedRAM(NamedTuple):
 
 
 def load_ram(
-    folder: str | Path,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    config: RAMConfig | None = None,
+    folder: str | Path, device: str | torch.device = "cpu", config: RAMConfig | None = None
 ) -> LoadedRAM:
-    """Load the three files of `python -m weights.fetch --ram`: a frozen RAM of `dtype`, names, thresholds.
+    """Load the three files of `python -m weights.fetch --ram`: a frozen RAM, names, thresholds.
 
-    `config`: the sizes, None = the official ones. The thresholds stay in float32. Raise WeightsError if a
-    file is missing or does not fit the model.
+    `config`: the sizes, None = the official ones. Raise WeightsError if a file is missing or does not fit.
     """
     folder, config = Path(folder), config or RAMConfig()
     require_files(folder)
@@ -61,7 +57,7 @@ def load_ram(
     except ValueError as error:
         raise WeightsError(f"{folder / THRESHOLDS} is corrupt ({error}); {cure(THRESHOLDS)}") from None
     with torch.device("meta"):
-        model = RAM(config).to(dtype)
+        model = RAM(config)
     load(model, folder)
     return LoadedRAM(model.to(device).eval().requires_grad_(False), names, thresholds)
 
