@@ -118,9 +118,6 @@ class Categories:
     palette: np.ndarray  # (K, 3) uint8
     things: np.ndarray  # (K,) bool
 
-    def __len__(self) -> int:
-        return len(self.names)
-
     def as_json(self) -> list[dict]:
         return [
             {"id": id, "name": name, "isthing": int(thing), "color": list(map(int, colour))}

@@ -130,7 +130,7 @@ def compare(truth: Annotations, folder: Path, predicted: Annotations, predicted_
         raise DataError(f"{predicted.file} {fault}: use the categories of the truth")
     label_of = [labels[id] for id in predicted.categories.ids]
     place = {id: i for i, id in enumerate(predicted.image_ids)}
-    counts = torch.zeros(len(truth.categories), 4, dtype=torch.float64)
+    counts = torch.zeros(len(truth.categories.ids), 4, dtype=torch.float64)
     for i, id in enumerate(tqdm(truth.image_ids, "comparing", disable=None)):
         if id not in place:
             raise DataError(f"{predicted.file} has no annotation for the image {id!r}: every one needs it")
