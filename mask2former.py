@@ -532,20 +532,15 @@ def xavier(module: nn.Module, gain: float = 1.0) -> nn.Module:
 
 @torch.no_grad()
 def matching_costs(
-    classes: Tensor,
-    masks: Tensor,
-    targets: Sequence[Target],
-    points: int,
-    rand: Rand | Sequence[Rand] = torch.rand,
+    classes: Tensor, masks: Tensor, targets: Sequence[Target], points: int, rands: Sequence[Rand]
 ) -> list[Tensor]:
     """The cost of matching each query to each segment, per image: `(Q, S)` float32.
 
     2 (-class probability) + 5 (mask cross-entropy) + 5 (mask dice), with the masks sampled at `points` random
-    points, the same for all pairs. Float32 logits `(B, Q, K+1)` and `(B, Q, h, w)`; `rand` as in
-    `Mask2Former.loss`.
+    points, the same for all pairs. Float32 logits `(B, Q, K+1)` and `(B, Q, h, w)`; `rands` draw the points,
+    one per image.
     """
     costs = []
-    rands = [rand] * len(targets) if callable(rand) else rand
     for class_logits, mask_logits, target, draw in zip(classes, masks, targets, rands):
         positions = draw(1, points, 2, device=masks.device) * unpadded(target)  # (1, P, 2)
         logits = sample(mask_logits, positions)  # (Q, P)

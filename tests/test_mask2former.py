@@ -157,7 +157,7 @@ def test_matching_equals_transformers():
         labels = [x.masks.float() for x in targets], [x.classes for x in targets]
         expected = model.criterion.matcher(masks, classes, *labels)
     torch.manual_seed(1)
-    matches = match(matching_costs(classes, masks, targets, 300))
+    matches = match(matching_costs(classes, masks, targets, 300, [torch.rand] * len(targets)))
     for ours, theirs, T in zip(matches, expected, (4, 12, 1), strict=True):
         assert len(ours[0]) == min(T, QUERIES)
         assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
@@ -315,7 +315,7 @@ def test_a_perfect_prediction_costs_nothing():
     labels = torch.full((QUERIES,), K)
     labels[4], labels[2] = 3, 1
     classes = 30.0 * F.one_hot(labels)[None]
-    ((queries, matched),) = match(matching_costs(classes, masks, [target], 300))
+    ((queries, matched),) = match(matching_costs(classes, masks, [target], 300, [torch.rand]))
     assert queries.tolist() == [2, 4] and matched.tolist() == [1, 0]
 
     decoder = Mask2Former(**SMALL)
