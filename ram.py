@@ -156,28 +156,18 @@ class Swin(nn.Module):
     def __init__(self, config: RAMConfig):
         super().__init__()
         last = len(config.depths) - 1
-        self.patch_embed = PatchEmbed(config)
+        patches = nn.Conv2d(3, config.width, config.patch, stride=config.patch)
+        self.patch_embed = nn.ModuleDict({"proj": patches, "norm": nn.LayerNorm(config.width)})
         self.layers = nn.ModuleList(Stage(config, i, downsample=i < last) for i in range(last + 1))
         self.norm = nn.LayerNorm(config.width * 2**last)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        x = self.patch_embed(pixels)
+        project, norm = self.patch_embed["proj"], self.patch_embed["norm"]
+        pixels = pixels.to(project.weight.dtype, memory_format=torch.channels_last)
+        x = norm(rearrange(project(pixels), "B C h w -> B (h w) C"))  # (B, 9216, 192), one per 4x4 pixels
         for stage in self.layers:
             x = stage(x)
         return self.norm(x)
-
-
-class PatchEmbed(nn.Module):
-    """Pixels `(B, 3, 384, 384)` -> one normed token per 4x4 pixels, `(B, 9216, 192)`."""
-
-    def __init__(self, config: RAMConfig):
-        super().__init__()
-        self.proj = nn.Conv2d(3, config.width, config.patch, stride=config.patch)
-        self.norm = nn.LayerNorm(config.width)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        pixels = pixels.to(self.proj.weight.dtype, memory_format=torch.channels_last)
-        return self.norm(rearrange(self.proj(pixels), "B C h w -> B (h w) C"))
 
 
 class Stage(nn.Module):
