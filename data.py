@@ -271,11 +271,11 @@ class Scenes(Dataset):
 
 def composed(files: dict[str, str]) -> dict[str, str]:
     """`scan`'s files with their keys in one Unicode composition: "é" may be written as "e" and an accent."""
-    found = {}
+    result = {}
     for key, file in files.items():
-        if (other := found.setdefault(unicodedata.normalize("NFC", key), file)) != file:
+        if (other := result.setdefault(unicodedata.normalize("NFC", key), file)) != file:
             raise DataError(f"{other!a} and {file!a} differ only in their Unicode composition: rename one")
-    return found
+    return result
 
 
 def require_size(file: Path, labels: np.ndarray, size: Size) -> None:

@@ -168,19 +168,19 @@ def read_annotations(file: str | Path, truth: Annotations | None = None) -> Anno
     categories = read_categories(content, file)
     names = {id: entry["file_name"] for id, entry in read_images(content, file).items()}
     label_of = {id: k for k, id in enumerate(categories.ids)}
-    found = {}  # the id of an image -> its name, PNG and segments
+    annotated = {}  # the id of an image -> its name, PNG and segments
     for where, entry in entries_of(content, "annotations", file):
         id, png = entry["image_id"], entry["file_name"]
         if id not in names:
             raise DataError(f"{where}: there is no image with the id {id!r}")
-        if id in found:
+        if id in annotated:
             raise DataError(f"{where}: the image {id!r} has two annotations")
         png = inside(png, where, "PNGs")
-        found[id] = names[id], png, read_segments(entry["segments_info"], label_of, where)
-    if not found:
+        annotated[id] = names[id], png, read_segments(entry["segments_info"], label_of, where)
+    if not annotated:
         raise DataError(f"{file} has no annotation: it needs one for each image")
-    image_ids = sorted(found, key=lambda id: (found[id][0], str(id)))
-    file_names, pngs, tables = map(list, zip(*(found[id] for id in image_ids), strict=True))
+    image_ids = sorted(annotated, key=lambda id: (annotated[id][0], str(id)))
+    file_names, pngs, tables = map(list, zip(*(annotated[id] for id in image_ids), strict=True))
     starts = np.cumsum([0, *map(len, tables)])
     return Annotations(file, categories, image_ids, file_names, pngs, np.concatenate(tables), starts)
 
