@@ -25,17 +25,7 @@ from errors import DataError
 from images import scenes
 from images.classes import read_classes
 from images.panoptic import Categories, Segment, read_annotations, read_map, semantic
-from images.read import (
-    LOSSLESS,
-    SHOWN,
-    SUFFIXES,
-    Size,
-    label_table,
-    read_image,
-    read_labels,
-    scan,
-    spelling,
-)
+from images.read import LOSSLESS, SHOWN, SUFFIXES, Size, label_table, read_image, read_labels, scan, spelling
 
 TRAIN_IDS = "_labelTrainIds"  # label files with this ending already hold 0..K-1
 
@@ -281,11 +271,11 @@ class Scenes(Dataset):
 
 def composed(files: dict[str, str]) -> dict[str, str]:
     """`scan`'s files with their keys in one Unicode composition: "é" may be written as "e" and an accent."""
-    found = {}
+    result = {}
     for key, file in files.items():
-        if (other := found.setdefault(unicodedata.normalize("NFC", key), file)) != file:
+        if (other := result.setdefault(unicodedata.normalize("NFC", key), file)) != file:
             raise DataError(f"{other!a} and {file!a} differ only in their Unicode composition: rename one")
-    return found
+    return result
 
 
 def require_size(file: Path, labels: np.ndarray, size: Size) -> None:

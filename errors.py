@@ -73,12 +73,12 @@ class Output:
 
 def run_command(
     name: str,
-    work: Callable[[], int],
+    work: Callable[[], int | None],
     interrupted: str = "interrupted",
     on_all_ranks: type[Exception] | tuple[type[Exception], ...] = TadaError,
 ) -> int:
-    """Run `work` and return its exit code; 2 after one sentence on stderr for an error that a user can cure,
-    130 after Ctrl-C.
+    """Run `work` and return its exit code, 0 if it returns none; 2 after one sentence on stderr for an error
+    that a user can cure, 130 after Ctrl-C.
 
     Errors of `on_all_ranks` are raised by every process of torchrun alike, so only rank 0 prints them; any
     other error is printed by the rank that has it. A name that the terminal cannot show is escaped, and an
@@ -91,7 +91,7 @@ def run_command(
         signal.signal(signal.SIGINT, signal.default_int_handler)
     with redirect_stdout(Output(sys.stdout)), redirect_stderr(Output(sys.stderr)):
         try:
-            return work()
+            return work() or 0
         except KeyboardInterrupt:
             if main:
                 print(interrupted, file=sys.stderr)

@@ -241,7 +241,7 @@ def run(
     out: str | None,
     worst: int,
     **flags: Any,
-) -> int:
+) -> None:
     """Open everything, cheapest checks first; evaluate; rank 0 reports. `flags` are of `protocol_of`."""
     kernels.use(kernel, ranks.device)
     if ranks.is_main:
@@ -301,7 +301,6 @@ def run(
             mean = f"mIoU {percent(result.mIoU, '%')}"
             say(f"{mean}; written: {out}/result.json, result.md, confusion.csv, confusion.png{more}")
     cleanup()
-    return 0
 
 
 def run_folder(file: Path) -> Path | None:

@@ -187,11 +187,8 @@ class Mask2Former(nn.Module):
         matched = sum(min(len(target.classes), Q) for target in targets)
         queries = matched + NO_OBJECT * (len(targets) * Q - matched)
         segments = sum(len(target.classes) for target in targets)
-        device = targets[0].classes.device
-        return {
-            name: torch.tensor(float(count), device=device)
-            for name, count in (("class", queries), ("mask", segments), ("dice", segments))
-        }
+        counts = {"class": queries, "mask": segments, "dice": segments}
+        return {name: torch.tensor(float(x), device=targets[0].classes.device) for name, x in counts.items()}
 
     def layer_loss(
         self, classes: Tensor, masks: Tensor, targets: Sequence[Target], rands: Sequence[Rand]
@@ -218,12 +215,8 @@ class Mask2Former(nn.Module):
             return torch.cat([draw(n, *shape, device=device) for draw, n in zip(rands, sizes)])
 
         points = uncertain_points(matched.detach(), limits, P, rand)  # (S, P, 2)
-        labels = torch.cat(
-            [
-                sample(target.masks[segments], part)
-                for target, (_, segments), part in zip(targets, matches, points.split(sizes))
-            ]
-        )
+        parts = zip(targets, matches, points.split(sizes))
+        labels = torch.cat([sample(target.masks[s], part) for target, (_, s), part in parts])
         by_mask, by_dice = mask_losses(sample(matched, points), labels)
         return CLASS_WEIGHT * by_class, MASK_WEIGHT * by_mask, DICE_WEIGHT * by_dice
 
@@ -290,22 +283,16 @@ class Mask2Former(nn.Module):
             results.append(Instances(labels[order], scores, inside[order]))
         return results
 
-    def semantic(
-        self, prediction: Queries, padded: Size, real: Size | None = None, size: Size | None = None
-    ) -> Tensor:
-        """Per class, the sum over queries of class times mask probability: `(B, K, H, W)` float32."""
+    def semantic(self, prediction: Queries, size: Size) -> Tensor:
+        """Per class, the sum over queries of class times mask probability, `(B, K, H, W)` float32."""
         classes = prediction.classes[-1].float().softmax(-1)[..., :-1]
-        masks = resize_masks(prediction.masks[-1].float(), padded, real, size).sigmoid()
+        masks = resize(prediction.masks[-1].float(), size).sigmoid()
         with torch.autocast(masks.device.type, enabled=False):
             return torch.einsum("BQK,BQHW->BKHW", classes, masks)
 
     def logits(self, prediction: Queries, size: Size) -> Tensor:
         """The logarithm of `semantic` at `size`: its softmax is the normalised class score."""
         return self.semantic(prediction, size).clamp_(min=torch.finfo(torch.float32).tiny).log_()
-
-    def labels(self, prediction: Queries, size: Size) -> Tensor:
-        """The class with the highest score of each pixel at `size`: `(B, H, W)` int64."""
-        return self.semantic(prediction, size).argmax(1)
 
 
 # ---- the pixel decoder: features -> mask features (B, C, H/4, W/4) and maps at strides 32, 16, 8
@@ -545,20 +532,15 @@ def xavier(module: nn.Module, gain: float = 1.0) -> nn.Module:
 
 @torch.no_grad()
 def matching_costs(
-    classes: Tensor,
-    masks: Tensor,
-    targets: Sequence[Target],
-    points: int,
-    rand: Rand | Sequence[Rand] = torch.rand,
+    classes: Tensor, masks: Tensor, targets: Sequence[Target], points: int, rands: Sequence[Rand]
 ) -> list[Tensor]:
     """The cost of matching each query to each segment, per image: `(Q, S)` float32.
 
     2 (-class probability) + 5 (mask cross-entropy) + 5 (mask dice), with the masks sampled at `points` random
-    points, the same for all pairs. Float32 logits `(B, Q, K+1)` and `(B, Q, h, w)`; `rand` as in
-    `Mask2Former.loss`.
+    points, the same for all pairs. Float32 logits `(B, Q, K+1)` and `(B, Q, h, w)`; `rands` draw the points,
+    one per image.
     """
     costs = []
-    rands = [rand] * len(targets) if callable(rand) else rand
     for class_logits, mask_logits, target, draw in zip(classes, masks, targets, rands):
         positions = draw(1, points, 2, device=masks.device) * unpadded(target)  # (1, P, 2)
         logits = sample(mask_logits, positions)  # (Q, P)

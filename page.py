@@ -88,27 +88,27 @@ class Viewer:
     def predict(self, content: bytes, name: str, words: Words) -> dict:
         """The label map, and where it differs from the one without words."""
         with self.lock:
-            found = self.result(content, name, words)
-            plain = self.result(content, name, ()) if self.uses_words else found
-        colours = {k: f"#{bytes(x).hex()}" for k, x in zip(self.tada.config.classes, found.palette)}
-        moved = found.labels != plain.labels
+            shown = self.result(content, name, words)
+            plain = self.result(content, name, ()) if self.uses_words else shown
+        colours = {k: f"#{bytes(x).hex()}" for k, x in zip(self.tada.config.classes, shown.palette)}
+        moved = shown.labels != plain.labels
         mask = Image.fromarray(moved.astype(np.uint8))
         mask.putpalette([20, 22, 26, 0, 0, 0])  # nearly black over what did not move; page.html dims it
         mask.info["transparency"] = b"\xff\x00"
         return {
-            "tags": found.tags,
-            "size": found.labels.shape,
-            "map": data_url(found.label_map()),
-            "shares": [{"name": k, "share": x, "colour": colours[k]} for k, x in found.shares.items()],
+            "tags": shown.tags,
+            "size": shown.labels.shape,
+            "map": data_url(shown.label_map()),
+            "shares": [{"name": k, "share": x, "colour": colours[k]} for k, x in shown.shares.items()],
             "moved": float(moved.mean()),
-            "changed": None if found is plain else data_url(mask),
+            "changed": None if shown is plain else data_url(mask),
         }
 
     def attention(self, content: bytes, name: str, words: Words, to: str) -> dict:
         """The attention to one word, all words on one scale: from 0 to the highest attention to any."""
         with self.lock:
-            found = self.result(content, name, words)
-            strength, top = found.attention(to), float(found.maps.max())
+            shown = self.result(content, name, words)
+            strength, top = shown.attention(to), float(shown.maps.max())
         level = Image.fromarray((strength * (255 / top)).round().astype(np.uint8))
         level.putpalette(heat(np.linspace(0, 1, 256)).round().astype(np.uint8).tobytes())
         low, high = float(strength.min()), float(strength.max())
@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(
     checkpoint: str, *, weights: str | None, device: str | None, host: str, port: int, browser: bool
-) -> int:
+) -> None:
     """Serve until Ctrl-C."""
     try:
         import starlette  # noqa: F401
@@ -230,7 +230,6 @@ def run(
         if browser and (sys.platform == "darwin" or {"DISPLAY", "WAYLAND_DISPLAY"} & {*os.environ}):
             Thread(target=webbrowser.open, args=[url], daemon=True).start()  # elsewhere it may be a text one
         uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3)).run([listener])
-    return 0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -44,11 +44,6 @@ class RAMConfig:
     head_layers: int = 2
     head_heads: int = 4
 
-    @property
-    def sides(self) -> tuple[int, ...]:
-        """Side of each stage's square of tokens: 96, 48, 24, 12."""
-        return tuple(self.image_size // self.patch // 2**i for i in range(len(self.depths)))
-
 
 class RAM(nn.Module):
     """Images `(B, 3, H, W)` in [-1, 1] of any size -> logits `(B, K)` of the K = 4,585 tags."""
@@ -161,28 +156,18 @@ class Swin(nn.Module):
     def __init__(self, config: RAMConfig):
         super().__init__()
         last = len(config.depths) - 1
-        self.patch_embed = PatchEmbed(config)
+        patches = nn.Conv2d(3, config.width, config.patch, stride=config.patch)
+        self.patch_embed = nn.ModuleDict({"proj": patches, "norm": nn.LayerNorm(config.width)})
         self.layers = nn.ModuleList(Stage(config, i, downsample=i < last) for i in range(last + 1))
         self.norm = nn.LayerNorm(config.width * 2**last)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        x = self.patch_embed(pixels)
+        project, norm = self.patch_embed["proj"], self.patch_embed["norm"]
+        pixels = pixels.to(project.weight.dtype, memory_format=torch.channels_last)
+        x = norm(rearrange(project(pixels), "B C h w -> B (h w) C"))  # (B, 9216, 192), one per 4x4 pixels
         for stage in self.layers:
             x = stage(x)
         return self.norm(x)
-
-
-class PatchEmbed(nn.Module):
-    """Pixels `(B, 3, 384, 384)` -> one normed token per 4x4 pixels, `(B, 9216, 192)`."""
-
-    def __init__(self, config: RAMConfig):
-        super().__init__()
-        self.proj = nn.Conv2d(3, config.width, config.patch, stride=config.patch)
-        self.norm = nn.LayerNorm(config.width)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        pixels = pixels.to(self.proj.weight.dtype, memory_format=torch.channels_last)
-        return self.norm(rearrange(self.proj(pixels), "B C h w -> B (h w) C"))
 
 
 class Stage(nn.Module):
@@ -194,7 +179,8 @@ class Stage(nn.Module):
 
     def __init__(self, config: RAMConfig, index: int, downsample: bool):
         super().__init__()
-        self.side, self.window = config.sides[index], config.window
+        self.side = config.image_size // config.patch // 2**index  # 96, 48, 24, 12
+        self.window = config.window
         assert self.side % self.window == 0, f"{self.side} tokens a side: need a multiple of {self.window}"
         self.shift = self.window // 2 if self.side > self.window else 0
         width, heads = config.width * 2**index, config.heads[index]

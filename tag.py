@@ -130,7 +130,7 @@ def open_sets(options: argparse.Namespace) -> list[Dataset]:
 # ---- captions of TADP
 
 
-def convert_captions(options: argparse.Namespace) -> int:
+def convert_captions(options: argparse.Namespace) -> None:
     """Write the captions of a file of TADP (captions/*.json) as lines for `--condition caption`.
 
     It has `{"file below the image folder": {"captions": ["..."]}}`; the first caption counts.
@@ -156,13 +156,12 @@ def convert_captions(options: argparse.Namespace) -> int:
     read_tag_lines(options.out, "tadp")  # refuses to replace a file of another tagger
     replace_text(options.out, "".join(lines))
     print(f"{options.out}: captions of {len(lines):,} of {len(paths):,} images")
-    return 0
 
 
 # ---- the quality of tags
 
 
-def judge_file(options: argparse.Namespace) -> int:
+def judge_file(options: argparse.Namespace) -> None:
     """Print how well a file of tags names the classes of each image."""
     sets = open_sets(options)
     every = [path for dataset in sets for path in dataset.paths]
@@ -174,7 +173,6 @@ def judge_file(options: argparse.Namespace) -> int:
         print(f"{options.judge}, {dataset.name} {dataset.split}: {len(tagged):,} of {len(dataset):,} images")
         if tagged:
             print(measure_tags(tags, present, dataset.prompts))
-    return 0
 
 
 # ---- the command
@@ -183,7 +181,7 @@ def judge_file(options: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
 
-    def work() -> int:
+    def work() -> int | None:
         if options.judge or options.by == "tadp":
             alone = judge_file if options.judge else convert_captions
             return alone(options) if os.environ.get("RANK", "0") == "0" else 0  # the work of one process

@@ -92,16 +92,16 @@ def widest(ids: np.ndarray, segments: Sequence) -> list[tuple[float, float, int]
     ended = np.pad(ids, ((0, 0), (0, 1)), constant_values=-1)  # no run continues in the next row
     values, lengths = runs(ended)
     rows, begins = np.divmod(lengths.cumsum() - lengths, ids.shape[1] + 1)
-    place, found = index(values, segments), []
+    place, middles = index(values, segments), []
     order = place.argsort(kind="stable")
     for mine in np.split(order, place[order].searchsorted(range(len(segments) + 1)))[1:-1]:
         y, x, n = rows[mine], begins[mine], lengths[mine]
-        found.append((0, 0, 0))
+        middles.append((0, 0, 0))
         if len(mine):
             long = np.flatnonzero(n >= 0.9 * n.max())
             best = long[np.abs(y[long] - np.median(y.repeat(n))).argmin()]
-            found[-1] = float(y[best]), float(x[best] + n[best] / 2), int(n[best])
-    return found
+            middles[-1] = float(y[best]), float(x[best] + n[best] / 2), int(n[best])
+    return middles
 
 
 def drawn_size(H: int, W: int) -> tuple[int, int]:

@@ -118,9 +118,6 @@ class Categories:
     palette: np.ndarray  # (K, 3) uint8
     things: np.ndarray  # (K,) bool
 
-    def __len__(self) -> int:
-        return len(self.names)
-
     def as_json(self) -> list[dict]:
         return [
             {"id": id, "name": name, "isthing": int(thing), "color": list(map(int, colour))}
@@ -171,19 +168,19 @@ def read_annotations(file: str | Path, truth: Annotations | None = None) -> Anno
     categories = read_categories(content, file)
     names = {id: entry["file_name"] for id, entry in read_images(content, file).items()}
     label_of = {id: k for k, id in enumerate(categories.ids)}
-    found = {}  # the id of an image -> its name, PNG and segments
+    annotated = {}  # the id of an image -> its name, PNG and segments
     for where, entry in entries_of(content, "annotations", file):
         id, png = entry["image_id"], entry["file_name"]
         if id not in names:
             raise DataError(f"{where}: there is no image with the id {id!r}")
-        if id in found:
+        if id in annotated:
             raise DataError(f"{where}: the image {id!r} has two annotations")
         png = inside(png, where, "PNGs")
-        found[id] = names[id], png, read_segments(entry["segments_info"], label_of, where)
-    if not found:
+        annotated[id] = names[id], png, read_segments(entry["segments_info"], label_of, where)
+    if not annotated:
         raise DataError(f"{file} has no annotation: it needs one for each image")
-    image_ids = sorted(found, key=lambda id: (found[id][0], str(id)))
-    file_names, pngs, tables = map(list, zip(*(found[id] for id in image_ids), strict=True))
+    image_ids = sorted(annotated, key=lambda id: (annotated[id][0], str(id)))
+    file_names, pngs, tables = map(list, zip(*(annotated[id] for id in image_ids), strict=True))
     starts = np.cumsum([0, *map(len, tables)])
     return Annotations(file, categories, image_ids, file_names, pngs, np.concatenate(tables), starts)
 
@@ -387,12 +384,11 @@ def main(argv: list[str] | None = None) -> int:
     if out.suffix != ".json" or len(out.parents) < 2:
         parser.error(f"--out {out}: give ROOT/annotations/panoptic_train.json, or panoptic_val.json")
 
-    def work() -> int:
+    def work() -> None:
         images, objects, hidden = from_instances(Path(options.from_instances), out)
         print(f"{out}: {images} images, {objects} objects, {hidden} of them without a visible pixel")
         place = out.parents[1] / out.stem.removeprefix("panoptic_")
         print(f"next: put the images into {place}, then train.py --dataset panoptic --data {out.parents[1]}")
-        return 0
 
     return run_command("images.panoptic", work)
 

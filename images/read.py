@@ -82,7 +82,7 @@ def scan(root: Path, folder: str, suffixes: tuple[str, ...], endings: tuple[str,
 
     Of several files with one key, the one whose ending comes first is used; two of one ending are refused.
     """
-    found: dict[str, tuple[int, str]] = {}  # key -> the place of the file's ending, its path
+    chosen: dict[str, tuple[int, str]] = {}  # key -> the place of the file's ending, its path
     longest_first = sorted(endings, key=len, reverse=True)
     for where, _, names in walk(root / folder):
         below = Path(where).relative_to(root).as_posix() + "/"
@@ -93,14 +93,14 @@ def scan(root: Path, folder: str, suffixes: tuple[str, ...], endings: tuple[str,
                 continue
             for ending in filter(stem.endswith, longest_first):
                 key, path = start + stem.removesuffix(ending), below + name
-                place, other = found.setdefault(key, (endings.index(ending), path))
+                place, other = chosen.setdefault(key, (endings.index(ending), path))
                 if place > endings.index(ending):
-                    found[key] = endings.index(ending), path
+                    chosen[key] = endings.index(ending), path
                 elif place == endings.index(ending) and other is not path:
                     files = f"{root / other} and {root / path}"
                     raise DataError(f"{files} differ only in their extension: rename one")
                 break
-    return {key: path for key, (_, path) in found.items()}
+    return {key: path for key, (_, path) in chosen.items()}
 
 
 def spelling(name: str, folder: Path, listed: Container[str] = ()) -> str:
@@ -239,8 +239,8 @@ def read_labels(
     raw = np.asarray(image, np.uint8) if image.mode == "1" else np.asarray(image)
     if bits := re.fullmatch(r"L;([24])R?", form):  # which Pillow spreads over 0..255
         raw = raw // (255 // (2 ** int(bits[1]) - 1))
-    found = np.flatnonzero(histogram(raw)) if raw.dtype == np.uint8 else np.unique(raw)
-    wrong = [int(x) for x in found if not 0 <= x <= 255 or table[x] < 0]
+    occurring = np.flatnonzero(histogram(raw)) if raw.dtype == np.uint8 else np.unique(raw)
+    wrong = [int(x) for x in occurring if not 0 <= x <= 255 or table[x] < 0]
     if wrong:
         legal = np.flatnonzero(table >= 0)
         runs = np.split(legal, np.flatnonzero(np.diff(legal) > 1) + 1)

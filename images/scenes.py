@@ -697,17 +697,16 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--count {options.count}: need 1 to {len(indices)}, the size of {options.split}")
     folder = Path(options.out)
 
-    def work() -> int:
+    def work() -> None:
         if options.folder:
             write_folder(folder, {"train": options.count, "val": max(options.count // 6, 1)})
             print(f"{folder}: {options.count} scenes of train, {max(options.count // 6, 1)} of val")
-            return 0
+            return
         folder.mkdir(parents=True, exist_ok=True)
         for i in range(options.count):
             index = indices[i * len(indices) // options.count]
             Image.fromarray(draw(index).image).save(folder / f"{index:06d}.png")
         print(f"{folder}: {options.count} scenes of {options.split}")
-        return 0
 
     return run_command("images.scenes", work)
 

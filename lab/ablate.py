@@ -43,6 +43,7 @@ from loading.augment import normalise
 from loading.stream import Order, classes_in, randomness
 from metrics.report import Result, confusion, none_if_nan, percent
 from model import Output, Tada, TadaConfig, Tags
+from run.files import replacing
 from run.folder import lock
 from train import learning_rate
 from unet import UNet
@@ -149,10 +150,8 @@ def cache_images(folder: Path, wanted: Sequence[tuple[str, float]]) -> None:
     tada = build(configuration(ROWS["tagging, loss, tags"])).eval()  # this row uses every frozen part
     for split, ambiguity in missing:
         print(f"encoding the images of {split} at ambiguity {ambiguity:g}", flush=True)
-        file = cache_file(folder, split, ambiguity)
-        new = file.with_suffix(".tmp")
-        save_file(encode_scenes(tada, scenes.SPLITS[split], ambiguity, mirrored=split == "train"), new)
-        os.replace(new, file)
+        with replacing(cache_file(folder, split, ambiguity)) as new:
+            save_file(encode_scenes(tada, scenes.SPLITS[split], ambiguity, mirrored=split == "train"), new)
 
 
 # ---- one run
@@ -388,17 +387,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     o = parse(argv)
 
-    def work() -> int:
+    def work() -> None:
         if o.report:
             print(report(*read_record(o.report)))
-            return 0
+            return
         with lock(o.out, "--out"):
             run_all(o.rows, o.seeds, split=o.split, steps=o.steps, folder=o.out, jobs=o.jobs)
             tables = report(*read_record(o.out / "runs.jsonl"))
             (o.out / "tables.md").write_text(tables + "\n", encoding="utf-8")
             print(tables)
             figure(o.out, o.split).save(o.out / "figure.jpg", quality=90)
-        return 0
 
     return run_command("ablate.py", work, "stopped: run the same command to resume")
 

@@ -111,14 +111,13 @@ def main(argv: list[str] | None = None) -> int:
     if options.weights == "random":
         print("random weights: the image will be noise for every prompt")
 
-    def work() -> int:
+    def work() -> None:
         start = time.time()
         Path(options.out).parent.mkdir(parents=True, exist_ok=True)
         how = {"size": (options.size[0], options.size[-1]), "seed": options.seed, "steps": options.steps}
         drawing = draw(options.prompt, options.model, options.weights, guidance=options.guidance, **how)
         drawing.save(options.out)
         print(f"{options.out}: {options.steps} steps, seed {options.seed}, {time.time() - start:.0f} s")
-        return 0
 
     return run_command("lab.draw", work, "interrupted: no image was written")
 

@@ -145,7 +145,7 @@ def drawn_tags(parts: Parts, classifier: nn.Module, held_out: DrawnScenes) -> di
 
 
 @torch.no_grad()
-def measure(weights: Path, run: Path) -> int:
+def measure(weights: Path, run: Path) -> None:
     """Print all results as JSON; `run` caches the scenes."""
     *modules, tokenizer = prior("tiny", weights)
     vae, unet, clip = (module.eval() for module in modules)
@@ -154,7 +154,6 @@ def measure(weights: Path, run: Path) -> int:
     print(json.dumps(results | {"denoising": denoising(parts, held_out)}, indent=1), flush=True)
     classifier = train_classifier(draw_scenes(run, 8192))
     print(json.dumps({"drawing": drawn_tags(parts, classifier, held_out)}, indent=1))
-    return 0
 
 
 def main(argv: list[str] | None = None) -> int:

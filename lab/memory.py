@@ -8,7 +8,6 @@ Not counted: the CUDA context (about 0.5 GiB), workspaces within an operation (c
 buckets, validation, and Mask2Former's loss, which matches numbers.
 """
 
-import sys
 import weakref
 from collections import namedtuple
 from collections.abc import Callable, Sequence
@@ -155,7 +154,7 @@ def largest(card: int, one: Memory, eight: Memory, sixteen: Memory) -> int:
     return 8 + int((free - eight.passes) / (sixteen.passes - eight.passes) * 8)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     Parser("python -m lab.memory", description="GPU memory of a training step by option.").parse_args(argv)
     kernels.use("torch")
     print("| GiB at batch 1 |", " | ".join([*Memory._fields, "GPU", *(f"{card} GB" for card in CARDS)]), "|")
@@ -166,8 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             cells = [f"{decoder} {option}", *(f"{size / GIB:.2f}" for size in sizes[0])]
             cells += [measured(decoder, **how), *(str(largest(card, *sizes)) for card in CARDS)]
             print("|", " | ".join(cells), "|", flush=True)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

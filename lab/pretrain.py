@@ -11,7 +11,6 @@ numbers. `python -m lab.evidence` measures the result.
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -35,7 +34,7 @@ from assemble import part_configs
 from clip import CLIP, PROMPT, TEMPLATES, CLIPConfig, Tokenizer, token_ids
 from errors import Parser, RunError, run_command
 from images import scenes
-from run.files import replace_text, sync
+from run.files import replace_text, replacing, sync
 from run.folder import commit, lock
 from unet import TIMES, UNet, UNetConfig, alphas_cumprod
 from vae import VAE, VAEConfig
@@ -326,10 +325,9 @@ def write(model: nn.Module, file: Path) -> None:
 
 def save_replacing(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file atomically."""
-    new = file.with_suffix(".tmp")
-    save_file(tensors, new, metadata=metadata)
-    sync(new)
-    os.replace(new, file)
+    with replacing(file) as new:
+        save_file(tensors, new, metadata=metadata)
+        sync(new)
 
 
 def write_config(config: VAEConfig, scale: float, file: Path) -> None:
@@ -352,13 +350,12 @@ def write_config(config: VAEConfig, scale: float, file: Path) -> None:
     replace_text(file.with_name("sha256.json"), json.dumps({file.name: digest(file)}))
 
 
-def train_all(job: Job, longer: float, count: int) -> int:
+def train_all(job: Job, longer: float, count: int) -> None:
     """Train or resume the three stages on `count` scenes; `longer` multiplies their steps."""
     with lock(job.run, "--run"):
         drawn = draw_scenes(job.run, count)
         for stage, train in zip(STAGES.values(), (train_vae, train_clip, train_unet), strict=True):
             train(drawn, stage._replace(steps=max(round(longer * stage.steps), 1)), job)
-    return 0
 
 
 def main(argv: list[str] | None = None) -> int:

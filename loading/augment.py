@@ -90,12 +90,12 @@ def model_input(image: Image.Image, size: Size) -> Tensor:
 
 def choose_window(labels: np.ndarray, size: Size, crop: Size, rng: Generator) -> tuple[Window, np.ndarray]:
     """A window in which no class has 75 % of the labelled pixels, after 10 tries any; and its labels."""
-    for retries in range(TRIES, -1, -1):
+    for _ in range(TRIES + 1):
         window = draw_window(size, crop, rng)
         cut = nearest(labels, size, window)
         count = histogram(cut)[:IGNORE]
         mixed = count.max() < LARGEST_SHARE * count.sum()
-        if mixed or window == (0, 0, *size) or not retries:  # the whole image is the only window
+        if mixed or window == (0, 0, *size):  # the whole image is the only window
             break
     return window, cut
 

@@ -38,16 +38,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from images.instances import pycocotools
-from images.panoptic import (
-    VOID,
-    Annotations,
-    Categories,
-    Segment,
-    annotation,
-    index,
-    read_annotations,
-    runs,
-)
+from images.panoptic import VOID, Annotations, Categories, Segment, annotation, index, read_annotations, runs
 
 
 def count(
@@ -139,7 +130,7 @@ def compare(truth: Annotations, folder: Path, predicted: Annotations, predicted_
         raise DataError(f"{predicted.file} {fault}: use the categories of the truth")
     label_of = [labels[id] for id in predicted.categories.ids]
     place = {id: i for i, id in enumerate(predicted.image_ids)}
-    counts = torch.zeros(len(truth.categories), 4, dtype=torch.float64)
+    counts = torch.zeros(len(truth.categories.ids), 4, dtype=torch.float64)
     for i, id in enumerate(tqdm(truth.image_ids, "comparing", disable=None)):
         if id not in place:
             raise DataError(f"{predicted.file} has no annotation for the image {id!r}: every one needs it")
@@ -235,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prediction-folder", metavar="DIR", help=pngs)
     options = parser.parse_args(argv)
 
-    def work() -> int:
+    def work() -> None:
         truth = read_annotations(options.truth)
         predicted = read_annotations(options.prediction, truth)
         folder = png_folder(truth, options.truth_folder, "--truth-folder")
@@ -244,7 +235,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("            PQ      SQ      RQ  classes")
         for which, *numbers, n in quality.rows():
             print(f"{which:6}{''.join(f'{x:>8}' for x in numbers)}{n:>9}")
-        return 0
 
     return run_command("metrics.quality", work)
 

@@ -13,10 +13,10 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any, TextIO
 
 import torch
 from tqdm import tqdm
@@ -58,16 +58,13 @@ def lock(folder: Path, flag: str, name: str = ".lock") -> TextIO:
     raise RunError(f"{folder} {fault} give another {flag}")
 
 
-class Run:
+class Run(AbstractContextManager):
     """The folder of a run, locked from `claim` to the end of the `with` block; only rank 0 writes."""
 
     lock: TextIO | None = None
 
     def __init__(self, folder: Path, ranks: Ranks):
         self.folder, self.ranks = folder, ranks
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *error: object) -> None:
         if self.lock is not None:

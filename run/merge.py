@@ -57,11 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--weights", metavar="DIR", help="where the prior is now (default: where it was)")
     args = p.parse_args(argv)
 
-    def work() -> int:
-        print(merge(args.model, args.out, args.weights))
-        return 0
-
-    return run_command("run.merge", work)
+    return run_command("run.merge", lambda: print(merge(args.model, args.out, args.weights)))
 
 
 if __name__ == "__main__":

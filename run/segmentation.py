@@ -153,21 +153,21 @@ def predict_photos(
             seen = seen if original is x else None
             prediction = inference.predict(tada, original, tags, seen=seen, size=size, base=small, **how)
     labels, panoptic = prediction.labels.byte().cpu().numpy(), prediction.panoptic
-    found = []
+    segmentations = []
     for i, photo in enumerate(photos):
         ids, segments = panoptic[i] if panoptic else (None, ())
         ids = None if ids is None else ids.cpu().numpy()
-        found.append(Segmentation(tada, photo, labels[i], tags and tags[i], ids, segments))
-    return found
+        segmentations.append(Segmentation(tada, photo, labels[i], tags and tags[i], ids, segments))
+    return segmentations
 
 
 @torch.no_grad()
-def attend(found: Sequence[Segmentation]) -> list[np.ndarray]:
+def attend(segmentations: Sequence[Segmentation]) -> list[np.ndarray]:
     """The attention of images of one size to their words, `(T, h, w)` each."""
-    x = torch.cat([one.input for one in found])
-    tags = None if found[0].tags is None else [one.tags for one in found]
+    x = torch.cat([one.input for one in segmentations])
+    tags = None if segmentations[0].tags is None else [one.tags for one in segmentations]
     with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
-        maps = inference.attention_in_windows(found[0].tada, x, tags).cpu().numpy()  # (B, T, h, w)
+        maps = inference.attention_in_windows(segmentations[0].tada, x, tags).cpu().numpy()  # (B, T, h, w)
     if tags is None:
         return [*maps]
     return [rows[: max(len(words), 1)] for rows, words in zip(maps, tags, strict=True)]  # no padding

@@ -30,15 +30,15 @@ def find_source(
 
     Adds its sha256 to what is `read`. Raises CheckpointError if a new run cannot start from it (`fitting`).
     """
-    found = []
+    files = []
     if options.from_run and run.ranks.is_main:
         try:
             file = find_model(Path(options.from_run)).resolve()  # `best` may point elsewhere soon
-            read["the model of --from"], found = fitting(file, config, frozen), [file]
+            read["the model of --from"], files = fitting(file, config, frozen), [file]
         except CheckpointError:
             if options.fresh or not steps(run.folder):
                 raise
-    return (*run.ranks.all_gather_object(found), None)[0]
+    return (*run.ranks.all_gather_object(files), None)[0]
 
 
 def fitting(file: Path, config: TadaConfig, frozen: dict[str, str]) -> str:

@@ -136,7 +136,7 @@ def download(file: File, folder: Path, endpoint: str | None) -> Path:
     return path
 
 
-def fetch(files: Sequence[File], root: Path, source: Path | None = None, endpoint: str | None = None) -> int:
+def fetch(files: Sequence[File], root: Path, source: Path | None = None, endpoint: str | None = None) -> None:
     """Bring `files` into `root`: keep those already there, take others from `source`, download the rest.
 
     `source` may hold a file under our name or the repository's: `DIR/clip/model.safetensors` or
@@ -172,10 +172,9 @@ def fetch(files: Sequence[File], root: Path, source: Path | None = None, endpoin
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     print(f"all {len(files)} files are verified in {root}")
-    return 0
 
 
-def fetch_ram(root: Path, source: Path | None = None) -> int:
+def fetch_ram(root: Path, source: Path | None = None) -> None:
     """Bring RAM's files into `root`, as `fetch` does; `model.safetensors` replaces the checkpoint there.
 
     An earlier run's `model.safetensors` is kept: then only the lists are fetched.
@@ -190,7 +189,6 @@ def fetch_ram(root: Path, source: Path | None = None) -> int:
         convert(root / checkpoint.local, root / MODEL)
         (root / checkpoint.local).unlink()  # ours: a download, a copy, or a link to the user's
     print(f"{root / MODEL}: complete", flush=True)
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,7 +4,6 @@ The checkpoint is a pickle of 5.6 GB. torch opens it with `weights_only=True`, w
 no code, and maps it into memory, so only the 0.8 GB of the tagger are read.
 """
 
-import os
 import pickle
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from errors import WeightsError
 from ram import RAM, RAMConfig
+from run.files import replacing
 from weights.load import OFFICIAL, absence, kind, load, locate, match
 
 MODEL = "model.safetensors"
@@ -40,15 +40,11 @@ class LoadedRAM(NamedTuple):
 
 
 def load_ram(
-    folder: str | Path,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    config: RAMConfig | None = None,
+    folder: str | Path, device: str | torch.device = "cpu", config: RAMConfig | None = None
 ) -> LoadedRAM:
-    """Load the three files of `python -m weights.fetch --ram`: a frozen RAM of `dtype`, names, thresholds.
+    """Load the three files of `python -m weights.fetch --ram`: a frozen RAM, names, thresholds.
 
-    `config`: the sizes, None = the official ones. The thresholds stay in float32. Raise WeightsError if a
-    file is missing or does not fit the model.
+    `config`: the sizes, None = the official ones. Raise WeightsError if a file is missing or does not fit.
     """
     folder, config = Path(folder), config or RAMConfig()
     require_files(folder)
@@ -61,7 +57,7 @@ def load_ram(
     except ValueError as error:
         raise WeightsError(f"{folder / THRESHOLDS} is corrupt ({error}); {cure(THRESHOLDS)}") from None
     with torch.device("meta"):
-        model = RAM(config).to(dtype)
+        model = RAM(config)
     load(model, folder)
     return LoadedRAM(model.to(device).eval().requires_grad_(False), names, thresholds)
 
@@ -101,14 +97,11 @@ def convert(checkpoint: str | Path, file: str | Path, config: RAMConfig | None =
     with torch.device("meta"):
         ours = {name: tuple(x.shape) for name, x in RAM(config or RAMConfig()).state_dict().items()}
     names = match(ours, {name: tuple(x.shape) for name, x in state.items()}, checkpoint, official)
-    scratch = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        save_file({name: state[names[name]].contiguous() for name in ours}, scratch)
-        os.replace(scratch, file)
+        with replacing(file) as new:
+            save_file({name: state[names[name]].contiguous() for name in ours}, new)
     except SafetensorError as error:  # the disk is full, ...
         raise WeightsError(f"{file} cannot be written ({error}): free 0.9 GB of its disk") from None
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def read_checkpoint(checkpoint: Path) -> dict[str, Tensor]:

@@ -17,19 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clip import CLIP, PROMPT, TEMPLATES, Tokenizer, name_vectors
-from run.files import no_pipe
+from run.files import no_pipe, replacing
 from unet import UNet
 from vae import VAE
 from weights.load import OFFICIAL, find, locate
 
 
 def word_vectors(
-    weights: str,
-    clip: CLIP,
-    tokenizer: Tokenizer,
-    words: Sequence[str],
-    templates: int,
-    shared: bool = False,
+    weights: str, clip: CLIP, tokenizer: Tokenizer, words: Sequence[str], templates: int, shared: bool = False
 ) -> Tensor:
     """`name_vectors` with 1 or 80 prompts, cached in `weights/.vectors` by a hash of all inputs.
 
@@ -46,14 +41,11 @@ def word_vectors(
     if (vectors := read_vectors(file)) is not None:
         return vectors.to(clip.logit_scale.device)
     vectors = name_vectors(clip, tokenizer, words, prompts, shared)
-    new = file.with_suffix(f".{os.getpid()}")  # other processes may write at the same time
     with suppress(OSError, SafetensorError):  # the folder may be read-only or full: do not cache
         file.parent.mkdir(exist_ok=True)
         content = vectors.cpu().contiguous()
-        save_file({"vectors": content}, new, metadata={"sha256": tensor_digest(content)})
-        os.replace(new, file)
-    with suppress(OSError):  # a partial file on a full disk
-        new.unlink()
+        with replacing(file, file.with_suffix(f".{os.getpid()}")) as new:  # others may write it, too
+            save_file({"vectors": content}, new, metadata={"sha256": tensor_digest(content)})
     return vectors
 
 
