@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import attention, attention_maps, norm_silu, normed, own_type
+from kernels import add_normed, attention, attention_maps, norm_silu, own_type
 from kernels.linear import Linear, linear
 
 TAP = 1  # maps come after the second block of an up level (VPD vpd/models.py, output_blocks 1, 4, 7)
@@ -119,15 +119,16 @@ class UNet(nn.Module):
         dtype = self.conv_in.weight.dtype
         keys_values = self.keys_values(context.to(dtype))  # of each transformer, in the order of execution
 
+        apart = not self.checkpoint_activations  # one map is kept between blocks that are recomputed, not two
         x = self.conv_in(latent.to(dtype))  # (B, 320, h, w)
         skips = [x]
         attention: list[list[Tensor | None]] = [[] for _ in self.down_blocks]  # per level, of each layer
         for level, weights in zip(self.down_blocks, attention, strict=True):
             for i, resnet in enumerate(level.resnets):
-                x = self._maybe_checkpoint(resnet, x, time)
+                x, residual = self._maybe_checkpoint(resnet, x, time, apart and len(level.attentions) > 0)
                 if level.attentions:
                     x, layer_weights = self._maybe_checkpoint(
-                        level.attentions[i], x, *next(keys_values), lengths, with_attention
+                        level.attentions[i], x, residual, *next(keys_values), lengths, with_attention
                     )
                     weights.append(layer_weights)
                 skips.append(x)
@@ -135,18 +136,19 @@ class UNet(nn.Module):
                 x = level.downsamplers(x)
                 skips.append(x)
 
-        x = self._maybe_checkpoint(self.mid_block.resnets[0], x, time)  # (B, 1280, h/8, w/8)
-        x, _ = self._maybe_checkpoint(self.mid_block.attentions[0], x, *next(keys_values), lengths, False)
-        x = self._maybe_checkpoint(self.mid_block.resnets[1], x, time)
+        mid = self.mid_block
+        x, residual = self._maybe_checkpoint(mid.resnets[0], x, time, apart)  # (B, 1280, h/8, w/8)
+        x, _ = self._maybe_checkpoint(mid.attentions[0], x, residual, *next(keys_values), lengths, False)
+        x, _ = self._maybe_checkpoint(mid.resnets[1], x, time, False)
 
         maps = []
         for level, weights in zip(self.up_blocks, reversed(attention), strict=True):
             for i, resnet in enumerate(level.resnets):
                 x = torch.cat([x, skips.pop()], dim=1)
-                x = self._maybe_checkpoint(resnet, x, time)
+                x, residual = self._maybe_checkpoint(resnet, x, time, apart and len(level.attentions) > 0)
                 if level.attentions:
                     x, layer_weights = self._maybe_checkpoint(
-                        level.attentions[i], x, *next(keys_values), lengths, with_attention
+                        level.attentions[i], x, residual, *next(keys_values), lengths, with_attention
                     )
                     weights.append(layer_weights)
                 if i == TAP:
@@ -222,7 +224,10 @@ class Level(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Twice (norm, SiLU, 3x3 convolution) with the time embedding added in between; residual."""
+    """Twice (norm, SiLU, 3x3 convolution) with the time embedding added in between; residual.
+
+    Returns the sum and None or, `apart`, its two addends, for the next norm to add them.
+    """
 
     def __init__(self, in_channels: int, channels: int, time_width: int, groups: int):
         super().__init__()
@@ -233,18 +238,20 @@ class ResnetBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, channels, 1) if in_channels != channels else nn.Identity()
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, apart: bool) -> tuple[Tensor, Tensor | None]:
         h = norm_silu(self.norm1, x)  # reusing `h` frees the previous activation
         h = self.conv1(h)
         h = norm_silu(self.norm2, h, shift=self.time_emb_proj(time))
         h = self.conv2(h)
-        return h.add_(self.conv_shortcut(x))
+        residual = self.conv_shortcut(x)
+        return (h, residual) if apart else (h.add_(residual), None)
 
 
 class SpatialTransformer(nn.Module):
-    """One transformer block over the h*w pixels of a map; residual. k, v `(B, L, n, d)` are the context's.
+    """One transformer block over the h*w pixels of x + residual (of x, if None), added to them.
 
-    If `with_attention`, also returns the attention of each pixel to each token, `(B, L, h, w)`, else None.
+    context: k, v `(B, L, n, d)`, lengths and `with_attention`. If that, also returns the attention of each
+    pixel to each token, `(B, L, h, w)`, else None.
     """
 
     def __init__(self, config: UNetConfig, channels: int):
@@ -254,14 +261,13 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(config, channels)])
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(
-        self, x: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, with_attention: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        pixels = rearrange(self.proj_in(normed(self.norm, x)), "B C h w -> B (h w) C")
-        pixels, weights = self.transformer_blocks[0](pixels, k, v, lengths, with_attention)
+    def forward(self, x: Tensor, residual: Tensor | None, *context: Any) -> tuple[Tensor, Tensor | None]:
+        x, h = add_normed(self.norm, x, residual)
+        h = rearrange(self.proj_in(h), "B C h w -> B (h w) C")
+        h, weights = self.transformer_blocks[0](h, *context)
         if weights is not None:
             weights = rearrange(weights, "B (h w) L -> B L h w", h=x.shape[2])
-        return x + self.proj_out(rearrange(pixels, "B (h w) C -> B C h w", h=x.shape[2])), weights
+        return x + self.proj_out(rearrange(h, "B (h w) C -> B C h w", h=x.shape[2])), weights
 
 
 class TransformerBlock(nn.Module):
