@@ -119,7 +119,9 @@ class UNet(nn.Module):
         dtype = self.conv_in.weight.dtype
         keys_values = self.keys_values(context.to(dtype))  # of each transformer, in the order of execution
 
-        apart = not self.checkpoint_activations  # one map is kept between blocks that are recomputed, not two
+        apart = (
+            not self.checkpoint_activations
+        )  # the next norm adds; between recomputed blocks one map is kept
         x = self.conv_in(latent.to(dtype))  # (B, 320, h, w)
         skips = [x]
         attention: list[list[Tensor | None]] = [[] for _ in self.down_blocks]  # per level, of each layer
@@ -224,10 +226,7 @@ class Level(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Twice (norm, SiLU, 3x3 convolution) with the time embedding added in between; residual.
-
-    Returns the sum and None or, `apart`, its two addends, for the next norm to add them.
-    """
+    """Twice (norm, SiLU, 3x3 convolution), the time embedding in between; residual, added or left `apart`."""
 
     def __init__(self, in_channels: int, channels: int, time_width: int, groups: int):
         super().__init__()
