@@ -119,9 +119,7 @@ class UNet(nn.Module):
         dtype = self.conv_in.weight.dtype
         keys_values = self.keys_values(context.to(dtype))  # of each transformer, in the order of execution
 
-        apart = (
-            not self.checkpoint_activations
-        )  # the next norm adds; between recomputed blocks one map is kept
+        apart = not self.checkpoint_activations  # one map is kept between blocks that are recomputed, not two
         x = self.conv_in(latent.to(dtype))  # (B, 320, h, w)
         skips = [x]
         attention: list[list[Tensor | None]] = [[] for _ in self.down_blocks]  # per level, of each layer
