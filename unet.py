@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import attention, attention_maps, norm_silu, normed, own_type
+from kernels import add_normed, attention, attention_maps, norm_silu, own_type
 from kernels.linear import Linear, linear
 
 TAP = 1  # maps come after the second block of an up level (VPD vpd/models.py, output_blocks 1, 4, 7)
@@ -123,39 +123,39 @@ class UNet(nn.Module):
         skips = [x]
         attention: list[list[Tensor | None]] = [[] for _ in self.down_blocks]  # per level, of each layer
         for level, weights in zip(self.down_blocks, attention, strict=True):
-            for i, resnet in enumerate(level.resnets):
-                x = self._maybe_checkpoint(resnet, x, time)
-                if level.attentions:
-                    x, layer_weights = self._maybe_checkpoint(
-                        level.attentions[i], x, *next(keys_values), lengths, with_attention
-                    )
-                    weights.append(layer_weights)
+            for i in range(len(level.resnets)):
+                x, layer_weights = self._block(level, i, x, time, keys_values, lengths, with_attention)
+                weights.append(layer_weights)
                 skips.append(x)
             if level.downsamplers:
                 x = level.downsamplers(x)
                 skips.append(x)
 
-        x = self._maybe_checkpoint(self.mid_block.resnets[0], x, time)  # (B, 1280, h/8, w/8)
-        x, _ = self._maybe_checkpoint(self.mid_block.attentions[0], x, *next(keys_values), lengths, False)
-        x = self._maybe_checkpoint(self.mid_block.resnets[1], x, time)
+        for i in range(len(self.mid_block.resnets)):  # (B, 1280, h/8, w/8)
+            x, _ = self._block(self.mid_block, i, x, time, keys_values, lengths, False)
 
         maps = []
         for level, weights in zip(self.up_blocks, reversed(attention), strict=True):
-            for i, resnet in enumerate(level.resnets):
+            for i in range(len(level.resnets)):
                 x = torch.cat([x, skips.pop()], dim=1)
-                x = self._maybe_checkpoint(resnet, x, time)
-                if level.attentions:
-                    x, layer_weights = self._maybe_checkpoint(
-                        level.attentions[i], x, *next(keys_values), lengths, with_attention
-                    )
-                    weights.append(layer_weights)
+                x, layer_weights = self._block(level, i, x, time, keys_values, lengths, with_attention)
+                weights.append(layer_weights)
                 if i == TAP:
                     maps.append(x)
             x = level.upsamplers(x)
         maps[-1] = x  # the finest level has no upsampling: its map is the output
         if not with_attention:
             return maps[::-1], []
-        return maps[::-1], [torch.stack(weights).mean(dim=0) for weights in attention if weights]
+        return maps[::-1], [torch.stack(weights).mean(dim=0) for weights in attention[:-1]]
+
+    def _block(
+        self, level: "Level", i: int, x: Tensor, time: Tensor, keys_values: Iterator, *rest: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Residual block i of a level, and its transformer where there is one, with its attention or None."""
+        x, residual = self._maybe_checkpoint(level.resnets[i], x, time)
+        if i < len(level.attentions):
+            return self._maybe_checkpoint(level.attentions[i], x, residual, *next(keys_values), *rest)
+        return x.add_(residual), None
 
     def keys_values(self, context: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Project the context to keys and values `(B, L, n, d)` of all cross-attentions by one product."""
@@ -223,7 +223,9 @@ class Level(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Twice (norm, SiLU, 3x3 convolution) with the time embedding added in between; residual."""
+    """Twice (norm, SiLU, 3x3 convolution) with the time embedding added in between; and the residual, apart:
+    a transformer's norm adds the two as it reads them.
+    """
 
     def __init__(self, in_channels: int, channels: int, time_width: int, groups: int):
         super().__init__()
@@ -234,18 +236,18 @@ class ResnetBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, channels, 1) if in_channels != channels else nn.Identity()
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         h = norm_silu(self.norm1, x)  # reusing `h` frees the previous activation
         h = self.conv1(h)
         h = norm_silu(self.norm2, h, shift=self.time_emb_proj(time))
-        h = self.conv2(h)
-        return h.add_(self.conv_shortcut(x))
+        return self.conv2(h), self.conv_shortcut(x)
 
 
 class SpatialTransformer(nn.Module):
-    """One transformer block over the h*w pixels of a map; residual. k, v `(B, L, n, d)` are the context's.
+    """One transformer block over the h*w pixels of x + residual, added to them.
 
-    If `with_attention`, also returns the attention of each pixel to each token, `(B, L, h, w)`, else None.
+    context: k, v `(B, L, n, d)`, lengths and `with_attention`. If that, also returns the attention of each
+    pixel to each token, `(B, L, h, w)`, else None.
     """
 
     def __init__(self, config: UNetConfig, channels: int):
@@ -255,14 +257,13 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(config, channels)])
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(
-        self, x: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, with_attention: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        pixels = rearrange(self.proj_in(normed(self.norm, x)), "B C h w -> B (h w) C")
-        pixels, weights = self.transformer_blocks[0](pixels, k, v, lengths, with_attention)
+    def forward(self, x: Tensor, residual: Tensor, *context: Any) -> tuple[Tensor, Tensor | None]:
+        x, h = add_normed(self.norm, x, residual)
+        h = rearrange(self.proj_in(h), "B C h w -> B (h w) C")
+        h, weights = self.transformer_blocks[0](h, *context)
         if weights is not None:
             weights = rearrange(weights, "B (h w) L -> B L h w", h=x.shape[2])
-        return x + self.proj_out(rearrange(pixels, "B (h w) C -> B C h w", h=x.shape[2])), weights
+        return x + self.proj_out(rearrange(h, "B (h w) C -> B C h w", h=x.shape[2])), weights
 
 
 class TransformerBlock(nn.Module):

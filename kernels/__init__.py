@@ -116,6 +116,15 @@ def normed(norm: nn.GroupNorm, x: Tensor, silu: bool = False, shift: Tensor | No
     return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu, shift)
 
 
+def add_normed(norm: nn.GroupNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """x + residual, of maps `(B, C, H, W)`, and `normed` of it."""
+    if chosen("group_norm", x, x.shape[1], x.dtype != torch.float32):
+        from .group_norm import add_group_norm
+    else:
+        from .reference import add_group_norm
+    return add_group_norm(x, residual, norm.num_groups, norm.weight, norm.bias, norm.eps)
+
+
 def upsampled_cross_entropy(logits: Tensor, labels: Tensor, ignore: int = IGNORE) -> tuple[Tensor, Tensor]:
     """Cross-entropy of logits `(B, K, h, w)`, upsampled to labels `(B, H, W)`: float32 sum, int64 count.
 

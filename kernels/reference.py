@@ -51,6 +51,14 @@ def group_norm(
     return F.silu(y, inplace=True) if silu else y
 
 
+def add_group_norm(
+    x: Tensor, residual: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """x + residual, of maps `(B, C, H, W)`, and its `group_norm`; not in place: a checkpoint may hold x."""
+    x = x + residual
+    return x, group_norm(x, groups, weight, bias, eps, silu=False)
+
+
 def upsample_cross_entropy(logits: Tensor, labels: Tensor, ignore: int) -> tuple[Tensor, Tensor]:
     """Cross-entropy of logits `(B, K, h, w)`, upsampled to labels `(B, H, W)`: float32 sum, int64 count.
 

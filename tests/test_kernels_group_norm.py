@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 import kernels.group_norm as module
 from kernels import reference
-from kernels.group_norm import backward, forward, group_norm
+from kernels.group_norm import add_group_norm, backward, forward, group_norm
 from unet import ResnetBlock, SpatialTransformer, UNet, UNetConfig
 from vae import VAE, VAEConfig
 
@@ -69,6 +69,32 @@ def kernel(
     return group_norm(x, groups, weight, bias, eps, silu, shift)
 
 
+SUM, NORM = 0, 1  # the outputs of a norm that adds a residual
+
+
+def plain_added(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, *, groups: int, read: tuple[int, ...]
+) -> Tensor:
+    """Those of the sum and its norm that are read, as one tensor."""
+    total = x.contiguous() + residual.contiguous()
+    both = total, F.group_norm(total, groups, weight, bias, EPS)
+    return torch.stack([both[i] for i in read])
+
+
+def kernel_added(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, *, groups: int, read: tuple[int, ...]
+) -> Tensor:
+    both = add_group_norm(x, residual, groups, weight, bias, EPS)
+    return torch.stack([both[i] for i in read])
+
+
+def added_case(*shape: int, dtype=torch.float32, device: str = "cpu") -> tuple[list[Tensor], Tensor]:
+    """x, a residual of another layout, weight and bias; gradients of the sum and of the norm."""
+    (x, weight, bias), dy = case(*shape, dtype, device=device)
+    residual, dsum = (torch.randn(x.shape, device=device).to(dtype) for _ in range(2))
+    return [x, residual, weight, bias], torch.stack([dsum, dy])
+
+
 def case(
     B: int, C: int, H: int, W: int, dtype=torch.float32, mean: float = 0.0, device: str = "cpu"
 ) -> tuple[list[Tensor], Tensor]:
@@ -90,6 +116,52 @@ def test_equals_torch(shape, dtype, silu, shifted, each_way):
     inputs += [torch.randn(B, C).to(dtype)] if shifted else []
     ratios = excess(*(partial(f, groups=groups, silu=silu) for f in (kernel, plain)), inputs, dy)
     assert max(ratios) <= 2, ratios
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("read", [(SUM, NORM), (NORM,)])
+def test_an_added_residual_equals_torch(shape, dtype, read, each_way):
+    """The sum and its norm, and all gradients, from both and from the norm alone."""
+    B, C, groups, H, W = shape
+    inputs, dy = added_case(B, C, H, W, dtype=dtype)
+    ours, torchs = (partial(f, groups=groups, read=read) for f in (kernel_added, plain_added))
+    ratios = excess(ours, torchs, inputs, dy[[*read]])
+    assert max(ratios) <= 2, ratios
+
+
+def test_a_residual_of_several_tiles_in_a_program():
+    inputs, dy = added_case(1, 16, 91, 91)
+    ours, torchs = (partial(f, groups=8, read=(SUM, NORM)) for f in (kernel_added, plain_added))
+    ratios = excess(ours, torchs, inputs, dy)
+    assert max(ratios) <= 2, ratios
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_sum_whose_norm_is_not_read(dtype, each_way):
+    """To the bit: its gradient is that of both addends, and the weight's is zero."""
+    inputs, dy = added_case(2, 96, 9, 11, dtype=dtype)
+    total, dx, dresidual, *of_norm = results(partial(kernel_added, groups=8, read=(SUM,)), inputs, dy[[SUM]])
+    assert torch.equal(total[0], inputs[0] + inputs[1])
+    assert torch.equal(dx, dy[SUM]) and torch.equal(dresidual, dy[SUM])
+    assert all((x == 0).all() for x in of_norm)
+
+
+def test_both_addends_have_one_gradient(each_way):
+    """One tensor of it, and the norm is that of the sum as it is stored, rounded."""
+    inputs, dy = added_case(2, 32, 5, 7, dtype=torch.float16)
+    before, kept = [x.clone() for x in inputs], []
+    leaves = [x.requires_grad_() for x in inputs]
+    total, y = add_group_norm(leaves[0], leaves[1], 8, *leaves[2:], EPS)
+    assert torch.equal(y, kernel(total.detach(), *leaves[2:], groups=8, silu=False))
+    node = total.grad_fn
+    node.register_hook(lambda gradients, _: kept.extend(gradients))
+    held = {x.data_ptr() for x in node.saved_tensors if x is not None}
+    assert total.data_ptr() in held and not held & {x.data_ptr() for x in inputs[:2]}
+    torch.autograd.backward([total, y], [*dy])
+    dx, *_, dresidual = kept
+    assert dx.data_ptr() == dresidual.data_ptr() and torch.equal(leaves[0].grad, leaves[1].grad)
+    assert all(torch.equal(x, z) for x, z in zip(inputs, before, strict=True))
 
 
 def test_a_group_that_fits_is_one_launch():
@@ -221,6 +293,29 @@ def test_the_reference_is_what_the_towers_compute(silu, shifted):
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
+def test_the_reference_adds_and_norms():
+    """To the bit what a residual block and the norm after it compute, with its gradients. x stays as it is,
+    since a recomputed transformer is given it again.
+    """
+    norm = nn.GroupNorm(8, 32, eps=1e-6)
+    for dtype in (torch.float32, torch.bfloat16):
+        norm.to(dtype)
+        (x, residual, *_), dy = added_case(2, 32, 5, 7, dtype=dtype)
+        all_results = []
+        for ours in (True, False):
+            leaves = [x.clone().requires_grad_(), residual.clone().requires_grad_()]
+            h = 1 * leaves[0]
+            if ours:
+                total, y = kernels.add_normed(norm, h, leaves[1])
+                assert torch.equal(h, x)
+            else:
+                total = h.add_(leaves[1])
+                y = norm(total)
+            gradients = torch.autograd.grad([total, y], [*leaves, norm.weight, norm.bias], [*dy])
+            all_results.append([total, y, *gradients])
+        assert all(torch.equal(a, b) for a, b in zip(*all_results, strict=True))
+
+
 @pytest.mark.parametrize("silu", [True, False])
 def test_the_kernel_is_asked_for_by_name(silu, monkeypatch):
     inputs, _ = case(2, 32, 5, 7)
@@ -231,10 +326,14 @@ def test_the_kernel_is_asked_for_by_name(silu, monkeypatch):
     assert torch.equal(ours(norm, x), reference.group_norm(x, 8, weight, bias, EPS, silu))
     monkeypatch.setattr(kernels, "_asked", "triton")
     assert torch.equal(ours(norm, x), kernel(*inputs, groups=8, silu=silu))
+    total, y = kernels.add_normed(norm, x, x)
+    assert torch.equal(total, 2 * x) and torch.equal(y, kernel(2 * x, weight, bias, groups=8, silu=False))
 
 
 def test_the_unet_and_the_vae_with_kernels_equal_those_without(monkeypatch):
-    """Every norm of theirs goes through the kernel, those after the time embedding with it; all gradients."""
+    """Every norm of theirs goes through the kernel, those after the time embedding with it, a transformer's
+    with the residual before it; all gradients.
+    """
     unet = UNet(UNetConfig(channels=(16, 32), layers=1, heads=2, context_width=32, groups=8))
     vae = VAE(VAEConfig(channels=(16, 32), layers=1, groups=8))
     latent, t, context = torch.randn(2, 4, 4, 6), torch.tensor([3, 900]), torch.randn(2, 5, 32)
@@ -254,9 +353,24 @@ def test_the_unet_and_the_vae_with_kernels_equal_those_without(monkeypatch):
         assert error(ours, torchs) <= BAR
     norms = [x for tower in (unet, vae.encoder) for x in tower.modules() if isinstance(x, nn.GroupNorm)]
     blocks = sum(isinstance(x, ResnetBlock) for x in unet.modules())
-    assert len(launched) == len(norms) and sum(shift is not None for _, shift in launched) == blocks
+    assert len(launched) == len(norms) and sum(shift is not None for _, shift, _ in launched) == blocks
     transformers = sum(isinstance(x, SpatialTransformer) for x in unet.modules())
-    assert sum(not silu for silu, _ in launched) == transformers + 1  # and the VAE's attention
+    assert sum(not silu for silu, *_ in launched) == transformers + 1  # and the VAE's attention
+    assert sum(residual is not None for *_, residual in launched) == transformers
+
+
+@pytest.mark.parametrize("which", ["torch", "triton"])
+def test_recomputed_blocks_add_their_residual_once(which, monkeypatch):
+    """The noise and all gradients are those without recomputation."""
+    unet = UNet(UNetConfig(channels=(16, 16), layers=1, heads=2, context_width=8, groups=4))
+    inputs = torch.randn(1, 4, 2, 4), torch.tensor([3]), torch.randn(1, 3, 8)
+    monkeypatch.setattr(kernels, "_asked", which)
+    results = []
+    for unet.checkpoint_activations in (False, True):
+        noise = unet(*inputs)
+        results.append([noise, gradients(noise.square().sum(), unet)[1]])
+    for kept, recomputed in zip(*results, strict=True):
+        assert error(recomputed, kept) <= BAR
 
 
 def test_wrong_inputs_are_refused():
@@ -271,6 +385,12 @@ def test_wrong_inputs_are_refused():
         group_norm(x, 8, weight, bias[1:], EPS, True)
     with pytest.raises(AssertionError, match=r"shift is \(2, 31\): give \(2, 32\), one value per image"):
         group_norm(x, 8, weight, bias, EPS, True, torch.zeros(2, 31))
+    with pytest.raises(
+        AssertionError, match=r"residual is torch.float16 .*: give torch.float32 \(2, 32, 5, 7\)"
+    ):
+        add_group_norm(x, x.half(), 8, weight, bias, EPS)
+    with pytest.raises(AssertionError, match=r"residual is torch.float32 \(2, 32, 7, 5\): give"):
+        add_group_norm(x, x.mT, 8, weight, bias, EPS)
     with pytest.raises(AssertionError, match=r"\(0, 32, 5, 7\): an empty map"):
         group_norm(x[:0], 8, weight, bias, EPS, True)
     with pytest.raises(AssertionError, match="truncates: give float16 or float32"):
@@ -320,6 +440,12 @@ MISTAKES = {
     ),
     "means of a whole group's dz without the weight": ("tl.sum(weight * sum_dz)", "tl.sum(sum_dz)"),
     "the first image's sums twice": ("(B + b) * C", "B * C"),
+    "a sum of one addend": ("x.to(tl.float32) + residual", "x.to(tl.float32)"),
+    "tiles normalized without the residual": ("x if residual is None else total", "x"),
+    "differentiated at x, not at the sum": ("total if ctx.added else x", "x"),
+    "no gradient from the sum, in tiles": ("            dx += tl.load(", "            dx += 0 * tl.load("),
+    "no gradient from the sum of a whole group": ("\n        dx += tl.load(", "\n        dx += 0 * tl.load("),
+    "no gradient of the residual": ("dx if ctx.added else None", "0 * dx if ctx.added else None"),
 }
 
 
@@ -344,10 +470,19 @@ def worst(module) -> float:
     def mistaken(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor) -> Tensor:
         return module.group_norm(x, 4, weight, bias, EPS, silu, shift)
 
+    def mistaken_sum(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        return torch.stack(module.add_group_norm(x, residual, 4, weight, bias, EPS))
+
+    def right_sum(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        return plain_added(x, residual, weight, bias, groups=4, read=(SUM, NORM))
+
     ratios, most = [], module.HELD
     for silu, held in product((True, False), (0, most)):
         module.HELD = held
         ratios += excess(mistaken, partial(plain, groups=4, silu=silu), inputs, dy)
+        if not silu:
+            added = [*inputs[:3], 0.1 * torch.randn_like(inputs[0])]
+            ratios += excess(mistaken_sum, right_sum, added, torch.stack([dy, dy.flip(0)]))
     return max(ratios)
 
 
@@ -377,6 +512,16 @@ def test_equals_torch_on_a_gpu(shape, dtype, silu):
     inputs, dy = case(2, C, H, W, dtype, mean=3.0, device="cuda")
     inputs += [torch.randn(2, C, device="cuda").to(dtype)] if silu else []
     ratios = excess(*(partial(f, groups=32, silu=silu) for f in (kernel, plain)), inputs, dy)
+    assert max(ratios) <= 2, ratios
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(320, 64, 64), (640, 32, 32), (1280, 16, 16), (1280, 8, 8), (320, 37, 53)])
+def test_an_added_residual_equals_torch_on_a_gpu(shape, dtype):
+    inputs, dy = added_case(2, *shape, dtype=dtype, device="cuda")
+    ours, torchs = (partial(f, groups=32, read=(SUM, NORM)) for f in (kernel_added, plain_added))
+    ratios = excess(ours, torchs, inputs, dy)
     assert max(ratios) <= 2, ratios
 
 
@@ -417,9 +562,13 @@ def test_the_operators_are_well_formed():
     """Schemas, autograd, fake tensors: torch's own checks."""
     (x, weight, bias), dy = case(2, 320, 5, 7, torch.bfloat16, device="cuda")
     shift = torch.randn(2, 320, device="cuda")
-    torch.library.opcheck(forward, (x.requires_grad_(), 32, weight.requires_grad_(), bias, EPS, True, shift))
-    _, mean, rstd = forward(x.detach(), 32, weight.detach(), bias, EPS, True, shift)
-    torch.library.opcheck(backward, (dy, x.detach(), weight.detach(), bias, True, shift, mean, rstd))
+    torch.library.opcheck(
+        forward, (x.requires_grad_(), 32, weight.requires_grad_(), bias, EPS, True, shift, None)
+    )
+    torch.library.opcheck(forward, (x, 32, weight, bias, EPS, False, None, x.detach().clone()))
+    _, _, mean, rstd = forward(x.detach(), 32, weight.detach(), bias, EPS, True, shift, None)
+    torch.library.opcheck(backward, (dy, x.detach(), weight.detach(), bias, True, shift, mean, rstd, None))
+    torch.library.opcheck(backward, (dy, x.detach(), weight.detach(), bias, False, None, mean, rstd, dy))
 
 
 @pytest.mark.gpu
