@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels import reference
 from kernels.cross_attention import cross_attention
-from kernels.group_norm import group_norm
+from kernels.group_norm import add_group_norm, group_norm
 from kernels.row_attention import row_attention
 from kernels.upsample_cross_entropy import upsample_cross_entropy
 from run.compiled import OPTIONS
@@ -290,24 +290,32 @@ def projection_cases(sizes: Sizes) -> Iterator[Case]:
 
 
 def norm_cases(sizes: Sizes) -> Iterator[Case]:
-    """GroupNorm, also with SiLU, on channels-last maps of the UNet and, without gradients, of the VAE."""
+    """GroupNorm with SiLU, or of the sum of two maps, channels-last; of the VAE's without gradients."""
     maps = [(True, True, x) for x in sizes.unet_maps] + [(True, False, x) for x in sizes.vae_maps]
     for silu, trained, (B, C, side) in maps + [(False, True, x) for x in sizes.block_maps]:
 
-        def plain(x: Tensor, weight: Tensor, bias: Tensor, silu: bool = silu) -> Tensor:
-            y = F.group_norm(x, sizes.groups, weight, bias, 1e-5)
-            return F.silu(y) if silu else y
+        def plain(weight: Tensor, bias: Tensor, x: Tensor, *residual: Tensor) -> Tensor:
+            y = F.group_norm(sum(residual, x), sizes.groups, weight, bias, 1e-5)
+            return y if residual else F.silu(y)
 
-        def ours(x: Tensor, weight: Tensor, bias: Tensor, silu: bool = silu) -> Tensor:
-            return group_norm(x, sizes.groups, weight, bias, 1e-5, silu=silu)
+        def ours(weight: Tensor, bias: Tensor, x: Tensor, *residual: Tensor) -> Tensor:
+            if residual:
+                return add_group_norm(x, *residual, sizes.groups, weight, bias, 1e-5)[1]
+            return group_norm(x, sizes.groups, weight, bias, 1e-5, silu=True)
 
-        def inputs(B: int = B, C: int = C, side: int = side, trained: bool = trained) -> list[Tensor]:
-            x = sizes.random(B, C, side, side).contiguous(memory_format=torch.channels_last)
-            return [x.requires_grad_(trained) for x in (x, sizes.random(C), sizes.random(C))]
+        def inputs(
+            shape: tuple = (B, C, side, side), trained: bool = trained, n: int = 2 - silu
+        ) -> list[Tensor]:
+            x = [sizes.random(*shape).contiguous(memory_format=torch.channels_last) for _ in range(n)]
+            weights = sizes.random(shape[1]), sizes.random(shape[1])
+            return [x.requires_grad_(trained) for x in (*weights, *x)]
 
-        name = f"GroupNorm{' + SiLU' * silu} {'UNet' if trained else 'VAE'} B {B} C {C} {side}x{side}"
+        of = " + SiLU" if silu else " of a sum"
+        name = f"GroupNorm{of} {'UNet' if trained else 'VAE'} B {B} C {C} {side}x{side}"
         values = B * C * side * side * sizes.dtype.itemsize
         moved = 3.0 * values, 5.0 * values  # x is read twice: 6 bytes a value in bfloat16; backward 10
+        if not silu:
+            moved = 5.0 * values, 6.0 * values  # and the sum is stored; backward its other gradient is read
         key = "group_norm_silu" if silu else "group_norm", C
         yield Case(name, inputs, ours, plain, sizes.peers(plain), key, moved)
 

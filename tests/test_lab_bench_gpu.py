@@ -115,7 +115,7 @@ def test_every_part_runs_and_is_right(tmp_path, capfd):
         "cross-attention block B 2 N 20 M 5 C 16",
         "GroupNorm + SiLU UNet B 2 C 16 4x4",
         "GroupNorm + SiLU VAE B 1 C 16 8x8",
-        "GroupNorm UNet B 2 C 16 4x4",
+        "GroupNorm of a sum UNet B 2 C 16 4x4",
         "cross-attention B 2 N 20 M 5 d 8",
     ]
     for part, name in WHOLE.items():
