@@ -109,7 +109,8 @@ class Tada(nn.Module):
         self.tagger: Callable[[Tensor], list] | None = None if names is None else self.zero_shot_tags
         self.rows: dict[str, int] = {}
         self.vectors = torch.empty(0)
-        self.noise, self.alpha = torch.empty(0), 1.0  # of the last size; alpha-bar_t of Eq. 1
+        self.noises: dict[tuple, Tensor] = {}  # all are kept: a CUDA graph reads one at its address
+        self.alpha = 1.0  # alpha-bar_t of Eq. 1
         # run/masters.py replaces this with that of a copy.
         self.run_unet = unet.features_and_attention if config.attention_maps else unet.features
         self.multiple = vae.stride * 2 ** (len(unet.config.channels) - 1)  # of the image's sides: 64
@@ -150,11 +151,12 @@ class Tada(nn.Module):
             latent = latent / self.vae.config.scale  # as VPD
         if self.config.noise == "none":
             return latent
-        if self.noise.shape != latent.shape[1:] or self.noise.to(latent) is not self.noise:
+        kind = latent.shape[1:], latent.dtype, latent.device
+        if kind not in self.noises:
             generator = torch.Generator().manual_seed(NOISE_SEED)  # on the CPU: the same on every device
-            self.noise = torch.randn(latent.shape[1:], generator=generator).to(latent)
+            self.noises[kind] = torch.randn(latent.shape[1:], generator=generator).to(latent)
             self.alpha = float(alphas_cumprod()[self.config.timestep])
-        return self.alpha**0.5 * latent + (1 - self.alpha) ** 0.5 * self.noise
+        return self.alpha**0.5 * latent + (1 - self.alpha) ** 0.5 * self.noises[kind]
 
     def image_features(self, image: Tensor) -> Features:
         """CLIP's tokens and embedding of images; None if the adapter uses neither."""
@@ -249,8 +251,8 @@ class Tada(nn.Module):
     def add_words(self, words: Sequence[str], vectors: Tensor) -> None:
         """Cache the pooled text vectors `(N, C)` of words."""
         old = self.vectors.to(vectors.device) if self.rows else torch.zeros_like(vectors[:1])
-        self.rows |= zip(words, range(len(old), len(old) + len(words)), strict=True)
-        self.vectors = torch.cat([old, vectors])
+        self.vectors = torch.cat([old, vectors])  # first: memory may run out
+        self.rows |= zip(words, range(len(old), len(self.vectors)), strict=True)
 
     @torch.no_grad()
     def resolve_tags(self, image: Tensor, tags: Tags | None) -> tuple[Tags | None, Features | None]:

@@ -5,6 +5,7 @@ import os
 import unicodedata
 import warnings
 from collections.abc import Collection, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,7 +81,7 @@ class TagSource:
             return [self.prompts[k] for k in present]
         return None if self.table is None else self.table[path]
 
-    @property
+    @cached_property
     def longest(self) -> int:
         """The largest number of words of an image, at least 1."""
         lists = [self.prompts] if self.tags == "oracle" else (self.table or {}).values()

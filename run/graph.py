@@ -72,7 +72,8 @@ class Recorded:
 
     def capture(self, inputs: Sequence[Inputs], flags: Tensor) -> dict[str, Tensor]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Of this thread alone: the loader's pins memory meanwhile, which would end a "global" capture.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             numbers = self.update(inputs, flags)
         self.replay = graph.replay
         return numbers

@@ -44,9 +44,8 @@ def open_tags(
     if train_words.table:
         lists = [*train_words.table.values()]
         report_cut(run, tada, lists)
-        known = sorted({word for words in lists for word in words} - {""})
-        if known and tada.config.condition != "caption" and tada.config.tag_tokens == "pooled":
-            cache_vectors(tada, known)
+        if tada.config.condition != "caption" and tada.config.tag_tokens == "pooled":
+            cache_vectors(tada, [word for words in lists for word in words])
     if tada.unet.conv_in.weight.is_cuda and tada.config.weights != "random":
         drop_text_tower(tada)
     return train_words, words
@@ -58,8 +57,7 @@ def drop_text_tower(tada: Tada) -> None:
     if tada.uses_words:
         if config.condition == "caption" or config.tag_tokens == "prompt":
             return
-        names = tada.tagger.keywords["names"] if config.tags == "ram" else config.prompts
-        cache_vectors(tada, sorted({*names} - {*tada.rows, ""}))
+        cache_vectors(tada, tada.tagger.keywords["names"] if config.tags == "ram" else config.prompts)
         tada.cache_words([""])
     tada.clip.text_model = None
 
@@ -77,11 +75,11 @@ def report_cut(run: Run, tada: Tada, lists: list[list[str]]) -> None:
         run.print0(f"{len(cut):,} of {len(texts):,} texts are cut to 77 tokens, such as {cut[0][:60]!r}")
 
 
-def cache_vectors(tada: Tada, words: list[str]) -> None:
-    """Give the model the text vectors of words, from the cache on disk if it has them."""
+def cache_vectors(tada: Tada, words: Sequence[str]) -> None:
+    """Give the model the text vectors of new words, from the cache on disk if it has them."""
     config = tada.config
-    vectors = word_vectors(config.weights, tada.clip, tada.tokenizer, words, config.templates)
-    tada.add_words(words, vectors)
+    if new := sorted({*words} - {*tada.rows, ""}):
+        tada.add_words(new, word_vectors(config.weights, tada.clip, tada.tokenizer, new, config.templates))
 
 
 def tag_all(run: Run, tada: Tada, dataset: Dataset, workers: int, resumed: bool) -> dict[str, list[str]]:

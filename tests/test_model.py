@@ -125,7 +125,7 @@ def test_noise_is_equation_1(tagging, t, monkeypatch):
     """As both of diffusers' schedulers add it; the same for every image, call and random state."""
     latent, tada = torch.randn(2, 4, 16, 8), tagging
     monkeypatch.setattr(tada, "config", replace(tada.config, timestep=t))
-    monkeypatch.setattr(tada, "noise", torch.empty(0))  # of no size yet
+    monkeypatch.setattr(tada, "noises", {})
     noise = torch.randn(4, 16, 8, generator=torch.Generator().manual_seed(42)).expand(2, -1, -1, -1)
     before = torch.get_rng_state()
     for scheduler in (DDPMScheduler, DDIMScheduler):

@@ -1,5 +1,6 @@
 """run/graph.py and run/step.py: a step that a CUDA graph can hold, and what surrounds the graph."""
 
+import weakref
 from functools import partial
 
 import pytest
@@ -8,6 +9,7 @@ from test_run_masters import SCENES, WORDS, adamw, copied, start  # noqa: F401 (
 from test_train import HERE
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import train
 from assemble import build
@@ -110,7 +112,7 @@ class OnlyDevice(TorchDispatchMode):
     [{}, {"condition": "tags"}, {"condition": "classes", "decoder": "upernet", "attention_maps": True}]
     + [{"condition": "implicit", "dropout": 0.1}],
 )
-def test_an_update_needs_nothing_of_the_cpu(options, checkpointed):
+def test_an_update_needs_nothing_of_the_cpu(options, checkpointed, monkeypatch):
     """From the second on: images, labels and words are on the device before."""
     options = {"model": "tiny", "weights": "weights/tiny", "tags": "oracle", **options}
     tada = build(TadaConfig(tuple(SCENES.classes), prompts=tuple(SCENES.prompts), **options)).train()
@@ -121,11 +123,48 @@ def test_an_update_needs_nothing_of_the_cpu(options, checkpointed):
     for batch, mode in ((first, torch.no_grad), (second, OnlyDevice)):
         inputs = [inputs_of(tada, batch, WORDS, HERE.device, seed=0, fixed=True)]
         flags = torch.zeros(2)
+        monkeypatch.setattr(torch, "get_rng_state", None)  # a capture refuses a GPU's
         with mode(), torch.enable_grad():
             numbers = update(*how, inputs, flags)
     assert all(x.isfinite() for x in numbers.values())
     with pytest.raises(AssertionError, match="_local_scalar_dense needs the CPU"), OnlyDevice():
         numbers["seg"].item()
+
+
+class Reads(TorchDispatchMode):
+    """The storages that operations make, and weakly those that they read and did not make."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.read = {}, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for storage in storages((args, kwargs)):
+            if id(storage) not in self.made:
+                self.read[id(storage)] = function, weakref.ref(storage)
+        result = function(*args, **(kwargs or {}))
+        self.made |= {id(x): x for x in storages(result) if id(x) not in self.read}
+        return result
+
+
+def storages(values: object) -> list[torch.UntypedStorage]:
+    return [x.untyped_storage() for x in tree_leaves(values) if isinstance(x, Tensor)]
+
+
+def test_what_a_graph_reads_is_not_freed(start):  # noqa: F811
+    """It would read what is there next. A validation comes between: another size, another word."""
+    tada = copied(start)
+    masters, optimizer = Masters(tada), adamw(tada)
+    flags = torch.zeros(2)
+    for batch in batches(2):
+        inputs = [inputs_of(tada, batch, WORDS, HERE.device, seed=0, fixed=True)]
+        with Reads() as reads:
+            update(masters, tada, optimizer, HERE, 1.0, masters, inputs, flags)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        tada.eval()(torch.zeros(1, 3, 64, 64), [["a word of its own"]])
+    reads.made.clear()
+    assert len(reads.read) > 1000
+    assert [function for function, storage in reads.read.values() if storage() is None] == []
 
 
 def test_other_shapes_than_recorded_are_refused(start):  # noqa: F811
@@ -193,8 +232,8 @@ def test_a_graph_makes_the_steps_of_plain_launches_on_a_gpu(start):  # noqa: F81
 @pytest.mark.gpu
 @pytest.mark.parametrize("flags", [[], ["--cuda-graph"], ["--compile"], ["--lora", "4"], ["--freeze-unet"]])
 def test_train_py_on_a_gpu(flags, tmp_path):
-    """Six steps and a validation of the tiny model, then two more; the text tower is gone after the words."""
-    run = ["--run", str(tmp_path / "run"), "--batch", "2", "--workers", "0", *flags]
-    run += ["--weights", "weights/tiny", "--crop", "64", "--save-every", "6"]
+    """Six steps of the tiny model, while a thread pins memory, and a validation after every second one."""
+    run = ["--run", str(tmp_path / "run"), "--batch", "2", "--workers", "2", *flags]
+    run += ["--weights", "weights/tiny", "--crop", "64", "--save-every", "6", "--eval-every", "2"]
     assert train.main([*run, "--iterations", "6"]) == 0
     assert train.main([*run, "--iterations", "6", "--check"]) == 0

@@ -34,7 +34,7 @@ from model import TadaConfig
 from ram import RAM, likely_tags
 from run.checkpoint import read_about
 from run.folder import lock
-from run.tagging import drop_text_tower, report_cut
+from run.tagging import cache_vectors, drop_text_tower, report_cut
 from weights.ram import MODEL, NAMES, THRESHOLDS, load_ram, ram_folder
 from weights.words import word_vectors
 
@@ -557,13 +557,16 @@ def test_a_name_that_is_not_utf8_is_tagged(photos, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize(
     ("options", "words"),
     [({"tags": "clip"}, ["sea", "sand"]), ({"tags": "oracle"}, ["sea", "sand"]), ({}, ["owl", "sea"])]
     + [({"condition": "none"}, [])],
 )
-def test_the_text_tower_goes_once_all_words_have_vectors(options, words):
-    """As on a GPU: whatever the images' words, the context is what it was. `{}` stands for RAM's names."""
+def test_the_text_tower_goes_once_all_words_have_vectors(options, words, known):
+    """As on a GPU: whatever the images' words, the context is what it was. `{}` stands for RAM's names,
+    `known` for tags of the training images that are all there are.
+    """
     tada = assemble.build(TadaConfig(("sea", "sand"), model="tiny", weights="weights/tiny", **options))
     if not options:
         tada.config = replace(tada.config, tags="ram")
@@ -571,6 +574,7 @@ def test_the_text_tower_goes_once_all_words_have_vectors(options, words):
     image = torch.rand(2, 3, 64, 128)
     before = tada(image, [words, []]).condition.context
     tada.rows.clear()
+    cache_vectors(tada, words * known)
     drop_text_tower(tada)
     assert tada.clip.text_model is None
     assert torch.equal(tada(image, [words, []]).condition.context, before)
