@@ -1,6 +1,6 @@
 """One step of training: a micro-batch on its device, the update, what is read from it.
 
-`update` reads nothing from a GPU, so that the GPU never waits, and run/graph.py can record it.
+But for Mask2Former `update` reads nothing from a GPU, which never waits, and run/graph.py can record it.
 """
 
 import math
