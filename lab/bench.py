@@ -276,7 +276,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m lab.bench", description="Measure TADA against its peers.", **how)
     add = parser.add_argument
     add("--suite", choices=["cpu", "cpu-choices", "gpu"], default="cpu", help="what to measure")
-    add("--only", choices=[*CASES, *PARTS], nargs="+", help=f"rows; of gpu: {', '.join(PARTS)}")
+    add("--only", choices=[*CASES | dict.fromkeys(PARTS)], nargs="+", help=f"rows; gpu: {', '.join(PARTS)}")
     add("--minutes", type=float, default=9, help="for the suite gpu; a part that no longer fits is named")
     add("--dtype", choices=list(BOUND), nargs="+", default=list(BOUND), help="precisions")
     add("--size", type=int, default=512, help="of the image, a multiple of 64; mask2former-loss: 256 or more")

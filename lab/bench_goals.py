@@ -8,7 +8,7 @@ import math
 import statistics
 from collections import defaultdict
 
-LIMIT = 11_900  # characters of the summary: a lent machine returns the last 12,000
+LIMIT = 11_900  # characters of the summary: where only the last 12,000 of a log are kept, it is whole
 NOISE = 1.05  # the highest ratio of a row, and the goal of one that need not be faster
 GOALS = (  # name, part, start of the rows, pass (None: the sum), peer ("": the fastest), the highest ratio
     ("G1", "kernels", "cross-attention B 16", 0, "", 0.80),

@@ -3,9 +3,9 @@
 In this order: the tests that need a GPU; what decides the next work (cuDNN's convolutions, each of torch's
 backends of attention, a copy, a product); our kernels against torch; the VAE's encoder, the UNet, a training
 step and inference against diffusers, and all but inference against diffusers compiled. All rows and the goals
-come last. Each part runs in a process of its
-own, so neither an illegal access nor a lack of memory harms the next, and gets the time that later parts do
-not need. Rows are printed and written to the JSON file as they come.
+come last. Each part runs in a process of its own, so neither an illegal access nor a lack of memory harms the
+next, and gets the time that later parts do not need. Rows are printed and written to the JSON file as they
+come.
 
 Times of whole models are medians of calls between CUDA events, all sides in turns. Ours runs with the kernels
 that won in this call ("auto") and with all of them ("triton"). Its error may be three times that of the peer

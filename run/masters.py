@@ -17,7 +17,7 @@ from torch import nn
 
 from model import Output, Tada
 
-SOME = 64  # of 686 tensors
+SOME = 64  # of the 682 tensors that are trained
 
 
 class Masters(nn.Module):

@@ -22,9 +22,9 @@ def keep_freed_memory() -> None:
 
 def relief(options: Options, world: int) -> str:
     """What to turn on after an error of memory, with the peak that `python -m lab.memory` then computes."""
-    images = options.batch // world
-    ways = {f"--accumulate {images} (16.4)": options.accumulate < images}
-    ways["--checkpoint-activations (16.4)"] = not options.checkpoint_activations
+    images, peak = options.batch // world, 4.7 if options.freeze_unet else 4.8 if options.lora else 16.4
+    ways = {f"--accumulate {images} ({peak})": options.accumulate < images}
+    ways[f"--checkpoint-activations ({peak})"] = not options.checkpoint_activations
     frozen = "--freeze-unet instead of --lora" if options.lora else "--lora 16 (4.8) or --freeze-unet"
     ways[f"{frozen} (4.7)"] = not options.freeze_unet
     off = ", ".join(way for way, useful in ways.items() if useful)

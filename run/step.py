@@ -1,6 +1,6 @@
 """One step of training: a micro-batch on its device, the update, what is read from it.
 
-`update` reads nothing from a GPU, so that it does not wait within a step, and run/graph.py can record it.
+But for Mask2Former `update` reads nothing from a GPU, so that run/graph.py can record it.
 """
 
 import math

@@ -670,7 +670,8 @@ def test_bad_input_is_named(folder, tmp_path, capsys, flags, message):
             "--accumulate 4",
             "on --checkpoint-activations (16.4), --lora 16 (4.8) or --freeze-unet (4.7);",
         ),
-        ("--accumulate 4 --lora 16", "activations (16.4), --freeze-unet instead of --lora (4.7);"),
+        ("--accumulate 4 --lora 16", "activations (4.8), --freeze-unet instead of --lora (4.7);"),
+        ("--freeze-unet", "turn on --accumulate 4 (4.7), --checkpoint-activations (4.7); in"),
         ("--accumulate 4 --freeze-unet --checkpoint-activations", "a GPU with more memory"),
     ],
 )
