@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -107,10 +108,13 @@ def loop(training: Training, stop: StopOnSignal) -> int:
     if options.cuda_graph:
         work = partial(update, model, tada, training.optimizer, ranks, options.clip, masters)
         fixed["recorded"] = Recorded(work, training.optimizer)
+    # Other sizes, without gradients: the graphs of validation would exceed the compiler's limit.
+    eager = partial(torch.compiler.set_stance, "force_eager") if options.compile else nullcontext
     drops = DROPS if options.decoder == "mask2former" else ()
     tada.train()
     if not training.validated:  # the run was interrupted before
-        validate(training, final=training.step == options.iterations)
+        with eager():
+            validate(training, final=training.step == options.iterations)
     times, stopping = [], False  # seconds since the last line of the log, without evaluation and saving
     micro_batches = stream.batches(training.step * options.batch)
     for step in range(training.step + 1, options.iterations + 1):
@@ -140,7 +144,8 @@ def loop(training: Training, stop: StopOnSignal) -> int:
             run.print0(f"stopped at step {step}; the same command resumes from there")
             break
         if not training.validated:
-            validate(training, final=last)
+            with eager():
+                validate(training, final=last)
     micro_batches.close()
     return 128 + (stop.signal or signal.SIGTERM) if stopping else 0
 

@@ -40,18 +40,6 @@ from ram import RAMConfig, Swin
 from unet import UNet
 from vae import VAE
 
-COLUMNS = (
-    "case",
-    "image",
-    "dtype",
-    "ours s",
-    "peer s",
-    "ratio",
-    "min ratio",
-    "ours MiB",
-    "peer MiB",
-    "error",
-)
 BUSY = 0.08  # a second busy process can make a row several times slower
 BOUND = {"float32": 1e-5, "bfloat16": 0.05}  # relative RMS error between ours and the peer
 
@@ -265,7 +253,7 @@ def cpu_suite(names: list[str], dtypes: list[str], size: int, rounds: int, out: 
         for dtype in [x for x in dtypes if x in measured] or measured:
             rows.append(compare(name, dtype, size, rounds))
             print(json.dumps(rows[-1]), flush=True)
-    print(bench_peers.table(rows, COLUMNS))
+    print(bench_peers.table(rows, bench_peers.COLUMNS))
     if out:
         Path(out).write_text(json.dumps({"machine": bench_peers.header(), "rows": rows}, indent=1))
     return int(any("verdict" in row for row in rows))

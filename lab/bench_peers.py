@@ -93,6 +93,18 @@ def alone(function: Callable, *arguments):
     return apart(function, *arguments)
 
 
+COLUMNS = (
+    "case",
+    "image",
+    "dtype",
+    "ours s",
+    "peer s",
+    "ratio",
+    "min ratio",
+    "ours MiB",
+    "peer MiB",
+    "error",
+)
 FORMATS = {"error": ".1e", "ours MiB": ",.0f", "peer MiB": ",.0f"}  # of the table's columns; others: .2f
 
 

@@ -33,7 +33,6 @@ from decoders import SemanticFPN
 from errors import run_command
 from kernels import IGNORE
 from lab import bench_peers
-from lab.bench import COLUMNS
 from lab.bench_peers import peer_clip, peer_unet, peer_vae
 from loading.augment import normalise
 from loading.stream import Batch
@@ -257,7 +256,7 @@ def main() -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # in the processes: threads sleep while they wait
     print(bench_peers.header(), flush=True)
     row = compare(Work(), STEPS, ROUNDS)
-    print(bench_peers.table([row], COLUMNS))
+    print(bench_peers.table([row], bench_peers.COLUMNS))
     if "verdict" not in row:
         pairs = [(phase, row["ours phases"][phase], row["peer phases"][phase]) for phase in PHASES]
         phases = [{"CPU seconds": x, "ours s": mine, "peer s": y, "ratio": mine / y} for x, mine, y in pairs]

@@ -39,13 +39,10 @@ class Recorded:
     def record(self, inputs: Sequence[Inputs], flags: Tensor) -> None:
         """Record the update without running it. It reads the learning rates from tensors."""
         groups = self.optimizer.param_groups
-        rates = [group["lr"] for group in groups]
-        self.rates = [torch.tensor(rate, device=flags.device) for rate in rates]
+        self.rates = [torch.tensor(group["lr"], device=flags.device) for group in groups]
         for group, rate in zip(groups, self.rates, strict=True):
-            group.update(lr=rate, capturable=True)
+            group.update(lr=rate, capturable=True)  # the loop sets the next rate as a number again
         self.numbers = self.capture(inputs, flags)
-        for group, rate in zip(groups, rates, strict=True):
-            group["lr"] = rate
 
     def load(self, inputs: dict[str, Tensor]) -> None:
         """Copy new inputs and the learning rates to where the graph reads them."""

@@ -88,7 +88,7 @@ def inputs_of(
     rand = [points_of(seed, position, device=device) for position in batch.positions]
     text = words_of(batch, words)
     if fixed:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             text = tada.text(text, words.longest)
     return Inputs(image, labels, text, segments_of(tada, batch, device), rand)
 

@@ -47,6 +47,7 @@ def open_tags(
         if tada.config.condition != "caption" and tada.config.tag_tokens == "pooled":
             cache_vectors(tada, [word for words in lists for word in words])
     if tada.unet.conv_in.weight.is_cuda and tada.config.weights != "random":
+        run.print0("encoding all tags that an image may have, once for each folder of weights")
         drop_text_tower(tada)
     return train_words, words
 
@@ -76,10 +77,12 @@ def report_cut(run: Run, tada: Tada, lists: list[list[str]]) -> None:
 
 
 def cache_vectors(tada: Tada, words: Sequence[str]) -> None:
-    """Give the model the text vectors of new words, from the cache on disk if it has them."""
-    config = tada.config
-    if new := sorted({*words} - {*tada.rows, ""}):
-        tada.add_words(new, word_vectors(config.weights, tada.clip, tada.tokenizer, new, config.templates))
+    """Give the model the text vectors of words, all or none new, from the cache on disk if it has them."""
+    config, words = tada.config, sorted({*words} - {""})
+    if not {*words} <= tada.rows.keys():
+        tada.add_words(
+            words, word_vectors(config.weights, tada.clip, tada.tokenizer, words, config.templates)
+        )
 
 
 def tag_all(run: Run, tada: Tada, dataset: Dataset, workers: int, resumed: bool) -> dict[str, list[str]]:

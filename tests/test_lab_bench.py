@@ -57,7 +57,7 @@ def test_a_row_compares_equal_work(small):
     assert row["error"] < 1e-5
     assert row["ours s"] > 0 and row["peer s"] > 0
     assert 0.1 < row["ratio"] < 10
-    assert "| UNet | 128 | float32 |" in bench_peers.table([row], bench.COLUMNS)
+    assert "| UNet | 128 | float32 |" in bench_peers.table([row], bench_peers.COLUMNS)
 
 
 def test_a_wrong_result_is_not_timed(small, monkeypatch):
@@ -67,7 +67,7 @@ def test_a_wrong_result_is_not_timed(small, monkeypatch):
     assert row["verdict"] == "FAIL"
     assert "ours s" not in row
     assert (
-        bench_peers.table([row], bench.COLUMNS).count("FAIL") == 6
+        bench_peers.table([row], bench_peers.COLUMNS).count("FAIL") == 6
     )  # in place of every number but the error
 
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
-from assemble import build
+from assemble import build, move
 from errors import RunError
 from loading.augment import Augment
 from loading.stream import Batch, TrainStream
@@ -224,7 +224,10 @@ def test_where_there_can_be_no_graph_the_flag_is_refused(flags, world, gpu, faul
 @pytest.mark.gpu
 def test_a_graph_makes_the_steps_of_plain_launches_on_a_gpu(start):  # noqa: F811
     steps = [[x] for x in batches(8)]
-    plain, replayed = (results(copied(start).cuda(), kind, steps, "cuda") for kind in (None, Recorded))
+    models = [move(copied(start), "cuda", "oracle", training=True) for _ in range(2)]
+    plain, replayed = (
+        results(x, kind, steps, "cuda") for x, kind in zip(models, (None, Recorded), strict=True)
+    )
     for one, other in zip(plain, replayed, strict=True):
         assert one == pytest.approx(other, rel=0.02)
 
