@@ -81,11 +81,11 @@ def load_model(
         raise TadaError(f'tags {tags!r}: give "clip" or "ram" here, and words to predict_image')
     if not 0 <= (tag_threshold or 0) <= 1:
         raise TadaError(f"tag_threshold {tag_threshold}: give a score in 0..1")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError):
         raise TadaError(f"device {device}: torch {torch.__version__} lacks it here; choose another") from None
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return read_model(checkpoint, weights, device, tags, tag_threshold).requires_grad_(False)
 
 

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from data import Dataset
 from errors import DataError
 from images.instances import pycocotools
 from images.panoptic import annotation, write_annotations, write_ids
 from loading.stream import Item
-from mask2former import Instances
 from metrics.quality import GROUPS, Quality, coco_results, coco_truth, count, mask_precision
 from run.files import place
 from run.ranks import Ranks
@@ -77,9 +77,13 @@ class PanopticEvaluator:
         self.instances = instances and not self.lacking
 
     def add(
-        self, item: Item, ids: np.ndarray, segments: Sequence, instances: Instances | None = None
+        self,
+        item: Item,
+        ids: np.ndarray,
+        segments: Sequence,
+        instances: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> None:
-        """Count one image: ids `(H, W)`, their segments, and the things that may overlap."""
+        """Count one image: ids `(H, W)`, their segments; labels, scores, masks of things that may overlap."""
         self.counts += count(item.ids, item.segments, ids, segments, len(self.counts))
         image_id, (H, W) = self.dataset.image_ids[item.position], ids.shape
         categories, name = self.dataset.categories.ids, item.path.partition("/")[2]

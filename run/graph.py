@@ -12,8 +12,6 @@ from torch import Tensor
 from errors import RunError
 from run.step import Inputs, Work
 
-WARM_UP = 3  # steps before: kernels are compiled and chosen, AdamW makes its state (torch's notes, cuda.rst)
-
 
 class Recorded:
     """`update(inputs, flags)` of run/step.py: three times as it is, then by a CUDA graph of the fourth time.
@@ -22,14 +20,16 @@ class Recorded:
     Raises RunError for other shapes than recorded.
     """
 
+    WARM_UP = 3  # steps before: kernels are compiled and chosen, AdamW makes its state (torch's cuda.rst)
+
     def __init__(self, update: Work, optimizer: torch.optim.Optimizer):
         self.update, self.optimizer, self.steps = update, optimizer, 0
 
     def __call__(self, inputs: Sequence[Inputs], flags: Tensor) -> dict[str, Tensor]:
         self.steps += 1
-        if self.steps <= WARM_UP:
+        if self.steps <= self.WARM_UP:
             return self.warm_up(inputs, flags)
-        if self.steps == WARM_UP + 1:
+        if self.steps == self.WARM_UP + 1:
             self.inputs = named_tensors(inputs, flags)  # of this call: the next ones are copied here
             self.record(inputs, flags)
         self.load(named_tensors(inputs, flags))

@@ -208,7 +208,7 @@ def miou_of_vernier(truth: list, predicted: list, K: int) -> tuple[list, list[fl
 @pytest.mark.parametrize("peer", [miou_of_hotcoco, miou_of_vernier], ids=["hotcoco", "vernier"])
 def test_miou(scenes, peer):
     """Void is ignored, one class is only predicted, one is nowhere."""
-    K = len(KINDS) + 2
+    K = len(KINDS.ids) + 2
     truth = [semantic(*pair) for pair in scenes[0]]
     predicted = [np.where(x == IGNORE, 1, x) for x in (semantic(*pair) for pair in scenes[1])]
     predicted[0][0, :9] = K - 2
