@@ -163,7 +163,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def uninterrupted(folder, tmp_path_factory) -> Path:
     """A run of six small steps in one go, on one thread."""
-    from runs import command
+    from small_runs import command
 
     import train
 

@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import command, log_of, same, stops_after
 from safetensors.torch import load_file
+from small_runs import command, log_of, same, stops_after
 
 import eval as evaluation
 import predict

@@ -19,8 +19,8 @@ import pytest
 import torch
 import torch.distributed.run
 from PIL import Image
-from runs import command, log_of, same, stops_after
 from safetensors.torch import load_file
+from small_runs import command, log_of, same, stops_after
 
 import train
 from assemble import build, parameter_groups
