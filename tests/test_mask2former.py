@@ -473,7 +473,7 @@ def test_is_one_graph():
     compiled(1, 1, backend="aot_eager", fullgraph=True)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_learns_compiled():
     """As train.py --compile has it: without its option, no gradient comes through the pyramid."""
     if not which("c++"):

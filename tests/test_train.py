@@ -246,7 +246,7 @@ print(result["loss"], result["seg"], changed, peak / 2**20)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_step_at_full_size():
     """sd15, random weights, one image of 512x512: AdamW in float32, activations recomputed."""
     run = [sys.executable, "-c", FULL.format(root=str(ROOT))]
